@@ -39,7 +39,7 @@ SAMPLES_AT_ONCE = 1000  # of each prompt
 def by_heart(model: PreTrainedModel, processor: SVQVAEProcessor, tokens: str) -> list[Row]:
     """Compares the most likely answers of a model with the pairs of a token set."""
     settings, rows = read_settings(tokens), datasets.load_dataset(tokens, split="train")
-    captions, grids = rows["caption"], [row_tokens(row, settings).ids[-1].long() for row in rows]
+    captions, grids = rows["caption"], [max(row_tokens(row, settings).ids, key=torch.numel).long() for row in rows]
 
     def answers(contents: list[str], length: int) -> list[list[torch.Tensor]]:
         conversations = [[{"role": "user", "content": content}] for content in contents]

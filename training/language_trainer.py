@@ -1,7 +1,6 @@
 """transformers' `Trainer` for language models with codes, which reads captions and stops on signals."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ class CheckpointOnSignal(TrainerCallback, ExportableState):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Sets the hyperparameters of a resumed run to its own options, as the checkpoint had others."""
         own = {"initial_lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
-        if isinstance(scheduler := kwargs["lr_scheduler"], LambdaLR):
+        if state.global_step and isinstance(scheduler := kwargs["lr_scheduler"], LambdaLR):
             pairs = zip(hyperparameters(scheduler), (args.weight_decay, 0.0), strict=True)  # norms do not decay
             groups = [group | own | {"weight_decay": decay} for group, decay in pairs]
             resume_schedule(scheduler, state.global_step, groups)
@@ -78,6 +77,7 @@ class CheckpointOnSignal(TrainerCallback, ExportableState):
         """Requests a checkpoint and the end, if any process got a signal."""
         if self.interruption.requested():
             control.should_save = control.should_training_stop = self.stopped = True
+            args.save_total_limit = None  # otherwise the Trainer deletes this checkpoint, unless it is the best
 
 
 class LanguageModelTrainer(Trainer):
@@ -91,14 +91,7 @@ class LanguageModelTrainer(Trainer):
         **kwargs: As for `Trainer`.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        loss: ModalityLoss,
-        scheduled_sampling: float,
-        encode: Callable[[list[str]], dict[str, torch.Tensor]] | None = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, *args: Any, loss: ModalityLoss, scheduled_sampling: float, encode: Any = None, **kwargs: Any):
         super().__init__(*args, compute_loss_func=loss, **kwargs)
         self.loss, self.scheduled_sampling, self.encode = loss, scheduled_sampling, encode
 

@@ -151,7 +151,7 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
             both = validations.chosen[name], validations.first[name]
             chosen, first = (", ".join(f"{key} {value:.4g}" for key, value in each.items()) for each in both)
             rows[name] = f"{sum(map(len, validated))} images, centre crops: {chosen} after step {validations.step:,}"
-            rows[name] += f"; {first} before the first step"
+            rows[name] += f"; {first} in the first validation"
         result.publish(partial(save_model, options, vqvae), make_card(options, result, vqvae, rows))
 
 

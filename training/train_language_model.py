@@ -59,7 +59,7 @@ class LanguageModelOptions:
     vqvae_name_or_path: str | None = option(None, "SVQVAE of a new LlamaGen: folder or Hub id.")
     text_encoder_name_or_path: str | None = option(None, "T5 encoder of the captions of a new LlamaGen.")
     token_set: str | None = option(None, "Token set of `svqvae tokenize`: folder, URL or Hub id.")
-    validation_token_set: str | None = option(None, "Token set of other images, for --eval_strategy.")
+    validation_token_set: str | None = option(None, "The same, for --eval_strategy; processes may repeat some rows.")
     label_column: str | None = option(None, "Column of the classes, for LlamaGen.")
     caption_column: str | None = option(None, "Column of captions, texts or lists; chats learn to write the first.")
     condition_dropout: float = option(0.1, "Fraction of images trained without class or caption, for guidance.")
@@ -95,10 +95,8 @@ class LanguageModelOptions:
         needs = {"token_set": self.text_fraction < 1, "text_files": self.text_fraction > 0}
         for name, needed in needs.items():
             if needed != bool(getattr(self, name)):
-                yield (
-                    f"`--{name}` must {'' if needed else 'not '}be given with `--text_fraction` "
-                    f"{self.text_fraction:g}. {'Pass it' if needed else 'Leave it out'}, or change the fraction."
-                )
+                must = "must" if needed else "must not"
+                yield f"`--{name}` {must} be given with `--text_fraction` {self.text_fraction:g}. Change one of them."
 
 
 @dataclass
@@ -144,6 +142,7 @@ def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
     push_to_hub, arguments.push_to_hub = arguments.push_to_hub, False  # the Trainer would upload its checkpoints
     arguments.train_sampling_strategy = "sequential"  # examples are in a random order already
     arguments.remove_unused_columns = False
+    arguments.dataloader_num_workers = 0  # its workers would die of a signal to all processes, and the run with them
     arguments.eval_on_start = options.validation_token_set is not None and checkpoint is None
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     torch.manual_seed(arguments.seed)  # for new weights; the Trainer sets it later
@@ -176,8 +175,12 @@ def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
         trainer.evaluate()
     model.config.use_cache = True
     trained = output_dir / "trained.partial"
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(trained))  # by all processes, because some engines shard the weights
     if is_main:
+        if not [*trained.glob("*.safetensors")]:
+            raise ValueError("DeepSpeed has kept the weights in shards. Set zero3_save_16bit_model, and resume.")
         (trained / "training_args.bin").unlink()  # a pickle with paths of this machine
         rows = provenance(SCRIPT, arguments.max_steps, batch, "examples") | trainer.last_numbers()
         saved = name_base(trained, options) if options.lora_rank else task.save(trained)
@@ -196,6 +199,7 @@ def chat_task(options: LanguageModelOptions, arguments: TrainingArguments, count
     model = AutoModelForCausalLM.from_pretrained(
         name, dtype="auto" if options.lora_rank else torch.float32, attn_implementation=options.attn_implementation
     )
+    model.config.__dict__.pop("custom_pipelines", None)  # of a repository with code, which the result does not have
     context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
     make = partial(ChatExamples, processor, context, caption_column=options.caption_column or "caption")
     mix, texts = make_mix(options, arguments.seed), read_texts(options.text_files, processor)
@@ -208,15 +212,9 @@ def chat_task(options: LanguageModelOptions, arguments: TrainingArguments, count
         processor.save_pretrained(trained)
         return trained
 
-    return Task(
-        model,
-        range(vocabulary.first_token, vocabulary.begin),
-        examples,
-        held_out,
-        DataCollatorWithFlattening() if options.packing else DataCollatorForSeq2Seq(tokenizer),
-        save,
-        partial(make_card, options),
-    )
+    codes = range(vocabulary.first_token, vocabulary.begin)
+    collate = DataCollatorWithFlattening() if options.packing else DataCollatorForSeq2Seq(tokenizer)
+    return Task(model, codes, examples, held_out, collate, save, partial(make_card, options))
 
 
 def make_mix(options: LanguageModelOptions, seed: int) -> Mix:

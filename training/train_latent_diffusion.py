@@ -253,7 +253,7 @@ def make_card(options: DiffusionOptions, result: Result, pipeline: DiTPipeline, 
     if options.label_column is None:
         labels = f"[{NUM_CLASSES}], guidance_scale=1.0"
     else:
-        labels = f"pipeline.get_label_ids([{quote(names[0])}])" if names else "[0]"
+        labels = f"pipeline.get_label_ids([{quote(names[0].split(',')[0].strip())}])" if names else "[0]"
     summary = f"Images of {side} x {side} pixels by diffusion in the latents of an SVQVAE."
     call = f"class_labels={labels}, num_inference_steps={steps}"
     return generator_card(options, result, pipeline, numbers, summary, call, names)

@@ -81,6 +81,9 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
     source, held_out = open_token_sets(options, vqvae)
     tokenizer = load_tokenizer(options)
+    for each in (source, held_out) if tokenizer is not None else ():
+        if each is not None:  # so that no caption ends the run later
+            pad_captions(tokenizer, each.all_captions(), options.max_text_length)
     schedule = trained_schedule(source.grids, options.num_inference_steps)
     loader = SequenceLoader(source, Share.of(options, accelerator), options.max_steps, options.seed)
     transformer = make_transformer(options, vqvae, source, tokenizer).to(accelerator.device)

@@ -143,8 +143,8 @@ class ChatExamples(Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
     def conversation(self, row: dict[str, Any], rng: np.random.Generator) -> list[dict[str, str]]:
-        """Messages that ask for an image or for its first caption. An image is the text of its tokens."""
-        image = self.processor.image_text(row_tokens(row, self.settings).ids[-1])
+        """Messages that ask for an image or for its first caption. An image is the text of its finest tokens."""
+        image = self.processor.image_text(max(row_tokens(row, self.settings).ids, key=torch.numel))
         captions = row[self.caption_column]
         captions = [captions] if isinstance(captions, str) else captions
         is_first = rng.random() < self.mix.first_caption_fraction

@@ -1,5 +1,6 @@
 """The model to train: its initial weights, its frozen parts, and the scales of its steps."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,8 @@ def save_model(options: TrainOptions, vqvae: SVQVAE, folder: Path) -> None:
     """Saves the model, with the context model of the one it started from if the codes have not moved."""
     vqvae.save_pretrained(folder)
     if options.pretrained_model_name_or_path is not None:
-        found = find_context_model(options.pretrained_model_name_or_path, vqvae.codebook_fingerprint())
+        found = None
+        with suppress(OSError):  # without the Hub, the trained model is kept alone
+            found = find_context_model(options.pretrained_model_name_or_path, vqvae.codebook_fingerprint())
         if found is not None:
             found.save_pretrained(folder)

@@ -155,7 +155,7 @@ class ImageOptions(RunOptions):
     dataset_config_name: str | None = option(None, "Configuration of the image set.")
     data_files: list[str] = option([], "Files or globs of the image set; all by default.")
     train_data_dir: str | None = option(None, "Folder or pattern of images or shards, instead of --dataset_name.")
-    mix_data_dir: str | None = option(None, "Folder of other images, which the model shall not forget.")
+    mix_data_dir: str | None = option(None, "Folder of other images, which the model must not forget.")
     mix_fraction: float = option(0.3, "Fraction of the crops that are cut from --mix_data_dir.")
     split: str = option("train", "Split of the image set.")
     image_column: str | None = option(None, "Column of the images, or their suffix in tar files; found by default.")
@@ -246,7 +246,7 @@ class OptionParser(HfArgumentParser):
         """Yields what is wrong with each option, and the required options that are missing."""
         known, given = {name: each for each in self._actions for name in each.option_strings}, set()
         for option in re.split(r"\0(?=--)", "\0".join(words)) if words else []:
-            name, *values = option.replace("=", "\0", 1).split("\0") if option.startswith("--") else [option]
+            name, *values = re.sub("^(--[^=\0]*)=", "\\1\0", option).split("\0")
             action = known.get(name)
             given.add(action)
             try:

@@ -111,11 +111,8 @@ class TrainOptions(ImageOptions):
             )
 
     def _check_codebook(self) -> Iterator[str]:
-        if self.kmeans_steps and not 0 < min(self.kmeans_steps) < self.max_steps:
-            yield (
-                f"The first of `--kmeans_steps` must lie between 0 and `--max_steps` = {self.max_steps}, "
-                f"but is {min(self.kmeans_steps)}."
-            )
+        if not all(0 < step < self.max_steps for step in self.kmeans_steps):
+            yield f"`--kmeans_steps` must lie between 0 and `--max_steps` = {self.max_steps}, got {self.kmeans_steps}."
         for name in ("kmeans_steps", "codebook_decay", "dead_code_reset_steps", "causal_weight"):
             if self.train == "decoder" and getattr(self, name):
                 yield f"`--train decoder` keeps the codes, but `--{name}` moves them."

@@ -60,5 +60,5 @@ class Validations:
             ValueError: If its validations measured something else, or kept the weights of the best or not.
         """
         if state["first"] and state.get("measured", self.measured) != self.measured:
-            raise ValueError("Options of validations must be as when the checkpoint was written. Use those.")
+            raise ValueError(f"Validations must be of {state['measured']}, as in the checkpoint, got {self.measured}.")
         vars(self).update(state, measured=self.measured)

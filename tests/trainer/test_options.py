@@ -61,8 +61,8 @@ def test_flags_override_a_file_with_nothing(tmp_path):
     file = tmp_path / "config.yaml"
     set_by_file = {"kmeans_steps": [5], "report_to": "tensorboard", "save_total_limit": 3, "crop_sizes": []}
     file.write_text(yaml.safe_dump(NEEDED | set_by_file))
-    flags = ["--kmeans_steps", "--report_to", "none", "--save_total_limit=none"]
-    assert read_options([TrainOptions], [str(file), *flags]) == (TrainOptions(**NEEDED),)
+    flags = ["--kmeans_steps", "--report_to", "none", "--save_total_limit=none", "--output_dir", "lr=0.1"]
+    assert read_options([TrainOptions], [str(file), *flags]) == (TrainOptions(**NEEDED | {"output_dir": "lr=0.1"}),)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,10 @@ def test_flags_override_a_file_with_nothing(tmp_path):
         ({"scales": [1.0], "token_budget": 2.0}, "and not be used with `--scales`"),
         ({"codebook_decay": 0.9, "train": "decoder"}, "keeps the codes, but `--codebook_decay` moves them"),
         ({"token_budget": 0.5}, "`--token_budget` must be at least 1, the full scale"),
-        ({"kmeans_steps": [10**6, 10**5]}, "`--kmeans_steps` must lie between 0 and .* = 100000, but is 100000"),
+        (
+            {"kmeans_steps": [10**6, 10**5]},
+            "`--kmeans_steps` must lie between 0 and .* = 100000, got .1000000, 100000",
+        ),
         ({"validation_scales": [1.0, float("nan")]}, "`--scales` must be finite and more than 0"),
         ({"adversarial_weight": 1.0, "crop_sizes": [16]}, "at least 24 pixels, but one has 16"),
         ({"scales": [1.0], "scale_probabilities": [0.5, 0.5]}, "one fraction for each of `--scales`"),

@@ -191,7 +191,7 @@ def test_the_best_validation_is_a_quantised_one():
     for step, psnr, ids in ((0, 31.0, []), (5, 25.0, [1]), (9, 24.0, [1])):
         validations.add(step, {"validation": {"psnr@1": psnr}}, {"validation": torch.tensor(ids)})
     assert (validations.step, len(validations.weights)) == (5, 2)
-    with pytest.raises(ValueError, match="Options of validations must be as when"):
+    with pytest.raises(ValueError, match=r"Validations must be of \[True\], as in the checkpoint, got \[True, 0.5\]"):
         Validations(torch.nn.Linear(1, 1), True, [0.5]).load_state_dict(validations.state_dict())
 
 
@@ -389,7 +389,7 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tm
     assert (ModelCard(card).data.license, ModelCard(card).data.base_model) == ("mit", "org/first")
     assert "| before: steps | 7 of 8 crops |" in card
     assert json.loads((repository.parent / "settings.json").read_text())["visibility"] == "private"
-    assert re.search(r"\| 1 images, centre crops: psnr@0.25 \d+.* after step 2; psnr@0.25 \d+.* before", card)
+    assert re.search(r"\| 1 images, centre crops: psnr@0.25 \d+.* after step 2; psnr@0.25 \d+.* in the first", card)
     for folder in (tmp_path, inputs):
         assert_no_private_path(folder, repository)
 

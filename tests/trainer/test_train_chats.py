@@ -1,5 +1,6 @@
 """A language model with image tokens trained on captioned images, in both directions, and on texts."""
 
+import dataclasses
 import json
 import math
 import os
@@ -112,6 +113,8 @@ def test_chats_for_other_trainers_have_the_same_tokens(tokens, tmp_path, monkeyp
 def test_captions_of_lists_are_asked_for_in_the_stated_share_and_the_first_is_written(tokens):
     asks, writes = (examples(tokens, caption_fraction=each, first_caption_fraction=0.5) for each in (0.0, 1.0))
     row, rng = asks.pairs[0] | {"caption": ["a pear", "a cat"]}, np.random.default_rng(0)
+    row["ids_1"], asks.settings = row["ids_0"][:1], dataclasses.replace(asks.settings, scales=(1.0, 0.25))
+    assert "4x4" in asks.conversation(row, rng)[1]["content"]
     prompts = [learned(asks.chat_example(asks.conversation(row, rng)))[0] for _ in range(200)]
     assert sum("a pear" in prompt for prompt in prompts) == pytest.approx(150, abs=20)
     assert all("a pear" in prompt or "a cat" in prompt for prompt in prompts)

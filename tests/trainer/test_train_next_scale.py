@@ -88,9 +88,12 @@ def test_images_of_captions_learned_by_heart_come_back(options, parts, tmp_path)
     tokenizer.pre_tokenizer = Whitespace()
     special = {"pad_token": "<pad>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "words")
-    captions = {"label_column": None, "caption_column": "caption", "max_text_length": 2}
+    captions = {"label_column": None, "caption_column": "caption", "max_text_length": 0}
     longer = {"max_steps": 150, "learning_rate": 4e-3, "schedule_share": 1.0, "guidance_scale": 2.0}
     paths = {"token_set": str(tmp_path / "captioned"), "tokenizer_name_or_path": str(tmp_path / "words")}
+    with pytest.raises(ValueError, match="A caption must have at most 0 tokens, but 'photo0' has 1"):
+        train(**options | captions | longer | paths)
+    captions["max_text_length"] = 2
     train(**options | captions | longer | paths | {"per_device_train_batch_size": IMAGES})
     pipeline = SVQVAENextScalePipeline.from_pretrained(options["output_dir"])
     ids = pipeline(prompt=words, temperature=0, guidance_scale=1.5, output_type="latent").images

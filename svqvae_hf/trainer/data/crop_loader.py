@@ -49,8 +49,9 @@ class CropLoader(OrderedLoader):
     """Batches of crops, cut in advance by worker processes.
 
     With random access to the images, the samples of a step depend only on the image set, the cutter and the step: not
-    on processes, workers or global random states. In an epoch, each image is seen once, in a new random order. An
-    unreadable image is replaced by one of a later step, which is then seen twice.
+    on processes, workers or global random states. In an epoch, each image is seen once, in a new random order,
+    unless a crop of another set or a synthetic one takes its place. An unreadable image is replaced by one of a later
+    step, which is then seen twice.
 
     Otherwise the set is a stream. In an epoch, each worker of each process reads its share of the shards, so that each
     image is seen once. Unreadable images are left out. A worker whose shards are smaller starts the next epoch before

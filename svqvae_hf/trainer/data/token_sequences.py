@@ -95,10 +95,18 @@ class TokenSource:
         """First caption of each of the first rows, up to `count`."""
         return [captions[0] for captions in self._captions(self.tables[: min(count, len(self.rows))])]
 
+    def all_captions(self) -> list[str]:
+        """All captions of all rows."""
+        return [
+            text for texts in self._captions(self.tables.select_columns([self.caption_column])[:]) for text in texts
+        ]
+
     def shared_key(self, other: "TokenSource") -> str | None:
         """Key of an image that both sets hold with the same ids at the largest scale, or None."""
         keys, other_keys = (each.rows.data.column("key") for each in (self, other))
         rows = np.flatnonzero(pc.is_in(keys, value_set=pc.unique(other_keys)).to_numpy())
+        if not len(rows):
+            return None
         column = self.id_columns[-1]
         known = {(row["key"], tuple(row[column])) for row in other.rows.select_columns(["key", column])}
         for row in self.rows.select_columns(["key", column]).select(rows):
