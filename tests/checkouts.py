@@ -3,11 +3,8 @@ from pathlib import Path
 # A stand-in for the original's checkout: the same names, but it runs this library's model, changed or not.
 CHECKOUT = """
 from types import SimpleNamespace
-
 from svqvae_hf import SVQVAE
-
 Encoder = Decoder = ModelArgs = dict
-
 class ScalableVQVAE:
     @staticmethod
     def load(path, args):

@@ -196,10 +196,8 @@ def test_architecture_names_each_subpackage():
 
 BUILD = """
 import socket, sys
-
 def fail(*_):
     raise OSError("the site must be built without a network")
-
 socket.socket.connect = socket.getaddrinfo = fail
 from mkdocs.__main__ import cli
 cli(["build", "--strict", "--quiet", "--site-dir", sys.argv[1]])

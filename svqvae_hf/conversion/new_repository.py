@@ -1,10 +1,8 @@
 """Repositories of converted models: complete and checked, or absent."""
 
 import json
-from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,10 +23,8 @@ def write_repository(
     out: Path,
     *,
     variant: str | None,
-    license: str | None,
     standalone: bool,
     repo_id: str | None,
-    provenance: Mapping[str, str] = MappingProxyType({}),
     **card: Any,
 ) -> str:
     """Writes a repository to a temporary folder, checks it, and renames it to `out`.
@@ -38,11 +34,9 @@ def write_repository(
         checkpoint ([`Checkpoint`]): Source.
         out (`Path`): Folder to create, from [`~svqvae_hf.files.outputs.check_new_folder`].
         variant (`str`, *optional*): `fp16` or `bf16`, to write the weights in half precision as well.
-        license (`str`, *optional*): Licence of the weights, by the Hub's identifier.
         standalone (`bool`): Whether to write the code of the models.
         repo_id (`str`, *optional*): `org/name` that the repository will have on the Hub.
-        provenance (`Mapping[str, str]`, *optional*): Further rows of the card about the source.
-        **card: Further arguments of `converted.make_card`.
+        **card: Arguments of `converted.make_card`, such as `license`; `provenance` has further rows about the source.
 
     Returns:
         `str`: Source, config and files, for a terminal.
@@ -56,9 +50,9 @@ def write_repository(
         "layout": checkpoint.format.title,
         "source": f"`{source if hub_repo(source) else checkpoint.path.name}`{', `ema`' if checkpoint.use_ema else ''}",
         "sha256 of the source": f"`{checkpoint.sha256}`",
-        **provenance,
+        **card.get("provenance", {}),
     }
-    card |= {"license": license, "base_model": hub_repo(source), "provenance": rows, "standalone": standalone}
+    card |= {"base_model": hub_repo(source), "provenance": rows, "standalone": standalone}
     text = converted.make_card(repo_id or out.name, **card)
     with new_folder(out) as folder:
         tensors = save_and_check(converted, folder, variant)

@@ -67,10 +67,8 @@ def save_graph(program: ExportedProgram, path: Path, model: SVQVAE) -> None:
     names = ["sample", "ids"] if path.stem == "encoder" else ["ids", "sample"]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)  # torch warns about its own code
-        exported = torch.onnx.export(
-            program, dynamo=True, input_names=names[:1], output_names=names[1:], verbose=False
-        )
-    proto = cast(torch.onnx.ONNXProgram, exported).model_proto
+        graph = torch.onnx.export(program, dynamo=True, input_names=names[:1], output_names=names[1:], verbose=False)
+    proto = cast(torch.onnx.ONNXProgram, graph).model_proto
     dims = {"sample": ("batch", "channels", "height", "width"), "ids": ("batch", "rows", "columns")}
     for value, name in zip((*proto.graph.input, *proto.graph.output), names, strict=True):
         for dim, label in zip(value.type.tensor_type.shape.dim, dims[name], strict=True):

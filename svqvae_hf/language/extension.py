@@ -47,7 +47,7 @@ def extend_language_model(
 
     Raises:
         OSError: If a source cannot be read or `out` cannot be written.
-        ValueError: If `out` exists, the language model already has image tokens, an image does not fit its context, or
+        ValueError: If `out` is not empty, the model already has image tokens, an image does not fit its context, or
             the sources have different licences and `license` is missing.
     """
     out = check_new_folder(Path(out))
@@ -137,10 +137,9 @@ def _start_rows(model: PreTrainedModel, vocabulary: ImageVocabulary, codebook: t
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     for layer in {id(each.weight): each for each in layers}.values():  # once if they share their weights
         old = layer.weight[: vocabulary.first_token].float()
-        directions = codes @ torch.randn(
-            codes.shape[1], old.shape[1], generator=torch.Generator().manual_seed(seed + 1)
-        )
-        new = old.mean(0).cpu() + directions * (old.std(0).mean().cpu() / directions.std())
+        generator = torch.Generator().manual_seed(seed + 1)  # the same map for both layers
+        mapped = codes @ torch.randn(codes.shape[1], old.shape[1], generator=generator)
+        new = old.mean(0).cpu() + mapped * (old.std(0).mean().cpu() / mapped.std())
         layer.weight[vocabulary.first_token : vocabulary.stop] = new.to(layer.weight)
         bias = getattr(layer, "bias", None)
         if bias is not None:

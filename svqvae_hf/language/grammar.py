@@ -64,7 +64,7 @@ class ImageGrammar(LogitsProcessor):
 def grammar_regex(vocabulary: ImageVocabulary, grid: tuple[int, int]) -> str:
     """Regular expression of the answer to a prompt that ends with `processor.begin_image(grid)`: codes and the end.
 
-    Servers with structured output take it. There is no text in it, so that nothing but an image can follow.
+    Servers with structured output take it. It matches one image and no text.
 
     Example:
         >>> pattern = grammar_regex(processor.vocabulary, (16, 16))

@@ -11,7 +11,7 @@ from svqvae_hf.hub.code import write_code
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.pretrained_models import SVQVAEProcessor
 from svqvae_hf.models.image_vocabulary import CONFIG_KEY, ImageVocabulary
-from svqvae_hf.models.loading import copy_code
+from svqvae_hf.models.loading import check_merged, check_weights, copy_code
 from svqvae_hf.pipelines import drawing
 from svqvae_hf.pipelines.any_to_any import ImageLanguagePipeline
 from svqvae_hf.pipelines.repository_index import hub_options, write_json
@@ -40,7 +40,9 @@ class ImageLanguageModel(drawing.ImageLanguageModel):
         """Loads both from a folder or Hub id, with options of transformers' method for the language model."""
         hub = hub_options(options)
         ImageVocabulary.from_config(from_hub(PreTrainedConfig.get_config_dict, source, **hub)[0])
-        language_model = from_hub(AutoModelForCausalLM.from_pretrained, source, **options)
+        options["output_loading_info"] = True
+        language_model, info = from_hub(AutoModelForCausalLM.from_pretrained, source, **options)
+        check_weights(str(source), info)
         return cls(language_model, SVQVAEProcessor.from_pretrained(source, **hub))
 
     def save_pretrained(self, folder: str | os.PathLike, *, standalone: bool = False) -> None:
@@ -50,7 +52,11 @@ class ImageLanguageModel(drawing.ImageLanguageModel):
             folder (`str` or `os.PathLike`): Folder to write to.
             standalone (`bool`, defaults to `False`): Also write the code, so that transformers' `AutoProcessor` and
                 `pipeline("any-to-any")` work with `trust_remote_code=True` where this package is not installed.
+
+        Raises:
+            ValueError: The language model has an adapter of peft that is not merged.
         """
+        check_merged("language_model", self.language_model)
         self.language_model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         path = Path(folder, "config.json")

@@ -56,11 +56,11 @@ class Checkpoint:
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def model(self, model_class: type[ModelT]) -> ModelT:
+    def model(self, model_class: type[ModelT], dtype: torch.dtype | None = None) -> ModelT:
         """Builds a model of diffusers, in evaluation mode."""
         model = model_class(**self.config)
         model.load_state_dict(self.state_dict)
-        return model.eval()
+        return (model if dtype is None else model.to(dtype)).eval()
 
 
 def locate_checkpoint(source: str | Path) -> Path:

@@ -12,9 +12,7 @@ from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file,
 from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
 from svqvae_hf.models.checks import check_depth
 
-LLAMAGEN = CheckpointFormat(
-    "llamagen-transformer", "LlamaGen's language model", container=None, level_prefix="layers."
-)
+LLAMAGEN = CheckpointFormat("llamagen-transformer", "LlamaGen's language model", None, level_prefix="layers.")
 EMBEDDING = "tok_embeddings.weight"  # every such checkpoint has it
 EMBEDDED = "model.embed_tokens.weight"  # with the rows of classes, which lie apart in the file
 CLASSES = "cls_embedding.embedding_table.weight"

@@ -29,7 +29,7 @@ class HubMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """Loads from a folder or from the Hub; see the method of the class in `models/`.
+        """Loads from a folder or from the Hub.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
@@ -73,8 +73,8 @@ class RepositoryMixin(HubMixin, ModelMixin):
 class SVQVAE(CardMixin, RepositoryMixin, modeling_svqvae.SVQVAE):  # type: ignore[misc] # mypy: `wraps` hides a signature
     """Scalable vector-quantized VAE: tokenizes images of any size, at several scales, with one codebook.
 
-    It extends [`~svqvae_hf.models.modeling_svqvae.SVQVAE`], which has the arguments of the constructor and the methods
-    that encode and decode, by original checkpoints, cards, and errors of the Hub.
+    The base class, [`~svqvae_hf.models.modeling_svqvae.SVQVAE`], documents the constructor, encoding and decoding.
+    This class adds `from_single_file`, model cards, and clearer errors of the Hub.
 
     Example:
         >>> vqvae = SVQVAE.from_pretrained("org/svqvae")
@@ -117,9 +117,7 @@ class SVQVAE(CardMixin, RepositoryMixin, modeling_svqvae.SVQVAE):  # type: ignor
         Returns:
             [`SVQVAE`]: The model in evaluation mode.
         """
-        model = read_checkpoint(source, cls, use_ema=use_ema, **config).model(cls)
-        dtype = dtype or torch_dtype
-        return model if dtype is None else model.to(dtype)
+        return read_checkpoint(source, cls, use_ema=use_ema, **config).model(cls, dtype or torch_dtype)
 
     def make_card(self, repo_id: str, **options: Any) -> str:
         """Text of the card; see [`~svqvae_hf.hub.model_cards.model_card`]. It inherits the licence."""
@@ -146,8 +144,7 @@ class NextScaleTransformer(RepositoryMixin, modeling_next_scale.NextScaleTransfo
             OSError: If the file is missing or cannot be downloaded.
             ValueError: If the file is broken, or does not hold exactly the weights of such a transformer.
         """
-        model = read_next_scale_checkpoint(source, cls).model(cls)
-        return model if dtype is None else model.to(dtype)
+        return read_next_scale_checkpoint(source, cls).model(cls, dtype)
 
 
 class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
@@ -180,7 +177,7 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, standalone: bool = False, **kwargs: Any
     ) -> None:
-        """Saves the model, with `standalone` as in [`RepositoryMixin.save_pretrained`]."""
+        """Saves the model. `standalone=True` also writes its code."""
         self.config.__dict__.pop("auto_map", None)  # of a repository with code that it was loaded from
         super().save_pretrained(save_directory, *args, **kwargs)
         if standalone:
@@ -246,15 +243,10 @@ class SVQVAEImageProcessor(HubMixin, image_processing_svqvae.SVQVAEImageProcesso
         >>> images = processor.postprocess(batch["pixel_values"], batch["image_sizes"])
     """
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, standalone: bool = False, **kwargs: Any
-    ) -> Any:
-        """Saves the config, with `standalone` as in [`RepositoryMixin.save_pretrained`]."""
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Saves the config."""
         self.__dict__.pop("auto_map", None)  # of a repository with code that it was loaded from
-        saved = super().save_pretrained(save_directory, *args, **kwargs)
-        if standalone:
-            write_code(Path(save_directory))
-        return saved
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class SVQVAEProcessor(HubMixin, PlainProcessor):

@@ -25,8 +25,9 @@ class LlamaGenConfig(LlamaConfig):
         intermediate_size (`int`, defaults to 2048): Channels within a feed-forward block.
         num_hidden_layers (`int`, defaults to 12): Number of layers.
         num_attention_heads (`int`, defaults to 12): Number of heads. A head has a multiple of 4 channels.
-        **kwargs: Further fields of [`~transformers.LlamaConfig`]. `vocab_size` is at least the codes, the classes and
-            one. `head_dim`, `max_position_embeddings` and `num_key_value_heads` are computed.
+        **kwargs: Further fields of [`~transformers.LlamaConfig`]. `vocab_size` is at least
+            `codebook_size + num_classes + 1`. `head_dim`, `max_position_embeddings` and `num_key_value_heads` are
+            computed.
 
     Raises:
         ValueError: The heads do not divide the channels, or do not have a multiple of 4 channels each.

@@ -60,7 +60,7 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
             raise OSError(f"there is no folder `{folder}`. Correct `subfolder`, or leave it out.")
         for name in ("dtype", "torch_dtype"):
             if isinstance(kwargs.get(name), str):  # diffusers would load float32
-                raise TypeError(f"`{name}` must be a torch.dtype, got {kwargs[name]!r}. Pass `torch.{kwargs[name]}`.")
+                raise TypeError(f"`{name}` must be a torch.dtype such as torch.float16, got {kwargs[name]!r}.")
         try:
             model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
         except ValueError as error:
@@ -108,6 +108,16 @@ def check_weights(source: str, loading_info: Mapping[str, Any]) -> None:
         )
 
 
+def check_merged(name: str, model: Any) -> None:
+    """Raises if a model has an adapter of peft beside its weights, which would be saved under names of its own."""
+    if isinstance(model, torch.nn.Module) and any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError(
+            f"`{name}` must be saved with its adapter merged, but has one beside its weights. Merge it with "
+            "`adapter.merge_and_unload()`, where `adapter` is what `PeftModel.from_pretrained` returned, and "
+            f"set `{name}` to the result."
+        )
+
+
 def list_faults(loading_info: Mapping[str, Any]) -> str:
     """Lists the weights that a loader found missing, unexpected or mismatched, as text."""
     faults = {kind: sorted(map(str, loading_info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
@@ -121,10 +131,10 @@ def copy_code(model_class: type, folder: str | os.PathLike) -> None:
         shutil.copy(file, folder)
 
 
-def execution_device(model: torch.nn.Module) -> torch.device:
-    """Device on which a model computes. With accelerate's offloading, its weights are elsewhere between calls."""
+def execution_device(model: ModelMixin) -> torch.device:
+    """Device on which a model computes. With offloading, its weights are elsewhere between calls."""
     for module in model.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
             return torch.device(device)
-    return next(model.parameters()).device
+    return model.device  # diffusers knows its own offloading

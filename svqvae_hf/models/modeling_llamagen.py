@@ -286,17 +286,16 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
             input_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): Tokens.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 1 for tokens that are
                 seen, those in the cache included. All are seen by default.
-            position_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): Positions. A caption has
-                `num_condition_tokens` of them, which come first. They are passed together with `prompt_embeds`.
+            position_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): Positions, the caption's first.
+                With `prompt_embeds`, their shape is `(batch, num_condition_tokens + length - 1)`.
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*): Embeddings, instead of
                 `input_ids`. If the model reads captions, the caption must already be in the cache.
             labels (`torch.Tensor` of shape `(batch, length)`, *optional*): Tokens for the loss, -100 for none.
             logits_to_keep (`int`, defaults to 0): Number of last positions with logits, 0 for all. A model with
                 classes also takes a `torch.Tensor` of positions.
             prompt_embeds (`torch.Tensor` of shape `(batch, num_condition_tokens, caption_dim)`, *optional*): Features
-                of the captions, their text at the end. Passed with sequences that begin with a condition token, and
-                not with later tokens, for which they are in the cache. In rows that begin with the unconditional
-                token they are replaced.
+                of the captions, their text at the end. Pass them with the first tokens only; later calls find them in
+                `cache`. In rows that begin with the unconditional token they are replaced.
             prompt_attention_mask (`torch.Tensor` of shape `(batch, num_condition_tokens)`, *optional*): 1 for features
                 of text, 0 for padding. Passed with all tokens. All features are seen by default.
             cache ([`~transformers.Cache`], *optional*): Keys and values of the tokens before.
@@ -309,6 +308,7 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
             ValueError: The features have another shape, or are missing without a cache, or the model has classes
                 instead of captions.
         """
+        cache = kwargs.pop("past_key_values", cache)  # its former name
         if self.config.caption_dim is None:
             if prompt_embeds is not None or prompt_attention_mask is not None:
                 raise ValueError("`prompt_embeds` and `prompt_attention_mask` are for models with captions.")

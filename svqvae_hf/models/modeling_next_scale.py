@@ -211,9 +211,9 @@ class NextScaleTransformer(StrictLoadingMixin):
         Args:
             class_labels (`torch.Tensor` of shape `(batch,)`): Class of each image in `[0, num_classes]`, in int64;
                 `num_classes` means no class.
-            codes (list of `torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Codes of the scale before each
-                of the scales, as [`VectorQuantizer.get_codebook_entry`] returns them. The first scale of an image has
-                none, so there is one less than sizes unless `cache` holds scales.
+            codes (list of `torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): For each scale, the codes of
+                the previous one, as [`VectorQuantizer.get_codebook_entry`] returns them. The first scale of an image
+                has none, so pass one fewer than `sizes` while `cache` is empty.
             sizes (list of `(height, width)`): Sizes of the scales in ids.
             cache ([`~transformers.DynamicCache`], *optional*): Keys and values of the scales before, which are added
                 to it.

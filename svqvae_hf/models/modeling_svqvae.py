@@ -546,6 +546,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             raise ValueError("Only one of `scales` and `patch_nums` can be given, got both. Leave one out.")
         if patch_nums is not None:
             tile_size = self.tile_size if tile_size is None else tile_size
+            overlap = self.overlap if overlap is None and tile_size == self.tile_size else overlap
             check_tiles(self.f, tile_size, None)
             scales = [patch_num * self.f / tile_size for patch_num in check_scales(patch_nums, "`patch_nums`")]
             scale_from = "latents"

@@ -83,7 +83,7 @@ class SVQVAEProcessor(ProcessorMixin):
                 f"the tokenizer must have the image tokens {self.image_token_ids[0]} to {self.image_token_ids[-1]} of "
                 "the processor, but has others. Use the tokenizer that `svqvae extend-lm` saved."
             )
-        self.vqvae = vqvae.eval()
+        self.vqvae = vqvae
         self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
 
     @classmethod
@@ -95,7 +95,8 @@ class SVQVAEProcessor(ProcessorMixin):
         options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         ImageVocabulary.from_config(processor_dict)
         source = os.fspath(pretrained_model_name_or_path)
-        return [*arguments, cls.vqvae_class.from_pretrained(source, subfolder=VQVAE_FOLDER, **options)]
+        folder = os.path.join(kwargs.get("subfolder") or "", VQVAE_FOLDER)
+        return [*arguments, cls.vqvae_class.from_pretrained(source, subfolder=folder, **options)]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Saves the config, the tokenizer with the chat template, and the vqvae in a subfolder.
@@ -106,7 +107,10 @@ class SVQVAEProcessor(ProcessorMixin):
             **kwargs: Further arguments of transformers' method.
         """
         self.vqvae.save_pretrained(Path(save_directory, VQVAE_FOLDER))
-        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        saved = super().save_pretrained(save_directory, **kwargs)
+        if push_to_hub:  # transformers' method would leave out the subfolder
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return saved
 
     def to_dict(self) -> dict[str, Any]:
         """Content of `processor_config.json`."""
@@ -124,7 +128,7 @@ class SVQVAEProcessor(ProcessorMixin):
                 Pillow images, paths, URLs, arrays and tensors. Each is resized and cropped to a grid.
             text (`str` or `list[str]`): Texts, with `<|image|>` for each image.
             **kwargs: `grid` for images, and arguments of the tokenizer such as `return_tensors` and `padding`. If
-                the first text starts with the begin of sequence, as a chat template writes it, no text gets one more.
+                the first text starts with the begin of sequence, as a chat template writes it, none is added to any.
 
         Returns:
             `BatchFeature`: `input_ids` and `attention_mask`.
@@ -136,7 +140,7 @@ class SVQVAEProcessor(ProcessorMixin):
         if text is None:
             raise ValueError(f"`text` must be given. For images alone, pass one `{PLACEHOLDER}` per image.")
         bos, first = self.tokenizer.bos_token, text if isinstance(text, str) else "".join(text[:1])
-        if bos and first.startswith(bos) and "text_kwargs" not in kwargs:
+        if bos and first.startswith(bos) and "add_special_tokens" not in kwargs.get("text_kwargs", {}):
             kwargs.setdefault("add_special_tokens", False)
         features = super().__call__(images=images, text=text, **kwargs)
         for tokens in features["input_ids"]:
@@ -208,7 +212,7 @@ class SVQVAEProcessor(ProcessorMixin):
         generation_mode: str | None = None,
         **kwargs: Any,
     ) -> list[Any]:
-        """Converts sequences back to texts and images.
+        """Converts sequences back to texts and images. An image that is cut off is left out, with a warning.
 
         Args:
             generated_outputs (`torch.Tensor` of shape `(batch, length)` or a list of sequences): Tokens. Include the
@@ -217,8 +221,6 @@ class SVQVAEProcessor(ProcessorMixin):
             generation_mode (`str`, *optional*): `"text"`, the default, for the text of each sequence, `"image"` for a
                 list of its images, `"mixed"` for a list of both in order.
             **kwargs: Further arguments of the tokenizer's `decode`.
-
-        An image in which a sequence ends is left out, with a warning.
 
         Raises:
             ValueError: If a sequence has a malformed image, unless only texts are asked for.

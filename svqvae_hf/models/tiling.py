@@ -26,6 +26,7 @@ CONTEXT_MARGIN = 2  # latents next to a cut that are ignored
 
 Read = Callable[[slice, slice], torch.Tensor]
 RunWindow = Callable[..., torch.Tensor]  # [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`]
+Tiles = tuple[int, int] | None  # tile and overlap; `None` if images are not tiled
 
 
 # Geometry
@@ -180,13 +181,14 @@ class TilingMixin:
         """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
 
         An image that fits into one tile is not tiled. All tiles of an image share their normalisation statistics and
-        what they attend to. Both come from at most 12 windows of 10 x 10 latents, spread over the image. Arguments of
-        a call take the place of these.
+        what they attend to. Both come from at most 12 windows of 10 x 10 latents, spread over the image. `tile_size`
+        and `overlap` of a call override these.
 
         Args:
             tile_size (`int`, defaults to 256): Maximum side of a tile in pixels, a multiple of `f`.
             overlap (`int`, *optional*): Overlap (halo) on each side of a tile in pixels, which is read but not kept: a
-                multiple of `f`, less than half of `tile_size`. By default 32, or a quarter of a small tile.
+                multiple of `f`, less than half of `tile_size`. By default 32, or a quarter of a small
+                tile, in whole ids.
 
         Raises:
             ValueError: If `tile_size` or `overlap` does not fit.
@@ -195,7 +197,7 @@ class TilingMixin:
         self.use_tiling, self.tile_size = True, tile_size
         self.overlap = min(OVERLAP_PX // self.f, tile_size // self.f // 4) * self.f if overlap is None else overlap
 
-    def tiles_of_call(self, tile_size: int | None = None, overlap: int | None = None) -> tuple[int, int] | None:
+    def tiles_of_call(self, tile_size: int | None = None, overlap: int | None = None) -> Tiles:
         """Tile size and overlap in pixels of a call with these arguments; `None` if images are not tiled.
 
         Args:
@@ -214,15 +216,15 @@ class TilingMixin:
             overlap = self.overlap if tile_size is None else min(self.overlap // self.f, side // self.f // 4) * self.f
         return side, overlap
 
-    def _tiles(self, tile_size: int | None = None, overlap: int | None = None) -> tuple[int, int] | None:
+    def _tiles(self, tile_size: int | None = None, overlap: int | None = None) -> Tiles:
         """Tile and overlap of a call in latents; `None` without tiles."""
         tiles = self.tiles_of_call(tile_size, overlap)
         return None if tiles is None else (tiles[0] // self.f, tiles[1] // self.f)
 
-    def _encode(self, sample: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
+    def _encode(self, sample: torch.Tensor, tiles: Tiles) -> torch.Tensor:
         return self._run(self.encode_window, pad_to_multiple(sample, self.f), tiles, self.f, 1)
 
-    def _decode(self, quantized: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
+    def _decode(self, quantized: torch.Tensor, tiles: Tiles) -> torch.Tensor:
         return self._run(self.decode_window, quantized, tiles, 1, self.f)
 
     def encode_window(self, window: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
@@ -249,12 +251,7 @@ class TilingMixin:
         return map_range(decoded, self.config["network_range"], self.config["pixel_range"])
 
     def _run(
-        self,
-        run: RunWindow,
-        source: torch.Tensor,
-        tiles: tuple[int, int] | None,
-        input_stride: int,
-        output_stride: int,
+        self, run: RunWindow, source: torch.Tensor, tiles: Tiles, input_stride: int, output_stride: int
     ) -> torch.Tensor:
         """Runs a network over a batch: as a whole, or by slices and tiles."""
         if self.use_slicing and source.shape[0] > 1:

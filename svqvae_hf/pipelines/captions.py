@@ -41,7 +41,7 @@ def say_unknown(words: Sequence[str]) -> str:
 
 
 def pad_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> torch.Tensor:
-    """Tokens of captions, padded at their end, `(batch, length)`.
+    """Tokens of captions, padded at their end, `(batch, length)`; padding alone for an empty one.
 
     Words that the tokenizer lacks are left out, with a warning.
 
@@ -51,7 +51,8 @@ def pad_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], le
     captions = keep_known_words(tokenizer, captions)
     batch = tokenizer(list(captions), padding="max_length", padding_side="right", max_length=length).input_ids
     _check_length(captions, batch, length)
-    return torch.tensor(batch)
+    absent = [tokenizer.pad_token_id] * length  # as in training, without special tokens
+    return torch.tensor([ids if text else absent for ids, text in zip(batch, captions, strict=True)])
 
 
 def _check_length(captions: Sequence[str], batch: list[list[int]], length: int) -> None:

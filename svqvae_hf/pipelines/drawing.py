@@ -1,5 +1,6 @@
 """Draws images from captions and writes captions of images, with a language model that has image tokens."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Self
@@ -12,6 +13,8 @@ from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
 from .captions import keep_known_words
 from .id_sampler import IdSampler
 from .sampling import Generators, check_generators, check_sampling, guide, sample
+
+ANSWER = "<|answer|>"  # stands for one in a template
 
 
 class ImageLanguageModel:
@@ -130,13 +133,15 @@ class ImageLanguageModel:
 
     @torch.inference_mode()
     def caption(self, images: Sequence[Any], prompt: str = "", max_new_tokens: int = 64) -> list[str]:
-        """Describes each image by the most likely text.
+        """Captions each image by greedy decoding.
 
         Args:
-            images (`Sequence`): Images as [`SVQVAEProcessor`] takes them.
+            images (`Sequence`): Images as [`SVQVAEProcessor`] takes them, or one of them.
             prompt (`str`, defaults to `""`): Text after each image.
             max_new_tokens (`int`, defaults to 64): Largest number of tokens of a text.
         """
+        if isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) < 4:
+            images = [images]
         inputs = self._ask([self.processor.image_token + prompt] * len(images), images=[[image] for image in images])
         first = self.processor.vocabulary.first_token
         tokens = self.language_model.generate(
@@ -168,9 +173,10 @@ class ImageLanguageModel:
 
     def _ask(self, questions: list[str], start: str = "", images: Any = None) -> BatchFeature:
         """Prompts of a batch, padded on the left, up to the start of the answer."""
-        conversations = [[{"role": "user", "content": question}] for question in questions]
-        prompts = self.processor.apply_chat_template(conversations, add_generation_prompt=True)
-        text = [prompt + start for prompt in prompts]
+        answer = {"role": "assistant", "content": ANSWER}  # before which templates may write more than for none
+        conversations = [[{"role": "user", "content": question}, answer] for question in questions]
+        prompts = self.processor.apply_chat_template(conversations)
+        text = [prompt.rpartition(ANSWER)[0] + start for prompt in prompts]
         inputs = self.processor(images=images, text=text, padding=True, padding_side="left", return_tensors="pt")
         names = ("input_ids", "attention_mask")
         return BatchFeature({name: inputs[name] for name in names}).to(self.language_model.device)

@@ -13,9 +13,10 @@ from svqvae_hf.hub.model_cards import pipeline_card
 from svqvae_hf.hub.publishing import CardMixin
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.pretrained_models import SVQVAEImageProcessor
+from svqvae_hf.models.loading import check_merged
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.labels import Labels, encode_labels, to_int64
-from svqvae_hf.pipelines.repository_index import hub_options, is_modular, load_arguments, read_index, write_blocks
+from svqvae_hf.pipelines.repository_index import hub_options, load_arguments, read_index, write_blocks
 
 # For readers of `model_index.json`.
 LOAD_WITH = "`pip install svqvae-hf`, then `from_pretrained` of its class in `svqvae_hf`"
@@ -33,7 +34,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         components: dict[str, Any],
         classes: int,
         fingerprints: Sequence[str | None],
-        class_names: list[str] | None,
+        class_names: Sequence[str] | None,
         **config: Any,
     ) -> None:
         """Registers components and config, after the checks that all pipelines share.
@@ -59,10 +60,17 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
                     f"{fingerprint}, but has one with {found}. Use the SVQVAE that the pipeline was saved with."
                 )
         self.register_modules(**components)
-        self.register_to_config(codebook_fingerprint=found, class_names=class_names, _load_with=LOAD_WITH, **config)
+        names = class_names and [*class_names]
+        self.register_to_config(codebook_fingerprint=found, class_names=names, _load_with=LOAD_WITH, **config)
         self.num_classes = classes
         self._interrupt = False
         self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str) -> dict[str, Any]:
+        index = super()._dict_from_json_file(json_file)
+        names = index.get("class_names")  # as a tuple, because diffusers takes any list for a component
+        return index | ({"class_names": tuple(names)} if names else {})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
@@ -86,7 +94,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
                 f"the pipeline of `{name}` must be an {cls.__name__}, but is {index['_class_name']}. Load it with "
                 "that class."
             )
-        if is_modular(index):
+        if "_blocks_class_name" in index:  # of a repository with code
             pipeline = cls(**load_arguments(cls, name, index, **kwargs))
         else:
             folder = name if os.path.isdir(name) else from_hub(cls.download, name, **kwargs)
@@ -112,12 +120,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             ValueError: A component has an adapter of peft that is not merged.
         """
         for name, component in self.components.items():
-            if isinstance(component, torch.nn.Module) and any(hasattr(m, "base_layer") for m in component.modules()):
-                raise ValueError(
-                    f"`{name}` must be saved with its adapter merged, but has one beside its weights. Merge it with "
-                    "`adapter.merge_and_unload()`, where `adapter` is what `PeftModel.from_pretrained` returned, and "
-                    f"set `pipeline.{name}` to the result."
-                )
+            check_merged(name, component)
         super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
         folder = Path(save_directory)
         name = standalone if isinstance(standalone, str) else folder.absolute().name

@@ -18,6 +18,8 @@ def condition_inputs(
         guided (`bool`): Whether as many rows without a condition follow.
     """
     inputs = {name: each for name, each in captions.items() if each is not None}
+    if "prompt_embeds" in inputs:  # the one class of models with captions
+        labels = torch.zeros_like(inputs["prompt_embeds"][:, 0, 0], dtype=torch.long)
     inputs["input_ids"] = config.codebook_size + labels[:, None]
     if guided:
         inputs = {name: torch.cat([each, each]) for name, each in inputs.items()}

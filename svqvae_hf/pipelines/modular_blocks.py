@@ -60,7 +60,7 @@ class DecodeStep(Step):
         values.images = components.image_processor.postprocess(sample.clamp(0, 1), output_type=values.output_type)
 
 
-class BlockSequence(SequentialPipelineBlocks):
+class BlockList(SequentialPipelineBlocks):
     """Blocks in a row. If a repository's code defines them, it is saved with them."""
 
     block_names = ["condition", "sample", "decode"]

@@ -15,7 +15,7 @@ from .captions import encode_captions
 from .id_sampler import IdSampler
 from .labels import encode_labels
 from .llamagen_inputs import condition_inputs
-from .modular_blocks import GUIDER, IDS, LABELS, SAMPLING, BlockSequence, DecodeStep, Step, guide_step, is_guided
+from .modular_blocks import GUIDER, IDS, LABELS, SAMPLING, BlockList, DecodeStep, Step, guide_step, is_guided
 from .sampling import sample
 
 LANGUAGE_MODEL = Component("language_model", AutoModel)
@@ -92,7 +92,7 @@ class SampleIdsStep(Step):
             values.ids = sampler.next_row()
 
 
-class LlamaGenBlocks(BlockSequence):
+class LlamaGenBlocks(BlockList):
     """Blocks of a LlamaGen model for classes and its tokenizer, for diffusers' `ModularPipeline`.
 
     Example:

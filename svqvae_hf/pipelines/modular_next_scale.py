@@ -12,18 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .captions import pad_captions
 from .labels import encode_labels
-from .modular_blocks import (
-    GUIDER,
-    IDS,
-    LABELS,
-    SAMPLING,
-    VQVAE,
-    BlockSequence,
-    DecodeStep,
-    Step,
-    guide_step,
-    is_guided,
-)
+from .modular_blocks import GUIDER, IDS, LABELS, SAMPLING, VQVAE, BlockList, DecodeStep, Step, guide_step, is_guided
 from .sampling import check_finite, sample
 from .scale_predictor import ScalePredictor
 from .schedules import fit_schedule
@@ -100,7 +89,7 @@ class SampleScalesStep(Step):
             predictor.add(values.ids)
 
 
-class NextScaleBlocks(BlockSequence):
+class NextScaleBlocks(BlockList):
     """Blocks of a next-scale model and its tokenizer, for diffusers' `ModularPipeline`.
 
     Example:

@@ -57,7 +57,7 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         self,
         vqvae: SVQVAE,
         language_model: LlamaGenForCausalLM,
-        class_names: list[str] | None = None,
+        class_names: list[str] | tuple[str, ...] | None = None,
         codebook_fingerprint: str | None = None,
         text_encoder: T5EncoderModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,

@@ -24,6 +24,7 @@ from svqvae_hf.pipelines.sampling import (
     check_finite,
     check_generators,
     check_outputs,
+    check_rules,
     check_sampling,
     guide,
     sample,
@@ -79,7 +80,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         transformer: NextScaleTransformer,
         schedule: list[int] | list[list[int]] | None = None,
         codebook_fingerprint: str | None = None,
-        class_names: list[str] | None = None,
+        class_names: list[str] | tuple[str, ...] | None = None,
         scale_from: str = "image",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
@@ -195,7 +196,8 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         check_outputs(num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
         height, width, sizes = self._plan(height, width, num_inference_steps, schedule)
         scales = guidance_per_step(guidance_scale, guidance_mode, sizes, self.trained_schedule[-1])
-        _check_greedy(greedy_scales, sizes)
+        steps = f"steps in [0, {len(sizes)}) of {describe(sizes)}"
+        check_rules(greedy_scales=([*greedy_scales], {*greedy_scales} <= {*range(len(sizes))}, steps))
         self._interrupt = False
         known = self._encode_known(image, mask_image, sizes, height, width)
         images = len(known[0][0]) if known else 1
@@ -320,10 +322,3 @@ def check_fit(vqvae: SVQVAE, transformer: NextScaleTransformer) -> None:
     ours, theirs = (" x ".join(str(model.config[name]) for name in names) for model in (transformer, vqvae))
     if ours != theirs:
         raise ValueError(f"`transformer` must have the codebook of `vqvae`, {theirs}, but has {ours}. Use its SVQVAE.")
-
-
-def _check_greedy(greedy_scales: Sequence[int], sizes: list[Size]) -> None:
-    if not set(greedy_scales) <= set(range(len(sizes))):
-        raise ValueError(
-            f"`greedy_scales` must be steps in [0, {len(sizes)}) of {describe(sizes)}, got {list(greedy_scales)}."
-        )

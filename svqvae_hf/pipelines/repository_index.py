@@ -62,11 +62,6 @@ def read_index(source: str | os.PathLike, **options: Any) -> dict[str, Any]:
     return index | {"_class_name": PIPELINE_OF_BLOCKS.get(kind, index.get("_class_name"))}
 
 
-def is_modular(index: dict[str, Any]) -> bool:
-    """Whether the index is of a repository with code."""
-    return "_blocks_class_name" in index
-
-
 def write_blocks(blocks: type, folder: Path, source: str) -> None:
     """Copies the code of a saved pipeline's models and blocks beside them, with the index of a modular pipeline.
 

@@ -76,7 +76,7 @@ def guidance_per_step(guidance_scale: float, mode: str, sizes: Sequence[Size], t
     """Lists the guidance scale of each step.
 
     Args:
-        guidance_scale (`float`): Guidance scale; 1 means none. A single step that rises has none either.
+        guidance_scale (`float`): Guidance scale; 1 means none. A rising schedule of one step is not guided.
         mode (`str`): `"constant"`, or `"rising"`: by equal steps from 1 to `guidance_scale` at the last scale, or at
             the tenth if there are more, after which it rises further. Scales larger than in training have
             `guidance_scale` itself.

@@ -1,8 +1,12 @@
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tiny_language_models import FAMILIES, load_extended
+from safetensors.torch import load_file, save_file
+from tiny_language_models import CHAT_ML, FAMILIES, load_extended
 
 from svqvae_hf.language.grammar import ImageGrammar
 from svqvae_hf.language.image_language_model import ImageLanguageModel
@@ -38,23 +42,11 @@ def test_a_text_is_one_caption_and_no_caption_is_an_error():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_ids_with_guidance_equal_those_of_generate(family):
     model, processor = load_extended(family)
-    start = processor.begin_image((2, 3))
-    inputs = [
-        processor(
-            text=processor.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
-            + start,
-            return_tensors="pt",
-        )
-        for text in ("a cat", processor.no_condition)
-    ]
-    tokens = model.generate(
-        **inputs[0],
-        negative_prompt_ids=inputs[1]["input_ids"],
-        guidance_scale=3.0,
-        do_sample=False,
-        max_new_tokens=7,
-        logits_processor=[ImageGrammar(model.config)],
-    )
+    chats = [[{"role": "user", "content": text}] for text in ("a cat", processor.no_condition)]
+    texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    inputs, free = (processor(text=text + processor.begin_image((2, 3)), return_tensors="pt") for text in texts)
+    call = {"guidance_scale": 3.0, "do_sample": False, "max_new_tokens": 7, "negative_prompt_ids": free["input_ids"]}
+    tokens = model.generate(**inputs, **call, logits_processor=[ImageGrammar(model.config)])
     (images,) = processor.post_process_multimodal_output(tokens, generation_mode="image")
     drawn = ImageLanguageModel(model, processor).draw("a cat", (2, 3), guidance_scale=3.0, temperature=0)
     assert pixels(images) == pixels(drawn)
@@ -76,7 +68,32 @@ def test_captions_are_texts(family):
     captions = pipe.caption(images, max_new_tokens=5)
     assert [type(caption) for caption in captions] == [str, str]
     assert "<|image" not in "".join(captions)
-    assert captions[1:] == pipe.caption(images[1:], max_new_tokens=5)
+    assert captions[1:] == pipe.caption(images[1:], max_new_tokens=5) == pipe.caption(images[1], max_new_tokens=5)
+
+
+def test_answers_begin_as_in_training(monkeypatch):
+    model, processor = load_extended("qwen")
+    thinks = "{% if message.role == 'assistant' %}<think>\n{% endif %}{{ message.content }}"  # as Qwen3's template
+    monkeypatch.setattr(processor, "chat_template", CHAT_ML.replace("{{ message.content }}", thinks))
+    asked = ImageLanguageModel(model, processor)._ask(["a cat"], start=processor.begin_image((2, 2)))
+    chat = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": processor.begin_image((2, 2))}]
+    trained = processor.tokenizer(processor.apply_chat_template(chat)).input_ids
+    assert asked["input_ids"][0].tolist() == trained[: asked["input_ids"].shape[1]]
+    assert "<think>" in processor.decode(asked["input_ids"][0])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # that peft reads
+def test_models_without_their_own_weights_are_neither_saved_nor_loaded(tmp_path):
+    pipe = ImageLanguageModel(*load_extended("qwen"))
+    pipe.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({name: each for name, each in weights.items() if "norm" not in name}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="must be exactly what its config asks for, but are not: missing: model.lay"):
+        ImageLanguageModel.from_pretrained(tmp_path)
+    adapted = ImageLanguageModel(deepcopy(pipe.language_model), pipe.processor)
+    get_peft_model(adapted.language_model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="`language_model` must be saved with its adapter merged"):
+        adapted.save_pretrained(tmp_path)
 
 
 def test_an_edit_keeps_all_codes_outside_the_mask():

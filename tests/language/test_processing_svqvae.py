@@ -72,8 +72,8 @@ def test_the_default_grid_has_the_closest_aspect_ratio(size):
 
 def test_saved_and_loaded_again(tmp_path):
     _, processor = load_extended("qwen")
-    processor.save_pretrained(tmp_path)
-    loaded = AutoProcessor.from_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path / "lm")
+    loaded = AutoProcessor.from_pretrained(tmp_path, subfolder="lm")
     assert isinstance(loaded, SVQVAEProcessor)
     assert loaded.vocabulary == processor.vocabulary
     assert loaded.chat_template == processor.chat_template
@@ -102,9 +102,8 @@ def test_a_template_with_a_begin_of_sequence_gets_no_second_one():
     tokenizer, original = processor.tokenizer.backend_tokenizer, processor.tokenizer.backend_tokenizer.post_processor
     bos = processor.tokenizer.bos_token, processor.tokenizer.bos_token_id
     tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
-    assert [processor(text=text)["input_ids"][0].count(bos[1]) for text in ("a", f"{bos[0]}a", [f"{bos[0]}a"])] == [
-        1
-    ] * 3
+    calls = {"text": "a"}, {"text": f"{bos[0]}a"}, {"text": [f"{bos[0]}a"], "text_kwargs": {"padding": True}}
+    assert [processor(**call)["input_ids"][0].count(bos[1]) for call in calls] == [1] * 3
     tokenizer.post_processor = original
 
 

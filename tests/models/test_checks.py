@@ -18,6 +18,8 @@ pytestmark = pytest.mark.usefixtures("few_windows")
         ({"base_channels": "eight"}, "`base_channels` must be an integer of at least 1 and .*, got 'eight'"),
         ({"encoder_ch_mult": None}, "`encoder_ch_mult` .* got None"),
         ({"encoder_ch_mult": (1, 0, 2)}, r"`encoder_ch_mult` .* got \(1, 0, 2\)"),
+        ({"num_res_blocks": 10**9}, "at most 64 residual blocks per level"),
+        ({"encoder_ch_mult": (1,) * 999, "decoder_ch_mult": (1,) * 999}, "at most 16 levels"),
     ],
 )
 def test_wrong_config_is_refused(config, message):

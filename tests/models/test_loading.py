@@ -105,7 +105,7 @@ def test_usage_log_of_original_files_is_ignored(tiny_model, tmp_path):
 def test_what_diffusers_would_do_otherwise_in_silence_raises(saved_model, tmp_path):
     with pytest.raises(OSError, match="there is no folder .*vae`. Correct `subfolder`"):
         SVQVAE.from_pretrained(saved_model, subfolder="vae")
-    with pytest.raises(TypeError, match="`torch_dtype` must be a torch.dtype, got 'float16'. Pass `torch.float16`"):
+    with pytest.raises(TypeError, match="`torch_dtype` must be a torch.dtype such as torch.float16, got 'float16'"):
         SVQVAE.from_pretrained(saved_model, torch_dtype="float16")
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(ValueError, match="photo.jpg` must be a folder, but is a file"):

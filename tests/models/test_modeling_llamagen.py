@@ -85,7 +85,7 @@ def test_cached_logits_equal_uncached_ones(kind, static, steps):
     cache = StaticCache(config=model.config, max_cache_len=length) if static else DynamicCache(config=model.config)
     found = []
     for tokens in inputs.pop("input_ids").split(steps, dim=1):
-        found.append(model(tokens, **inputs, cache=cache).logits)
+        found.append(model(tokens, **inputs, **{"cache" if static else "past_key_values": cache}).logits)
         inputs.pop("prompt_embeds", None)
     torch.testing.assert_close(torch.cat(found, dim=1), logits, atol=2e-5, rtol=0)
 
