@@ -19,9 +19,10 @@ def draw(server: str, model: str, caption: str, scale: float = 1.5, **sampling: 
     processor = SVQVAEProcessor.from_pretrained(model)
     vocabulary, grid = processor.vocabulary, processor.vocabulary.grids[0]
     texts = [processor.no_condition, caption, processor.no_condition]  # the first wakes the server before the pair
-    chats = [[{"role": "user", "content": text}] for text in texts]
-    prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    inputs = processor(text=[prompt + processor.begin_image(grid) for prompt in prompts])["input_ids"]
+    answer = {"role": "assistant", "content": processor.begin_image(grid)}
+    chats = [[{"role": "user", "content": text}, answer] for text in texts]
+    prompts = [processor.apply_chat_template(chat, continue_final_message=True) for chat in chats]
+    inputs = processor(text=prompts)["input_ids"]
     request = {"model": model, "prompt": inputs, "return_token_ids": True, "seed": 0, **sampling}
     request |= dict.fromkeys(["max_tokens", "min_tokens"], grid[0] * grid[1])
     request["allowed_token_ids"] = [*range(vocabulary.first_token, vocabulary.begin)]

@@ -234,6 +234,18 @@ def gradients_with_checkpointing(make, loss):
     return gradients[0], len(recomputed)
 
 
+def offload(model, kind, folder):
+    """To disk, because weights offloaded from CPU to CPU never move, and a wrong read of them would pass."""
+    import accelerate
+    import torch
+
+    if kind == "sequential":
+        accelerate.cpu_offload(model, torch.device("cpu"))
+    else:
+        disk = {"num_blocks_per_group": 1, "offload_to_disk_path": str(folder)}
+        model.enable_group_offload(torch.device("cpu"), offload_type=kind, **disk)
+
+
 @pytest.fixture
 def encoder_inputs(tiny_model, monkeypatch):
     """Shapes of all that the encoder is given."""

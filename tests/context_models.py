@@ -16,14 +16,8 @@ def pattern(shape: tuple[int, ...], salt: int) -> np.ndarray:
 def make_context_model(fingerprint: str = FINGERPRINT, codes: int = 64, width: int = 24) -> ContextModel:
     """A context model of `codes` ids with codes of 8 numbers."""
     groups, features, inputs = 8, 16, (len(NEIGHBOURS) + len(COARSE)) * 9 + 2
-    shapes = {
-        "codes": (codes, 8),
-        "weight_1": (inputs, width),
-        "weight_2": (width, width),
-        "weight_group": (width, groups),
-        "weight_member": (width, features),
-        "weight_code": (codes, features),
-    }
+    shapes = {"codes": (codes, 8), "weight_1": (inputs, width), "weight_2": (width, width)}
+    shapes |= {"weight_group": (width, groups), "weight_member": (width, features), "weight_code": (codes, features)}
     tensors = {name: pattern(shape, salt).astype(np.int8) for salt, (name, shape) in enumerate(shapes.items())}
     sizes = {"bias_1": width, "bias_2": width, "bias_group": groups, "bias_code": codes}
     tensors |= {name: (pattern((size,), 9) * 8).astype(np.int32) for name, size in sizes.items()}

@@ -1,5 +1,12 @@
+import numpy as np
 import torch
 from torch import nn
+
+SSIM = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255, "channel_axis": 2}
+
+
+def pixels(image):
+    return torch.from_numpy(np.array(image)).movedim(-1, 0)[None]
 
 
 class Features(nn.Module):

@@ -7,14 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import AutoencoderKL, VQModel
 
-CODES = 32
-TWO_LEVELS = {
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 4,
-}
-SPATIAL = TWO_LEVELS | {"block_out_channels": (32, 32), "norm_num_groups": 32}
+TWO_LEVELS = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+TWO_LEVELS |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+VQ = TWO_LEVELS | {"num_vq_embeddings": 32}
+SPATIAL = {"block_out_channels": (32, 32), "norm_num_groups": 32, "latent_channels": 4, "norm_type": "spatial"}
 
 
 class ByHand(NamedTuple):
@@ -52,13 +48,9 @@ def kl_by_hand(model: AutoencoderKL, sample: torch.Tensor) -> ByHand:
 
 
 CASES = {
-    "VQModel": Case(lambda: VQModel(**TWO_LEVELS, num_vq_embeddings=CODES), vq_by_hand, 2),
-    "VQModel-spatial": Case(
-        lambda: VQModel(**SPATIAL, num_vq_embeddings=CODES, latent_channels=4, norm_type="spatial"), vq_by_hand, 2
-    ),
-    "VQModel-lookup": Case(
-        lambda: VQModel(**TWO_LEVELS, num_vq_embeddings=CODES, lookup_from_codebook=True), amused_by_hand, 2
-    ),
+    "VQModel": Case(lambda: VQModel(**VQ), vq_by_hand, 2),
+    "VQModel-spatial": Case(lambda: VQModel(**(VQ | SPATIAL)), vq_by_hand, 2),
+    "VQModel-lookup": Case(lambda: VQModel(**VQ, lookup_from_codebook=True), amused_by_hand, 2),
     "AutoencoderKL": Case(lambda: AutoencoderKL(**TWO_LEVELS), kl_by_hand, 2),
 }
 

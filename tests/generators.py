@@ -9,7 +9,6 @@ from svqvae_hf import LlamaGenConfig, LlamaGenForCausalLM, SVQVAEAutoregressiveP
 TRAINED = [1, 2, 3, 4]
 NAMES = ["cat", "dog", "fox"]
 GOLDEN = ROOT / "tests" / "golden"
-CHECKPOINT = str(GOLDEN / "llamagen_gpt_{kind}_tiny.pt")
 
 
 def make_autoregressive(class_names=None, **config) -> SVQVAEAutoregressivePipeline:
@@ -33,13 +32,10 @@ def make_next_scale(**arguments) -> SVQVAENextScalePipeline:
     return pipeline
 
 
-def make_llamagen(
-    kind: str, grid_size: int = 4, dtype: torch.dtype | None = None, **components
-) -> SVQVAEAutoregressivePipeline:
+def make_llamagen(kind, grid_size=4, dtype=None, **components) -> SVQVAEAutoregressivePipeline:
     """A pipeline of images of 4 x 4 ids, 16 x 16 pixels."""
-    model = LlamaGenForCausalLM.from_single_file(
-        CHECKPOINT.format(kind=kind), grid_size=grid_size, num_attention_heads=4, dtype=dtype
-    )
+    file, options = GOLDEN / f"llamagen_gpt_{kind}_tiny.pt", {"grid_size": grid_size, "num_attention_heads": 4}
+    model = LlamaGenForCausalLM.from_single_file(file, **options, dtype=dtype)
     pipeline = SVQVAEAutoregressivePipeline(make_tiny(codebook_size=256), model, **components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -35,10 +35,6 @@ API = rf"/api/(models|datasets)/{REPO}"
 class HubError(Exception):
     """A response other than 200. The client tells errors by its code."""
 
-    def __init__(self, status: int, code: str):
-        super().__init__(status, code)
-        self.status, self.code = status, code
-
 
 @contextmanager
 def serve_hub(folder: Path) -> Iterator[dict[str, str]]:
@@ -50,14 +46,9 @@ def serve_hub(folder: Path) -> Iterator[dict[str, str]]:
     try:
         yield {
             **os.environ,
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HOME": str(folder / "hf_home"),
-            "HF_TOKEN": "hf_stand_in",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            **{"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(folder / "hf_home")},
+            **{"HF_TOKEN": "hf_stand_in", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"},
+            **{f"HF_HUB_DISABLE_{name}": "1" for name in ("XET", "TELEMETRY", "PROGRESS_BARS")},
         }
     finally:
         server.shutdown()
@@ -115,7 +106,8 @@ class HubHandler(BaseHTTPRequestHandler):
                     return answer(**{name: unquote(value or "main") for name, value in match.groupdict().items()})
             raise HubError(404, "RouteNotFound")
         except HubError as error:
-            self._send(b"{}", error.status, {"X-Error-Code": error.code, "X-Error-Message": error.code})
+            status, code = error.args
+            self._send(b"{}", status, {"X-Error-Code": code, "X-Error-Message": code})
 
     def _create(self) -> None:
         self._check_login()
@@ -132,12 +124,8 @@ class HubHandler(BaseHTTPRequestHandler):
         metadata = yaml.safe_load(parts[0]) if parts else {}
         fields = {"base_model": [metadata["base_model"]] if "base_model" in metadata else []}
         fields["datasets"] = metadata.get("datasets", [])
-        errors = [
-            {"message": f'"{field}" with value "{name}" is not valid.'}
-            for field, names in fields.items()
-            for name in names
-            if not re.fullmatch(REPO, name)
-        ]
+        wrong = [(field, name) for field, names in fields.items() for name in names if not re.fullmatch(REPO, name)]
+        errors = [{"message": f'"{field}" with value "{name}" is not valid.'} for field, name in wrong]
         if metadata.get("license", "mit") not in LICENSES:
             errors.append({"message": '"license" must be one of the known ones.'})
         warnings = [] if metadata else [{"message": "empty metadata"}]
@@ -146,10 +134,8 @@ class HubHandler(BaseHTTPRequestHandler):
     def _preupload(self, repo: str, revision: str) -> None:
         self._check_login()
         self._branch(repo, revision)
-        files = json.loads(self.body)["files"]
-        self._send_json(
-            {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
-        )
+        mode = {"uploadMode": "regular", "shouldIgnore": False}
+        self._send_json({"files": [mode | {"path": file["path"]} for file in json.loads(self.body)["files"]]})
 
     def _commit(self, repo: str, revision: str) -> None:
         self._check_login()
@@ -186,7 +172,7 @@ class HubHandler(BaseHTTPRequestHandler):
         branch = self._branch(repo, revision)
         file = self._files(branch).get(path)
         if file is None:
-            raise HubError(404, "EntryNotFound")
+            return self._send(b"{}", 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self._sha(branch)})
         content = file.read_bytes()
         etag = f'"{hashlib.sha1(content).hexdigest()}"'
         self._send(content, headers={"X-Repo-Commit": self._sha(branch), "ETag": etag})

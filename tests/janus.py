@@ -15,15 +15,8 @@ GENERATION = ("model.generation_embeddings.weight", "model.generation_head.a", "
 def make_janus(side: int) -> JanusVQVAE:
     """Builds a model for images of `side` x `side` ids. Its codes have length one, as its encoder expects."""
     torch.manual_seed(0)
-    config = JanusVQVAEConfig(
-        base_channels=32,
-        channel_multiplier=(1, 2, 2),
-        num_res_blocks=1,
-        latent_channels=16,
-        num_embeddings=64,
-        num_patches=side,
-    )
-    model = JanusVQVAE(config).eval()
+    sizes = {"base_channels": 32, "channel_multiplier": (1, 2, 2), "num_res_blocks": 1, "latent_channels": 16}
+    model = JanusVQVAE(JanusVQVAEConfig(**sizes, num_embeddings=64, num_patches=side)).eval()
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.1
     codes = model.quantize.embedding.weight

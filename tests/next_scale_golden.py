@@ -18,15 +18,8 @@ SIZES = [(1, 1), (2, 1), (3, 2), (5, 4)]
 def make_transformer(**config) -> NextScaleTransformer:
     """A transformer whose logits depend strongly on all its inputs."""
     torch.manual_seed(0)
-    tiny = {
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "num_classes": 3,
-        "codebook_size": 64,
-        "codebook_embed_dim": 8,
-        "position_size": 6,
-    }
+    tiny = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "num_classes": 3}
+    tiny |= {"codebook_size": 64, "codebook_embed_dim": 8, "position_size": 6}
     transformer = NextScaleTransformer(**(tiny | config)).eval()
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

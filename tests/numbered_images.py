@@ -81,16 +81,13 @@ def policy(**options):
     return CropPolicy(**(plain | options))
 
 
-def crop_loader(
-    images, crop_policy=None, share=(2,), num_steps=12, pixel_range=(0, 1), seed=0, label=None, mixture=(), **options
-):
+def crop_loader(images, crop_policy=None, share=(2,), num_steps=12, seed=0, label=None, mixture=(), **options):
     """A loader of crops, in this process by default. `share`: batch size, batches per step, process, processes."""
-    cutter = CropCutter(crop_policy or policy(), pixel_range, Share(*share), num_steps, seed, label, *mixture)
+    cutter = CropCutter(crop_policy or policy(), (0, 1), Share(*share), num_steps, seed, label, *mixture)
     return CropLoader(images, cutter, **({"num_workers": 0} | options))
 
 
 def assert_equal(batches, expected):
-    assert len(batches) == len(expected)
     for batch, other in zip(batches, expected, strict=True):
         assert torch.equal(batch.sample, other.sample)
         assert batch.skipped == other.skipped

@@ -23,23 +23,19 @@ import tifffile
 import torch
 from conftest import ROOT, make_tiny
 from context_models import make_context_model
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTPipeline
+from generators import GOLDEN, make_llamagen
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import display
 from IPython.utils.capture import capture_output
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from pipeline_parts import make_pipeline, text_components
+from pipeline_parts import dit, make_pipeline, text_components
 
 import svqvae_hf
 
-GOLDEN = ROOT / "tests" / "golden"
-RAW = {
-    "svqvae.safetensors": "svqvae_tiny.safetensors",
-    "vq_ds16_c2i.pt": "llamagen_tiny.pt",
-    "vq_ds8_c2i.pt": "llamagen_tiny.pt",
-    "gpt.pt": "llamagen_gpt_c2i_tiny.pt",
-}
+RAW = {"svqvae.safetensors": "svqvae_tiny.safetensors", "gpt.pt": "llamagen_gpt_c2i_tiny.pt"}
+RAW |= {"vq_ds16_c2i.pt": "llamagen_tiny.pt", "vq_ds8_c2i.pt": "llamagen_tiny.pt"}
 
 
 def main(hub: Path, work: Path, *pages: Path) -> None:
@@ -144,18 +140,14 @@ def prepare_files(folder: Path) -> Path:
     for name, golden in RAW.items():
         shutil.copy(GOLDEN / golden, folder / name)
     make_pipeline(DiTPipeline).save_pretrained(folder / "out")
-    transformer = DiTTransformer2DModel(
-        sample_size=4, in_channels=8, out_channels=8, num_layers=1, num_attention_heads=1, attention_head_dim=8
-    )
-    classes = DiTPipeline(transformer, make_tiny(pixel_range=(-1, 1)), DDIMScheduler(), id2label={0: "cat", 1: "dog"})
+    classes = DiTPipeline(dit(4), make_tiny(pixel_range=(-1, 1)), DDIMScheduler(), id2label={0: "cat", 1: "dog"})
     classes.register_to_config(id2label={0: "cat", 1: "dog"})
     classes.save_pretrained(folder / "out-dit")
     make_tiny(codebook_size=256).save_pretrained(folder / "tokenizer")
-    file = GOLDEN / "llamagen_gpt_t2i_tiny.pt"
-    captions = svqvae_hf.LlamaGenForCausalLM.from_single_file(file, grid_size=4, num_attention_heads=4)
-    pipeline = svqvae_hf.SVQVAEAutoregressivePipeline(make_tiny(codebook_size=256), captions, **text_components())
+    pipeline = make_llamagen("t2i", **text_components())
     pipeline.save_pretrained(folder / "llamagen-t2i")
-    get_peft_model(captions, LoraConfig(target_modules="all-linear")).save_pretrained(folder / "adapter")
+    adapter = get_peft_model(pipeline.language_model, LoraConfig(target_modules="all-linear"))
+    adapter.save_pretrained(folder / "adapter")
     return folder
 
 

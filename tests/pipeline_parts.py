@@ -19,29 +19,19 @@ def make_pipeline(cls, **config):
     return cls(movq=signed, unet=kandinsky_unet(cls), scheduler=DDIMScheduler(clip_sample=False))
 
 
-def dit():
-    return DiTTransformer2DModel(
-        sample_size=SIDE // F, in_channels=8, out_channels=8, num_layers=1, num_attention_heads=1, attention_head_dim=8
-    ).eval()
+def dit(sample_size=SIDE // F):
+    sizes = {"in_channels": 8, "out_channels": 8, "num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8}
+    return DiTTransformer2DModel(sample_size=sample_size, **sizes).eval()
 
 
 def kandinsky_unet(cls):
-    return UNet2DConditionModel(
-        in_channels=8 if cls is KandinskyV22Pipeline else 8 + 8 + 1,  # latents; masked latents; mask
-        out_channels=8 + 8,  # noise; variance
-        block_out_channels=(8,),
-        down_block_types=("SimpleCrossAttnDownBlock2D",),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        up_block_types=("SimpleCrossAttnUpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=2,
-        attention_head_dim=8,
-        cross_attention_dim=8,
-        encoder_hid_dim=8,
-        encoder_hid_dim_type="image_proj",
-        addition_embed_type="image",
-        resnet_time_scale_shift="scale_shift",
-    ).eval()
+    channels = 8 if cls is KandinskyV22Pipeline else 8 + 8 + 1  # latents; masked latents; mask
+    config = {"down_block_types": ("SimpleCrossAttnDownBlock2D",), "up_block_types": ("SimpleCrossAttnUpBlock2D",)}
+    config |= {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "block_out_channels": (8,), "layers_per_block": 1}
+    config |= {"norm_num_groups": 2, "attention_head_dim": 8, "cross_attention_dim": 8, "encoder_hid_dim": 8}
+    config |= {"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"}
+    config |= {"resnet_time_scale_shift": "scale_shift", "out_channels": 8 + 8}  # noise; variance
+    return UNet2DConditionModel(in_channels=channels, **config).eval()
 
 
 def text_components() -> dict:

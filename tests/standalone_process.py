@@ -41,18 +41,11 @@ def tokens_and_pixels(vqvae, processor) -> dict[str, torch.Tensor]:
         latents = vqvae.encode(batch["pixel_values"]).latents
         pixels = processor.postprocess(vqvae.decode_tokens(ids[0]), batch["image_sizes"], output_type="pt")
     return {
-        "latents": latents,
-        "ids": ids[0],
-        "ids at 0.5": ids[1],
-        "ids at 2": ids[2],
-        "sliced": sliced,
-        "forward": forward.sample[0],
-        "forward at 0.5": forward.sample[1],
+        **{"latents": latents, "ids": ids[0], "ids at 0.5": ids[1], "ids at 2": ids[2], "sliced": sliced},
+        **{"forward": forward.sample[0], "forward at 0.5": forward.sample[1]},
         "losses": torch.stack([*forward.losses[0]]),
-        "ids in half precision": half_ids,
-        "sample in half precision": half.decode_tokens(half_ids),
-        "tiled ids": tiled_ids,
-        "tiled sample": sample,
+        **{"ids in half precision": half_ids, "sample in half precision": half.decode_tokens(half_ids)},
+        **{"tiled ids": tiled_ids, "tiled sample": sample},
         "decoded latents": vqvae.decode(latents).sample.detach(),
         "not quantised": vqvae.decode(latents, force_not_quantize=True).sample.detach(),
         "pixels": pixels.contiguous(),
@@ -66,13 +59,9 @@ def logits_of_scales(transformer) -> torch.Tensor:
         return transformer(torch.tensor([0, 5]), codes, [(2, 3), (3, 4)]).logits
 
 
-def greedy_ids(language_model) -> torch.Tensor:
-    return language_model.generate(PROMPT, max_new_tokens=16, do_sample=False)
-
-
 def outputs(vqvae, processor, transformer, language_model) -> dict[str, torch.Tensor]:
-    generated = {"logits": logits_of_scales(transformer), "greedy ids": greedy_ids(language_model)}
-    return tokens_and_pixels(vqvae, processor) | generated
+    greedy = language_model.generate(PROMPT, max_new_tokens=16, do_sample=False)
+    return tokens_and_pixels(vqvae, processor) | {"logits": logits_of_scales(transformer), "greedy ids": greedy}
 
 
 def sampled(pipelines: dict[str, ModularPipeline]) -> dict[str, torch.Tensor]:
@@ -122,8 +111,8 @@ def drawn_and_described(folder: str) -> dict[str, torch.Tensor]:
     return {"drawn": torch.from_numpy(np.stack(images))}
 
 
-def run_cli(*arguments: str) -> None:
-    sys.argv = ["diffusers-cli", *arguments]
+def run_cli(verb: str, folder: str, *options: str) -> None:
+    sys.argv = ["diffusers-cli", verb, "-m", folder, "--trust-remote-code", *options]
     diffusers_cli.main()
 
 
@@ -143,10 +132,8 @@ TOOLS = {  # the rows of the table in docs/standalone.md
     '`pipeline("text-generation")`': lambda folder: pipeline("text-generation", model=folder, **TRUSTED)("a whale"),
     '`pipeline("any-to-any")`': drawn_and_described,
     "`ModularPipeline`": lambda folder: load_pipeline(folder)(class_labels=2),
-    "`diffusers-cli schema`": lambda folder: run_cli("schema", "-m", folder, "--trust-remote-code"),
-    "`diffusers-cli run`": lambda folder: run_cli(
-        "run", "-m", folder, "--trust-remote-code", *LABEL, "-o", f"{folder}.png"
-    ),
+    "`diffusers-cli schema`": lambda folder: run_cli("schema", folder),
+    "`diffusers-cli run`": lambda folder: run_cli("run", folder, *LABEL, "-o", f"{folder}.png"),
     "`DiffusionPipeline`": lambda folder: DiffusionPipeline.from_pretrained(folder, **TRUSTED),
 }
 
@@ -163,14 +150,13 @@ def table(repositories: Path) -> dict[str, dict[str, str]]:
 def main(repositories: Path, output: Path) -> None:
     assert importlib.util.find_spec("svqvae_hf") is None
     tokenizer, next_scale, llamagen = (str(repositories / name) for name in ("tokenizer", "next_scale", "llamagen"))
-    trusted = {"trust_remote_code": True}
     saved = str(output.parent / "saved")
-    AutoModel.from_pretrained(tokenizer, **trusted).save_pretrained(saved)
+    AutoModel.from_pretrained(tokenizer, **TRUSTED).save_pretrained(saved)
     found = outputs(
-        AutoModel.from_pretrained(saved, **trusted),
-        AutoImageProcessor.from_pretrained(tokenizer, **trusted),
-        AutoModel.from_pretrained(next_scale, **trusted),
-        AutoModelForCausalLM.from_pretrained(llamagen, **trusted),
+        AutoModel.from_pretrained(saved, **TRUSTED),
+        AutoImageProcessor.from_pretrained(tokenizer, **TRUSTED),
+        AutoModel.from_pretrained(next_scale, **TRUSTED),
+        AutoModelForCausalLM.from_pretrained(llamagen, **TRUSTED),
     )
     pipelines = {}
     for name in PIPELINES:

@@ -29,11 +29,8 @@ from svqvae_hf.trainer.train_options import TrainOptions
 NOTEBOOK = ROOT / "notebooks" / "inference_example.ipynb"
 PAGES = {page: page.read_text() for page in [ROOT / "README.md", ROOT / "model_card.md", *ROOT.glob("docs/*.md")]}
 RUN_BY_TEST_EXPORT = "export.md"
-OPTIONS = {
-    "training/train.py": [TrainOptions],
-    "training/train_latent_diffusion.py": [DiffusionOptions],
-    "training/train_language_model.py": [LanguageModelOptions, TrainingArguments],
-}
+OPTIONS = {"training/train.py": [TrainOptions], "training/train_latent_diffusion.py": [DiffusionOptions]}
+OPTIONS |= {"training/train_language_model.py": [LanguageModelOptions, TrainingArguments]}
 
 
 # Python
@@ -169,14 +166,8 @@ def test_links_outside_the_site_lead_somewhere():
 
 
 def test_files_named_by_their_path_exist():
-    for page in (
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/architecture.md",
-        "training/README.md",
-        "training/bundled/README.md",
-        "conversion/README.md",
-    ):
+    readmes = [f"{folder}README.md" for folder in ("", "training/", "training/bundled/", "conversion/")]
+    for page in ("CONTRIBUTING.md", "docs/architecture.md", *readmes):
         for path in re.findall(r"`([\w/]+/\w+\.(?:py|sh|json|yaml))`", (ROOT / page).read_text()):
             folders = (ROOT, ROOT / "svqvae_hf", (ROOT / page).parent)
             assert any((folder / path).is_file() for folder in folders), f"{page} names {path}"
@@ -206,9 +197,8 @@ cli(["build", "--strict", "--quiet", "--site-dir", sys.argv[1]])
 
 @pytest.mark.slow
 def test_site_builds_without_network_and_shows_docstrings(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-c", BUILD, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", BUILD, tmp_path]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     for page in tmp_path.rglob("*.html"):
         text = page.read_text()
@@ -222,10 +212,9 @@ def test_site_builds_without_network_and_shows_docstrings(tmp_path):
         assert shown in text
     assert "encode_window" not in text
     assert "TileContext" not in text
-    text = (tmp_path / "command_line.html").read_text()
-    assert all(f'id="svqvae-{name}"' in text for name in COMMANDS)
+    commands_page = (tmp_path / "command_line.html").read_text()
+    assert all(f'id="svqvae-{name}"' in commands_page for name in COMMANDS)
     assert "0.2.0" in (tmp_path / "changelog.html").read_text()
-    text = (tmp_path / "api" / "model.html").read_text()
     assert "<strong>Args</strong>" in text
     assert "<li>\n<p><code>codebook_size</code>" in text or "<li><code>codebook_size</code>" in text
     assert "[<code>" not in text  # a reference that became no link

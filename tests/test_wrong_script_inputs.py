@@ -70,9 +70,7 @@ WRONG = {  # words on the command line, and a part of the message
 }
 
 
-@pytest.mark.parametrize(
-    ("script", "words", "message"), [(script, *case) for script, cases in WRONG.items() for case in cases]
-)
+@pytest.mark.parametrize(("script", "words", "message"), [(name, *case) for name in WRONG for case in WRONG[name]])
 def test_wrong_inputs_of_scripts(two_images, tmp_path, saved_model, monkeypatch, capsys, script, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

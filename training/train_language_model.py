@@ -142,7 +142,8 @@ def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
     push_to_hub, arguments.push_to_hub = arguments.push_to_hub, False  # the Trainer would upload its checkpoints
     arguments.train_sampling_strategy = "sequential"  # examples are in a random order already
     arguments.remove_unused_columns = False
-    arguments.dataloader_num_workers = 0  # its workers would die of a signal to all processes, and the run with them
+    if arguments.dataloader_num_workers:  # a signal to all processes ends them, and with them the run
+        raise ValueError("`--dataloader_num_workers` must be 0, so that a signal can stop the run. Leave it out.")
     arguments.eval_on_start = options.validation_token_set is not None and checkpoint is None
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     torch.manual_seed(arguments.seed)  # for new weights; the Trainer sets it later

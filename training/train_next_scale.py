@@ -82,8 +82,9 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
     source, held_out = open_token_sets(options, vqvae)
     tokenizer = load_tokenizer(options)
     for each in (source, held_out) if tokenizer is not None else ():
-        if each is not None:  # so that no caption ends the run later
-            pad_captions(tokenizer, each.all_captions(), options.max_text_length)
+        texts = [] if each is None else each.all_captions()
+        for start in range(0, len(texts), 1000):  # so that no caption ends the run later
+            pad_captions(tokenizer, texts[start : start + 1000], options.max_text_length)
     schedule = trained_schedule(source.grids, options.num_inference_steps)
     loader = SequenceLoader(source, Share.of(options, accelerator), options.max_steps, options.seed)
     transformer = make_transformer(options, vqvae, source, tokenizer).to(accelerator.device)

@@ -56,9 +56,8 @@ class TarPart:
     def _row(self, name: str, members: dict[str, bytes | None]) -> ImageRow:
         keys = image_keys(members, self.image_key)
         if len(keys) != 1 or any(f"{column}*" in members for column in self.features):
-            fault = (
-                f"the sample must hold one image, its files side by side, one of each kind, got {', '.join(members)}."
-            )
+            listed = ", ".join(member.rstrip("*") for member in members)
+            fault = f"the sample must hold one image, its files side by side, one of each kind, got {listed}."
             return unreadable(name, fault, [*self.features])
         key, content = f"{name}.{keys[0]}", members[keys[0]]
         try:

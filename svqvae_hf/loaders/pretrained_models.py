@@ -33,7 +33,7 @@ class HubMixin:
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
-            **kwargs: Arguments of that method, and config values such as `pixel_range=(-1, 1)`.
+            **kwargs: Arguments of the base class, and config values such as `pixel_range=(-1, 1)`.
 
         Raises:
             OSError: If the files do not exist, or the Hub does not answer and the cache has no complete copy.

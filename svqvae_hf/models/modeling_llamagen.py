@@ -308,7 +308,8 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
             ValueError: The features have another shape, or are missing without a cache, or the model has classes
                 instead of captions.
         """
-        cache = kwargs.pop("past_key_values", cache)  # its former name
+        former = kwargs.pop("past_key_values", None)
+        cache = cache if former is None else former
         if self.config.caption_dim is None:
             if prompt_embeds is not None or prompt_attention_mask is not None:
                 raise ValueError("`prompt_embeds` and `prompt_attention_mask` are for models with captions.")

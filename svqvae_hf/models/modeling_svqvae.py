@@ -545,8 +545,8 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
         if scales is not None and patch_nums is not None:
             raise ValueError("Only one of `scales` and `patch_nums` can be given, got both. Leave one out.")
         if patch_nums is not None:
-            tile_size = self.tile_size if tile_size is None else tile_size
-            overlap = self.overlap if overlap is None and tile_size == self.tile_size else overlap
+            if tile_size is None:
+                tile_size, overlap = self.tile_size, self.overlap if overlap is None else overlap
             check_tiles(self.f, tile_size, None)
             scales = [patch_num * self.f / tile_size for patch_num in check_scales(patch_nums, "`patch_nums`")]
             scale_from = "latents"

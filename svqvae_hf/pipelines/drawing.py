@@ -140,7 +140,7 @@ class ImageLanguageModel:
             prompt (`str`, defaults to `""`): Text after each image.
             max_new_tokens (`int`, defaults to 64): Largest number of tokens of a text.
         """
-        if isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) < 4:
+        if isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) in (2, 3):
             images = [images]
         inputs = self._ask([self.processor.image_token + prompt] * len(images), images=[[image] for image in images])
         first = self.processor.vocabulary.first_token
@@ -176,7 +176,7 @@ class ImageLanguageModel:
         answer = {"role": "assistant", "content": ANSWER}  # before which templates may write more than for none
         conversations = [[{"role": "user", "content": question}, answer] for question in questions]
         prompts = self.processor.apply_chat_template(conversations)
-        text = [prompt.rpartition(ANSWER)[0] + start for prompt in prompts]
+        text = [(prompt.rpartition(ANSWER)[0] + start).rstrip(" ") for prompt in prompts]  # a space joins a word
         inputs = self.processor(images=images, text=text, padding=True, padding_side="left", return_tensors="pt")
         names = ("input_ids", "attention_mask")
         return BatchFeature({name: inputs[name] for name in names}).to(self.language_model.device)

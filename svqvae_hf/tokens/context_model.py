@@ -20,7 +20,7 @@ from typing import Any
 import constriction
 import numpy as np
 import safetensors.numpy
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
@@ -98,7 +98,7 @@ class ContextModel:
         path = str(Path(source, subfolder, FILE))
         try:
             if not Path(source).exists():
-                path = from_hub(hf_hub_download, source, filename=FILE, subfolder=subfolder or None, **options)
+                path = _download(str(source), str(Path(subfolder, FILE)), options)
             with safe_open(path, framework="numpy") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 return cls(tensors, file.metadata()["codebook_fingerprint"])
@@ -172,6 +172,15 @@ class ContextModel:
         summed = np.matmul(hidden, self.weights["weight_member"]) + self.weights["bias_member"][group]
         logits = np.matmul(self.table[group], activate(summed, "member")[:, :, None])  # (ids, members, 1)
         return probabilities(logits[..., 0] + self.code_bias[group])
+
+
+def _download(source: str, file: str, options: Mapping[str, Any]) -> str:
+    try:
+        return from_hub(hf_hub_download, source, filename=file, **options)
+    except OSError as error:
+        if try_to_load_from_cache(source, file, revision=options.get("revision")) is _CACHED_NO_EXIST:  # seen online
+            raise FileNotFoundError(file) from error
+        raise
 
 
 def find_context_model(source: str | os.PathLike, codebook_fingerprint: str, **options: Any) -> ContextModel | None:

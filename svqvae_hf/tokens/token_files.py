@@ -47,7 +47,8 @@ class ImageTokens(Encoding):
         super().__post_init__()
         check_integers({"height": self.height, "width": self.width})
         if not isinstance(self.ids, list | tuple) or not 0 < len(self.ids) == len(self.scales):
-            raise ValueError(f"`ids` must have one grid per scale, got {len(self.ids)} for {len(self.scales)} scales.")
+            found = f"a {type(self.ids).__name__} of {len(self.ids)}"
+            raise ValueError(f"`ids` must be a list of one grid per scale, got {found} for {len(self.scales)} scales.")
         for ids, scale in zip(self.ids, self.scales, strict=True):
             self._check_ids(ids, scale)
 

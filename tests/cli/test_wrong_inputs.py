@@ -74,9 +74,7 @@ WRONG = {  # words on the command line, and a part of the message
 }
 
 
-@pytest.mark.parametrize(
-    ("command", "words", "message"), [(command, *case) for command, cases in WRONG.items() for case in cases]
-)
+@pytest.mark.parametrize(("command", "words", "message"), [(name, *case) for name in WRONG for case in WRONG[name]])
 def test_wrong_inputs(two_images, tmp_path, saved_model, monkeypatch, capsys, command, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

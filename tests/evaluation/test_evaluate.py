@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from conftest import make_tiny
-from features import Features
+from features import SSIM, Features, pixels
 from PIL import Image
 from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -63,10 +63,7 @@ def test_values_of_each_image(tiny_model, photos, scale_from, tiled):
             resampling = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
             pair = [np.array(each) for each in (image.resize(reconstruction.size, resampling), reconstruction)]
             assert values["psnr"] == pytest.approx(peak_signal_noise_ratio(*pair, data_range=255), abs=1e-3)
-            expected = structural_similarity(
-                *pair, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=2
-            )
-            assert values["ssim"] == pytest.approx(expected, abs=1e-4)
+            assert values["ssim"] == pytest.approx(structural_similarity(*pair, **SSIM), abs=1e-4)
         assert record["results"][0]["psnr_full_size"] == record["results"][0]["psnr"]
 
 
@@ -80,10 +77,10 @@ def test_values_of_the_set(tiny_model, photos):
     assert row["perplexity"] == pytest.approx(2 ** -(frequency * frequency.log2()).sum().item())
     for key in ("psnr", "ssim", "psnr_full_size"):
         assert row[key] == pytest.approx(np.mean([each["results"][0][key] for each in report.images]))
-    pixels = sum(image.width * image.height for image in photos)
-    assert row["bits_per_pixel"] == pytest.approx(len(ids) * 6 / pixels)
+    area = sum(image.width * image.height for image in photos)
+    assert row["bits_per_pixel"] == pytest.approx(len(ids) * 6 / area)
     bits = [8 * len(token_file_content(encode_image(tiny_model, image, 0.5))) for image in photos]
-    assert row["bits_per_pixel_stored"] == sum(bits) / pixels
+    assert row["bits_per_pixel_stored"] == sum(bits) / area
 
 
 @pytest.mark.slow
@@ -91,10 +88,7 @@ def test_rfid_is_the_closed_form(tiny_model, photo):
     images = [photo.crop((7 * i, 3 * i, 7 * i + 40, 3 * i + 32)) for i in range(12)]
     (row,) = evaluate_at([1.0], tiny_model, images, inception=Features()).rows
     pairs = [(image, reconstruct(tiny_model, image, [1.0])[1][0]) for image in images]
-    real, fake = (
-        Features()(torch.stack([torch.from_numpy(np.array(pair[i])).movedim(-1, 0) for pair in pairs])).numpy()
-        for i in (0, 1)
-    )
+    real, fake = (Features()(torch.cat([*map(pixels, images)])).numpy() for images in zip(*pairs, strict=True))
     covariances = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
     distance = np.square(real.mean(0) - fake.mean(0)).sum()
     distance += np.trace(covariances[0] + covariances[1] - 2 * sqrtm(covariances[0] @ covariances[1]).real)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cli_runner import svqvae
 from conftest import make_tiny
-from features import Features
+from features import Features, pixels
 from scipy.linalg import sqrtm
 
 from svqvae_hf.evaluation.generated import NEIGHBOURS, TokenizerFeatures, compare_generated
@@ -19,9 +19,8 @@ def images(photo):
 
 
 def features(network, images):
-    pixels = [torch.from_numpy(np.array(image)).movedim(-1, 0)[None] for image in images]
     with torch.inference_mode():
-        return torch.cat([network(each) for each in pixels]).double().numpy()
+        return torch.cat([network(pixels(image)) for image in images]).double().numpy()
 
 
 def test_latents_give_no_precision(images):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from cli_runner import fails, svqvae
 from conftest import make_tiny
 from context_models import make_context_model
-from features import Features
+from features import SSIM, Features, pixels
 from foreign_tokenizers import CASES, make_tokenizer
 from safetensors.torch import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -28,10 +28,6 @@ from svqvae_hf.tokens.token_files import token_file_content
 def images(photo):
     """Images whose sides are multiples of 4, and are not."""
     return [photo.crop((100, 60, 148, 92)), photo.crop((200, 100, 233, 121))]
-
-
-def pixels(image):
-    return torch.from_numpy(np.array(image)).movedim(-1, 0)[None]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -55,9 +51,7 @@ def test_figures_are_those_computed_by_hand(tmp_path, images, name):
         decoded = ((cropped.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(0, -1).numpy()
         expected.append(peak_signal_noise_ratio(np.array(image), decoded, data_range=255))
         assert values["psnr"] == pytest.approx(expected[-1], abs=1e-2)
-        options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
-        ssim = structural_similarity(np.array(image), decoded, channel_axis=2, **options)
-        assert values["ssim"] == pytest.approx(ssim, abs=1e-3)
+        assert values["ssim"] == pytest.approx(structural_similarity(np.array(image), decoded, **SSIM), abs=1e-3)
     assert row["psnr"] == pytest.approx(np.mean(expected), abs=1e-2)
     if ids:
         counts = np.bincount(ids)

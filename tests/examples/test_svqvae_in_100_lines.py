@@ -17,13 +17,11 @@ def models():
 def plain_operations(monkeypatch):
     """The package with plain operations instead of its fast ones; `test_layers.py` compares the two."""
     monkeypatch.setattr("svqvae_hf.models.modeling_svqvae.fast_layout", lambda hidden: hidden)
-    monkeypatch.setattr(
-        RepeatConv2d,
-        "forward",
-        lambda self, hidden, cuts: F.conv2d(
-            F.interpolate(hidden, scale_factor=2.0), self.weight, self.bias, padding=1
-        ),
-    )
+
+    def forward(self, hidden, cuts):
+        return F.conv2d(F.interpolate(hidden, scale_factor=2.0), self.weight, self.bias, padding=1)
+
+    monkeypatch.setattr(RepeatConv2d, "forward", forward)
 
 
 @pytest.mark.slow

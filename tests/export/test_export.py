@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cli_runner import names
 from conftest import ROOT, Lazy, make_tiny
 from PIL import Image
 
@@ -94,10 +95,6 @@ def is_close(pixels, expected, tolerance):
     return pixels.shape == expected.shape and (pixels - expected).abs().max() <= tolerance
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
 def test_onnx_equals_the_model(small, graphs, monkeypatch):
     monkeypatch.setattr(quantizer, "SEARCH_SCORES", 7 * 64)  # the model searches in chunks, the graph does not
     for grid, (top, left) in [((1, 1, 1), (0, 0)), ((3, 1, 1), (1, 1)), ((2, 9, 6), (0, 1)), ((1, 24, 30), (1, 0))]:
@@ -124,17 +121,14 @@ def test_documented_code_equals_the_model(small, documented):
 
 def test_metadata_of_onnx(small, graphs):
     shapes = {"sample": ["batch", 3, "height", "width"], "ids": ["batch", "rows", "columns"]}
+    expected = {"f": 2, "pixel_range": [*PIXEL_RANGE], "codebook_size": 64}
+    expected["codebook_fingerprint"] = small.codebook_fingerprint()
     for name, source, target in (("encoder", "sample", "ids"), ("decoder", "ids", "sample")):
         path = graphs / f"{name}.onnx"
         export.onnx.checker.check_model(path, full_check=True)
         session = export.onnxruntime.InferenceSession(path)
         metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-        assert metadata == {
-            "f": 2,
-            "pixel_range": list(PIXEL_RANGE),
-            "codebook_size": 64,
-            "codebook_fingerprint": small.codebook_fingerprint(),
-        }
+        assert metadata == expected
         (taken,), (returned,) = session.get_inputs(), session.get_outputs()
         assert (taken.name, taken.shape) == (source, shapes[source])
         assert (returned.name, returned.shape) == (target, shapes[target])
@@ -148,12 +142,9 @@ def test_no_paths_of_the_machine_are_in_files(graphs):
 
 def test_example_needs_only_onnxruntime_and_numpy(small, graphs, photo, tmp_path):
     photo.crop((100, 50, 191, 111)).save(tmp_path / "photo.png")  # 91 x 61, not multiples of f
-    alone = (
-        "import runpy, sys\n"
-        "sys.modules |= dict.fromkeys(('torch', 'svqvae_hf', 'diffusers', 'transformers', 'onnx'))\n"
-        "del sys.argv[0]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
+    hidden = ("torch", "svqvae_hf", "diffusers", "transformers", "onnx")
+    alone = f"import runpy, sys; sys.modules |= dict.fromkeys({hidden}); del sys.argv[0]; "
+    alone += "runpy.run_path(sys.argv[0], run_name='__main__')"
     argv = [sys.executable, "-c", alone, EXAMPLE, graphs, tmp_path / "photo.png", tmp_path / "back.png"]
     run = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

@@ -2,12 +2,9 @@ import errno
 from pathlib import Path
 
 import pytest
+from cli_runner import names
 
 from svqvae_hf.files.outputs import check_new_folder, write_file
-
-
-def names(folder):
-    return [path.name for path in folder.iterdir()]
 
 
 def test_failed_write_keeps_old_file_and_leaves_no_other(tmp_path, monkeypatch):

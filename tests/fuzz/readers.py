@@ -138,10 +138,5 @@ def with_checksums(parts: bytes) -> bytes:
     return b"".join(part + CRC.pack(zlib.crc32(part)) for part in made)
 
 
-READERS = {
-    "checkpoint": read_any_checkpoint,
-    "tokens": read_any_tokens,
-    "image": read_any_image,
-    "large": read_any_large,
-    "token_set": read_any_token_set,
-}
+READERS = {"checkpoint": read_any_checkpoint, "tokens": read_any_tokens, "image": read_any_image}
+READERS |= {"large": read_any_large, "token_set": read_any_token_set}

@@ -7,13 +7,8 @@ from svqvae_hf.hub.model_cards import model_card
 
 
 def test_user_text_is_escaped(tiny_model):
-    card = model_card(
-        tiny_model.config,
-        repo_id='org/a"b\n# c',
-        license="mit\n# d",
-        provenance={"source": "`a|b\nc.pt`"},
-        variants={"fp16": torch.float16},
-    )
+    origin = {"license": "mit\n# d", "provenance": {"source": "`a|b\nc.pt`"}, "variants": {"fp16": torch.float16}}
+    card = model_card(tiny_model.config, repo_id='org/a"b\n# c', **origin)
     headings = [line for line in card.split("---\n", 2)[2].splitlines() if re.match("#+ ", line)]
     assert headings == ['# a"b # c', "## Use", "## Origin", "## Licence"]
     assert r"| source | `a\|b c.pt` |" in card

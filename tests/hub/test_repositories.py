@@ -30,6 +30,7 @@ from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.decoding import detokenize_set
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.writer import tokenize_set
+from svqvae_hf.tokens.context_model import find_context_model
 seen = {"errors": {}}
 def sample(pipeline):
     pipeline.set_progress_bar_config(disable=True)
@@ -103,6 +104,7 @@ del os.environ["HF_TOKEN"]
 error("no login", model.push_to_hub, "org/new")
 os.environ["HF_TOKEN"] = "hf_stand_in"
 error("licence of a model", model.push_to_hub, "org/new", license="my own")
+assert find_context_model("org/pushed", "") is None
 hub, constants.ENDPOINT = constants.ENDPOINT, "http://127.0.0.1:1"
 start = time.monotonic()
 seen["unreachable"] = same(model, SVQVAE.from_pretrained("org/pushed")) and time.monotonic() - start < 5
@@ -110,6 +112,7 @@ error("no network", model.push_to_hub, "org/new")
 constants.ENDPOINT, constants.HF_HUB_OFFLINE = hub, True
 seen["offline file"] = same(model, SVQVAE.from_single_file("org/raw:files/svqvae_tiny.safetensors"))
 seen["offline model"] = same(model, SVQVAE.from_pretrained("org/pushed"))
+assert find_context_model("org/pushed", "") is None
 error("offline", SVQVAE.from_single_file, "org/raw:files/taming_tiny.pt")
 print(json.dumps(seen))
 """

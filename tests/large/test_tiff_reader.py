@@ -17,13 +17,10 @@ def colours(channels: tuple[int, ...], dtype: type = np.uint8) -> np.ndarray:
     return rng.integers(0, np.iinfo(dtype).max + 1, (50, 70, *channels), dtype=dtype)
 
 
-RGB = colours((3,))
+RGB, GREY = colours((3,)), {"photometric": "minisblack"}
 TIFFS = {
-    "grey": (colours(()), {"photometric": "minisblack"}),
-    "grey, 16 bits, big-endian, deflated": (
-        colours((), np.uint16),
-        {"photometric": "minisblack", "byteorder": ">", "compression": "zlib"},
-    ),
+    "grey": (colours(()), GREY),
+    "grey, 16 bits, deflated": (colours((), np.uint16), GREY | {"byteorder": ">", "compression": "zlib"}),
     "rgb": (RGB, {}),
     "rgb, deflated": (RGB, {"compression": "zlib", "predictor": True}),
     "rgb, LZW, in one tile": (RGB, {"compression": "lzw", "tile": (64, 80), "predictor": True}),
@@ -77,10 +74,7 @@ def test_unsupported_kinds_are_named(tmp_path):
         (RGB.transpose(2, 0, 1), {"planarconfig": "separate"}, "RGB with 3 channels"),
     ):
         path = save_tiff(tmp_path / "a.tif", pixels, **options)
-        with (
-            pytest.raises(ValueError, match=rf"^`{path}` cannot be read as a large image: .*{message}"),
-            open_large_image(path),
-        ):
+        with pytest.raises(ValueError, match=rf"^`{path}` cannot be .* image: .*{message}"), open_large_image(path):
             pass
 
 

@@ -10,12 +10,8 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.loaders.checkpoint_formats import CHECKPOINT_FORMATS
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 
-FILES = {
-    "svqvae": "svqvae_tiny.safetensors",
-    "llamagen": "llamagen_tiny.pt",
-    "lightning": "lightning_tiny.ckpt",
-    "taming": "taming_tiny.ckpt",
-}
+FILES = {"svqvae": "svqvae_tiny.safetensors", "llamagen": "llamagen_tiny.pt"}
+FILES |= {"lightning": "lightning_tiny.ckpt", "taming": "taming_tiny.ckpt"}
 each_format = pytest.mark.parametrize("format", CHECKPOINT_FORMATS, ids=lambda format: format.name)
 
 

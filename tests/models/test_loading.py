@@ -67,14 +67,8 @@ def test_unknown_arguments_are_refused_and_known_ones_accepted(tiny_model, tmp_p
     tiny_model.save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="Unknown arguments: pixel_rang. Expected config values of SVQVAE"):
         SVQVAE.from_pretrained(tmp_path, pixel_rang=(-1, 1))
-    loaded = SVQVAE.from_pretrained(
-        tmp_path,
-        pixel_range=(-1, 1),
-        torch_dtype=torch.float16,
-        low_cpu_mem_usage=False,
-        local_files_only=True,
-        revision="main",
-    )
+    known = {"torch_dtype": torch.float16, "low_cpu_mem_usage": False, "local_files_only": True, "revision": "main"}
+    loaded = SVQVAE.from_pretrained(tmp_path, pixel_range=(-1, 1), **known)
     assert loaded.config["pixel_range"] == (-1, 1)
     assert loaded.quantize.embedding.weight.dtype == torch.float32
 

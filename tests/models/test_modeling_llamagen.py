@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT
+from generators import GOLDEN, make_llamagen
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments
@@ -12,15 +12,12 @@ from transformers.utils import find_labels
 
 from svqvae_hf import LlamaGenForCausalLM
 
-GOLDEN = ROOT / "tests" / "golden"
 CODES, IDS = 256, 16
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def load(kind: str) -> LlamaGenForCausalLM:
-    return LlamaGenForCausalLM.from_single_file(
-        GOLDEN / f"llamagen_gpt_{kind}_tiny.pt", grid_size=4, num_attention_heads=4
-    )
+    return make_llamagen(kind).language_model
 
 
 def load_inputs(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:

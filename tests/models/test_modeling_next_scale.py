@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from accelerate import cpu_offload
-from conftest import gradients_with_checkpointing, make_tiny
+from conftest import gradients_with_checkpointing, make_tiny, offload
 from diffusers.models.attention_dispatch import attention_backend
 from next_scale_golden import GOLDEN, NO_CLASS, OUTPUTS, SIZES, Golden, make_codes, make_transformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -131,13 +130,7 @@ def test_offloading_changes_no_logits(tmp_path, kind):
     transformer = make_transformer()
     codes = make_codes(transformer)
     expected = run_steps(transformer, LABELS, codes, SIZES)
-    if kind == "sequential":
-        cpu_offload(transformer, torch.device("cpu"))
-    else:
-        # To disk, because weights offloaded from CPU to CPU never move, and a wrong read of them would pass.
-        transformer.enable_group_offload(
-            torch.device("cpu"), offload_type=kind, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
-        )
+    offload(transformer, kind, tmp_path)
     torch.testing.assert_close(run_steps(transformer, LABELS, codes, SIZES), expected)
 
 

@@ -22,18 +22,14 @@ pytestmark = pytest.mark.usefixtures("few_windows")
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 scales = st.lists(st.sampled_from([0.01, 0.3, 0.5, 1.0, 1.7, 2.0]), min_size=1, max_size=2)
 sides = st.integers(1, 40)
+dtypes = st.sampled_from(list(DTYPES))
 tiles = st.none() | st.sampled_from([(8, 0), (16, 4), (20, 8), (32, 12)])  # f = 4
 
 
 def examples(count: int):
     """The same inputs in every run."""
-    return settings(
-        max_examples=count,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
-    )
+    allowed = [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=allowed)
 
 
 @cache
@@ -50,11 +46,7 @@ def set_tiles(model: SVQVAE, tile: tuple[int, int] | None) -> None:
 
 @pytest.mark.slow
 @examples(15)
-@given(
-    st.integers(1, 2),
-    *(sides, sides, scales, st.sampled_from(SCALE_SOURCES)),
-    *(tiles, st.sampled_from(list(DTYPES)), st.integers(0, 9)),
-)
+@given(st.integers(1, 2), sides, sides, scales, st.sampled_from(SCALE_SOURCES), tiles, dtypes, st.integers(0, 9))
 def test_ids_decode_to_the_reconstruction(batch, height, width, scales, scale_from, tile, dtype, seed):
     model = model_of(dtype)
     set_tiles(model, tile)

@@ -13,12 +13,8 @@ from pipeline_parts import text_components
 
 from svqvae_hf import SVQVAE, NextScaleTransformer, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
 
-CLASSES = {
-    SVQVAE: ModelMixin,
-    NextScaleTransformer: ModelMixin,
-    SVQVAEAutoregressivePipeline: DiffusionPipeline,
-    SVQVAENextScalePipeline: DiffusionPipeline,
-}
+CLASSES = dict.fromkeys((SVQVAE, NextScaleTransformer), ModelMixin)
+CLASSES |= dict.fromkeys((SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline), DiffusionPipeline)
 MAKERS = {
     "model": (make_tiny, "."),
     "pipeline": (make_autoregressive, "vqvae"),

@@ -1,5 +1,6 @@
 import inspect
 import re
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -29,20 +30,13 @@ def test_tasks_of_datatrove_make_the_files_of_the_command_by_default(tmp_path, m
 
 def test_the_slurm_block_of_the_page_runs(monkeypatch):
     """How SLURM and datatrove run the step is for their own tests."""
-    executors = []
-
-    class Executor:
-        def __init__(self, **options):
-            executors.append(options)
-
-        def run(self):
-            assert executors
-
-    monkeypatch.setattr("datatrove.executor.SlurmPipelineExecutor", Executor)
+    executor = Mock()
+    monkeypatch.setattr("datatrove.executor.SlurmPipelineExecutor", executor)
     page = (ROOT / "docs" / "fleet.md").read_text()
     code = re.search(r"^## SLURM\n.*?```py\n(.*?)```", page, re.MULTILINE | re.DOTALL)[1]
     exec(code, {"__name__": "__main__"})
-    (options,) = executors
+    executor.return_value.run.assert_called_once_with()
+    options = executor.call_args.kwargs
     assert isinstance(options["pipeline"][0], TokenizeImages)
     assert options.keys() <= inspect.signature(SlurmPipelineExecutor).parameters.keys()
 

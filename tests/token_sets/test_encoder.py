@@ -33,20 +33,16 @@ def encode(model, settings, images, batch_size=None):
 
 def noise(*sizes):
     generator = torch.Generator().manual_seed(0)
-    return [
-        CroppedImage(str(key), {}, torch.randint(256, (1, 3, *size), dtype=torch.uint8, generator=generator).numpy())
-        for key, size in enumerate(sizes)
-    ]
+    arrays = [torch.randint(256, (1, 3, *size), dtype=torch.uint8, generator=generator).numpy() for size in sizes]
+    return [CroppedImage(str(key), {}, array) for key, array in enumerate(arrays)]
 
 
 @pytest.mark.parametrize("waiting_pixels", [2**25, 600])
 def test_sizes_are_batched_and_rows_stay_in_order(settings, monkeypatch, waiting_pixels):
     monkeypatch.setattr(encoder, "WAITING_PIXELS", waiting_pixels)
     model, batches = make_tiny(), []
-    encode_tokens = model.encode_tokens
-    monkeypatch.setattr(
-        model, "encode_tokens", lambda sample, *args: batches.append(sample.shape) or encode_tokens(sample, *args)
-    )
+    run = model.encode_tokens
+    monkeypatch.setattr(model, "encode_tokens", lambda batch, *args: batches.append(batch.shape) or run(batch, *args))
     images = noise(*[(8, 8), (8, 12), (8, 8), (20, 20), (8, 12)] * 4)
     images.insert(3, CroppedImage("broken", {}, None, "it is broken."))
     rows, counts = encode(model, settings, images, batch_size=4)

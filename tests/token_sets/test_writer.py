@@ -20,12 +20,7 @@ from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.tokens.image_tokens import encode_image
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty cache, and no Hub."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -47,14 +42,10 @@ def tiled_model(few_windows):
     return make_tiled()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"batch_size": 1}, {"batch_size": 3, "num_workers": 1}, {"scale_from": "latents"}],
-    ids=["one by one", "in batches", "from the latents"],
-)
-def test_ids_equal_one_image_at_a_time(tiled_model, photos, tmp_path, no_grad, options):
-    report = tokenize(tiled_model, photos, tmp_path / "out", **options)
-    scale_from = options.get("scale_from", "image")
+@pytest.mark.parametrize("call", [{"batch_size": 1}, {"batch_size": 3, "num_workers": 1}, {"scale_from": "latents"}])
+def test_ids_equal_one_image_at_a_time(tiled_model, photos, tmp_path, no_grad, call):
+    report = tokenize(tiled_model, photos, tmp_path / "out", **call)
+    scale_from = call.get("scale_from", "image")
     assert read_settings(tmp_path / "out").scale_from == scale_from
     assert f"| scales made from | the {scale_from} |" in (tmp_path / "out" / "README.md").read_text()
     assert (report.images, report.rows, report.files, report.complete) == (7, 6, 1, True)
@@ -151,9 +142,7 @@ def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
         for options in changes:
             ((name, value),) = options.items()
             name = "parts" if name == "num_parts" else name
-            with pytest.raises(
-                ValueError, match=rf"`{name}` was .* and is now {re.escape(repr(value))}\. Pass --over"
-            ):
+            with pytest.raises(ValueError, match=rf"`{name}` was .* and is now {re.escape(repr(value))}\. Pass --o"):
                 run(**options)
         for model, name in ((make_other(), "codebook_fingerprint"), (finetuned, "encoder")):
             with pytest.raises(ValueError, match=f"`{name}` was"):

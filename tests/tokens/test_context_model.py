@@ -32,9 +32,7 @@ def matmul_in_batches(size):
     def matmul(left, right):
         starts = range(0, len(left), size)
         rights = [right[start : start + size] if right.ndim == 3 else right for start in starts]
-        return np.concatenate(
-            [MATMUL(left[start : start + size], each) for start, each in zip(starts, rights, strict=True)]
-        )
+        return np.concatenate([*map(MATMUL, (left[start : start + size] for start in starts), rights)])
 
     return matmul
 

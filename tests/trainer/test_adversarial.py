@@ -5,18 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from svqvae_hf.trainer.losses.adversarial import (
-    PatchDiscriminator,
-    adaptive_weight,
-    hinge_discriminator_loss,
-    hinge_generator_loss,
-)
+from svqvae_hf.trainer.losses import adversarial
+from svqvae_hf.trainer.losses.adversarial import adaptive_weight, hinge_discriminator_loss
 
 
 @pytest.fixture(scope="module")
 def discriminator():
     torch.manual_seed(0)
-    return PatchDiscriminator().requires_grad_(False)
+    return adversarial.PatchDiscriminator().requires_grad_(False)
 
 
 def one_process(tensor):
@@ -52,7 +48,7 @@ def test_hinge_is_zero_beyond_its_margins_and_pushes_within():
     torch.testing.assert_close(real.grad, torch.tensor([-1.0, -1, -1, 0, 0]) / 10)
     torch.testing.assert_close(fake.grad, torch.tensor([0.0, 0, 1, 1, 1]) / 10)
     assert hinge_discriminator_loss(real[3:], fake[:2]) == 0
-    assert hinge_generator_loss(fake) == -fake.mean()
+    assert adversarial.hinge_generator_loss(fake) == -fake.mean()
 
 
 # Adaptive weight

@@ -49,12 +49,8 @@ def options(tmp_path):
                     piece.save(tmp_path / "held_out" / f"{name}-{top}-{left}.png")
     config = json.loads((ROOT / "training" / "configs" / "model_small.json").read_text()) | CONFIG
     (tmp_path / "config.json").write_text(json.dumps(config))
-    return OPTIONS | {
-        "model_config_name_or_path": str(tmp_path / "config.json"),
-        "train_data_dir": str(tmp_path / "trained"),
-        "validation_data_dir": [str(tmp_path / "held_out")],
-        "output_dir": str(tmp_path / "out"),
-    }
+    data = {"train_data_dir": f"{tmp_path}/trained", "validation_data_dir": [f"{tmp_path}/held_out"]}
+    return OPTIONS | data | {"model_config_name_or_path": f"{tmp_path}/config.json", "output_dir": f"{tmp_path}/out"}
 
 
 def blocks_of(images, count, side):

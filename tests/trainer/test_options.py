@@ -106,12 +106,8 @@ def test_invalid_values_are_refused(options, message):
 
 # Recipes
 
-OPTIONS = {
-    "train": [TrainOptions],
-    "train_language_model": [LanguageModelOptions, TrainingArguments],
-    "train_latent_diffusion": [DiffusionOptions],
-    "train_next_scale": [NextScaleOptions],
-}
+OPTIONS = {"train": [TrainOptions], "train_latent_diffusion": [DiffusionOptions]}
+OPTIONS |= {"train_language_model": [LanguageModelOptions, TrainingArguments], "train_next_scale": [NextScaleOptions]}
 
 
 ON_CPU = {"train_language_model": ["--use_cpu"]}  # else bf16 is refused

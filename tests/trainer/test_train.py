@@ -85,11 +85,8 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def options(inputs, tmp_path):
     """Options of a new tiny model on the photographs."""
-    return {
-        "model_config_name_or_path": str(inputs / "model" / "config.json"),
-        "train_data_dir": str(inputs / "images"),
-        "output_dir": str(tmp_path / "out"),
-    }
+    data = {"train_data_dir": f"{inputs}/images", "output_dir": f"{tmp_path}/out"}
+    return data | {"model_config_name_or_path": f"{inputs}/model/config.json"}
 
 
 def train_in_a_session(config, log):

@@ -52,12 +52,8 @@ def parts(tmp_path_factory):
 @pytest.fixture
 def options(parts, tmp_path):
     """Options of a tiny run without labels."""
-    return TINY_RUN | {
-        "vqvae_name_or_path": str(parts / "vqvae"),
-        "model_config_name_or_path": str(parts / "dit.json"),
-        "train_data_dir": str(parts / "photos"),
-        "output_dir": str(tmp_path / "out"),
-    }
+    paths = {"vqvae_name_or_path": f"{parts}/vqvae", "model_config_name_or_path": f"{parts}/dit.json"}
+    return TINY_RUN | paths | {"train_data_dir": f"{parts}/photos", "output_dir": f"{tmp_path}/out"}
 
 
 @pytest.fixture

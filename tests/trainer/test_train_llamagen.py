@@ -106,14 +106,9 @@ def parts(tmp_path_factory):
 @pytest.fixture
 def classes(parts, tmp_path):
     """Options of a tiny run of a new model for classes."""
-    return {
-        "vqvae_name_or_path": str(parts / "vqvae"),
-        "model_config_name_or_path": str(parts / "llamagen.json"),
-        "token_set": str(parts / "tokens"),
-        "label_column": "label",
-        "output_dir": str(tmp_path / "out"),
-        **{"per_device_train_batch_size": 3, "max_steps": 2, "logging_steps": 1},
-    }
+    paths = {"vqvae_name_or_path": f"{parts}/vqvae", "model_config_name_or_path": f"{parts}/llamagen.json"}
+    paths |= {"token_set": f"{parts}/tokens", "output_dir": f"{tmp_path}/out", "label_column": "label"}
+    return paths | {"per_device_train_batch_size": 3, "max_steps": 2, "logging_steps": 1}
 
 
 @pytest.fixture

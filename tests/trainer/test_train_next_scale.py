@@ -65,15 +65,10 @@ def parts(tmp_path_factory):
 @pytest.fixture
 def options(parts, tmp_path):
     """Options of a tiny run."""
-    return {
-        "vqvae_name_or_path": str(parts / "vqvae"),
-        "model_config_name_or_path": str(parts / "config.json"),
-        "token_set": str(parts / "latents"),
-        "label_column": "label",
-        "output_dir": str(tmp_path / "out"),
-        **{"per_device_train_batch_size": 3, "max_steps": 2, "warmup_steps": 0, "logging_steps": 1},
-        **{"num_inference_steps": 4, "num_validation_images": 2},
-    }
+    paths = {"vqvae_name_or_path": f"{parts}/vqvae", "model_config_name_or_path": f"{parts}/config.json"}
+    paths |= {"token_set": f"{parts}/latents", "output_dir": f"{tmp_path}/out", "label_column": "label"}
+    steps = {"per_device_train_batch_size": 3, "max_steps": 2, "warmup_steps": 0, "logging_steps": 1}
+    return paths | steps | {"num_inference_steps": 4, "num_validation_images": 2}
 
 
 @pytest.mark.slow

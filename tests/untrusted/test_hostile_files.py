@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_runner import fails
 from conftest import make_tiny
 from safetensors.torch import load_file
 
-import svqvae_cli
 from svqvae_hf import SVQVAE
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
@@ -21,16 +21,6 @@ from svqvae_hf.tokens.image_tokens import encode_image
 from svqvae_hf.tokens.token_files import is_token_file, load_tokens, save_tokens
 
 pytestmark = pytest.mark.usefixtures("few_windows")
-
-
-def fails(capsys, *argv) -> str:
-    """Runs a command that must fail, and returns its one line of output."""
-    assert svqvae_cli.main([str(each) for each in argv]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("svqvae: error: ")
-    assert said.endswith("\n")
-    assert said[:-1].isprintable()
-    return said
 
 
 class Payload:
@@ -93,16 +83,9 @@ def test_no_command_runs_code(tmp_path, capsys, photo, command):
     photo.crop((0, 0, 9, 9)).save(tmp_path / "a.png")
     save_tokens(tmp_path / "a.safetensors", encode_image(make_tiny(), photo.crop((0, 0, 9, 9)), [1.0]))
     out = tmp_path / "out"
-    fails(
-        capsys,
-        *{
-            "info": ["info", folder],
-            "convert": ["convert", file, out],
-            "reconstruct": ["reconstruct", tmp_path / "a.png", "--output", out, "--model", folder],
-            "encode": ["encode", tmp_path / "a.png", "--output", out, "--model", folder],
-            "decode": ["decode", tmp_path / "a.safetensors", "--output", out, "--model", folder],
-        }[command],
-    )
+    inputs = {"info": [folder], "convert": [file, out], "decode": [tmp_path / "a.safetensors"]}
+    options = [] if command in ("info", "convert") else ["--output", out, "--model", folder]
+    fails(capsys, command, *inputs.get(command, [tmp_path / "a.png"]), *options)
     assert not (tmp_path / "ran").exists()
     assert not out.exists()
 
