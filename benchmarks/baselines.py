@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import Row, describe_machine, make_parser, report
+from measuring import Row, make_parser, parse_options, report
 from PIL import Image
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ from svqvae_cli.files import IMAGE_SUFFIXES, find_inputs
 from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.evaluation.codecs import CODECS, open_image, save_image
 from svqvae_hf.evaluation.measuring import image_metrics, to_tensor
+from svqvae_hf.models.quantizer import find_nearest
 from svqvae_hf.tokens.image_tokens import resize_image
 
 MAX_BLOCKS = 1 << 20  # at most, that k-means is fitted on: more of them gain more than more iterations
@@ -29,7 +30,6 @@ ITERATIONS = 4
 SEARCH_DIM = 32  # leading components by which blocks find their codes while k-means is fitted: 99 % of the variance
 REGRESSION_BLOCKS = 1 << 18  # at most, that a linear map is fitted on
 RIDGE = 1e-3  # relative to the mean square of the inputs
-BLOCKS_AT_ONCE = 1 << 12
 COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM"}
 BEST_QUALITY = 95  # Pillow's advice for JPEG: higher ones grow without a gain
 
@@ -43,12 +43,6 @@ def read_blocks(path: Path, f: int, count: int) -> torch.Tensor:
     columns = min(pixels.shape[2] // f, count // max(1, rows))
     top, left = (pixels.shape[1] - rows * f) // 2, (pixels.shape[2] - columns * f) // 2
     return F.pixel_unshuffle(pixels[None, :, top : top + rows * f, left : left + columns * f].float(), f)
-
-
-def nearest(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Ids of the nearest codes `(n,)` of vectors `(n, dim)`."""
-    half = codes.square().sum(1) / 2
-    return torch.cat([(half - part @ codes.T).argmin(1) for part in vectors.split(BLOCKS_AT_ONCE)])
 
 
 def components_of(blocks: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +61,7 @@ def fit_kmeans(blocks: torch.Tensor, size: int) -> torch.Tensor:
     shortened = (blocks - mean) @ components
     codes = blocks[torch.randperm(len(blocks), generator=generator)[:size]]
     for _ in range(ITERATIONS):
-        ids = nearest(shortened, (codes - mean) @ components)
+        ids = find_nearest(shortened, (codes - mean) @ components, l2_norm=False)
         sums = torch.zeros_like(codes).index_add_(0, ids, blocks)
         counts = torch.bincount(ids, minlength=size).unsqueeze(-1)
         restarts = blocks[torch.randperm(len(blocks), generator=generator)[:size]]
@@ -82,7 +76,7 @@ def fit_baselines(grids: Sequence[torch.Tensor], codes: int, components: int) ->
     centre = codebook.mean(0)[:, None, None]
 
     def kmeans(grid: torch.Tensor) -> torch.Tensor:
-        ids = nearest(grid.flatten(2)[0].T - centre.flatten(), codebook - centre.flatten())
+        ids = find_nearest(grid.flatten(2)[0].T - centre.flatten(), codebook - centre.flatten(), l2_norm=False)
         return codebook[ids].T.view(grid.shape)
 
     def neighbours(coded: torch.Tensor) -> torch.Tensor:
@@ -144,16 +138,13 @@ def measure(path: Path, scale: float, baselines: Mapping[str, Decoder], options:
     image = read_image(path)
     target = resize_image(image, (max(1, round(scale * image.width)), max(1, round(scale * image.height))))
     ids = math.ceil(target.width / options.side) * math.ceil(target.height / options.side)
-    bits, device = ids * math.log2(options.codes), torch.device("cpu")
+    bits = ids * math.log2(options.codes)
     for title, taken, reconstruction in code(target, bits, baselines, options.side):
-        values = image_metrics(to_tensor(reconstruction, device), to_tensor(target, device))
+        values = image_metrics(to_tensor(reconstruction), to_tensor(target))
         rate = None if taken is None else taken / (image.width * image.height)
-        more = int(taken is not None and taken > bits)
-        yield {
-            **{"coded by": title, "scale": scale, "bits per pixel": rate},
-            **{column: values[key] for key, column in COLUMNS.items()},
-            "images of more bits": more,
-        }
+        row = {"coded by": title, "scale": scale, "bits per pixel": rate}
+        row |= {column: values[key] for key, column in COLUMNS.items()}
+        yield row | {"images of more bits": int(taken is not None and taken > bits)}
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
@@ -175,9 +166,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=8, help="side of a block in pixels, f (default: %(default)s)")
     parser.add_argument("--codes", type=int, default=16_384, help="size of the codebook (default: %(default)s)")
     parser.add_argument("--components", type=int, default=8, help="dimension of a code (default: %(default)s)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    machine = describe_machine("cpu", options.threads)
+    options, machine = parse_options(parser, "cpu")
     paths = [file.path for file in find_inputs(options.fit, IMAGE_SUFFIXES)]
     grids = [read_blocks(path, options.side, max(1, MAX_BLOCKS // len(paths))) for path in paths]
     baselines = fit_baselines(grids, options.codes, options.components)

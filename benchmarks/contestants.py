@@ -28,9 +28,9 @@ TRACKED_CODES = 65_536  # length of the buffer of recent ids in the original's f
 
 
 class Tiles(NamedTuple):
-    """Side and overlap of tiles in pixels, and `patch_nums` of the original: latents per tile side at each scale."""
+    """Arguments of a tiled call: side and overlap of tiles in pixels, and latents per tile side at each scale."""
 
-    side: int
+    tile_size: int
     overlap: int
     patch_nums: tuple[int, ...]
 
@@ -77,10 +77,7 @@ class Contestant(NamedTuple):
     @torch.inference_mode()
     def reconstruct(self, model: nn.Module, sample: torch.Tensor, tiles: Tiles | None) -> Any:
         """Encodes, quantises and decodes, as a whole if `tiles` is None."""
-        options = {}
-        if tiles is not None:
-            options = {"patch_nums": tiles.patch_nums, "tile_size": tiles.side, "overlap": tiles.overlap}
-        output = model(sample, **options)
+        output = model(sample, **({} if tiles is None else tiles._asdict()))
         return output[0] if self.name == ORIGINAL else output.sample
 
 
@@ -124,6 +121,6 @@ def count_operations(base_channels: int, side: int) -> int:
 def prepare(contestant: Contestant, side: int, tiles: Tiles | None = None) -> Callable[[], Any]:
     """Loads and warms up a model, and returns its reconstruction of an image as a function."""
     model = contestant.load()
-    small = LATENT_PIXELS if tiles is None else tiles.side + LATENT_PIXELS
+    small = LATENT_PIXELS if tiles is None else tiles.tile_size + LATENT_PIXELS
     contestant.reconstruct(model, contestant.sample(small), tiles)
     return functools.partial(contestant.reconstruct, model, contestant.sample(side), tiles)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 import torch
-from measuring import Cost, Row, describe_machine, in_own_process, make_parser, median_cost, report
+from measuring import Cost, Row, in_own_process, make_parser, median_cost, parse_options, report
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE
 from svqvae_hf.large.large_images import decode_large, encode_large
@@ -74,13 +74,12 @@ def prepare(method: str, size: Size, scan: Path, options: argparse.Namespace) ->
     if method == FILES:
         return functools.partial(reconstruct_files, model, scan)
     width, height = size
-    return functools.partial(
-        reconstruct_in_memory, model, torch.rand(1, 3, height, width).to(model.device, model.dtype)
-    )
+    sample = torch.rand(1, 3, height, width).to(model.device, model.dtype)
+    return functools.partial(reconstruct_in_memory, model, sample)
 
 
-def read_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+def growth_parser() -> argparse.ArgumentParser:
+    """Makes the parser."""
     sides = [f"{side}x{side}" for side in (256, 512, 1024, 2048, 4096)]
     files = ["2048x2048", "8192x8192", "32768x2048"]
     parser = make_parser(__doc__, rounds=1)
@@ -97,7 +96,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--tile-size", type=int, default=256, metavar="PIXELS", help="default: 256")
     parser.add_argument("--overlap", type=int, default=32, metavar="PIXELS", help="default: 32")
-    return parser.parse_args()
+    return parser
 
 
 def make_row(method: str, size: Size, costs: Sequence[Cost]) -> Row:
@@ -117,8 +116,7 @@ def make_row(method: str, size: Size, costs: Sequence[Cost]) -> Row:
 
 def main() -> None:
     """Reads the arguments, runs the benchmark and reports."""
-    options = read_arguments()
-    machine = describe_machine(options.device, options.threads)
+    options, machine = parse_options(growth_parser())
     sizes = {WHOLE: options.whole, TILES: options.tiles, FILES: options.files}
     costs: dict[tuple[str, Size], list[Cost]] = {(method, size): [] for method in sizes for size in sizes[method]}
     with tempfile.TemporaryDirectory() as folder:

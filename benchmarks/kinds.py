@@ -11,6 +11,7 @@ import argparse
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +37,6 @@ def psnr(image: torch.Tensor, other: torch.Tensor) -> float:
     return -10 * (image - other).square().mean().clamp(min=1e-10).log10().item()
 
 
-def mean(values: Sequence[float]) -> float:
-    """Mean of some values."""
-    return sum(values) / len(values)
-
-
 def measure_folder(model: SVQVAE, images: Sequence[torch.Tensor]) -> tuple[dict[str, float], list[torch.Tensor]]:
     """PSNR at scale 1, gain of scale 2 over scale 1 enlarged, and the worst pictures beside their output."""
     outputs = [reconstruct(model, image) for image in images]
@@ -51,7 +47,7 @@ def measure_folder(model: SVQVAE, images: Sequence[torch.Tensor]) -> tuple[dict[
         gains.append(psnr(large, reconstruct(model, image, 2.0)) - psnr(large, enlarged))
     order = sorted(range(len(images)), key=figures.__getitem__)[:WORST]
     pairs = [shown(each[index]) for index in order for each in (images, outputs)]
-    return {"PSNR, dB": mean(figures), "scale 2 over scale 1 enlarged, dB": mean(gains)}, pairs
+    return {"PSNR, dB": fmean(figures), "scale 2 over scale 1 enlarged, dB": fmean(gains)}, pairs
 
 
 def shown(image: torch.Tensor) -> torch.Tensor:
@@ -80,7 +76,7 @@ def measure_small(model: SVQVAE, images: Sequence[torch.Tensor]) -> dict[str, fl
             small = centre(large, side)
             difference = psnr(small, reconstruct(model, small)) - psnr(small, centre(output, side))
             figures[f"{side} pixels"].append(difference)
-    return {name: mean(values) for name, values in figures.items()}
+    return {name: fmean(values) for name, values in figures.items()}
 
 
 def centre(image: torch.Tensor, side: int) -> torch.Tensor:

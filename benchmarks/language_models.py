@@ -7,7 +7,6 @@
   modality, of the same model.
 """
 
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 
 import datasets
 import torch
-from measuring import Row, describe_machine, make_parser, report, take_turns
+from measuring import Row, make_parser, parse_options, report, take_turns
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -111,10 +110,8 @@ def speed(model: PreTrainedModel, processor: SVQVAEProcessor, rounds: int) -> li
     grid = max(processor.vocabulary.grids)
     prompt = torch.tensor([processor.vocabulary.begin_image(grid)] * BATCH, device=model.device)
     length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "pad_token_id": 0}
-    grammar, loss = (
-        ImageGrammar(model.config),
-        ModalityLoss(range(processor.vocabulary.first_token, processor.vocabulary.begin)),
-    )
+    grammar = ImageGrammar(model.config)
+    loss = ModalityLoss(range(processor.vocabulary.first_token, processor.vocabulary.begin))
     tokens = torch.randint(1, processor.vocabulary.begin, (1, BATCH * NEW_TOKENS), device=model.device)
 
     def generate(processors: list[Any]) -> None:
@@ -132,9 +129,7 @@ def speed(model: PreTrainedModel, processor: SVQVAEProcessor, rounds: int) -> li
         "training": lambda: train(lambda: loss(model(tokens, use_cache=False), labels)),
         "plain training": lambda: train(lambda: model(tokens, labels=labels, use_cache=False).loss),
     }
-    seconds = {
-        name: statistics.median(times) for name, times in take_turns(contestants, rounds, str(model.device)).items()
-    }
+    _, seconds = take_turns(contestants, rounds, str(model.device))
     return [
         {
             "run": name,
@@ -154,8 +149,7 @@ def main() -> None:
     parser.add_argument(
         "--samples", type=int, default=100_000, help="sequences of random logits (default: %(default)s)"
     )
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options, machine = parse_options(parser)
     model = AutoModelForCausalLM.from_pretrained(options.lm).to(options.device).eval()
     processor = SVQVAEProcessor.from_pretrained(options.lm)
     text = torch.arange(1, 100, device=model.device)[None]
@@ -172,7 +166,7 @@ def main() -> None:
     sampled = sample_grammar(model, processor, options.samples, 40)
     tables["Grammar"] = [{**sampled, "seconds": time.perf_counter() - start}]
     tables["Speed"] = speed(model, processor, options.rounds)
-    report(options, describe_machine(options.device, options.threads), tables)
+    report(options, machine, tables)
 
 
 if __name__ == "__main__":

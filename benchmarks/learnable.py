@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import describe_machine, make_parser, report
+from measuring import make_parser, parse_options, report
 from torch import nn
 
 from svqvae_hf.data.image_rows import ImageRow, read_image
@@ -119,10 +119,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 300], help="default: 100 200 300")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
     parser.add_argument("--held-out", type=int, default=256, help="held-out crops (default: %(default)s)")
-    options = parser.parse_args()
+    options, machine = parse_options(parser)
     options.steps.sort()
-    torch.set_num_threads(options.threads)
-    machine = describe_machine(options.device, options.threads)
     (tokenizer,) = load_tokenizers(options.tokenizer, options.device)
     images = list(open_images([options.images]))
     learned_from = [image for index, image in enumerate(images) if index % HELD_OUT_EVERY]

@@ -5,15 +5,13 @@ FoundationVision/LlamaGen, whose code runs unchanged. Decoding the ids to images
 """
 
 import argparse
-import statistics
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from measuring import Row, describe_machine, in_own_process, make_parser, report, take_turns
+from measuring import Row, in_own_process, make_parser, parse_options, report, take_turns
 
 from svqvae_hf import SVQVAE, LlamaGenConfig, LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
 
@@ -30,7 +28,8 @@ def prepare(name: str, batch: int, options: argparse.Namespace) -> Callable[[], 
     labels = torch.arange(batch, device=options.device) % NUM_CLASSES
     if name == OURS:
         pipeline = make_pipeline(options)
-        return lambda: pipeline(labels, **call_of(options)).images.flatten(1)
+        call = {"guidance_scale": options.guidance_scale, "top_k": options.top_k, "output_type": "latent"}
+        return lambda: pipeline(labels, **call).images.flatten(1)
     gpt, sampling = import_original(options.original)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of `sdp_kernel`, which the original calls
     model = gpt.Transformer(
@@ -67,11 +66,6 @@ def make_pipeline(options: argparse.Namespace) -> SVQVAEAutoregressivePipeline:
     return pipeline
 
 
-def call_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the pipeline besides the labels."""
-    return {"guidance_scale": options.guidance_scale, "top_k": options.top_k, "output_type": "latent"}
-
-
 def main() -> None:
     """Reads the arguments, runs the benchmark and reports."""
     parser = make_parser(__doc__, rounds=3)
@@ -84,15 +78,12 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=4.0, help="default: %(default)s")
     parser.add_argument("--top-k", type=int, default=2000, help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    machine = describe_machine(options.device, options.threads)
+    options, machine = parse_options(parser)
     names = [ORIGINAL, OURS] if options.original else [OURS]
     sampling: list[Row] = []
     for batch in options.batches:
         runs = {name: prepare(name, batch, options) for name in names}
-        seconds = take_turns(runs, options.rounds, options.device)
-        medians = {name: statistics.median(each) for name, each in seconds.items()}
+        seconds, medians = take_turns(runs, options.rounds, options.device)
         del runs
         for name in names:
             cost = in_own_process(options.device, options.threads, prepare, name, batch, options)

@@ -61,13 +61,24 @@ def make_parser(description: str, rounds: int) -> argparse.ArgumentParser:
         "--rounds", type=int, default=rounds, help="timed runs of each contestant (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="default: %(default)s")
     parser.add_argument(
         "--output", type=Path, metavar="FILE.json", help="write JSON to this file, and the tables as .md beside it"
     )
     return parser
+
+
+def parse_options(parser: argparse.ArgumentParser, device: str | None = None) -> tuple[argparse.Namespace, Row]:
+    """Reads the command line, sets the threads, and describes the machine before the run.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Parser of [`make_parser`].
+        device (`str`, *optional*): Device of a benchmark that always runs on one; by default that of `--device`.
+    """
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options, describe_machine(device or options.device, options.threads)
 
 
 def add_dtypes(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +92,9 @@ def add_dtypes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+def take_turns(
+    contestants: Mapping[str, Callable[[], Any]], rounds: int, device: str
+) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Times contestants in turns, one run of each per round, so that the load of the machine affects all alike.
 
     Args:
@@ -90,13 +103,13 @@ def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, device
         device (`str`): Device of the work.
 
     Returns:
-        `dict[str, list[float]]`: Seconds per run, by name.
+        `tuple`: Seconds of all runs, and their median, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run in contestants.items():
             seconds[name].append(time_once(run, device))
-    return seconds
+    return seconds, {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def time_once(run: Callable[[], Any], device: str) -> float:
@@ -188,7 +201,7 @@ def report(options: argparse.Namespace, machine: Row, tables: Mapping[str, Seque
 
     Args:
         options (`argparse.Namespace`): Options of [`make_parser`].
-        machine (`Mapping`): Result of [`describe_machine`] before the run.
+        machine (`Mapping`): Machine, from [`parse_options`].
         tables (`Mapping[str, Sequence[Mapping]]`): Rows by title, in full precision. A list, such as the seconds of
             all rounds, is only written to JSON.
     """

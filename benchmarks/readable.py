@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from baselines import save_within
-from measuring import Row, describe_machine, make_parser, report
+from measuring import Row, make_parser, parse_options, report
 from PIL import Image, ImageDraw, ImageFont
 from torchmetrics.functional.text import char_error_rate
 
@@ -101,9 +101,7 @@ def main() -> None:
     parser.add_argument("--heights", nargs="+", type=int, default=[8, 10, 12, 16, 24, 32], help="in pixels")
     parser.add_argument("--scales", nargs="+", type=float, default=[0.5, 1.0, 2.0], help="default: 0.5 1 2")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**32), help="seed of the words")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    machine = describe_machine("cpu", options.threads) | {"seed": options.seed}
+    options, machine = parse_options(parser, "cpu")
     from rapidocr_onnxruntime import RapidOCR  # after the options, because no extra installs it
 
     model, engine, random = SVQVAE.from_pretrained(options.model), RapidOCR(), Random(options.seed)
@@ -119,7 +117,7 @@ def main() -> None:
             means = {title: None if None in each else round(sum(each) / len(each), 1) for title, each in wrong.items()}
             row = {"height": height} | means
             tables.setdefault(f"{script}, {len(fonts)} fonts: wrong characters, %", []).append(row)
-    report(options, machine, tables)
+    report(options, {**machine, "seed": options.seed}, tables)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ what the first run takes longer, or loading a graph and its first run.
 
 import argparse
 import functools
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import onnxruntime
 import openvino
 import torch
 from contestants import make_checkpoint
-from measuring import DTYPES, Row, add_dtypes, describe_machine, make_parser, report, take_turns
+from measuring import DTYPES, Row, add_dtypes, make_parser, parse_options, report, take_turns
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.export.export import export_graphs
@@ -107,8 +106,7 @@ def compare(side: int, checkpoint: Path, graphs: Path, options: argparse.Namespa
             equal = (tokenizer.encode(sample) == ids).float().mean().item()
             parity[label] = equal, 255 * (tokenizer.decode(ids) - pixels).abs().max().item()
     runs = {label: functools.partial(tokenizer.reconstruct, sample) for label, tokenizer in tokenizers.items()}
-    seconds = take_turns(runs, options.rounds, "cpu")
-    medians = {label: statistics.median(times) for label, times in seconds.items()}
+    seconds, medians = take_turns(runs, options.rounds, "cpu")
     first = next(iter(medians))
     return [
         {
@@ -131,9 +129,7 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES), help="default: all")
     add_dtypes(parser)
     parser.add_argument("--base-channels", type=int, default=128, help="a multiple of 32 (default: 128, as released)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    machine = describe_machine("cpu", options.threads)
+    options, machine = parse_options(parser, "cpu")
     versions = {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, graphs = Path(folder, "svqvae.safetensors"), Path(folder, "graphs")

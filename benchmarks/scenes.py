@@ -29,7 +29,7 @@ import datasets
 import numpy as np
 import torch
 from diffusers.utils import make_image_grid
-from measuring import Row, describe_machine, make_parser, report
+from measuring import Row, make_parser, parse_options, report
 from PIL import Image
 
 from svqvae_cli.loading import load_generator
@@ -162,8 +162,7 @@ def edit(
 @torch.inference_mode()
 def encode(model: Generator, pictures: Sequence[Image.Image]) -> torch.Tensor:
     """Ids `(pictures, h, w)`."""
-    batches = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
-    samples = [model.image_processor(batch)["pixel_values"] for batch in batches]
+    samples = model.image_processor([*pictures])["pixel_values"].split(BATCH)
     return torch.cat([model.vqvae.encode_tokens(sample) for sample in samples])
 
 
@@ -216,12 +215,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", type=Path, help="PNG of the first 64 pictures of held-out pairs")
     parser.add_argument("--neighbours", type=Path, help="PNG of the first 16, each above the nearest training scene")
-    options = parser.parse_args()
+    options, machine = parse_options(parser, "cpu")
     if not 64 <= options.count <= 1000:
         parser.error(f"--count must be in [64, 1000], got {options.count}.")
-    torch.set_num_threads(options.threads)
-    machine, random = describe_machine("cpu", options.threads), Random(options.seed)
     grader, model = Grader(load_objects(options.font)), load_generator(options.model, "cpu", "float32")
+    random = Random(options.seed)
     sets = datasets.load_dataset(options.scenes)
     chosen, scenes = {}, {}
     for seed, name in enumerate(("validation", "test"), start=1):

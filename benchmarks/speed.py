@@ -12,13 +12,12 @@ by tiles of 256 pixels at four scales, by our model and the original, whose tile
 import argparse
 import functools
 import math
-import statistics
 import tempfile
 from pathlib import Path
 
 import torch
 from contestants import KL, ORIGINAL, OURS, VQ_MODEL, Contestant, Tiles, count_operations, make_checkpoint, prepare
-from measuring import DTYPES, Row, add_dtypes, describe_machine, in_own_process, make_parser, report, take_turns
+from measuring import DTYPES, Row, add_dtypes, in_own_process, make_parser, parse_options, report, take_turns
 
 MATMUL_SIDE = 2048
 MATMULS = 5  # per run
@@ -39,9 +38,8 @@ def compare_models(side: int, contestants: list[Contestant], options: argparse.N
         f"matmul, {dtype}": functools.partial(multiply, *matrices.to(dtype))
         for dtype in {each.dtype for each in contestants}
     }
-    seconds = take_turns(runs | products, options.rounds, options.device)
+    seconds, medians = take_turns(runs | products, options.rounds, options.device)
     del runs
-    medians = {label: statistics.median(times) for label, times in seconds.items()}
     reference = next((each for each in contestants if each.name == ORIGINAL), contestants[0]).label
     rows = []
     for each in contestants:
@@ -67,8 +65,9 @@ def compare_models(side: int, contestants: list[Contestant], options: argparse.N
 def compare_tiles(contestants: list[Contestant], options: argparse.Namespace) -> list[Row]:
     """Compares our model and the original by tiles, with a row per contestant."""
     work = (options.tiled_side, Tiles(options.tile_size, options.overlap, tuple(options.patch_nums)))
-    seconds = take_turns({each.label: prepare(each, *work) for each in contestants}, options.rounds, options.device)
-    medians = {label: statistics.median(times) for label, times in seconds.items()}
+    runs = {each.label: prepare(each, *work) for each in contestants}
+    seconds, medians = take_turns(runs, options.rounds, options.device)
+    del runs
     first = contestants[0].label
     return [
         {
@@ -93,9 +92,7 @@ def main() -> None:
     parser.add_argument("--original", type=Path, metavar="CHECKOUT", help="folder with the original's svqvae.py")
     add_dtypes(parser)
     parser.add_argument("--base-channels", type=int, default=128, help="a multiple of 32 (default: 128, as released)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    machine = describe_machine(options.device, options.threads)
+    options, machine = parse_options(parser)
     tables: dict[str, list[Row]] = {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder, "svqvae.safetensors")

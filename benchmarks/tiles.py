@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from measuring import Row, describe_machine, make_parser, report
+from measuring import Row, make_parser, parse_options, report
 from tqdm import tqdm
 
 from svqvae_cli.files import IMAGE_SUFFIXES, find_inputs
@@ -46,12 +46,6 @@ def moved_axis(length: int, tile: int, overlap: int) -> list[tuple[slice, slice]
     return [(slice(start, start + window), slice(*core)) for start, core in zip(starts, cores, strict=True)]
 
 
-def reconstruct(model: SVQVAE, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the ids of an image and its reconstruction."""
-    ids = model.encode_tokens(image)
-    return ids, model.resize_to_image(model.decode(ids).sample, image.shape[-2:], scale=1)
-
-
 class Measurement:
     """Errors of one image `(1, 3, height, width)`, larger than a tile, without its frame."""
 
@@ -68,7 +62,8 @@ class Measurement:
     @torch.inference_mode()
     def reconstruct(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the ids of the image and its reconstruction."""
-        return reconstruct(self.model, self.image)
+        ids = self.model.encode_tokens(self.image)
+        return ids, self.model.resize_to_image(self.model.decode(ids).sample, self.image.shape[-2:], scale=1)
 
     def error(self, output: torch.Tensor, where: torch.Tensor) -> float:
         """Mean squared error in a region."""
@@ -129,22 +124,18 @@ def main() -> None:
     parser.add_argument(
         "--tiled-only", action="store_true", help="skip the whole image, for images that do not fit memory"
     )
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    machine = describe_machine(options.device, options.threads)
+    options, machine = parse_options(parser)
     paths = [file.path for file in find_inputs([str(options.images)], IMAGE_SUFFIXES)]
     model = SVQVAE.from_pretrained(options.model, pixel_range=(0, 1)).eval().to(options.device)
     model.enable_tiling(options.tile_size, options.overlap)
     processor = SVQVAEImageProcessor(pixel_range=(0, 1))
-    figures_per_image = [
+    figures = [
         measure(model, processor(path)["pixel_values"].to(options.device), not options.tiled_only)
         for path in tqdm(paths)
     ]
-    quality: list[Row] = [
-        {"figure": name, "mean": np.mean(values).item(), "images": values}
-        for name, values in ((name, [figures[name] for figures in figures_per_image]) for name in figures_per_image[0])
-    ]
-    report(options, machine, {f"Means over {len(paths)} images": quality})
+    values = {name: [each[name] for each in figures] for name in figures[0]}
+    rows: list[Row] = [{"figure": name, "mean": np.mean(each).item(), "images": each} for name, each in values.items()]
+    report(options, machine, {f"Means over {len(paths)} images": rows})
 
 
 if __name__ == "__main__":

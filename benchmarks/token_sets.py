@@ -4,14 +4,14 @@ The bare encoder is a loop over tensors in memory in batches of the same size, t
 """
 
 import argparse
-import statistics
-import sys
+import itertools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import Row, describe_machine, make_parser, report, take_turns
+from measuring import Row, make_parser, parse_options, report, take_turns
 from PIL import Image, ImageOps
 
 from svqvae_cli.files import IMAGE_SUFFIXES, find_inputs
@@ -45,28 +45,25 @@ def measure_side(options: argparse.Namespace, folder: Path, side: int) -> list[R
         for batch in sample.split(options.batch_size):
             model.encode_tokens(batch).cpu()
 
-    outputs = iter(range(sys.maxsize))
+    numbers = itertools.count()
     settings = {"crops": "centre", "resolution": side, "batch_size": options.batch_size}
 
-    def tokenize(workers: int) -> Callable[[], object]:
-        def run() -> None:
-            out = folder.with_name(f"tokens-{side}-{next(outputs)}")
-            tokenize_set(model, images, out, model_name="bundled", num_workers=workers, **settings)
-
-        return run
+    def tokenize(workers: int) -> None:
+        out = folder.with_name(f"tokens-{side}-{next(numbers)}")
+        tokenize_set(model, images, out, model_name="bundled", num_workers=workers, **settings)
 
     first = "encode_tokens of tensors in memory"
-    runs = {first: bare} | {f"tokenize_set, {number} workers": tokenize(number) for number in options.workers}
+    runs = {first: bare} | {f"tokenize_set, {number} workers": partial(tokenize, number) for number in options.workers}
     for run in runs.values():
         run()  # warms up
-    seconds = take_turns(runs, options.rounds, options.device)
+    seconds, medians = take_turns(runs, options.rounds, options.device)
     return [
         {
             "side": side,
             "images": count,
             "method": name,
-            "images per second": count / statistics.median(times),
-            "ratio to tensors in memory": statistics.median(seconds[first]) / statistics.median(times),
+            "images per second": count / medians[name],
+            "ratio to tensors in memory": medians[first] / medians[name],
             "rounds": times,
         }
         for name, times in seconds.items()
@@ -81,9 +78,7 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[32, 64, 128, 256], help="default: 32 64 128 256")
     parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="reading processes (default: 0 1)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    machine = describe_machine(options.device, options.threads)
+    options, machine = parse_options(parser)
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for side in options.sides for row in measure_side(options, Path(folder, str(side)), side)]
     report(options, machine, {"token sets": rows})

@@ -5,14 +5,13 @@ crops for each recipe, and then in bfloat16 with crops of other numbers and side
 PyTorch's default memory format.
 """
 
-import statistics
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from measuring import Row, describe_machine, make_parser, report, take_turns
+from measuring import Row, make_parser, parse_options, report, take_turns
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
@@ -63,7 +62,7 @@ def time_steps(steps: Mapping[str, Callable[[], None]], rounds: int, device: str
     for _ in range(2):  # warms up
         for step in steps.values():
             step()
-    return {name: statistics.median(seconds) for name, seconds in take_turns(steps, rounds, device).items()}
+    return take_turns(steps, rounds, device)[1]
 
 
 def main() -> None:
@@ -72,9 +71,7 @@ def main() -> None:
     parser.add_argument("--model-config", default=str(ROOT / "training" / "configs" / "model_small.json"))
     parser.add_argument("--side", type=int, default=256, help="side of a recipe's crop in pixels (default: 256)")
     parser.add_argument("--crops", type=int, help="only the first N of the other numbers and sides of crops")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    machine = describe_machine(options.device, options.threads)
+    options, machine = parse_options(parser)
     model = (options.model_config, options.device)
     medians = time_steps(
         {name: make_step(*model, 1, options.side, **recipe) for name, recipe in RECIPES.items()},

@@ -45,6 +45,8 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measures models or generated images on an image set, and writes numbers and a table."""
     if args.generated:
+        names = ("beside", "scales", "scale_from", "codecs", "tile_size", "overlap", "lpips_weights", "lpips_net")
+        forbid_options(args, "is not for generated images", *names)
         find_inputs([args.model], IMAGE_SUFFIXES, args.output)
     else:
         for source in (args.model, *(args.beside or [])):
@@ -56,9 +58,6 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output)
     if not args.overwrite:
         check_absent(args.output / "report.json")
-    if args.generated:
-        names = ("beside", "scales", "scale_from", "codecs", "tile_size", "overlap", "lpips_weights", "lpips_net")
-        forbid_options(args, "is not for generated images", *names)
     with require_extra("evaluate", "eval"):
         from svqvae_hf.data.image_sets import open_images
         from svqvae_hf.evaluation.perceptual import load_inception, load_lpips

@@ -96,11 +96,10 @@ def _check_options(pipeline: Any, args: argparse.Namespace) -> None:
     draws, by_scale = hasattr(pipeline, "draw"), hasattr(pipeline, "trained_schedule")
     foreign = {"--class": draws and args.class_labels, "--grid": not draws and args.grid}
     foreign |= {"--steps": not by_scale and args.steps}
+    kind = type(pipeline).__name__
     for option, given in foreign.items():
         if given:
-            raise ValueError(
-                f"{option} does not apply to MODEL, whose class is {type(pipeline).__name__}. Leave it out."
-            )
+            raise ValueError(f"{option} does not apply to MODEL, whose class is {kind}. Leave it out.")
     if args.class_labels:
         _class_labels(pipeline, args.class_labels)  # raises for an unknown one
 

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 
 import svqvae_hf
 from svqvae_cli.errors import require_extra
-from svqvae_cli.files import check_source
 from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, PIPELINES, SVQVAE
 from svqvae_hf.hub.repositories import hub_reason
 from svqvae_hf.pipelines.repository_index import read_index
@@ -91,7 +90,6 @@ def hide_loading_bars() -> None:
 def load_generator(source: str | None, device: str | None, dtype: str, adapter: str | None = None) -> Any:
     """Loads a generator of any kind, by default the bundled one, and merges a LoRA adapter into its language model."""
     source = source or DEFAULT_GENERATOR
-    check_source(source)
     with explain_loading(source):
         cls = _generator_class(source)
     pipeline = load_pretrained(cls, source, device, dtype)

@@ -87,7 +87,7 @@ class LanguageModelTrainer(Trainer):
         *args: As for `Trainer`.
         loss ([`ModalityLoss`]): Loss.
         scheduled_sampling (`float`): Largest fraction of the ids of an image that the model reads as it samples them.
-        encode (`Callable`, *optional*): Returns the features of `captions` as arguments of the model.
+        encode (`Callable`, *optional*): Returns the features of a batch's `caption` as arguments of the model.
         **kwargs: As for `Trainer`.
     """
 
@@ -98,8 +98,8 @@ class LanguageModelTrainer(Trainer):
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Computes the loss, in training with scheduled sampling of some of the ids."""
         if self.encode is not None:
-            features = self.encode(inputs["captions"])
-            inputs = {name: value for name, value in inputs.items() if name != "captions"} | features
+            features = self.encode(inputs["caption"])
+            inputs = {name: value for name, value in inputs.items() if name != "caption"} | features
         if self.scheduled_sampling and model.training:
             inputs = inputs | {"input_ids": self.draw_some(model, inputs)}
         return super().compute_loss(model, inputs, *args, **kwargs)

@@ -1,6 +1,6 @@
 """Trains an SVQVAE: `accelerate launch training/train.py --train_data_dir PHOTOS --output_dir OUT ...`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,6 +41,8 @@ RESET_BATCHES = 16  # batches whose latents replace dead codes, because the crop
 KERNEL_NDIM = 4  # only weights of convolutions decay, so no code does
 DISCRIMINATOR_LEARNING_RATE = 1e-4
 
+ValidationSets = dict[str, Sequence[torch.Tensor]]  # batches of images by the name of their set
+
 logger = get_logger(__name__, log_level="INFO")
 
 
@@ -54,7 +56,7 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
     images = ImageSource(options, accelerator, pixel_range, synthetic_fraction=options.synthetic_fraction)
     sides = [options.resolution, *options.crop_sizes]
     loader = images.loader(sides, options.max_steps, options.seed, options.gradient_accumulation_steps)
-    validation_sets = load_validation_sets(options, images, pixel_range)
+    validation_sets = load_validation_sets(options, images)
     objective = Objective(options, vqvae, mean=partial(accelerator.reduce, reduction="mean"))
     discriminator = objective.discriminator
     statistics = ScaleStatistics(codebook_size, by_octave=not options.scales)
@@ -66,7 +68,7 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
     model, optimizer = accelerator.prepare(vqvae, optimizer)
     models = [model]
     weights = Weights(options, accelerator, vqvae, model, optimizer, lr_scheduler, options.use_ema)
-    codes = Codes(options, accelerator, vqvae, images, weights)
+    codes = Codes(options, vqvae, images, weights)
     measured = [*((name, sum(map(len, each))) for name, each in validation_sets.items()), options.validation_scales]
     validations = Validations(vqvae, options.load_best_model_at_end, measured)
     states: dict[str, Stateful] = {"weights": weights, "codebook_average": codes.average, "dead_codes": codes.dead}
@@ -95,7 +97,7 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
 
     def validate_after(steps_done: int) -> None:
         if validation_sets:
-            validate(options, log, weights, objective, validation_sets, validations, steps_done)
+            validate(log, weights, objective, validation_sets, validations, steps_done)
 
     if checkpoint is None:
         validate_after(0)
@@ -169,20 +171,17 @@ class Codes:
 
     Args:
         options ([`TrainOptions`]): Options.
-        accelerator (`Accelerator`): Accelerator whose processes share the codes.
         vqvae ([`SVQVAE`]): Model that holds the codes.
         images ([`ImageSource`]): Images whose latents become codes.
         weights ([`Weights`]): Weights of the model.
     """
 
-    def __init__(
-        self, options: TrainOptions, accelerator: Accelerator, vqvae: SVQVAE, images: ImageSource, weights: Weights
-    ):
-        self.options, self.accelerator, self.images, self.weights = options, accelerator, images, weights
-        self.vqvae = vqvae
+    def __init__(self, options: TrainOptions, vqvae: SVQVAE, images: ImageSource, weights: Weights):
+        self.options, self.vqvae, self.images, self.weights = options, vqvae, images, weights
+        self.accelerator = images.accelerator
         decay = options.codebook_decay ** (1 / options.gradient_accumulation_steps)  # per batch
-        self.average = CodebookAverage(vqvae.quantize, decay).to(accelerator.device)
-        self.dead = DeadCodeReset(vqvae.quantize.size).to(accelerator.device)
+        self.average = CodebookAverage(vqvae.quantize, decay).to(vqvae.device)
+        self.dead = DeadCodeReset(vqvae.quantize.size).to(vqvae.device)
 
     def set_by_kmeans(self, step: int) -> None:
         """Sets all codes by k-means of the latents of fresh crops, from all processes."""
@@ -230,31 +229,24 @@ class Codes:
         forget_codes(self.vqvae, quantizer.embedding.weight, replaced, self.weights.optimizer, self.weights.ema)
 
 
-def load_validation_sets(
-    options: TrainOptions, images: ImageSource, pixel_range: tuple[float, float]
-) -> dict[str, Sequence[torch.Tensor]]:
+def load_validation_sets(options: TrainOptions, images: ImageSource) -> ValidationSets:
     """Centre crops of the images of each `--validation_data_dir`, in batches: `validation`, `validation_2`, ..."""
     sets = {}
     for number, folder in enumerate(options.validation_data_dir, 1):
         held_out = open_images([folder])
         for trained in (images.images, images.mixed):
             check_held_out(held_out, trained)
-        crops = centre_crops(held_out, options.num_validation_images, options.resolution, pixel_range)
+        crops = centre_crops(held_out, options.num_validation_images, options.resolution, images.pixel_range)
         sets[f"validation_{number}" if number > 1 else "validation"] = crops.split(options.per_device_train_batch_size)
     return sets
 
 
 def validate(
-    options: TrainOptions,
-    log: Log,
-    weights: Weights,
-    objective: Objective,
-    sets: Mapping[str, Sequence[torch.Tensor]],
-    validations: Validations,
-    steps_done: int,
+    log: Log, weights: Weights, objective: Objective, sets: ValidationSets, validations: Validations, steps_done: int
 ) -> None:
     """Logs statistics of each scale on each set, and a picture of the first set."""
-    accelerator, scales = log.accelerator, options.validation_scales
+    accelerator, options = log.accelerator, objective.options
+    scales = options.validation_scales
     shown: list[Pair] = []
     statistics = ScaleStatistics(objective.codebook.weight.shape[0], by_octave=False)
     quantize = steps_done > options.quantize_from or options.quantize_from == 0
@@ -265,7 +257,7 @@ def validate(
             for batch in batches:
                 sample = batch.to(accelerator.device)
                 output = weights.model(sample, scales, scale_from="latents", force_not_quantize=not quantize)
-                pairs = [pair.clamped() for pair in objective.pairs(sample, output)]
+                pairs = [pair._replace(output=pair.output.clamp(0, 1)) for pair in objective.pairs(sample, output)]
                 statistics.add(scales, pairs, output.ids or [])
                 found += [each.flatten().cpu() for each in output.ids or []]
                 shown = shown or [pair.first(SHOWN_IMAGES) for pair in pairs]

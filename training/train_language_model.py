@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from language_trainer import CheckpointOnSignal, LanguageModelTrainer, ModalityLoss
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,7 +37,7 @@ from svqvae_hf.pipelines.text_encoders import load_text_encoder
 from svqvae_hf.trainer.checkpoints import NAME, RUN_STATE, check_files, find_checkpoint
 from svqvae_hf.trainer.configs import check_keys
 from svqvae_hf.trainer.data.token_sequences import TokenSource
-from svqvae_hf.trainer.examples import ChatExamples, LlamaGenExamples, Mix, check_rows, collate_sequences, read_texts
+from svqvae_hf.trainer.examples import ChatExamples, LlamaGenExamples, Mix, check_rows, read_texts
 from svqvae_hf.trainer.interruption import Interruption
 from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM
 from svqvae_hf.trainer.options import FRACTION, OPTIMIZERS, option, public_values, raise_faults, read_options, wrong
@@ -251,8 +251,7 @@ def llamagen_task(options: LanguageModelOptions, arguments: TrainingArguments, c
 
     def card(result: Result, rows: dict[str, str]) -> str:
         pipeline = make_pipeline(model)
-        summary, call = pipeline.describe()
-        return generator_card(options, result, pipeline, rows, summary, call, source.class_names)
+        return generator_card(options, result, pipeline, rows, *pipeline.describe())
 
     def encode(captions: list[str]) -> dict[str, torch.Tensor]:
         length = model.config.num_condition_tokens
@@ -266,7 +265,7 @@ def llamagen_task(options: LanguageModelOptions, arguments: TrainingArguments, c
         range(model.config.codebook_size),
         LlamaGenExamples(source, count, make_mix(options, arguments.seed)),
         None if held_out is None else LlamaGenExamples(held_out, len(held_out.rows), Mix(seed=arguments.seed)),
-        collate_sequences,
+        default_collate,
         save,
         partial(make_card, options) if options.lora_rank else card,
         encode if options.caption_column is not None else None,

@@ -22,12 +22,12 @@ from svqvae_hf.trainer.checkpoints import Checkpoints, find_checkpoint
 from svqvae_hf.trainer.configs import load_network_config
 from svqvae_hf.trainer.data.crop_batches import CropBatch
 from svqvae_hf.trainer.data.image_source import ImageSource, check_held_out
+from svqvae_hf.trainer.data.sample_order import batch_generator
 from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.optimization import make_optimizer
 from svqvae_hf.trainer.options import POSITIVE, ImageOptions, PipelineOptions, option, wrong
-from svqvae_hf.trainer.pipeline_run import class_labels, generator_card, load_frozen_vqvae, log_samples
+from svqvae_hf.trainer.pipeline_run import generator_card, load_frozen_vqvae, log_samples
 from svqvae_hf.trainer.publishing import Result, provenance
-from svqvae_hf.trainer.randomness import batch_generator
 from svqvae_hf.trainer.run import run_script
 from svqvae_hf.trainer.weights import Weights
 
@@ -63,7 +63,9 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
     denoiser = make_denoiser(options, vqvae).to(accelerator.device)
     noise_schedule = make_noise_schedule()
     num_timesteps = noise_schedule.config["num_train_timesteps"]
-    label_names = read_label_names(images.label_feature)
+    names = {str(label): name for label, name in enumerate(read_label_names(images.label_feature))}
+    pipeline = DiTPipeline(transformer=denoiser, vae=vqvae, scheduler=noise_schedule, id2label=names)
+    pipeline.register_to_config(id2label=names)
     batches_per_step = options.gradient_accumulation_steps
     loader = images.loader([options.resolution], options.max_steps, options.seed, batches_per_step=batches_per_step)
     held_out = open_held_out(options, images)
@@ -108,7 +110,6 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
                 ]
             loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
             log.write(steps_done, {"validation/loss": loss})
-        pipeline = make_pipeline(vqvae, denoiser, noise_schedule, label_names)
         log_samples(log, weights, pipeline, sample_call(options, pipeline), steps_done)
 
     if checkpoint is None:
@@ -133,11 +134,8 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
             validate(step + 1)
 
     validate(options.max_steps)
-    state_dict = weights.final()
+    denoiser.load_state_dict(weights.final())
     if accelerator.is_main_process:
-        trained = make_denoiser(options, vqvae)
-        trained.load_state_dict(state_dict)
-        pipeline = make_pipeline(vqvae, trained.eval(), noise_schedule, label_names)
         origin = provenance(SCRIPT, options.max_steps, loader.share.step_size, "images") | log.card_rows
         result.publish(pipeline.save_pretrained, make_card(options, result, pipeline, origin))
 
@@ -209,11 +207,9 @@ def make_noise_schedule() -> DDIMScheduler:
 
 def read_label_names(feature: Any) -> list[str]:
     """Names of the classes; empty if the feature has none, or there are no labels."""
-    if feature is None:
-        return []
     if isinstance(feature, datasets.ClassLabel) and feature.num_classes <= NUM_CLASSES:
         return feature.names
-    if isinstance(feature, datasets.Value) and "int" in feature.dtype:
+    if feature is None or (isinstance(feature, datasets.Value) and "int" in feature.dtype):
         return []
     raise ValueError(f"`--label_column` must hold integers, or at most {NUM_CLASSES} classes, but it holds {feature}.")
 
@@ -228,22 +224,12 @@ def drop_labels(labels: list[int] | None, dropped: torch.Tensor) -> torch.Tensor
     return torch.tensor(labels).masked_fill(dropped, NUM_CLASSES)
 
 
-def make_pipeline(
-    vqvae: SVQVAE, denoiser: DiTTransformer2DModel, noise_schedule: DDIMScheduler, label_names: list[str]
-) -> DiTPipeline:
-    """`DiTPipeline` that knows the names of its classes."""
-    names = {str(label): name for label, name in enumerate(label_names)}
-    pipeline = DiTPipeline(transformer=denoiser, vae=vqvae, scheduler=noise_schedule, id2label=names)
-    pipeline.register_to_config(id2label=names)
-    return pipeline
-
-
 def sample_call(options: DiffusionOptions, pipeline: DiTPipeline) -> dict[str, Any]:
-    """Arguments of the pipeline's call for the images of a validation."""
+    """Arguments of the pipeline's call for the images of a validation: each class in turn."""
     count, call = options.num_validation_images, {"num_inference_steps": options.num_inference_steps}
     if options.label_column is None:
         return call | {"class_labels": [NUM_CLASSES] * count, "guidance_scale": 1.0}
-    return call | {"class_labels": class_labels(count, len(pipeline.config.id2label) or count)}
+    return call | {"class_labels": [index % (len(pipeline.config.id2label) or count) for index in range(count)]}
 
 
 def make_card(options: DiffusionOptions, result: Result, pipeline: DiTPipeline, numbers: Mapping[str, str]) -> str:
@@ -256,7 +242,7 @@ def make_card(options: DiffusionOptions, result: Result, pipeline: DiTPipeline, 
         labels = f"pipeline.get_label_ids([{quote(names[0].split(',')[0].strip())}])" if names else "[0]"
     summary = f"Images of {side} x {side} pixels by diffusion in the latents of an SVQVAE."
     call = f"class_labels={labels}, num_inference_steps={steps}"
-    return generator_card(options, result, pipeline, numbers, summary, call, names)
+    return generator_card(options, result, pipeline, numbers, summary, call)
 
 
 if __name__ == "__main__":

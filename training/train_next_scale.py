@@ -7,7 +7,7 @@ accelerate launch training/train_next_scale.py --vqvae_name_or_path SVQVAE --mod
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -21,20 +21,13 @@ from svqvae_hf.pipelines.captions import pad_captions
 from svqvae_hf.pipelines.schedules import Size, describe, make_schedule
 from svqvae_hf.trainer.checkpoints import Checkpoints, find_checkpoint
 from svqvae_hf.trainer.configs import load_network_config
-from svqvae_hf.trainer.data.sample_order import Share
+from svqvae_hf.trainer.data.sample_order import Share, batch_generator
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenBatch, TokenSource
 from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.optimization import make_optimizer
 from svqvae_hf.trainer.options import FRACTION, PipelineOptions, option, required, wrong
-from svqvae_hf.trainer.pipeline_run import (
-    class_labels,
-    generator_card,
-    load_frozen_vqvae,
-    log_samples,
-    open_token_sets,
-)
+from svqvae_hf.trainer.pipeline_run import generator_card, load_frozen_vqvae, log_samples, open_token_sets
 from svqvae_hf.trainer.publishing import Result, provenance
-from svqvae_hf.trainer.randomness import batch_generator
 from svqvae_hf.trainer.run import run_script
 from svqvae_hf.trainer.weights import Weights
 
@@ -82,12 +75,20 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
     source, held_out = open_token_sets(options, vqvae)
     tokenizer = load_tokenizer(options)
     for each in (source, held_out) if tokenizer is not None else ():
-        texts = [] if each is None else each.all_captions()
+        texts = [] if each is None else [*chain(*each.captions())]
         for start in range(0, len(texts), 1000):  # so that no caption ends the run later
             pad_captions(tokenizer, texts[start : start + 1000], options.max_text_length)
     schedule = trained_schedule(source.grids, options.num_inference_steps)
     loader = SequenceLoader(source, Share.of(options, accelerator), options.max_steps, options.seed)
     transformer = make_transformer(options, vqvae, source, tokenizer).to(accelerator.device)
+    pipeline = SVQVAENextScalePipeline(
+        vqvae,
+        transformer,
+        schedule=[list(size) for size in schedule],
+        class_names=source.class_names,
+        scale_from=source.settings.scale_from,
+        tokenizer=tokenizer,
+    )
 
     # Optimizer
     optimizer, lr_scheduler = make_optimizer(
@@ -101,24 +102,21 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
     batches = iter(loader)
 
     def predict(
-        batch: TokenBatch, sizes: Sequence[Size], draws: torch.Tensor | None = None
+        batch: TokenBatch, sizes: Sequence[Size], draws: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Loss, accuracy and number of ids of a batch. The transformer predicts each scale from the previous ones.
 
-        `draws` are two random numbers per row, `(batch, 2)`: they decide whether its label or caption is dropped, and
-        which of its captions it has, by default the first.
+        `draws` are two numbers in [0, 1] per row, `(batch, 2)`: they decide whether its label or caption is dropped,
+        and which of its captions it has.
         """
         ids = [batch.ids[source.grids.index(size)].to(accelerator.device) for size in sizes]
         labels = batch.labels.to(accelerator.device)
-        dropped = torch.zeros(len(labels), dtype=torch.bool)
-        if draws is not None:
-            dropped = draws[:, 0] < options.condition_dropout
+        dropped = draws[:, 0] < options.condition_dropout
         text = None
         if tokenizer is None:
             labels = labels.masked_fill(dropped.to(labels.device), source.num_classes)
         else:
-            captions = batch.draw_captions(None if draws is None else draws[:, 1])
-            text = pad_captions(tokenizer, captions, options.max_text_length)
+            text = pad_captions(tokenizer, batch.draw_captions(draws[:, 1]), options.max_text_length)
             text[dropped] = tokenizer.pad_token_id
             text = text.to(labels.device)
         codes = [vqvae.quantize.get_codebook_entry(grid).permute(0, 3, 1, 2) for grid in ids[:-1]]
@@ -134,11 +132,11 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
             with weights.evaluating():
                 for start in range(0, len(rows), options.per_device_train_batch_size):
                     batch = rows[start : start + options.per_device_train_batch_size]
-                    totals += len(batch) * torch.stack(predict(held_out.batch(batch), schedule)[:2])
+                    draws = torch.tensor([[1.0, 0.0]]).expand(len(batch), 2)  # nothing dropped, the first caption
+                    totals += len(batch) * torch.stack(predict(held_out.batch(batch), schedule, draws)[:2])
             loss, accuracy = (accelerator.reduce(totals, "sum") / len(held_out.rows)).tolist()
             numbers = {"loss": loss, "accuracy": accuracy, "bits_per_id": loss / math.log(2)}
             log.write(steps_done, {f"validation/{name}": value for name, value in numbers.items()})
-        pipeline = make_pipeline(vqvae, transformer, tokenizer, source, schedule)
         log_samples(log, weights, pipeline, sample_call(options, source), steps_done)
 
     if checkpoint is None:
@@ -163,13 +161,10 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
             validate(step + 1)
 
     validate(options.max_steps)
-    state_dict = weights.final()
+    transformer.load_state_dict(weights.final())
     if accelerator.is_main_process:
-        trained = make_transformer(options, vqvae, source, tokenizer)
-        trained.load_state_dict(state_dict)
-        pipeline = make_pipeline(vqvae, trained.eval(), tokenizer, source, schedule)
         origin = provenance(SCRIPT, options.max_steps, loader.share.step_size, "images") | log.card_rows
-        card = generator_card(options, result, pipeline, origin, *pipeline.describe(), source.class_names)
+        card = generator_card(options, result, pipeline, origin, *pipeline.describe())
         result.publish(pipeline.save_pretrained, card)
 
 
@@ -256,31 +251,13 @@ def count_ids(sizes: Sequence[Size]) -> int:
 
 
 def sample_call(options: NextScaleOptions, source: TokenSource) -> dict[str, Any]:
-    """Arguments of the pipeline's call for the images of a validation: each class, or the first captions."""
+    """Arguments of the pipeline's call for the images of a validation: each class in turn, or the first captions."""
     count, guidance = options.num_validation_images, {"guidance_scale": options.guidance_scale}
     if options.caption_column is not None:
-        return {"prompt": source.first_captions(count)} | guidance
+        return {"prompt": [captions[0] for captions in source.captions(count)]} | guidance
     if source.num_classes:
-        return {"class_labels": class_labels(count, source.num_classes)} | guidance
+        return {"class_labels": [index % source.num_classes for index in range(count)]} | guidance
     return {"num_images_per_prompt": count}
-
-
-def make_pipeline(
-    vqvae: SVQVAE,
-    transformer: NextScaleTransformer,
-    tokenizer: PreTrainedTokenizerBase | None,
-    source: TokenSource,
-    schedule: Sequence[Size],
-) -> SVQVAENextScalePipeline:
-    """Pipeline with this transformer, for the schedule, the classes and the kind of scales of a token set."""
-    return SVQVAENextScalePipeline(
-        vqvae,
-        transformer,
-        schedule=[list(size) for size in schedule],
-        class_names=source.class_names,
-        scale_from=source.settings.scale_from,
-        tokenizer=tokenizer,
-    )
 
 
 if __name__ == "__main__":

@@ -80,9 +80,8 @@ class GeneratorPage:
         if self.reads_prompts:
             options["prompts" if self.draws else "prompt"] = prompt or (None if self.draws else "")
             facts = f"“{html.escape(prompt)}”, {facts}"
-            if not hasattr(self.pipeline, "text_encoder") and (
-                unknown := unknown_words(self.pipeline.tokenizer, [prompt])
-            ):
+            leaves_out = not hasattr(self.pipeline, "text_encoder")  # T5 reads any word
+            if leaves_out and (unknown := unknown_words(self.pipeline.tokenizer, [prompt])):
                 facts += f", {html.escape(say_unknown(unknown))}"
         elif label != NO_CLASS:
             options["class_labels"] = int(label)

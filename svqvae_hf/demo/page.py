@@ -57,26 +57,23 @@ class Page:
     def encode(self, photograph: str, progress: gr.Progress = PROGRESS) -> list[Any]:
         """Encodes a photograph and shows it beside its reconstructions, or an error that the visitor can correct."""
         try:
-            return self._encode(photograph, progress)
+            _check_size(photograph)
+            original = load_image(photograph)
+            tiles = choose_tiles(self.model, original.height, original.width, SCALES)
+            progress(0, desc="encoding")
+            start = time.perf_counter()
+            tokens = encode_image(self.model, original, SCALES, tiles=tiles)
+            seconds = time.perf_counter() - start
+            previews = preview_scales(self.model, tokens, original)
+            shown = list(progress.tqdm(previews, "decoding", len(SCALES), "scales"))
+            facts = f"{original.width} × {original.height} pixels, encoded in {seconds:.2f} s"
+            return _result_values(f"<p><b>{html.escape(Path(photograph).name)}</b> {facts}</p>", shown, original)
         except (ValueError, OSError) as error:  # without the folders of this machine
             return _error_values(str(error).replace(photograph, Path(photograph).name))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             return _error_values("Out of memory. Use a smaller image.")
-
-    def _encode(self, photograph: str, progress: gr.Progress) -> list[Any]:
-        _check_size(photograph)
-        original = load_image(photograph)
-        tiles = choose_tiles(self.model, original.height, original.width, SCALES)
-        progress(0, desc="encoding")
-        start = time.perf_counter()
-        tokens = encode_image(self.model, original, SCALES, tiles=tiles)
-        seconds = time.perf_counter() - start
-        previews = preview_scales(self.model, tokens, original)
-        shown = list(progress.tqdm(previews, "decoding", len(SCALES), "scales"))
-        facts = f"{original.width} × {original.height} pixels, encoded in {seconds:.2f} s"
-        return _result_values(f"<p><b>{html.escape(Path(photograph).name)}</b> {facts}</p>", shown, original)
 
 
 def build(page: Page) -> gr.Blocks:

@@ -12,10 +12,9 @@ from PIL import Image
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from svqvae_hf.data.image_rows import ImageRow, ImageSource
 from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.codecs import CODECS
-from svqvae_hf.evaluation.measuring import Records, image_metrics, measure_images, to_image, to_tensor
+from svqvae_hf.evaluation.measuring import Images, Records, image_metrics, measure_images, to_image, to_tensor
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.report import MANY_IMAGES, METRICS, Report
 from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer, count
@@ -27,7 +26,7 @@ IDS_PER_CODE = 10  # with fewer, the frequencies of codes say little
 
 def evaluate(
     tokenizers: Sequence[Tokenizer],
-    images: Iterable[ImageSource | ImageRow],
+    images: Images,
     *,
     own_size: bool = False,
     resolution: int | None = None,

@@ -1,6 +1,6 @@
 """Compares generated images with an image set: Fréchet distance, precision and recall."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,7 @@ from torch import nn
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-from svqvae_hf.data.image_rows import ImageRow, ImageSource
-from svqvae_hf.evaluation.measuring import measure_images, to_tensor
+from svqvae_hf.evaluation.measuring import Images, measure_images, to_tensor
 from svqvae_hf.evaluation.report import MANY_IMAGES, Report
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
@@ -45,8 +44,8 @@ class TokenizerFeatures(nn.Module):
 
 @torch.inference_mode()
 def compare_generated(
-    generated: Iterable[ImageSource | ImageRow],
-    images: Iterable[ImageSource | ImageRow],
+    generated: Images,
+    images: Images,
     networks: Mapping[str, nn.Module],
     *,
     resolution: int | None = None,

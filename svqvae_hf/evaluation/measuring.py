@@ -19,15 +19,13 @@ from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.tokens.image_tokens import OUT_OF_MEMORY, TooLargeError, is_out_of_memory
 
+Images = Iterable[ImageSource | ImageRow]
 Records = list[dict[str, Any]]
 MAX_RESOLUTION = 8192  # such an image takes 200 MB
 
 
 def measure_images(
-    measure: Callable[..., dict[str, Any]],
-    images: Iterable[ImageSource | ImageRow],
-    resolution: int | None,
-    state: PartialState,
+    measure: Callable[..., dict[str, Any]], images: Images, resolution: int | None, state: PartialState
 ) -> tuple[Records, Records]:
     """Measures every n-th image of a set in each of n processes.
 

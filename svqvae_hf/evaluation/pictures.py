@@ -33,9 +33,8 @@ def contact_sheet(panels: Sequence[Panel]) -> Image.Image:
     factor = min(max(longest, SIDE_LIMITS[0]), SIDE_LIMITS[1]) / longest
     width, height = (max(1, round(factor * side)) for side in panels[0].image.size)
     title_font, caption_font = (ImageFont.load_default(size) for size in (TITLE_SIZE, CAPTION_SIZE))
-    columns = [
-        round(max(width, title_font.getlength(panel.title), caption_font.getlength(panel.caption))) for panel in panels
-    ]
+    lengths = [(title_font.getlength(panel.title), caption_font.getlength(panel.caption)) for panel in panels]
+    columns = [round(max(width, *each)) for each in lengths]
     title_top = GAP + height + GAP // 2
     caption_top = title_top + TITLE_SIZE + GAP // 4
     sheet = Image.new("RGB", (sum(columns) + GAP * (len(panels) + 1), caption_top + CAPTION_SIZE + GAP), BACKGROUND)

@@ -78,11 +78,10 @@ class Report:
         document = vars(self) | {"versions": versions}
         write_file(folder / "report.json", (json.dumps(_finite(document), allow_nan=False) + "\n").encode())
         settings = {key.replace("_", " "): value for key, value in self.settings.items() if value not in (None, [])}
+        skipped = [f"`{each['name']}` (index {each['index']}): {each['reason']}" for each in self.skipped]
         lists = {
             "Notes": self.notes,
-            f"Skipped: {len(self.skipped)}": [
-                f"`{each['name']}` (index {each['index']}): {each['reason']}" for each in self.skipped
-            ],
+            f"Skipped: {len(skipped)}": skipped,
             "Settings": [f"{key}: {_words(value)}" for key, value in settings.items()],
             "Versions": [f"{name}: {number}" for name, number in versions.items()],
         }

@@ -15,6 +15,7 @@ from svqvae_hf.token_sets.settings import TokenSettings
 TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = ["svqvae", "image-tokens"]
 COLUMNS = {
+    "tokens": "ids of all scales, compressed, as the content of a token file",
     "height": "height of the crop in pixels",
     "width": "width of the crop in pixels",
     "key": "key of the image in its set: path of its file, or part and row",
@@ -71,8 +72,7 @@ def token_set_card(
         "tiles": f"{settings.tile_size} pixels, overlap {settings.overlap}" if settings.tile_size else "none",
     }
     ids = {f"ids_{index}": f"ids at scale {scale:g}, row by row" for index, scale in enumerate(settings.scales)}
-    ids["tokens"] = "ids of all scales, compressed, as the content of a token file"
-    meanings = {**ids, **COLUMNS}
+    meanings = COLUMNS | ids
     sources = [source_set] if source_set else None
     command = shlex.join(["svqvae", "decode", repo_id, "--model", settings.model, "--output", "DIR"])
     card = DatasetCard.from_template(

@@ -56,8 +56,7 @@ class TokenizeImages(PipelineStep):
         """
         if data is not None:
             raise ValueError("`TokenizeImages` must be the first step, because it reads the images itself.")
-        gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = self.device or gpu or "cpu"
+        device = self.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
         with self.track_time():
             model = SVQVAE.from_pretrained(self.model, dtype=getattr(torch, self.dtype)).to(device).eval()
             images = open_images(self.data, **self.images)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -23,6 +24,7 @@ WAITING_PIXELS = 2**25  # pixels of crops that wait until their batches are full
 Crop = tuple[torch.Tensor, dict[str, Any]]  # (3, height, width), uint8; and its row
 
 
+@dataclass
 class RowEncoder:
     """Encodes the crops of images to rows of a token set. Crops of one size are encoded together.
 
@@ -34,18 +36,15 @@ class RowEncoder:
         context_model ([`ContextModel`], *optional*): Context model that compresses the rows.
     """
 
-    def __init__(
-        self,
-        model: SVQVAE,
-        settings: TokenSettings,
-        features: datasets.Features,
-        batch_size: int | None,
-        context_model: ContextModel | None = None,
-    ):
-        self.model, self.context_model = model, context_model
-        self.device, self.dtype = execution_device(model), model.dtype  # each look-up visits all modules
-        self.settings, self.features, self.batch_size = settings, features, batch_size
-        self.black, self.white = model.config["pixel_range"]
+    model: SVQVAE
+    settings: TokenSettings
+    features: datasets.Features
+    batch_size: int | None
+    context_model: ContextModel | None = None
+
+    def __post_init__(self) -> None:
+        self.device, self.dtype = execution_device(self.model), self.model.dtype  # each look-up visits all modules
+        self.black, self.white = self.model.config["pixel_range"]
         self.tiles: dict[tuple[int, ...], tuple[int, int] | None] = {}  # of batches by their shape
 
     def encode(

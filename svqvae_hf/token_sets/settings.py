@@ -94,23 +94,20 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
         ValueError: It is not a token set, or has another format version.
     """
     name = os.fspath(path)
-    content = _read_settings(name)
-    try:
-        return TokenSettings.from_record(json.loads(content))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"`{name}` is not a token set of this version: {error}") from error
-
-
-def _read_settings(name: str) -> bytes:
+    content = None
     if is_hub_set(name) and "/" in name:  # token sets always have an owner on the Hub
-        return download_file(name, SETTINGS_FILE, name, repo_type="dataset").read_bytes()
-    content = Folder(name).read(SETTINGS_FILE) if "://" in name or Path(name, SETTINGS_FILE).is_file() else None
+        content = download_file(name, SETTINGS_FILE, name, repo_type="dataset").read_bytes()
+    elif "://" in name or Path(name, SETTINGS_FILE).is_file():
+        content = Folder(name).read(SETTINGS_FILE)
     if content is None:
         raise FileNotFoundError(
             f"a token set must be a folder with {SETTINGS_FILE} or a set on the Hub, but `{name}` is neither. Make "
             "one with `svqvae tokenize`, which writes that file last."
         )
-    return content
+    try:
+        return TokenSettings.from_record(json.loads(content))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{name}` is not a token set of this version: {error}") from error
 
 
 def row_tokens(

@@ -5,7 +5,7 @@ import any part from its file:
 
 - the run, `run`: accelerator, signals, exact resumption, checkpoints, log, EMA weights and the result;
 - options, as dataclasses that are read from flags or YAML: `options`, `train_options`;
-- optimizer, schedule and one update of the weights: `optimization`;
+- optimizer and schedule: `optimization`; one update of the weights: `weights`;
 - the model: `model`, `linear_start`, and its codebook: `codebook`;
 - losses: `losses.objective`, or its part `losses.adversarial`;
 - data: `data.image_source` or the `data.crop_loader` under it, and `data.token_sequences`;

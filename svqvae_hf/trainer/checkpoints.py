@@ -80,17 +80,12 @@ class Checkpoints:
                 interrupted = interruption.requested()
                 due = steps_done % options.save_steps == 0 or steps_done == options.max_steps
                 if due or interrupted:
-                    self.save(steps_done)
+                    state: dict[str, Any] = {name: holder.state_dict() for name, holder in self.states.items()}
+                    state["options"] = public_values(asdict(options))
+                    save_checkpoint(accelerator, options.output_dir, steps_done, state, options.save_total_limit)
                 if interrupted:
                     logger.info(f"Stopped by a signal at step {steps_done}. Resume: --resume_from_checkpoint latest.")
                     sys.exit(interruption.exit_code)
-
-    def save(self, steps_done: int) -> None:
-        """Saves a checkpoint."""
-        state: dict[str, Any] = {name: holder.state_dict() for name, holder in self.states.items()}
-        state["options"] = public_values(asdict(self.options))
-        limit = self.options.save_total_limit
-        save_checkpoint(self.accelerator, Path(self.options.output_dir), steps_done, state, limit)
 
 
 def find_checkpoint(output_dir: str | Path, wanted: str | None, steps: int) -> Path | None:

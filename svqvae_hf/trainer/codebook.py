@@ -1,7 +1,5 @@
 """Codebook outside gradient descent: k-means of latents, their moving average, and replacement of dead codes."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,6 +7,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from svqvae_hf.models.quantizer import VectorQuantizer
+from svqvae_hf.trainer.losses.causal import Mean
 from svqvae_hf.trainer.tracking import progress
 
 KMEANS_ITERATIONS = 20
@@ -85,11 +84,7 @@ class CodebookAverage(nn.Module):
 
     @torch.no_grad()
     def update(
-        self,
-        quantizer: VectorQuantizer,
-        latents: torch.Tensor,
-        ids: torch.Tensor,
-        mean: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
+        self, quantizer: VectorQuantizer, latents: torch.Tensor, ids: torch.Tensor, mean: Mean = lambda value: value
     ) -> None:
         """Adds the latents of a batch to the averages, and moves the codes there.
 

@@ -14,7 +14,7 @@ from svqvae_hf.loaders.pretrained_models import SVQVAEProcessor
 from svqvae_hf.models.checks import check_same_codebook
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.token_sets.shards import load_rows
-from svqvae_hf.trainer.data.sample_order import DIGEST, digest_of, row_at
+from svqvae_hf.trainer.data.sample_order import DIGEST, check_same, digest_of, row_at
 from svqvae_hf.trainer.data.token_sequences import TokenSource, check_captions
 
 IGNORED = -100  # label that the loss skips
@@ -77,19 +77,10 @@ def check_rows(checkpoint: Path, digest: str) -> None:
     """Raises ValueError unless a checkpoint of transformers' `Trainer` was written with the rows of this digest."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     callback = state["stateful_callbacks"].get("CheckpointOnSignal", {})
-    if (saved := callback.get("attributes", {}).get("digest")) != digest:
-        raise ValueError(
-            f"The {DIGEST} must be {saved} as when the checkpoint was written, but is {digest}. Restore it, or start "
-            "a new run in another `--output_dir`."
-        )
+    check_same(DIGEST, callback.get("attributes", {}).get("digest"), digest)
 
 
-def collate_sequences(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks sequences of one length; captions stay texts."""
-    batch = {name: torch.stack([example[name] for example in examples]) for name in ("input_ids", "labels")}
-    return batch if "caption" not in examples[0] else batch | {"captions": [each["caption"] for each in examples]}
-
-
+@dataclass
 class ChatExamples(Dataset):
     """Chats that ask for an image or for its caption, and texts. Each is a function of the seed and its number.
 
@@ -103,29 +94,25 @@ class ChatExamples(Dataset):
         texts (`Sequence[dict]`): From [`read_texts`].
     """
 
-    def __init__(
-        self,
-        processor: SVQVAEProcessor,
-        context: int,
-        count: int | None,
-        mix: Mix,
-        token_set: str | None,
-        caption_column: str,
-        texts: Sequence[dict[str, Any]] = (),
-    ):
-        self.processor, self.context, self.mix = processor, context, mix
-        self.caption_column, self.texts = caption_column, texts
+    processor: SVQVAEProcessor
+    context: int
+    count: int | None
+    mix: Mix
+    token_set: str | None
+    caption_column: str
+    texts: Sequence[dict[str, Any]] = ()
+
+    def __post_init__(self) -> None:
         self.pairs: Any = []
-        if token_set is not None:
-            self.settings = read_settings(token_set)
-            check_same_codebook(processor.vqvae, self.settings)
-            self.pairs = load_rows(token_set)
-            check_captions(self.pairs, caption_column)
-        self.count = len(self.pairs) if count is None else count
-        self.digest = digest_of([self.pairs, texts])
+        if self.token_set is not None:
+            self.settings = read_settings(self.token_set)
+            check_same_codebook(self.processor.vqvae, self.settings)
+            self.pairs = load_rows(self.token_set)
+            check_captions(self.pairs, self.caption_column)
+        self.digest = digest_of([self.pairs, self.texts])
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.pairs) if self.count is None else self.count
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         rng = np.random.default_rng((self.mix.seed, index))

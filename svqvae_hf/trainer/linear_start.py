@@ -68,10 +68,8 @@ def start_linear(vqvae: SVQVAE, sample: torch.Tensor) -> None:
         ValueError: If the config has too few channels or levels for a linear autoencoder.
     """
     groups = vqvae.config["norm_num_groups"]
-    layouts = {
-        channels: ChannelLayout(channels, groups)
-        for channels in {layer.num_channels for layer in vqvae.modules() if isinstance(layer, GroupNorm)}
-    }
+    widths = {layer.num_channels for layer in vqvae.modules() if isinstance(layer, GroupNorm)}
+    layouts = {channels: ChannelLayout(channels, groups) for channels in widths}
     _check_config(vqvae, layouts)
     sample = sample[: max(1, PIXELS // sample[0, 0].numel())]
     _neutralise(vqvae, layouts)
@@ -285,8 +283,7 @@ def _copy_channels(
     count = min(count, len(source), len(target) // len(signs))
     shortcut.weight[target[: count * len(signs)]] = 0
     for part, sign in enumerate(signs):
-        for channel in range(count):
-            shortcut.weight[target[part * count + channel], source[channel]] = sign
+        shortcut.weight[target[part * count : (part + 1) * count], source[:count]] = sign
     return count
 
 
@@ -304,6 +301,5 @@ def _set_rows(
     """Sets the first of some output channels to read the first of some input channels, and nothing else."""
     out, into = list(rows[: len(weight)]), list(columns[: weight.shape[1]])
     layer.weight[out] = 0
-    for row, channel in enumerate(out):
-        layer.weight[channel, into] = weight[row]
+    layer.weight[torch.tensor(out)[:, None], into] = weight
     layer.bias[out] = bias

@@ -1,7 +1,7 @@
 """The log of a run: means of numbers, rates, progress, and the trackers."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -12,7 +12,6 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from svqvae_hf.trainer.options import RunOptions
-from svqvae_hf.trainer.tracking import Means
 
 CARD_NUMBERS = ("train/loss", "validation/loss", "validation/accuracy", "validation/bits_per_id")
 
@@ -34,7 +33,8 @@ class Log:
         self, options: RunOptions, accelerator: Accelerator, network: nn.Module, contents: str, first_step: int
     ):
         self.options, self.accelerator, self.first_step = options, accelerator, first_step
-        self.means, self.amounts = Means(), Counter[str]()
+        self.numbers: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.amounts = Counter[str]()
         self.card_rows: dict[str, str] = {}  # last values of the numbers that cards show
         self.started = self.logged = time.monotonic()
         if accelerator.log_with:
@@ -50,14 +50,21 @@ class Log:
 
     def add(self, numbers: Mapping[str, torch.Tensor], **amounts: float) -> None:
         """Adds numbers of a batch, whose means are logged, and amounts, whose rates per second are logged."""
-        self.means.add(numbers)
+        for name, value in numbers.items():
+            self.numbers[name].append(value.detach())
         self.amounts.update(amounts)
 
     def write_training(self, steps_done: int, numbers: Mapping[str, float]) -> None:
-        """Logs what was added since the last call, over all processes, and other numbers."""
-        numbers = self.means.summary(self.accelerator.reduce) | dict(numbers)
+        """Logs what was added since the last call, over all processes, and other numbers.
+
+        All processes must have added the same names.
+        """
+        own = {name: torch.stack(values).mean() for name, values in self.numbers.items()}
+        means = {name: self.accelerator.reduce(value, "mean").item() for name, value in own.items()}
+        numbers = means | dict(numbers)
         rate = self.accelerator.num_processes / (time.monotonic() - self.logged)
         numbers |= {f"{name}_per_second": rate * amount for name, amount in self.amounts.items()}
+        self.numbers.clear()
         self.amounts.clear()
         self.logged = time.monotonic()
         self.write(steps_done, {f"train/{name}": value for name, value in numbers.items()})

@@ -49,8 +49,7 @@ def load_model(options: TrainOptions) -> SVQVAE:
     if options.pretrained_model_name_or_path is not None:
         vqvae = SVQVAE.from_pretrained(options.pretrained_model_name_or_path, torch_dtype=torch.float32)
     else:
-        config = load_network_config(options.initial_model, SVQVAE)
-        vqvae = SVQVAE.from_config(config)
+        vqvae = SVQVAE.from_config(load_network_config(options.initial_model, SVQVAE))
         initialise(vqvae)
     _check_fit(options, vqvae)
     vqvae.register_to_config(sample_size=options.resolution, _name_or_path=public_name(options.initial_model))

@@ -1,4 +1,4 @@
-"""Optimizer, learning rate schedule, and one update of the weights."""
+"""Optimizer, learning rate schedule, and the scale of gradients."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -86,35 +86,6 @@ def resume_schedule(lr_scheduler: LambdaLR, steps_done: int, groups: Sequence[Ma
 def hyperparameters(lr_scheduler: LambdaLR) -> list[dict[str, Any]]:
     """Hyperparameters of each group of the optimizer of a schedule."""
     return [{key: group[key] for key in group.keys() - {"params"}} for group in lr_scheduler.optimizer.param_groups]
-
-
-def clip_and_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: LambdaLR,
-    max_grad_norm: float,
-) -> torch.Tensor:
-    """Clips the gradients, updates the weights unless a gradient is not finite, and sets the gradients to zero.
-
-    Args:
-        accelerator (`Accelerator`): Its loss scale, if any, is removed from the gradients first.
-        model (`nn.Module`): Model, as `accelerator.prepare` returned it.
-        optimizer (`torch.optim.Optimizer`): Optimizer, as `accelerator.prepare` returned it.
-        lr_scheduler (`LambdaLR`): Learning rate schedule; it advances even if the update is skipped.
-        max_grad_norm (`float`): Norm to which the gradients are clipped.
-
-    Returns:
-        `torch.Tensor`: Norm of the gradients before clipping, a scalar.
-    """
-    # Not accelerate's function, because it would unscale the gradients of all optimizers in fp16.
-    accelerator.unscale_gradients(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    if norm.isfinite() or accelerator.scaler is not None:  # the scaler skips the step itself, and adapts
-        optimizer.step()
-    lr_scheduler.step()
-    optimizer.zero_grad()
-    return norm
 
 
 def loss_scale(accelerator: Accelerator) -> float:

@@ -124,8 +124,7 @@ class RunOptions:
 
     def validates_after(self, step: int) -> bool:
         """Whether a validation is due after a step. The one after the last step is the script's own."""
-        steps_done = step + 1
-        return steps_done % self.eval_steps == 0 and steps_done < self.max_steps
+        return (step + 1) % self.eval_steps == 0 and step + 1 < self.max_steps
 
     @property
     def num_warmup_steps(self) -> int:
@@ -136,9 +135,8 @@ class RunOptions:
         """Raises if a source is neither a file or folder nor a possible Hub id."""
         for name in names:
             source = getattr(self, name)
-            if source is None or Path(source).exists():
-                continue
-            if source.endswith(".json") or not re.fullmatch(REPO_ID, source):
+            is_absent = source is not None and not Path(source).exists()
+            if is_absent and (source.endswith(".json") or not re.fullmatch(REPO_ID, source)):
                 raise ValueError(f"`--{name}` must be a file, folder or Hub id, org/name, but there is no {source!r}.")
 
     def not_one_of(self, one: str, other: str) -> Iterator[str]:

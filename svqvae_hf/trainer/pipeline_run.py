@@ -1,7 +1,7 @@
 """Parts of a run that trains a generator on an SVQVAE's latents or ids, and saves a pipeline."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,6 @@ def open_token_sets(options: Any, vqvae: SVQVAE, class_names: Any = None) -> tup
     return source, held_out
 
 
-def class_labels(count: int, num_classes: int) -> list[int]:
-    """Labels of the images of a validation: each class in turn."""
-    return [index % num_classes for index in range(count)]
-
-
 def log_samples(
     log: Log, weights: Weights, pipeline: DiffusionPipeline, call: Mapping[str, Any], steps_done: int
 ) -> None:
@@ -101,13 +96,7 @@ def log_samples(
 
 
 def generator_card(
-    options: Any,
-    result: Result,
-    pipeline: DiffusionPipeline,
-    numbers: Mapping[str, str],
-    summary: str,
-    call: str,
-    class_names: Sequence[str] | None = None,
+    options: Any, result: Result, pipeline: DiffusionPipeline, numbers: Mapping[str, str], summary: str, call: str
 ) -> str:
     """Writes the card of a pipeline.
 
@@ -118,13 +107,12 @@ def generator_card(
         numbers (`Mapping[str, str]`): From [`provenance`], and numbers from the log.
         summary (`str`): A sentence about the pipeline.
         call (`str`): Arguments of the pipeline's call in the example.
-        class_names (`Sequence[str]`, *optional*): Names of the classes.
     """
     rows = dict(numbers)
     for each in ("validation_token_set", "validation_data_dir"):
         if (source := getattr(options, each, None)) is not None:
             rows[each.replace("_", " ")] = f"`{public_name(source)}`"
-    if class_names:
+    if class_names := pipeline.config.get("class_names") or [*pipeline.config.get("id2label", {}).values()]:
         first = model_cards.quote(class_names[0])
         call = call.replace("class_labels=[0]", f"class_labels=[{first}]").replace("labels=0,", f"labels={first},")
         more = f" and {len(class_names) - NAMED_CLASSES} more" if len(class_names) > NAMED_CLASSES else ""

@@ -76,7 +76,7 @@ class Result:
         if self.push_to_hub:
             files = [*saved, "README.md", "samples/*.png", OPTIONS]
             push_folder(self.output_dir, self.name, "Upload the trained model", files=files)
-        write_finished(self.output_dir, self.described)
+        write_file(self.output_dir / FINISHED, _text(self.described).encode())  # the run is finished
 
 
 def find_sources(options: Any) -> Origin:
@@ -108,11 +108,6 @@ def provenance(script: str, steps: int, batch: int, examples: str) -> dict[str, 
         "trained by": f"`{script}` of svqvae-hf {version('svqvae-hf')}, options in `train_config.yaml`",
         "steps": f"{steps:,} of {batch} {examples}",
     }
-
-
-def write_finished(output_dir: Path, options: Mapping[str, Any]) -> None:
-    """Records the options of a run whose result has been written."""
-    write_file(output_dir / FINISHED, _text(options).encode())
 
 
 def refuse_finished(output_dir: Path, options: Mapping[str, Any]) -> None:

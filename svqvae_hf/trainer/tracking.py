@@ -1,9 +1,9 @@
-"""Numbers and pictures of a run: statistics per scale, means, throughput."""
+"""Numbers and pictures of a run: statistics per scale, rows of images, progress."""
 
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,24 +67,6 @@ class ScaleStatistics:
         self._psnr.clear()
         self._counts.clear()
         return numbers
-
-
-class Means:
-    """Mean of each named scalar over the batches that had it."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[torch.Tensor]] = defaultdict(list)
-
-    def add(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Adds the scalars of a batch."""
-        for name, value in values.items():
-            self._values[name].append(value.detach())
-
-    def summary(self, reduce: Callable[[torch.Tensor, str], torch.Tensor]) -> dict[str, float]:
-        """Means over all processes since the last call. All processes must have added the same names."""
-        means = {name: reduce(torch.stack(values).mean(), "mean").item() for name, values in self._values.items()}
-        self._values.clear()
-        return means
 
 
 def rows_of_images(pairs: Sequence[Pair]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from svqvae_hf.trainer.optimization import clip_and_step, hyperparameters, resume_schedule
+from svqvae_hf.trainer.optimization import hyperparameters, resume_schedule
 from svqvae_hf.trainer.options import RunOptions
 
 
@@ -48,18 +48,24 @@ class Weights:
         self.skipped = 0
 
     def update(self) -> dict[str, torch.Tensor]:
-        """Updates weights and average by [`clip_and_step`], and counts skipped updates.
+        """Clips the gradients, updates weights and average, and sets the gradients to zero.
+
+        An update is skipped, and counted, if a gradient is not finite. The learning rate advances all the same.
 
         Returns:
-            `dict[str, torch.Tensor]`: Numbers for the log.
+            `dict[str, torch.Tensor]`: Numbers for the log, among them the norm of the gradients before clipping.
 
         Raises:
             ValueError: If too many updates in a row were skipped.
         """
         self.lr = float(self.lr_scheduler.get_last_lr()[0])
-        norm = clip_and_step(
-            self.accelerator, self.model, self.optimizer, self.lr_scheduler, self.options.max_grad_norm
-        )
+        # Not accelerate's function, because it would unscale the gradients of all optimizers in fp16.
+        self.accelerator.unscale_gradients(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
+        if norm.isfinite() or self.accelerator.scaler is not None:  # the scaler skips the step itself, and adapts
+            self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
         self.skipped = 0 if norm.isfinite() else self.skipped + 1
         if self.skipped > self.options.max_skipped_steps:
             raise ValueError(

@@ -6,7 +6,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from train import KERNEL_NDIM
 
-from svqvae_hf.trainer.optimization import clip_and_step, parameter_groups, rescale_gradients
+from svqvae_hf.trainer.optimization import parameter_groups, rescale_gradients
+from svqvae_hf.trainer.options import RunOptions
+from svqvae_hf.trainer.weights import Weights
 
 
 def test_weight_decay_excludes_norms_biases_and_codes():
@@ -24,9 +26,11 @@ def step_with_gradient(gradient, max_grad_norm):
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     schedule = LambdaLR(optimizer, lambda step: 1.0 - step / 2)
     layer.weight.grad = torch.tensor([gradient])
-    norm = clip_and_step(Accelerator(cpu=True), layer, optimizer, schedule, max_grad_norm)
+    options = RunOptions(output_dir="out", max_grad_norm=max_grad_norm)
+    weights = Weights(options, Accelerator(cpu=True), layer, layer, optimizer, schedule, use_ema=False)
+    numbers = weights.update()
     assert layer.weight.grad is None
-    return norm.item(), layer.weight[0].tolist(), schedule.get_last_lr()
+    return numbers["grad_norm"].item(), layer.weight[0].tolist(), schedule.get_last_lr()
 
 
 def test_gradients_are_clipped_to_their_norm():

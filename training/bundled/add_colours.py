@@ -34,13 +34,6 @@ def colour_latents(model: SVQVAE, levels: int) -> torch.Tensor:
     return F.normalize(torch.cat(latents).float(), dim=-1)
 
 
-def replace_rarest(codes: torch.Tensor, counts: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Replaces the codes with the lowest counts by new ones."""
-    codes = codes.clone()
-    codes[counts.argsort(stable=True)[: len(new)]] = new
-    return codes
-
-
 @torch.inference_mode()
 def main() -> None:
     """Reads the arguments and writes the model."""
@@ -60,7 +53,8 @@ def main() -> None:
     for row in tqdm(rows[:: max(1, len(rows) // COUNTED)], desc="images"):
         for ids in model.encode_tokens(processor(read_image(row))["pixel_values"], scales=SCALES):
             counts += count_codes(ids, len(weight))
-    weight.copy_(replace_rarest(weight, counts, colour_latents(model, LEVELS)))
+    new = colour_latents(model, LEVELS)
+    weight[counts.argsort(stable=True)[: len(new)]] = new  # the rarest
     model.save_pretrained(options.out)
 
 

@@ -1,6 +1,5 @@
 """Makes a small language model that knows the words of scenes and has learned nothing: `make_scene_words.py OUT`."""
 
-import argparse
 import re
 from itertools import chain
 from pathlib import Path
@@ -11,7 +10,7 @@ from make_scenes import GROUNDS, OBJECTS, WORDINGS
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from svqvae_hf.trainer.scripts import one_line_errors
+from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 TEMPLATE = (
@@ -48,7 +47,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def main() -> None:
     """Reads the arguments and writes the folder."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__)
+    parser = script_parser(__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     out = parser.parse_args().out
     out.mkdir(parents=True)

@@ -8,7 +8,6 @@ SIL OFL 1.1). `wordings.json` has the parts of the captions. One in ten pairs of
 `test`, and one in four wordings in no caption.
 """
 
-import argparse
 import itertools
 import json
 import re
@@ -20,7 +19,7 @@ from random import Random
 import datasets
 from PIL import Image, ImageDraw, ImageFont
 
-from svqvae_hf.trainer.scripts import one_line_errors
+from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
 SIDE = 96  # pixels of a scene
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -177,9 +176,7 @@ def make_rows(seed: int, count: int, held_out: bool, objects: Mapping[str, Image
 
 def main() -> None:
     """Reads the arguments and writes one Parquet file per split."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--count", type=int, default=30000, help="scenes in the split train")
     parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf (default: Debian's)")

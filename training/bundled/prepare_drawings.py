@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -155,9 +156,8 @@ class Artist:
         screen, draw_random = self.ground(side), self.random.randrange
         draw = ImageDraw.Draw(screen)
         for _ in range(1 + draw_random(3)):
-            x, y, width, height = (
-                draw_random(low, high) for low, high in ((0, side // 3),) * 2 + ((side // 3, side),) * 2
-            )
+            x, y = (draw_random(side // 3) for _ in "xy")
+            width, height = (draw_random(side // 3, side) for _ in "xy")
             page = Image.new("RGB", (width, height), self.random.choice(("white", "white", "#222222", self.colour())))
             ink, font = self.ink(page), self.font(draw_random(10, 17))
             screen.paste(self.write(page, font, ink), (x, y))
@@ -269,13 +269,11 @@ def split_drawings(drawings: Sequence[Draw]) -> dict[str, list[Draw]]:
     """Splits drawings into parts by their thumbnails, without those that are broken or empty."""
     kept, thumbnails = [], []
     for draw in tqdm(drawings):
-        try:
+        with suppress(ValueError, OSError):  # broken
             if draw(SMALL).getbbox():
                 thumbnail = alone(draw, 4 * THUMBNAIL).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
                 thumbnails.append(np.asarray(thumbnail, np.float32).ravel())
                 kept.append(draw)
-        except (ValueError, OSError):
-            continue
     parts = split_groups(group_alike(np.stack(thumbnails), ALIKE), HELD_OUT_EVERY, GROUP_CAP)
     return {part: [kept[index] for index in indices] for part, indices in parts.items()}
 

@@ -42,9 +42,9 @@ def load_tokenizers(
         ValueError: If its config names another class, or weights are missing.
     """
     model_class = CLASSES[class_name(source)]
-    folder, options = _split_source(source)
-    options |= {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
-    model, info = from_hub(model_class.from_pretrained, folder, **options)
+    folder, place = _split_source(source)
+    options = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
+    model, info = from_hub(model_class.from_pretrained, folder, **place, **options)
     lacking = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
     if lacking:
         raise ValueError(
@@ -56,7 +56,6 @@ def load_tokenizers(
         return [VQModelTokenizer(source, model)]
     if model_class is AutoencoderKL:
         return [AutoencoderKLTokenizer(source, model)]
-    place = {"subfolder": options["subfolder"]} if "subfolder" in options else {}
     context_model = find_context_model(folder, model.codebook_fingerprint(), **place)
     return [
         SVQVAETokenizer(

@@ -1,5 +1,7 @@
 """Adapters of [`SVQVAE`] and of models of diffusers."""
 
+from dataclasses import dataclass
+
 import torch
 from diffusers import AutoencoderKL, VQModel
 
@@ -11,6 +13,7 @@ from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image, encode_ima
 from svqvae_hf.tokens.token_files import ImageTokens, token_file_content
 
 
+@dataclass
 class SVQVAETokenizer:
     """[`SVQVAE`] at one scale, as the commands run it: as a whole image, or by tiles where that takes too much memory.
 
@@ -21,29 +24,26 @@ class SVQVAETokenizer:
         scale_from (`str`, defaults to `"image"`): What is resized to the scale, see [`SVQVAE.encode_scales`].
         tile_size (`int`, *optional*): As in [`~svqvae_hf.tokens.image_tokens.choose_tiles`].
         overlap (`int`, *optional*): As in [`~svqvae_hf.tokens.image_tokens.choose_tiles`].
+        context_model ([`ContextModel`], *optional*): Context model of the tokenizer, to count compressed bits.
     """
 
     f = 1  # the model pads images itself
 
-    def __init__(
-        self,
-        title: str,
-        model: SVQVAE,
-        scale: float = 1.0,
-        scale_from: str = "image",
-        tile_size: int | None = None,
-        overlap: int | None = None,
-        context_model: ContextModel | None = None,
-    ):
-        self.title, self.model, self.scale, self.scale_from = title, model, scale, scale_from
-        self.asked = tile_size, overlap
-        self.context_model = context_model
-        self.codebook_size = model.config["codebook_size"]
+    title: str
+    model: SVQVAE
+    scale: float = 1.0
+    scale_from: str = "image"
+    tile_size: int | None = None
+    overlap: int | None = None
+    context_model: ContextModel | None = None
+
+    def __post_init__(self) -> None:
+        self.codebook_size = self.model.config["codebook_size"]
 
     def encode(self, sample: torch.Tensor) -> ImageTokens:
         """Content of a token file."""
         height, width = sample.shape[-2:]
-        tiles = choose_tiles(self.model, height, width, [self.scale], *self.asked)
+        tiles = choose_tiles(self.model, height, width, [self.scale], self.tile_size, self.overlap)
         return encode_image(self.model, to_image(sample), self.scale, self.scale_from, tiles)
 
     def stored_bits(self, codes: ImageTokens) -> int:

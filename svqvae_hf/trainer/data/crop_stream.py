@@ -1,6 +1,7 @@
 """Crops of an image set that is read as a stream."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ class Place(NamedTuple):
     used: int = 0
 
 
+@dataclass
 class CropStream(IterableDataset[tuple[Place, CropBatch]]):
     """Batches of a process, each with the place of its reader after it. Each worker is one reader.
 
@@ -38,16 +40,12 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
         buffer_size (`int`): Images that a reader shuffles at a time.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[ImagePart],
-        cutter: CropCutter,
-        batches: range,
-        places: Sequence[Place],
-        buffer_size: int,
-    ):
-        self.shards, self.cutter, self.batches, self.places = shards, cutter, batches, places
-        self.buffer_size, self.place = buffer_size, places[0]
+    shards: Sequence[ImagePart]
+    cutter: CropCutter
+    batches: range
+    places: Sequence[Place]
+    buffer_size: int
+    place: Place = field(init=False)  # of the reader of this process
 
     def __iter__(self) -> Iterator[tuple[Place, CropBatch]]:
         """Yields the batches of this worker. Readers take turns, also after a resume."""

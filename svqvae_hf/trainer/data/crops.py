@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +69,8 @@ def centre_crops(images: Iterable[ImageRow], count: int, side: int, pixel_range:
     """
     crops: list[Any] = []
     for row in images:
-        try:
+        with suppress(OSError, ValueError):  # unreadable
             crops.append(_crop(read_image(row), side, 1.0, CENTRE))
-        except (OSError, ValueError):
-            continue
         if len(crops) == count:
             break
     if not crops:

@@ -1,4 +1,4 @@
-"""Order of the samples of a run: a function of the seed and the step, whatever the number of processes."""
+"""Order and randomness of the samples of a run: functions of the seed and the step, for any number of processes."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 
 from svqvae_hf.trainer.options import RunOptions
@@ -27,6 +28,12 @@ def row_at(position: int, num_rows: int, seed: int) -> int:
     """Row at a position in the order of all epochs."""
     epoch, offset = divmod(position, num_rows)
     return int(row_order(num_rows, seed, epoch)[offset])
+
+
+def batch_generator(*seed: int) -> torch.Generator:
+    """Random generator with a seed of several numbers: such as the seed of the run and the step."""
+    words = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(words[0] >> 1))
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,15 @@ def digest_of(sets: Iterable[Sequence[Any]]) -> str:
     return hashlib.sha256(str(samples).encode()).hexdigest()[:16]
 
 
+def check_same(name: str, saved: Any, now: Any) -> None:
+    """Raises ValueError unless a setting is as when a checkpoint was written."""
+    if saved != now:
+        raise ValueError(
+            f"The {name} must be {saved} as when the checkpoint was written, but is {now}. Restore it, or start a new "
+            "run in another `--output_dir`."
+        )
+
+
 class OrderedLoader:
     """A loader whose samples are a function of the seed and the step.
 
@@ -106,10 +122,7 @@ class OrderedLoader:
     @cached_property
     def digest(self) -> str:
         """Hash by which another set of equal size is known."""
-        digest = hashlib.sha256()
-        for sample in self.samples():
-            digest.update(sample)
-        return digest.hexdigest()[:16]
+        return hashlib.sha256(b"".join(self.samples())).hexdigest()[:16]
 
     def state_dict(self) -> dict[str, Any]:
         """Steps done, the settings, and the digest of the set; equal on all processes."""
@@ -122,9 +135,5 @@ class OrderedLoader:
             ValueError: If the state is of a loader with other settings, or of another set.
         """
         for name, value in (self.settings | {DIGEST: self.digest}).items():
-            if (saved := state["settings"].get(name)) != value:
-                raise ValueError(
-                    f"The {name} must be {saved} as when the checkpoint was written, but is {value}. Restore it, or "
-                    "start a new run in another `--output_dir`."
-                )
+            check_same(name, state["settings"].get(name), value)
         self.batch = state["step"] * self.share.batches

@@ -28,11 +28,10 @@ class TokenBatch(NamedTuple):
     labels: torch.Tensor
     captions: list[list[str]] | None
 
-    def draw_captions(self, draws: torch.Tensor | None) -> list[str]:
-        """One caption of each row, the one at a number in [0, 1) of `draws` per row, by default the first."""
-        rows = self.captions or []
-        chosen = [0.0] * len(rows) if draws is None else draws.tolist()
-        return [captions[int(draw * len(captions))] for draw, captions in zip(chosen, rows, strict=True)]
+    def draw_captions(self, draws: torch.Tensor) -> list[str]:
+        """One caption of each row, the one at the row's number in [0, 1) of `draws`."""
+        rows = zip(draws.tolist(), self.captions or [], strict=True)
+        return [captions[int(draw * len(captions))] for draw, captions in rows]
 
 
 class TokenSource:
@@ -91,15 +90,9 @@ class TokenSource:
             labels = torch.from_numpy(table[self.label_column].to_numpy().astype(np.int64))
         return TokenBatch(ids, labels, captions)
 
-    def first_captions(self, count: int) -> list[str]:
-        """First caption of each of the first rows, up to `count`."""
-        return [captions[0] for captions in self._captions(self.tables[: min(count, len(self.rows))])]
-
-    def all_captions(self) -> list[str]:
-        """All captions of all rows."""
-        return [
-            text for texts in self._captions(self.tables.select_columns([self.caption_column])[:]) for text in texts
-        ]
+    def captions(self, count: int | None = None) -> list[list[str]]:
+        """Captions of each of the first rows, up to `count`, by default of all."""
+        return self._captions(self.tables.select_columns([self.caption_column])[:count])
 
     def shared_key(self, other: "TokenSource") -> str | None:
         """Key of an image that both sets hold with the same ids at the largest scale, or None."""

@@ -1,10 +1,10 @@
 """Adversarial loss: discriminator, hinge losses and the adaptive weight."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from svqvae_hf.trainer.losses.causal import Mean
 
 MIN_SIDE = 24  # pixels: the last layer turns them into one logit
 NUM_GROUPS = 32
@@ -70,10 +70,7 @@ def hinge_generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
 
 
 def adaptive_weight(
-    reconstruction_loss: torch.Tensor,
-    generator_loss: torch.Tensor,
-    last_layer_weight: torch.Tensor,
-    reduce: Callable[[torch.Tensor], torch.Tensor],
+    reconstruction_loss: torch.Tensor, generator_loss: torch.Tensor, last_layer_weight: torch.Tensor, mean: Mean
 ) -> torch.Tensor:
     """Weight with which the generator loss pulls the decoder's last layer as hard as the reconstruction loss does.
 
@@ -83,7 +80,7 @@ def adaptive_weight(
         reconstruction_loss (`torch.Tensor`): Mean over the batch of this process, a scalar.
         generator_loss (`torch.Tensor`): Mean over the batch of this process, a scalar.
         last_layer_weight (`torch.Tensor`): Weight of the decoder's last convolution.
-        reduce (`Callable`): Averages a tensor over processes, so that the weight is right for their joined batch:
+        mean (`Callable`): Averages a tensor over all processes, so that the weight is right for their joined batch:
             `partial(accelerator.reduce, reduction="mean")`.
 
     Returns:
@@ -93,5 +90,5 @@ def adaptive_weight(
         torch.autograd.grad(GRADIENT_SCALE * loss, last_layer_weight, retain_graph=True)[0].float() / GRADIENT_SCALE
         for loss in (reconstruction_loss, generator_loss)
     ]
-    reconstruction_norm, generator_norm = reduce(torch.stack(gradients)).flatten(1).norm(dim=1)
+    reconstruction_norm, generator_norm = mean(torch.stack(gradients)).flatten(1).norm(dim=1)
     return (reconstruction_norm / (generator_norm + GRADIENT_NORM_EPS)).clamp(max=MAX_ADAPTIVE_WEIGHT)

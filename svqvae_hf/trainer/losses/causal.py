@@ -13,10 +13,10 @@ NEIGHBOURS = ((0, -1), (-1, -1), (-1, 0), (-1, 1))  # rows and columns from a la
 RIDGE = 1e-2  # keeps coefficients finite, as a fraction of the mean square of a latent
 FLOOR = 0.004  # about the squared error of quantisation, below which a smaller error saves no bits
 
+Mean = Callable[[torch.Tensor], torch.Tensor]  # averages a tensor over all processes
 
-def causal_loss(
-    latents: torch.Tensor, mean: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
-) -> torch.Tensor:
+
+def causal_loss(latents: torch.Tensor, mean: Mean = lambda value: value) -> torch.Tensor:
     """Mean logarithm of the squared error of predicting latents from earlier ones in raster order.
 
     Each latent is predicted as the linear combination of the latents to its left and above that is the best for the

@@ -1,6 +1,6 @@
 """The objective: weighted losses of reconstructions at several scales and of the codebook."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,10 +17,11 @@ from svqvae_hf.trainer.losses.adversarial import (
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
-from svqvae_hf.trainer.losses.causal import causal_loss
+from svqvae_hf.trainer.losses.causal import Mean, causal_loss
 from svqvae_hf.trainer.train_options import TrainOptions
 
 Term = tuple[float, torch.Tensor]  # weight and loss
+Losses = tuple[torch.Tensor, dict[str, torch.Tensor]]  # the loss to minimise, and numbers for the log by name
 
 
 class Pair(NamedTuple):
@@ -32,10 +33,6 @@ class Pair(NamedTuple):
     target: torch.Tensor
     output: torch.Tensor
     weight: float
-
-    def clamped(self) -> "Pair":
-        """The pair with its reconstruction clamped to [0, 1]."""
-        return self._replace(output=self.output.clamp(0, 1))
 
     def first(self, count: int) -> "Pair":
         """The first images of the batch."""
@@ -59,9 +56,7 @@ class Objective:
         mean (`Callable`, *optional*): Averages a tensor over all processes; not needed for one process.
     """
 
-    def __init__(
-        self, options: TrainOptions, vqvae: SVQVAE, mean: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
-    ):
+    def __init__(self, options: TrainOptions, vqvae: SVQVAE, mean: Mean = lambda value: value):
         self.options = options
         self.pixel_range = vqvae.config["pixel_range"]
         self.last_layer_weight = vqvae.decoder.conv_out.weight
@@ -86,9 +81,7 @@ class Objective:
             pairs.append(Pair(resized, (each.float() - low) / (high - low), each[0, 0].numel() / total))
         return pairs
 
-    def __call__(
-        self, pairs: Sequence[Pair], output: SVQVAEOutput, step: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self, pairs: Sequence[Pair], output: SVQVAEOutput, step: int) -> Losses:
         """Computes the loss of the model.
 
         Args:
@@ -114,9 +107,7 @@ class Objective:
             numbers |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
         return loss, numbers
 
-    def discriminator_loss(
-        self, pairs: Sequence[Pair], discriminator: nn.Module
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def discriminator_loss(self, pairs: Sequence[Pair], discriminator: nn.Module) -> Losses:
         """Computes the loss of the discriminator.
 
         Args:
@@ -154,11 +145,8 @@ class Objective:
             return {}
         num_tokens = sum(each.numel() for each in ids)
         fractions = [each.numel() / num_tokens for each in ids]
-        terms = {
-            "vq": (1.0, _weighted_sum(fractions, (each.vq for each in losses))),
-            "commitment": (1.0, _weighted_sum(fractions, (each.commit for each in losses))),
-            "entropy": (1.0, _weighted_sum(fractions, (each.entropy for each in losses))),
-        }
+        kinds = zip(("vq", "commitment", "entropy"), zip(*losses, strict=True), strict=True)
+        terms = {name: (1.0, _weighted_sum(fractions, at_scales)) for name, at_scales in kinds}
         if self.options.causal_weight:
             loss = _weighted_sum(fractions, (causal_loss(each, self.mean) for each in output.latents or []))
             terms["causal"] = (self.options.causal_weight, loss)
