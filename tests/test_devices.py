@@ -18,7 +18,7 @@ from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.models import tiling
 from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
-from svqvae_hf.trainer.checkpoints import Checkpoints
+from svqvae_hf.trainer import checkpoints
 from svqvae_hf.trainer.losses import objective
 from svqvae_hf.trainer.publishing import Result
 from svqvae_hf.trainer.run import run_training
@@ -74,7 +74,9 @@ def generate(device, photo):
 def train_model(folder, device):
     make_tiny(entropy_loss_ratio=0.1).save_pretrained(folder / "model")
     objective.load_lpips = lambda net, _: LPIPS(net)
-    Checkpoints.save = Result.publish = lambda *_: None  # safetensors reads memory by its address, which it has not
+    checkpoints.save_checkpoint = Result.publish = lambda *_: (
+        None
+    )  # safetensors reads memory by its address, which it has not
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     files = {"model_config_name_or_path": f"{folder}/model/config.json", "train_data_dir": f"{folder}/photos"}
     options = EVERYTHING | files | {"output_dir": f"{folder}/trained", "max_steps": 4, "adversarial_start": 2}

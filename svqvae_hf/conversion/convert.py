@@ -87,9 +87,7 @@ def convert(
     elif is_llamagen(source) or num_attention_heads or text_encoder or use_ema:
         vqvae = _load_tokenizer(tokenizer, **config)
         grid_size = None if image_size is None else _latents_side(vqvae, image_size)
-        checkpoint = read_llamagen(
-            source, grid_size=grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema
-        )
+        checkpoint = read_llamagen(source, grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema)
         with_captions = checkpoint.config["caption_dim"] is not None
         text_components = _load_text_components(source, text_encoder, with_captions)
         language_model = LlamaGenForCausalLM.from_checkpoint(checkpoint)
@@ -106,7 +104,7 @@ def convert(
         checkpoint = read_next_scale_checkpoint(source, NextScaleTransformer)
         vqvae = _load_tokenizer(tokenizer, **config)
         side = _latents_side(vqvae, vqvae.config["sample_size"] if image_size is None else image_size)
-        schedule = [list(size) for size in default_schedule(side)]
+        schedule = [*map(list, default_schedule(side))]
         transformer = checkpoint.model(NextScaleTransformer)
         converted = SVQVAENextScalePipeline(vqvae, transformer, schedule=schedule, scale_from="latents")
         rows = {"tokenizer": f"`{public_name(tokenizer)}`"}

@@ -126,10 +126,8 @@ def compare_graphs(model: SVQVAE, encode: Graph, decode: Graph) -> str:
             )
     if changed > MAX_CHANGED * total:
         raise ValueError(f"the encoder: ids must equal the model's, but {changed} of {total} differ. {ADVICE}")
-    return (
-        f"{len(CHECKED_GRIDS)} sizes against the model: {changed} of {total} ids differ; pixels differ by at most "
-        f"{largest * 255:.2g}/255"
-    )
+    sizes = f"{len(CHECKED_GRIDS)} sizes against the model"
+    return f"{sizes}: {changed} of {total} ids differ; pixels differ by at most {largest * 255:.2g}/255"
 
 
 def _run(graph: Graph, value: torch.Tensor, expected: torch.Tensor, name: str) -> torch.Tensor:

@@ -25,11 +25,9 @@ class EncoderGraph(nn.Module):
         self.encoder, self.quant_conv, self.f = model.encoder, model.quant_conv, model.f
         self.ranges = model.config["pixel_range"], model.config["network_range"]
         self.l2_norm = model.config["codebook_l2_norm"]
-        self.codes: torch.Tensor
-        self.offset: torch.Tensor | None
         codes = _codes(model)
-        self.register_buffer("codes", codes.T.contiguous())  # (codebook_embed_dim, codebook_size)
-        self.register_buffer("offset", None if self.l2_norm else codes.square().sum(-1) / 2)
+        self.codes = nn.Buffer(codes.T.contiguous())  # (codebook_embed_dim, codebook_size)
+        self.offset = None if self.l2_norm else nn.Buffer(codes.square().sum(-1) / 2)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         """`(batch, in_channels, height, width)` -> int64 ids `(batch, ceil(height / f), ceil(width / f))`."""
@@ -56,8 +54,7 @@ class DecoderGraph(nn.Module):
         super().__init__()
         self.post_quant_conv, self.decoder = model.post_quant_conv, model.decoder
         self.ranges = model.config["network_range"], model.config["pixel_range"]
-        self.codes: torch.Tensor
-        self.register_buffer("codes", _codes(model))  # (codebook_size, codebook_embed_dim)
+        self.codes = nn.Buffer(_codes(model))  # (codebook_size, codebook_embed_dim)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids `(batch, h, w)` -> `(batch, out_channels, h * f, w * f)`."""

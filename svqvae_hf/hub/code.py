@@ -35,7 +35,6 @@ def write_code(folder: Path) -> None:
         names |= {config["processor_class"]} if path.name == "processor_config.json" else set()
         for model_class, auto_classes in AUTO_CLASSES.items():
             if model_class.__name__ in names:
-                copy_code(model_class, path.parent)
-                module = model_class.__module__.rpartition(".")[2]
+                module = copy_code(model_class, path.parent)
                 config["auto_map"] = {auto: f"{module}.{name}" for auto, name in auto_classes.items()}
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -48,9 +49,8 @@ def find_origin(
             broken.
     """
     check_license(license)
-    kinds = {**dict.fromkeys(models, "model"), **dict.fromkeys(sets, "dataset")}
     given = {row: source for row, source in ({**models, **sets}).items() if source is not None}
-    cards = {row: read_card(source, kinds[row]) for row, source in given.items()}
+    cards = {row: read_card(source, "model" if row in models else "dataset") for row, source in given.items()}
     found = {row: _licence(card) for row, card in cards.items()}
     stated = {row: licence for row, licence in found.items() if licence not in NOT_STATED}
     if license is None and len(set(stated.values())) > 1:
@@ -81,10 +81,8 @@ def read_card(source: str, kind: str = "model") -> RepoCard | None:
     repo = hub_repo(source) or (source if is_hub_id(source) else None)
     content = None
     if repo is not None:
-        try:
+        with suppress(OSError):
             content = download_file(repo, CARD, repo, repo_type=kind).read_bytes()
-        except OSError:
-            return None
     elif "://" in source or Path(source).is_dir():
         content = Folder(source).read(CARD)
         above = Path(source).absolute().parent

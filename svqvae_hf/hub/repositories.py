@@ -2,20 +2,12 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub import HfApi, errors, hf_hub_download
+from huggingface_hub.utils import validate_repo_id
 
 from svqvae_hf.files.inputs import BUNDLED
 
@@ -27,10 +19,10 @@ Loaded = TypeVar("Loaded")
 
 CHECK_NETWORK = "Check the network, HF_HUB_OFFLINE and HF_ENDPOINT."
 HUB_REASONS: tuple[tuple[type[BaseException], str], ...] = (
-    (GatedRepoError, "access is restricted. Accept the terms on its page and log in with `hf auth login`."),
-    (RepositoryNotFoundError, "the repository does not exist, or is private. Check its name, or `hf auth login`."),
-    (LocalEntryNotFoundError, f"the Hub cannot be reached, and the cache has no complete copy. {CHECK_NETWORK}"),
-    (EntryNotFoundError, "the repository has no such file."),
+    (errors.GatedRepoError, "access is restricted. Accept the terms on its page and log in with `hf auth login`."),
+    (errors.RepositoryNotFoundError, "the repository does not exist or is private. Correct it, or `hf auth login`."),
+    (errors.LocalEntryNotFoundError, f"the Hub cannot be reached, and no complete copy is cached. {CHECK_NETWORK}"),
+    (errors.EntryNotFoundError, "the repository has no such file."),
 )
 
 
@@ -60,11 +52,11 @@ def hub_reason(error: BaseException) -> str:
         for kind, reason in HUB_REASONS:
             if isinstance(chain, kind):
                 return reason
-        if isinstance(chain, HfHubHTTPError):  # an answer
+        if isinstance(chain, errors.HfHubHTTPError):  # an answer
             if chain.response is not None and chain.response.status_code == 401:
                 return "you are not logged in. Log in with `hf auth login`."
             break
-        if isinstance(chain, HTTPError):
+        if isinstance(chain, errors.HTTPError):
             return f"the Hub cannot be reached. {CHECK_NETWORK}"
         chain = chain.__cause__ or chain.__context__
     return f"{' '.join(str(error).split()).removesuffix('.')}."
@@ -83,9 +75,9 @@ def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: 
     """
     try:
         return load(source, **options)
-    except (OSError, HTTPError, HFValidationError) as error:
-        is_absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-        if Path(source).exists() or is_absent:
+    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
+        is_unreachable = isinstance(error, errors.LocalEntryNotFoundError)
+        if Path(source).exists() or (isinstance(error, errors.EntryNotFoundError) and not is_unreachable):
             raise
         raise OSError(f"could not load `{source}`: there is no such folder, and {hub_reason(error)}") from error
 
@@ -104,7 +96,7 @@ def download_file(repo_id: str, file: str, source: str | Path, **options: Any) -
     """
     try:
         return Path(hf_hub_download(repo_id, file, **options))
-    except (HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:
         raise OSError(f"could not download `{source}` from the Hub: {hub_reason(error)}") from error
 
 
@@ -133,11 +125,10 @@ def prepare_repo(repo_id: str, *, private: bool | None, license: str | None, tok
         ValueError: If the Hub does not know the licence.
     """
     check_license(license)
-    failed = f"Could not create `{repo_id}` on the Hub"
     try:
         return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
-    except (HTTPError, OSError) as error:
-        raise OSError(f"{failed}: {hub_reason(error)}") from error
+    except (errors.HTTPError, OSError) as error:
+        raise OSError(f"Could not create `{repo_id}` on the Hub: {hub_reason(error)}") from error
 
 
 def check_license(license: str | None) -> None:
@@ -156,7 +147,7 @@ def push_folder(
     *,
     create_pr: bool = False,
     token: str | None = None,
-    files: Sequence[str] | None = None,
+    files: list[str] | None = None,
 ) -> str:
     """Uploads a folder to an existing repository.
 
@@ -166,7 +157,7 @@ def push_folder(
         message (`str`): Title of the commit.
         create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
         token (`str`, *optional*): Access token, by default the stored one.
-        files (`Sequence[str]`, *optional*): Globs of the files to upload, all by default.
+        files (`list[str]`, *optional*): Globs of the files to upload, all by default.
 
     Returns:
         `str`: URL of the commit or pull request.
@@ -176,12 +167,8 @@ def push_folder(
     """
     try:
         commit = HfApi(token=token).upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=message,
-            create_pr=create_pr,
-            allow_patterns=None if files is None else list(files),
+            repo_id=repo_id, folder_path=folder, commit_message=message, create_pr=create_pr, allow_patterns=files
         )
-    except (HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:
         raise OSError(f"the upload to `{repo_id}` failed: {hub_reason(error)}") from error
     return commit.pr_url or commit.commit_url

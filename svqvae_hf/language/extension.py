@@ -13,7 +13,7 @@ from svqvae_hf.hub.origin import STARTED_FROM, find_origin
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.pretrained_models import SVQVAE, SVQVAEProcessor
 from svqvae_hf.models.image_vocabulary import CONFIG_KEY, PLACEHOLDER, ImageVocabulary
-from svqvae_hf.models.loading import list_faults
+from svqvae_hf.models.loading import check_weights
 
 # Before a chat template: joins the parts of a message to one text, with a placeholder for each image.
 JOIN_PARTS = Path(__file__).with_name("join_parts.jinja").read_text().replace("PLACEHOLDER", PLACEHOLDER)
@@ -61,9 +61,7 @@ def extend_language_model(
             f"`{source}` must be a causal language model of transformers with its tokenizer, but does not load: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    faults = list_faults(info)
-    if faults:
-        raise ValueError(f"the weights of `{source}` must be what its config asks for, but have faults: {faults}.")
+    check_weights(str(source), info)
     side = image_tokenizer.config["sample_size"] // image_tokenizer.f
     vocabulary = add_image_tokens(model, tokenizer, image_tokenizer, grids or [(side, side)], seed)
     processor = SVQVAEProcessor(tokenizer, image_tokenizer, vocabulary)
@@ -84,7 +82,6 @@ def add_image_tokens(
     seed: int = 0,
 ) -> ImageVocabulary:
     """Adds image tokens to a language model and its tokenizer, in place; see [`extend_language_model`]."""
-    text_config = model.config.get_text_config()
     vocabulary = ImageVocabulary(
         first_token=len(tokenizer),
         codebook_size=vqvae.config["codebook_size"],
@@ -94,7 +91,7 @@ def add_image_tokens(
     )
     rows = model.get_input_embeddings().weight.shape[0]
     longest = max(rows * columns for rows, columns in vocabulary.grids) + 3
-    context = getattr(text_config, "max_position_embeddings", longest)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     if getattr(model.config, CONFIG_KEY, None) is not None:
         raise ValueError("the language model must not have image tokens yet, but has some. Extend the original one.")
     if len(tokenizer) > rows:

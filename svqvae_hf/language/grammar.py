@@ -46,10 +46,8 @@ class ImageGrammar(LogitsProcessor):
 
     def next_kind(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Kind of the token after sequences `(batch, length)`: `OUTSIDE`, `SIZE`, `CODES` or `LAST`, `(batch, 1)`."""
-        if self.kinds.device != input_ids.device:
-            self.kinds, self.bias, self.starts = (
-                each.to(input_ids.device) for each in (self.kinds, self.bias, self.starts)
-            )
+        device = input_ids.device
+        self.kinds, self.bias, self.starts = (each.to(device) for each in (self.kinds, self.bias, self.starts))
         newest_first = input_ids[:, -self.kinds.shape[1] :].flip(1)  # an image that began before them is complete
         has_begun, place = (newest_first == self.begin).max(1, keepdim=True)
         size = newest_first.gather(1, (place - 1).clamp_min(0))

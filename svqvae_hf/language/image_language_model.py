@@ -64,8 +64,7 @@ class ImageLanguageModel(drawing.ImageLanguageModel):
         config.pop("custom_pipelines", None)  # of the repository that the model came from
         if standalone:
             write_code(Path(folder))
-            copy_code(ImageLanguagePipeline, folder)
-            impl = f"{ImageLanguagePipeline.__module__.rpartition('.')[2]}.{ImageLanguagePipeline.__name__}"
+            impl = f"{copy_code(ImageLanguagePipeline, folder)}.{ImageLanguagePipeline.__name__}"
             pipeline = {"impl": impl, "pt": ["AutoModelForCausalLM"], "type": "multimodal"}
             config["custom_pipelines"] = {"any-to-any": pipeline}
         write_json(path, config)

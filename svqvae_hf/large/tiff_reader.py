@@ -55,7 +55,10 @@ class LargeImage:
         values = np.full(shape, self.page.nodata, self.page.dtype)
         for number, tile in self._tiles.items():
             if tile is not None:
-                _paste(values, tile, number // across * height - rows.start, number % across * width - columns.start)
+                top, left = number // across * height - rows.start, number % across * width - columns.start
+                y = slice(max(0, top), min(len(values), top + len(tile)))
+                x = slice(max(0, left), min(values.shape[1], left + tile.shape[1]))
+                values[y, x, : tile.shape[2]] = tile[y.start - top : y.stop - top, x.start - left : x.stop - left]
         return values
 
     def _decode(self, number: int) -> np.ndarray | None:
@@ -131,11 +134,3 @@ def _check_page(path: Path, page: Any) -> None:
     if not all(isinstance(side, int) and side > 0 for side in page.shape):
         raise ValueError("its sides must be whole numbers of at least 1.")
     check_segments(page.databytecounts, math.prod(page.chunked), path.stat().st_size)
-
-
-def _paste(values: np.ndarray, tile: np.ndarray, top: int, left: int) -> None:
-    """Copies the part of a tile that overlaps a window into the values of the window."""
-    rows = slice(max(0, top), min(len(values), top + len(tile)))
-    columns = slice(max(0, left), min(values.shape[1], left + tile.shape[1]))
-    window = tile[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-    values[rows, columns, : tile.shape[2]] = window

@@ -48,16 +48,14 @@ def check_weights(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, torc
     misshapen = {name for name, tensor in known.items() if tensor.shape != shapes[name]}
     wrong_type = {name for name, tensor in known.items() if tensor.dtype not in WEIGHT_DTYPES}
     readable = known.keys() - misshapen - wrong_type
-    raise_faults(
-        source,
-        {
-            "missing": shapes.keys() - weights.keys(),
-            "unexpected": weights.keys() - shapes.keys(),
-            "misshapen": {f"{name} {tuple(known[name].shape)} instead of {tuple(shapes[name])}" for name in misshapen},
-            "not float32, float16 or bfloat16": {f"{name} {known[name].dtype}" for name in wrong_type},
-            "not finite": {name for name in readable if not known[name].isfinite().all()},
-        },
-    )
+    faults = {
+        "missing": shapes.keys() - weights.keys(),
+        "unexpected": weights.keys() - shapes.keys(),
+        "misshapen": {f"{name} {tuple(known[name].shape)} instead of {tuple(shapes[name])}" for name in misshapen},
+        "not float32, float16 or bfloat16": {f"{name} {known[name].dtype}" for name in wrong_type},
+        "not finite": {name for name in readable if not known[name].isfinite().all()},
+    }
+    raise_faults(source, faults)
 
 
 def raise_faults(source: str | Path, faults: Mapping[str, Set[str]]) -> None:

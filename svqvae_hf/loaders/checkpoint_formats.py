@@ -79,20 +79,17 @@ JANUS_NAMES = (
 
 CHECKPOINT_FORMATS = (
     CheckpointFormat(
-        name="svqvae",
-        title="SVQVAE's layout (Open Model Initiative)",
-        container=None,
-        level_prefix="encoder.conv_blocks.",
+        "svqvae", title="SVQVAE's layout (Open Model Initiative)", container=None, level_prefix="encoder.conv_blocks."
     ),
     CheckpointFormat(
-        name="llamagen",
+        "llamagen",
         title="LlamaGen, or FlexVAR, which looks the same",
         container="model",
         level_prefix="encoder.conv_blocks.",
         network_range=(-1.0, 1.0),
     ),
     CheckpointFormat(
-        name="lightning",
+        "lightning",
         title="multi-scale VQVAE trained with Lightning",
         container="state_dict",
         level_prefix="vqvae.encoder.conv_blocks.",
@@ -100,7 +97,7 @@ CHECKPOINT_FORMATS = (
         training_keys=("vqvae.quantize.codebook_used", "lpips_fn."),
     ),
     CheckpointFormat(
-        name="taming",
+        "taming",
         title="VQGAN of taming-transformers",
         container="state_dict",
         level_prefix="encoder.down.",
@@ -114,7 +111,7 @@ CHECKPOINT_FORMATS = (
         codebook_l2_norm=False,
     ),
     CheckpointFormat(
-        name="janus-vqvae",
+        "janus-vqvae",
         title="JanusVQVAE of transformers",
         container=None,
         level_prefix="encoder.down.",
@@ -122,7 +119,7 @@ CHECKPOINT_FORMATS = (
         network_range=(-1.0, 1.0),
     ),
     CheckpointFormat(
-        name="janus",
+        "janus",
         title="JanusVQVAE of transformers, within Janus",
         container=None,
         level_prefix="model.vqmodel.encoder.down.",

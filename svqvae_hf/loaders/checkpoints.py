@@ -1,6 +1,6 @@
 """Reads original checkpoints of tokenizers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +8,24 @@ import torch
 from torch import nn
 
 from svqvae_hf.hub.repositories import hub_repo
-from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, select_weights
-from svqvae_hf.loaders.checkpoint_configs import CONFIG_AXES, infer_config
+from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, read_sizes, select_weights
 from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
 from svqvae_hf.loaders.checkpoint_formats import CHECKPOINT_FORMATS, CheckpointFormat, count_numbers
 from svqvae_hf.loaders.llamagen_checkpoints import find_language_model
 from svqvae_hf.models.checks import check_depth
 from svqvae_hf.untrusted.weights import key_text
+
+NORM_NUM_GROUPS = 32  # in all formats
+
+# Config values that are sizes of weights, with their axes.
+CONFIG_AXES = {
+    "in_channels": ("encoder.conv_in.weight", 1),
+    "out_channels": ("decoder.conv_out.weight", 0),
+    "base_channels": ("encoder.conv_in.weight", 0),
+    "z_channels": ("encoder.conv_out.weight", 0),
+    "codebook_size": ("quantize.embedding.weight", 0),
+    "codebook_embed_dim": ("quantize.embedding.weight", 1),
+}
 
 
 def read_checkpoint(
@@ -54,13 +65,11 @@ def read_checkpoint(
     num_levels = count_numbers(weights, format.level_prefix)
     num_blocks = count_numbers(weights, format.to_original("encoder.conv_blocks.0.res.", num_levels))
     check_depth(f"`{source}`", {"levels": num_levels, "residual blocks per level": num_blocks})
-    config = {**infer_config(format, weights, num_levels, source), **config}
-    names_and_shapes = {
-        key: (format.to_original(key, num_levels), shape)
-        for key, shape in _expected_shapes(model_class, config, source).items()
-    }
-    check_weights(weights, dict(names_and_shapes.values()), source)
-    state_dict = {key: weights[name].float() for key, (name, _) in names_and_shapes.items()}
+    config = {**_infer_config(format, weights, num_levels, source), "num_res_blocks": num_blocks, **config}
+    shapes = _expected_shapes(model_class, config, source)
+    names = {key: format.to_original(key, num_levels) for key in shapes}
+    check_weights(weights, {names[key]: shape for key, shape in shapes.items()}, source)
+    state_dict = {key: weights[name].float() for key, name in names.items()}
     return Checkpoint(str(source), path, use_ema, format, config, state_dict)
 
 
@@ -85,6 +94,30 @@ def _find_format(content: Mapping[str | None, Any], source: str | Path) -> Check
         f"`{source}` must be a checkpoint of a known format, but is not. Looked for {looked_for}. Found {found}. A "
         "transformer is converted by `svqvae convert` with `--tokenizer`."
     )
+
+
+def _infer_config(
+    format: CheckpointFormat, weights: Mapping[str, Any], num_levels: int, source: str | Path
+) -> dict[str, Any]:
+    """Reads the config from the shapes of the weights and, where shapes do not tell, from the format."""
+
+    def sizes_of(axes: Mapping[str, tuple[str, int]]) -> dict[str, int]:
+        originals = {key: (format.to_original(name, num_levels), axis) for key, (name, axis) in axes.items()}
+        return read_sizes(weights, originals, source)
+
+    def multipliers(network: str, levels: Iterable[int]) -> tuple[int, ...]:
+        axes = {str(level): (f"{network}.conv_blocks.{level}.res.0.conv1.weight", 0) for level in levels}
+        return tuple(channels // sizes["base_channels"] for channels in sizes_of(axes).values())
+
+    sizes, levels = sizes_of(CONFIG_AXES), range(num_levels)
+    return {
+        **sizes,
+        "encoder_ch_mult": multipliers("encoder", levels),
+        "decoder_ch_mult": multipliers("decoder", reversed(levels)),  # its first level has the lowest resolution
+        "norm_num_groups": NORM_NUM_GROUPS,
+        "codebook_l2_norm": format.codebook_l2_norm,
+        "network_range": format.network_range,
+    }
 
 
 def _expected_shapes(

@@ -28,7 +28,7 @@ HEADS = {
 
 
 def read_llamagen(
-    source: str | Path, *, grid_size: int | None = None, num_attention_heads: int | None = None, use_ema: bool = False
+    source: str | Path, grid_size: int | None = None, *, num_attention_heads: int | None = None, use_ema: bool = False
 ) -> Checkpoint:
     """Reads a checkpoint of LlamaGen's language models, strictly.
 
@@ -62,11 +62,16 @@ def read_llamagen(
     check_tensors(weights, source)
     sizes = _read_sizes(weights, source)
     check_weights(weights, {name: torch.Size(shape) for name, (shape, _) in _layout(sizes).items()}, source)
-    config = {
-        **sizes,
-        "grid_size": _find_grid_size(table, sizes["num_condition_tokens"], grid_size, source),
-        "num_attention_heads": _find_heads(sizes, num_attention_heads, source),
-    }
+    layers, hidden = sizes["num_hidden_layers"], sizes["hidden_size"]
+    heads = num_attention_heads or HEADS.get((layers, hidden))
+    if heads is None:
+        raise ValueError(
+            f"`{source}` has {layers} layers of {hidden} channels, which is not a size that LlamaGen defines, and "
+            "does not state the number of heads, `n_head` in training. Pass `num_attention_heads`, or `--num-heads` "
+            "to `svqvae convert`."
+        )
+    grid_size = _find_grid_size(table, sizes["num_condition_tokens"], grid_size, source)
+    config = {**sizes, "grid_size": grid_size, "num_attention_heads": heads}
     return Checkpoint(str(source), path, use_ema, LLAMAGEN, config, _rename(weights, sizes))
 
 
@@ -156,15 +161,3 @@ def _find_grid_size(table: Any, condition_tokens: int, grid_size: int | None, so
             "side: `grid_size` is 16 for 256 pixels, 24 for 384, 32 for 512."
         )
     return grid_size
-
-
-def _find_heads(sizes: Mapping[str, Any], heads: int | None, source: str | Path) -> int:
-    layers, hidden = sizes["num_hidden_layers"], sizes["hidden_size"]
-    heads = heads or HEADS.get((layers, hidden))
-    if heads is None:
-        raise ValueError(
-            f"`{source}` has {layers} layers of {hidden} channels, which is not a size that LlamaGen defines, and "
-            "does not state the number of heads, `n_head` in training. Pass `num_attention_heads`, or `--num-heads` "
-            "to `svqvae convert`."
-        )
-    return heads

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,13 +28,6 @@ CONFIG_AXES = {
 }
 
 
-def find_next_scale_weights(content: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
-    """Returns the weights in the content of a file, as released or as saved by FlexVAR's trainer, or `None`."""
-    trainer = content.get("trainer")
-    weights = trainer.get("var_wo_ddp") if isinstance(trainer, Mapping) else content.get(None, content)
-    return weights if isinstance(weights, Mapping) and {"word_embed.weight", "pos_1LC"} <= weights.keys() else None
-
-
 def read_next_scale_checkpoint(source: str | Path, model_class: type[nn.Module]) -> Checkpoint:
     """Reads a checkpoint of FlexVAR's transformer, strictly. The shapes of its weights tell the config.
 
@@ -52,8 +44,9 @@ def read_next_scale_checkpoint(source: str | Path, model_class: type[nn.Module])
     """
     path = locate_checkpoint(source)
     content = load_checkpoint_file(path, source)
-    found = find_next_scale_weights(content)
-    if found is None:
+    trainer = content.get("trainer")
+    found = trainer.get("var_wo_ddp") if isinstance(trainer, Mapping) else content.get(None, content)
+    if not isinstance(found, Mapping) or not {"word_embed.weight", "pos_1LC"} <= found.keys():
         raise ValueError(
             f"`{source}` must be a checkpoint of FlexVAR's transformer, with `word_embed.weight` and `pos_1LC` at the "
             "top or in `trainer` > `var_wo_ddp`, but is not. Load a tokenizer with `SVQVAE.from_single_file`."
@@ -61,15 +54,6 @@ def read_next_scale_checkpoint(source: str | Path, model_class: type[nn.Module])
     named = select_weights(content, found, source)
     weights = {key: value for key, value in named.items() if not BUFFERS.fullmatch(key)}
     check_tensors(weights, source)
-    config = _infer_config(weights, source)
-    with torch.device("meta"):
-        expected = model_class(**config).state_dict()
-    check_weights(weights, {key: tensor.shape for key, tensor in expected.items()}, source)
-    state_dict = {key: tensor.detach().float() for key, tensor in weights.items()}
-    return Checkpoint(str(source), path, False, FLEXVAR, config, state_dict)
-
-
-def _infer_config(weights: Mapping[str, Any], source: str | Path) -> dict[str, int]:
     sizes = read_sizes(weights, CONFIG_AXES, source)
     heads, width, classes = (sizes.pop(name) for name in ("heads", "width", "classes"))
     num_layers = count_numbers(weights, FLEXVAR.level_prefix)
@@ -79,10 +63,15 @@ def _infer_config(weights: Mapping[str, Any], source: str | Path) -> dict[str, i
             f"`{source}` must have a width that is a multiple of its heads, and at least one class, but has width "
             f"{width}, {heads} heads and {classes} rows in {CLASSES}. Download the file again."
         )
-    return {
+    config = {
         "num_layers": num_layers,
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
         "num_classes": classes - 1,
         **sizes,
     }
+    with torch.device("meta"):
+        expected = model_class(**config).state_dict()
+    check_weights(weights, {key: tensor.shape for key, tensor in expected.items()}, source)
+    state_dict = {key: tensor.detach().float() for key, tensor in weights.items()}
+    return Checkpoint(str(source), path, False, FLEXVAR, config, state_dict)

@@ -211,9 +211,7 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
             ValueError: The file is broken, its weights do not fit this class exactly, or a required argument
                 is missing.
         """
-        checkpoint = read_llamagen(
-            source, grid_size=grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema
-        )
+        checkpoint = read_llamagen(source, grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema)
         model = cls.from_checkpoint(checkpoint)
         return model if dtype is None else model.to(dtype)
 

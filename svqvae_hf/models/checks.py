@@ -24,10 +24,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     """Raises if config values are wrong or do not fit each other."""
     check_integers({key: config[key] for key in POSITIVE_INTEGERS})
     for key in CHANNEL_MULTIPLIERS:
-        if not isinstance(config[key], list | tuple) or not all(
-            type(mult) is int and mult > 0 for mult in config[key]
-        ):
-            raise ValueError(f"`{key}` must be a list of integers above 0, got {config[key]!r}.")
+        mults = config[key]
+        if not isinstance(mults, list | tuple) or not all(type(mult) is int and mult > 0 for mult in mults):
+            raise ValueError(f"`{key}` must be a list of integers above 0, got {mults!r}.")
     encoder_levels, decoder_levels = (len(config[key]) for key in CHANNEL_MULTIPLIERS)
     if encoder_levels != decoder_levels:
         raise ValueError(
@@ -68,12 +67,8 @@ def check_integers(numbers: Mapping[str, Any], least: int = 1) -> None:
 
 def check_range(key: str, bounds: Any) -> None:
     """Raises unless a range is two finite numbers, the lower one first."""
-    if (
-        not isinstance(bounds, list | tuple)
-        or len(bounds) != 2
-        or not all(isinstance(bound, int | float) and abs(bound) < float("inf") for bound in bounds)
-        or not bounds[0] < bounds[1]
-    ):
+    are_numbers = isinstance(bounds, list | tuple) and all(isinstance(bound, int | float) for bound in bounds)
+    if not are_numbers or len(bounds) != 2 or not -math.inf < bounds[0] < bounds[1] < math.inf:
         raise ValueError(f"`{key}` must be two finite numbers (low, high) with low < high, got {bounds!r}.")
 
 
@@ -187,25 +182,6 @@ def check_scale_from(scale_from: str) -> None:
     """Raises if `scale_from` is not one of `SCALE_SOURCES`."""
     if scale_from not in SCALE_SOURCES:
         raise ValueError(f"`scale_from` must be one of {', '.join(SCALE_SOURCES)}, got {scale_from!r:.80}.")
-
-
-def check_checkpointing(model: Any) -> None:
-    """Raises if tiles would be computed with gradients and checkpointing."""
-    if torch.is_grad_enabled() and model.is_gradient_checkpointing:
-        raise ValueError(
-            "Gradient checkpointing must be off for tiles with gradients, because it runs the network again after the "
-            "values that tiles share have changed. Disable gradient checkpointing, tiling or gradients."
-        )
-
-
-def check_class(cls: type, config: Mapping[str, Any]) -> None:
-    """Raises if a config is of a class that `cls` does not extend."""
-    found = config.get("_class_name", cls.__name__)
-    if found not in {base.__name__ for base in cls.__mro__}:
-        raise ValueError(
-            f"The config must be of class {cls.__name__}, got {found}. Load it with that class. `from_single_file` "
-            "loads original checkpoints."
-        )
 
 
 def check_tiles(f: int, tile_size: int, overlap: int | None) -> None:

@@ -85,25 +85,20 @@ def _check_values(image: Image.Image) -> None:
 
 def _convert(image: Image.Image) -> Image.Image:
     """Converts an upright image to RGB, without the metadata of its file."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _grey_to_8_bit(image)
+    if image.mode == "F" or image.mode.startswith("I"):  # scaled here, because Pillow's own conversion clips at 255
+        values, top = np.asarray(image), 1 if image.mode == "F" else 65535
+        low, high = values.min(), values.max()  # NaN if any value is
+        if not (low >= 0 and high <= top):
+            raise ValueError(f"an image of mode {image.mode!r} must lie in [0, {top}], got [{low}, {high}]. Scale it.")
+        grey = np.rint(values * (255 / top))
+        if "transparency" in image.info:  # the one grey value that a 16-bit PNG may declare transparent
+            grey[values == image.info["transparency"]] = 255
+        image = Image.fromarray(grey.astype(np.uint8))
     elif image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("RGB")
     image.info = {}
     return image
-
-
-def _grey_to_8_bit(image: Image.Image) -> Image.Image:
-    """Scales grey to 8 bits, where Pillow's own conversion of these modes clips at 255."""
-    values, top = np.asarray(image), 1 if image.mode == "F" else 65535
-    low, high = values.min(), values.max()  # NaN if any value is
-    if not (low >= 0 and high <= top):
-        raise ValueError(f"an image of mode {image.mode!r} must lie in [0, {top}], got [{low}, {high}]. Scale it.")
-    grey = np.rint(values * (255 / top))
-    if "transparency" in image.info:  # the one grey value that a 16-bit PNG may declare transparent
-        grey[values == image.info["transparency"]] = 255
-    return Image.fromarray(grey.astype(np.uint8))
 
 
 @contextmanager

@@ -75,9 +75,8 @@ class SVQVAEImageProcessor(BaseImageProcessor):
             TypeError: If another keyword is given.
             ValueError: If `pixel_range` is not as described.
         """
-        options = {"pixel_range", "return_unused_kwargs"}
         if not kwargs.get("return_unused_kwargs"):
-            _check_keywords(kwargs.keys() - options)
+            _check_keywords(kwargs.keys() - {"pixel_range", "return_unused_kwargs"})
         known = {"pixel_range", *TRANSFORMERS_KEYS}
         return super().from_dict({key: value for key, value in image_processor_dict.items() if key in known}, **kwargs)
 
@@ -209,16 +208,11 @@ def _unit_pixels(image: ImageInput) -> torch.Tensor:
         )
     pixels = pixels if pixels.ndim > 2 else pixels[None]
     values = _to_unit_range(pixels)
-    if values.shape[-3] == 4:
-        values = _on_white(values, is_8_bit=pixels.dtype == torch.uint8)
+    if values.shape[-3] == 4:  # put on white, 8-bit values with the rounding of Pillow
+        colours, alpha = values.split([3, 1], dim=-3)
+        blended = colours * alpha + (1 - alpha)
+        values = (blended * 255).round() / 255 if pixels.dtype == torch.uint8 else blended
     return values.expand(*values.shape[:-3], 3, -1, -1).reshape(-1, 3, *values.shape[-2:])
-
-
-def _on_white(rgba: torch.Tensor, is_8_bit: bool) -> torch.Tensor:
-    """Puts RGBA in [0, 1] of shape (..., 4, height, width) on white, 8-bit values with the rounding of Pillow."""
-    colours, alpha = rgba.split([3, 1], dim=-3)
-    blended = colours * alpha + (1 - alpha)
-    return (blended * 255).round() / 255 if is_8_bit else blended
 
 
 def _as_tensor(array: np.ndarray) -> torch.Tensor:

@@ -12,8 +12,6 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 
-from .checks import check_class
-
 
 class StrictLoadingMixin(ModelMixin, ConfigMixin):
     """Loads models of diffusers only if the weights are exactly what the config asks for."""
@@ -93,17 +91,23 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """Splits a config into constructor arguments and the rest, without values that the constructor derives."""
-        check_class(cls, config_dict)
+        found = config_dict.get("_class_name", cls.__name__)
+        if found not in {base.__name__ for base in cls.__mro__}:
+            raise ValueError(
+                f"The config must be of class {cls.__name__}, got {found}. Load it with that class. "
+                "`from_single_file` loads original checkpoints."
+            )
         given = {key: value for key, value in config_dict.items() if key not in cls.derived_config}
         return super().extract_init_dict(given, **kwargs)
 
 
 def check_weights(source: str, loading_info: Mapping[str, Any]) -> None:
     """Raises unless the weights of a folder or Hub id were exactly what its config asks for."""
-    faults = list_faults(loading_info)
-    if faults:
+    faults = {kind: sorted(map(str, loading_info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    listed = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
+    if listed:
         raise ValueError(
-            f"The weights of {source} must be exactly what its config asks for, but are not: {faults}. Restore the "
+            f"The weights of {source} must be exactly what its config asks for, but are not: {listed}. Restore the "
             "files, or correct config.json."
         )
 
@@ -118,17 +122,12 @@ def check_merged(name: str, model: Any) -> None:
         )
 
 
-def list_faults(loading_info: Mapping[str, Any]) -> str:
-    """Lists the weights that a loader found missing, unexpected or mismatched, as text."""
-    faults = {kind: sorted(map(str, loading_info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
-    return "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
-
-
-def copy_code(model_class: type, folder: str | os.PathLike) -> None:
-    """Copies the file that defines a class, and all that it imports relatively, to a folder."""
+def copy_code(model_class: type, folder: str | os.PathLike) -> str:
+    """Copies the file that defines a class, and all that it imports relatively, to a folder. Returns its module."""
     source = Path(inspect.getfile(model_class))
     for file in (source, *get_relative_import_files(source)):
         shutil.copy(file, folder)
+    return source.stem
 
 
 def execution_device(model: ModelMixin) -> torch.device:

@@ -111,10 +111,8 @@ class LlamaGenAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.scaling = config.head_dim**-0.5
-        self.q_proj = FewRowsLinear(config.hidden_size, config.hidden_size)
-        self.k_proj = FewRowsLinear(config.hidden_size, config.hidden_size)
-        self.v_proj = FewRowsLinear(config.hidden_size, config.hidden_size)
-        self.o_proj = FewRowsLinear(config.hidden_size, config.hidden_size)
+        width = config.hidden_size
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (FewRowsLinear(width, width) for _ in range(4))
 
     def forward(
         self,
@@ -133,10 +131,8 @@ class LlamaGenAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attended, weights = attend(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
-        )  # (batch, length, heads, head_dim)
-        return self.o_proj(attended.flatten(2).contiguous()), weights
+        attended, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        return self.o_proj(attended.flatten(2).contiguous()), weights  # from (batch, length, heads, head_dim)
 
 
 class LlamaGenMLP(nn.Module):

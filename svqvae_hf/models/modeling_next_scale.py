@@ -17,7 +17,7 @@ The architecture and the names of the weights come from FlexVAR (arXiv 2502.2031
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +34,6 @@ from .loading import StrictLoadingMixin
 from .resizing import resize
 
 NORM_EPS = 1e-6
-POSITIVE_INTEGERS = (
-    *("num_layers", "num_attention_heads", "attention_head_dim", "codebook_size", "codebook_embed_dim"),
-    "position_size",
-)
 LENGTH_EPS = 1e-12  # as in `F.normalize`
 MLP_RATIO = 4
 POSITION_PERIOD = 10_000  # of the initial positions
@@ -45,8 +41,6 @@ MAX_LOG_FACTOR = math.log(100)  # of queries
 
 # Factors of FlexVAR's initial weights
 INITIAL_QUERY_FACTOR = 4.0
-HEAD_GAIN = 0.02
-MODULATION_GAIN = 0.5
 GATE_GAIN = 1e-3
 
 Size = tuple[int, int]
@@ -177,10 +171,11 @@ class NextScaleTransformer(StrictLoadingMixin):
         max_text_length: int = 0,
     ):
         super().__init__()
-        check_integers({name: self.config[name] for name in POSITIVE_INTEGERS})
+        captions = {"vocab_size": vocab_size, "max_text_length": max_text_length}
+        check_integers(captions, least=int(bool(vocab_size or max_text_length)))  # both or neither
         check_integers({"num_classes": num_classes}, least=0)
-        for name in ("vocab_size", "max_text_length"):  # both or neither
-            check_integers({name: self.config[name]}, least=int(bool(vocab_size or max_text_length)))
+        optional = {"num_classes", *captions}
+        check_integers({name: value for name, value in self.config.items() if name[0] != "_" and name not in optional})
         check_depth("The config", {"layers": num_layers})
         width = num_attention_heads * attention_head_dim
         self.class_emb = nn.Embedding(num_classes + 1, width)
@@ -194,7 +189,6 @@ class NextScaleTransformer(StrictLoadingMixin):
         self.head_nm = ModulatedNorm(width)
         self.head = nn.Linear(width, codebook_size)
         self.gradient_checkpointing = False
-        self._gradient_checkpointing_func: Callable[..., torch.Tensor]
         self._initialise()
 
     def forward(
@@ -269,13 +263,8 @@ class NextScaleTransformer(StrictLoadingMixin):
     def _initialise(self) -> None:
         """Draws the weights as FlexVAR does; the first third of a block's modulation are its gates."""
         width = self.pos_start.shape[-1]
-        std, residual_gain = math.sqrt(1 / (3 * width)), 1 / math.sqrt(2 * len(self.blocks))
-        gains = {
-            "head.weight": HEAD_GAIN,
-            "ada_lin.1.weight": MODULATION_GAIN,
-            "proj.weight": residual_gain,
-            "fc2.weight": residual_gain,
-        }
+        std, residual = math.sqrt(1 / (3 * width)), 1 / math.sqrt(2 * len(self.blocks))
+        gains = {"head.weight": 0.02, "ada_lin.1.weight": 0.5, "proj.weight": residual, "fc2.weight": residual}
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(weight)

@@ -180,10 +180,8 @@ class ResolutionBlock(nn.Module):
         up: bool = False,
     ):
         super().__init__()
-        self.res = nn.ModuleList(
-            ResnetBlock(out_channels if i else in_channels, out_channels, num_groups, dropout)
-            for i in range(num_blocks)
-        )
+        widths = [in_channels, *[out_channels] * (num_blocks - 1)]
+        self.res = nn.ModuleList(ResnetBlock(width, out_channels, num_groups, dropout) for width in widths)
         self.attn = nn.ModuleList(AttnBlock(out_channels, num_groups) for _ in range(num_blocks if attention else 0))
         self.downsample = Downsample(out_channels) if down else None
         self.upsample = Upsample(out_channels) if up else None
@@ -298,9 +296,6 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
     Raises:
         ValueError: If values do not fit each other.
     """
-
-    encoder: Encoder
-    decoder: Decoder
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Encoder", "Decoder", "VectorQuantizer"]

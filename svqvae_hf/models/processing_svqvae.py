@@ -114,11 +114,8 @@ class SVQVAEProcessor(ProcessorMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Content of `processor_config.json`."""
-        return {
-            "processor_class": type(self).__name__,
-            CONFIG_KEY: self.vocabulary.to_config(),
-            **({"auto_map": self.auto_map} if hasattr(self, "auto_map") else {}),
-        }
+        code = {"auto_map": self.auto_map} if hasattr(self, "auto_map") else {}
+        return {"processor_class": type(self).__name__, CONFIG_KEY: self.vocabulary.to_config(), **code}
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
         """Converts texts with images to tokens.
@@ -235,8 +232,7 @@ class SVQVAEProcessor(ProcessorMixin):
             parts = self.vocabulary.split(sequence)
             if (sequence == self.vocabulary.begin).sum() > len(parts) // 2:
                 warnings.warn(
-                    f"sequence {len(results)} ends inside an image, which is left out. Generate with more "
-                    "`max_new_tokens`.",
+                    f"sequence {len(results)} ends inside an image, which is left out. Raise `max_new_tokens`.",
                     stacklevel=2,
                 )
             images = self.decode_images(parts[1::2])

@@ -50,8 +50,7 @@ class Codebook(nn.Module):
 
     def __init__(self, size: int, dim: int, l2_norm: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, dim))
-        nn.init.normal_(self.weight)  # uniform on the sphere once normalised
+        self.weight = nn.Parameter(torch.randn(size, dim))  # uniform on the sphere once normalised
         self.l2_norm = l2_norm
 
     def forward(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

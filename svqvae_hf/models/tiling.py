@@ -10,12 +10,11 @@ Lengths are in latents unless a name says otherwise, so that pixels and latents 
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
-from torch import nn
+from diffusers.models.modeling_utils import ModelMixin
 
-from .checks import check_checkpointing, check_tiles
+from .checks import check_tiles
 from .layers import TileContext, WindowSample, make_cuts, move
 from .resizing import map_range, pad_to_multiple
 
@@ -152,18 +151,10 @@ def map_tiles(
     return joined[0]
 
 
-class TilingMixin:
+class TilingMixin(ModelMixin):
     """Runs the networks of [`SVQVAE`] on whole images, on slices of a batch, and on tiles of each image."""
 
     use_slicing = use_tiling = False
-    config: Any
-    encoder: nn.Module
-    decoder: nn.Module
-    quant_conv: nn.Module
-    post_quant_conv: nn.Module
-    f: int
-    overlap: int
-    tile_size: int
 
     def enable_slicing(self) -> None:
         """Runs the images of a batch one at a time."""
@@ -259,5 +250,9 @@ class TilingMixin:
         size = [side // input_stride for side in source.shape[-2:]]
         if tiles is None or max(size) <= tiles[0]:
             return run(source)
-        check_checkpointing(self)
+        if torch.is_grad_enabled() and self.is_gradient_checkpointing:
+            raise ValueError(
+                "Gradient checkpointing must be off for tiles with gradients, because it runs the network again after "
+                "the values that tiles share have changed. Disable gradient checkpointing, tiling or gradients."
+            )
         return map_tiles(run, source, *tiles, input_stride, output_stride)

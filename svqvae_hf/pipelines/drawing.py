@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchFeature, PreTrainedModel
 
 from .captions import keep_known_words
 from .id_sampler import IdSampler
@@ -28,13 +28,10 @@ class ImageLanguageModel:
     def __init__(self, language_model: PreTrainedModel, processor: Any):
         self.language_model = language_model.eval()
         self.processor = processor
-        if processor.tokenizer.pad_token is None:
-            processor.tokenizer.pad_token = processor.tokenizer.eos_token
-
-    @property
-    def vqvae(self) -> Any:
-        """The image tokenizer."""
-        return self.processor.vqvae
+        self.tokenizer, self.vqvae = processor.tokenizer, processor.vqvae
+        self.image_processor = processor.image_processor
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -45,16 +42,6 @@ class ImageLanguageModel:
         own = getattr(self.language_model.generation_config, "generation_kwargs", None) or {}
         defaults = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         return {name: own.get(name, default) for name, default in defaults.items()}
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer of texts."""
-        return self.processor.tokenizer
-
-    @property
-    def image_processor(self) -> Any:
-        """Its image processor."""
-        return self.processor.image_processor
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the language model and the image tokenizer."""
@@ -114,6 +101,7 @@ class ImageLanguageModel:
             scale = 1  # no caption guides them
         if scale != 1:
             questions += [no_condition] * len(texts)
+        edits = image is not None or mask_image is not None
         sampler = IdSampler(
             self.language_model,
             self._ask(questions, self.processor.begin_image(grid)),
@@ -121,9 +109,7 @@ class ImageLanguageModel:
             range(vocabulary.first_token, vocabulary.begin),
             partial(sample, **sampling, generator=generator),
             guide=None if scale == 1 else partial(guide, guidance_scale=scale),
-            known=None
-            if image is mask_image is None
-            else self._known(image or [], mask_image or [], grid, len(texts)),
+            known=self._known(image or [], mask_image or [], grid, len(texts)) if edits else None,
         )
         for row in range(grid[0]):
             ids = sampler.next_row()
@@ -143,12 +129,10 @@ class ImageLanguageModel:
         if isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) in (2, 3):
             images = [images]
         inputs = self._ask([self.processor.image_token + prompt] * len(images), images=[[image] for image in images])
-        first = self.processor.vocabulary.first_token
+        stop = self.language_model.config.get_text_config().vocab_size
+        image_tokens = [*range(self.processor.vocabulary.first_token, stop)]
         tokens = self.language_model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            suppress_tokens=[*range(first, self.language_model.config.get_text_config().vocab_size)],
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, suppress_tokens=image_tokens
         )
         texts = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(texts, skip_special_tokens=True)]

@@ -2,12 +2,12 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from svqvae_hf.hub.model_cards import pipeline_card
 from svqvae_hf.hub.publishing import CardMixin
@@ -21,12 +21,14 @@ from svqvae_hf.pipelines.repository_index import hub_options, load_arguments, re
 # For readers of `model_index.json`.
 LOAD_WITH = "`pip install svqvae-hf`, then `from_pretrained` of its class in `svqvae_hf`"
 
+# Pipeline, step, size in ids, tensors -> tensors that replace them
+Callback = Callable[[Any, int, tuple[int, int], dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+
 
 class GeneratorPipeline(CardMixin, DiffusionPipeline):
     """Pipeline of a model that generates ids, and of the SVQVAE that decodes them."""
 
     vqvae: SVQVAE
-    num_classes: int
     _callback_tensor_inputs = ["ids"]
 
     def _register(
@@ -171,12 +173,12 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         return labels.to(self._execution_device)
 
     def _call_back(
-        self, callback: Any, tensor_inputs: Sequence[str], step: int, place: Any, ids: torch.Tensor
+        self, callback: Callback | None, tensor_inputs: Sequence[str], step: int, size: Any, ids: torch.Tensor
     ) -> torch.Tensor:
         """Calls `callback_on_step_end`, and returns the ids that it returns, or those that were sampled."""
         if callback is None:
             return ids
-        returned = callback(self, step, place, {"ids": ids.clone()} if tensor_inputs else {}) or {}
+        returned = callback(self, step, size, {"ids": ids.clone()} if tensor_inputs else {}) or {}
         replaced = to_int64("ids", returned.get("ids", ids)).to(ids.device)
         end = self.vqvae.config["codebook_size"]
         if replaced.shape != ids.shape or not 0 <= replaced.min() <= replaced.max() < end:
@@ -186,9 +188,11 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             )
         return replaced
 
-    def _decode(self, ids: torch.Tensor, size: tuple[int, int], output_type: str) -> Any:
-        """Decodes ids `(batch, h, w)` of images of `size` pixels to the output type."""
-        if output_type == "latent":
-            return ids
-        sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, size, 1.0)
-        return self.image_processor.postprocess(sample, output_type=output_type)
+    def _output(self, ids: torch.Tensor, size: tuple[int, int], output_type: str, return_dict: bool) -> Any:
+        """Output of a call, from ids `(batch, h, w)` of images of `size` pixels."""
+        images: Any = ids
+        if output_type != "latent":
+            sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, size, 1.0)
+            images = self.image_processor.postprocess(sample, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -123,7 +123,15 @@ class IdSampler:
                 known, kept = (each[:, row, column] for each in self.known)
                 ids = torch.where(kept, known, ids)
             self.ids[:, row, column] = ids
-            self._append(ids)
+            inputs = self.inputs
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], self._as_tokens(ids)[:, None]], dim=1)
+            if "attention_mask" in inputs:
+                inputs["attention_mask"] = F.pad(inputs["attention_mask"], (0, 1), value=1)
+            if "position_ids" in inputs:
+                positions = inputs["position_ids"]
+                inputs["position_ids"] = torch.cat([positions, positions[:, -1:] + 1], dim=1)
+            self.place += 1
+            self.unread += 1
         check_finite(torch.stack(highest), self.model, "language model")
         return self.ids[:, : self.place // columns]
 
@@ -152,17 +160,6 @@ class IdSampler:
         logits = self.model(**inputs).logits[:, -1, self.codes.start : self.codes.stop].float()
         self.unread = 0
         return logits if self.guide is None else self.guide(logits)
-
-    def _append(self, ids: torch.Tensor) -> None:
-        """Appends ids `(batch,)` to the inputs of the model."""
-        inputs = self.inputs
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], self._as_tokens(ids)[:, None]], dim=1)
-        if "attention_mask" in inputs:
-            inputs["attention_mask"] = F.pad(inputs["attention_mask"], (0, 1), value=1)
-        if "position_ids" in inputs:
-            inputs["position_ids"] = torch.cat([inputs["position_ids"], inputs["position_ids"][:, -1:] + 1], dim=1)
-        self.place += 1
-        self.unread += 1
 
     def _as_tokens(self, ids: torch.Tensor) -> torch.Tensor:
         """Tokens of ids, for the rows with and without conditions."""

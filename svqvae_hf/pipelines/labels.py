@@ -2,8 +2,12 @@
 
 import reprlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from diffusers import ConfigSpec, InputParam, OutputParam
+
+from .modular_blocks import LABELS, Step
 
 Labels = int | str | Sequence[int | str]
 
@@ -55,3 +59,21 @@ def to_int64(name: str, values: torch.Tensor) -> torch.Tensor:
     if isinstance(found, str) or found.is_floating_point or found.is_complex or found == torch.bool:
         raise TypeError(f"`{name}` must be tensors of integers, got {found}. Pass int64 tensors.")
     return values.long()
+
+
+class ClassStep(Step):
+    """Converts classes to labels. Its component is the model, whose config has the number of classes."""
+
+    description = "Converts classes, given by number or name, to one label per image."
+    expected_configs = [ConfigSpec("class_names", [])]
+    inputs = [
+        InputParam("class_labels", description="Number or name of each image's class; no class by default."),
+        InputParam.template("num_images_per_prompt"),
+    ]
+    intermediate_outputs = [OutputParam(**LABELS)]
+
+    def run(self, components: Any, values: Any) -> None:
+        """Sets `labels`."""
+        config = getattr(components, self.expected_components[0].name).config
+        labels = encode_labels(values.class_labels, config.num_classes, components.config["class_names"])
+        values.labels = labels.repeat_interleave(values.num_images_per_prompt).to(components._execution_device)

@@ -6,31 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoModel, ClassifierFreeGuidance
+from diffusers import AutoModel, ClassifierFreeGuidance, ModularPipelineBlocks, SequentialPipelineBlocks
 from diffusers.configuration_utils import FrozenDict
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.modular_pipelines import ComponentSpec as Component
-from diffusers.modular_pipelines import InputParam as Input
-from diffusers.modular_pipelines import ModularPipelineBlocks as Blocks
-from diffusers.modular_pipelines import OutputParam as Output
-from diffusers.modular_pipelines import PipelineState, SequentialPipelineBlocks
+from diffusers.modular_pipelines import ComponentSpec, InputParam, OutputParam, PipelineState
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
-VQVAE = Component("vqvae", AutoModel, description="Tokenizer, whose ids are sampled.")
+VQVAE = ComponentSpec("vqvae", AutoModel, description="Tokenizer, whose ids are sampled.")
 FROM_CONFIG = {"default_creation_method": "from_config"}
-GUIDER = Component("guider", ClassifierFreeGuidance, config=FrozenDict(guidance_scale=1.0), **FROM_CONFIG)
-IMAGE_PROCESSOR = Component("image_processor", VaeImageProcessor, config=FrozenDict(do_normalize=False), **FROM_CONFIG)
+GUIDER = ComponentSpec("guider", ClassifierFreeGuidance, config=FrozenDict(guidance_scale=1.0), **FROM_CONFIG)
+IMAGE_PROCESSOR = ComponentSpec(
+    "image_processor", VaeImageProcessor, config=FrozenDict(do_normalize=False), **FROM_CONFIG
+)
 SAMPLING = [
-    Input("temperature", default=1.0, description="Divides the logits; 0 takes the most likely id."),
-    Input("top_k", default=0, description="Number of most likely ids to sample from; 0 means all."),
-    Input("top_p", default=1.0, description="Total probability of the most likely ids to sample from."),
-    Input.template("generator"),
+    InputParam("temperature", default=1.0, description="Divides the logits; 0 takes the most likely id."),
+    InputParam("top_k", default=0, description="Number of most likely ids to sample from; 0 means all."),
+    InputParam("top_p", default=1.0, description="Total probability of the most likely ids to sample from."),
+    InputParam.template("generator"),
 ]
 IDS = {"name": "ids", "type_hint": torch.Tensor, "description": "Ids `(batch, h, w)` of the images."}
 LABELS = {"name": "labels", "type_hint": torch.Tensor, "description": "One label per image."}
 
 
-class Step(Blocks):
+class Step(ModularPipelineBlocks):
     """Block that computes its outputs from its inputs, which lie in one namespace."""
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
@@ -50,8 +48,8 @@ class DecodeStep(Step):
 
     description = "Decodes ids to images."
     expected_components = [VQVAE, IMAGE_PROCESSOR]
-    inputs = [Input(**IDS, required=True), Input.template("output_type")]
-    intermediate_outputs = [Output.template("images")]
+    inputs = [InputParam(**IDS, required=True), InputParam.template("output_type")]
+    intermediate_outputs = [OutputParam.template("images")]
 
     def run(self, components: Any, values: Any) -> None:
         """Sets `images`."""

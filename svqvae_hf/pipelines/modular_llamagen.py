@@ -1,44 +1,48 @@
 """Blocks of LlamaGen's models for diffusers' `ModularPipeline`. A repository with code holds all files named here."""
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoModel
-from diffusers.modular_pipelines import ComponentSpec as Component
-from diffusers.modular_pipelines import ConfigSpec as Config
-from diffusers.modular_pipelines import InputParam as Input
-from diffusers.modular_pipelines import OutputParam as Output
+from diffusers import AutoModel, ComponentSpec, InputParam, OutputParam
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from .captions import encode_captions
 from .id_sampler import IdSampler
-from .labels import encode_labels
-from .llamagen_inputs import condition_inputs
+from .labels import ClassStep
 from .modular_blocks import GUIDER, IDS, LABELS, SAMPLING, BlockList, DecodeStep, Step, guide_step, is_guided
 from .sampling import sample
 
-LANGUAGE_MODEL = Component("language_model", AutoModel)
+LANGUAGE_MODEL = ComponentSpec("language_model", AutoModel)
 CAPTIONS = ("prompt_embeds", "prompt_attention_mask")
 
 
-class ClassStep(Step):
+def condition_inputs(
+    config: Any, labels: torch.Tensor, captions: Mapping[str, torch.Tensor | None], *, guided: bool
+) -> dict[str, torch.Tensor]:
+    """Arguments of a model for the tokens before the ids of images.
+
+    Args:
+        config ([`LlamaGenConfig`]): Config of the model.
+        labels (`torch.Tensor` of shape `(batch,)`): Classes in `[0, num_classes)`, or `num_classes` for no condition.
+        captions (`Mapping[str, torch.Tensor]`): `prompt_embeds` and `prompt_attention_mask` for a model with captions.
+        guided (`bool`): Whether as many rows without a condition follow.
+    """
+    inputs = {name: each for name, each in captions.items() if each is not None}
+    if "prompt_embeds" in inputs:  # the one class of models with captions
+        labels = torch.zeros_like(inputs["prompt_embeds"][:, 0, 0], dtype=torch.long)
+    inputs["input_ids"] = config.codebook_size + labels[:, None]
+    if guided:
+        inputs = {name: torch.cat([each, each]) for name, each in inputs.items()}
+        inputs["input_ids"][len(labels) :] = config.unconditional_token
+    return inputs
+
+
+class LanguageModelClassStep(ClassStep):
     """Converts classes to labels."""
 
-    description = "Converts classes, given by number or name, to one label per image."
     expected_components = [LANGUAGE_MODEL]
-    expected_configs = [Config("class_names", [])]
-    inputs = [
-        Input("class_labels", description="Number or name of each image's class; no class by default."),
-        Input.template("num_images_per_prompt"),
-    ]
-    intermediate_outputs = [Output(**LABELS)]
-
-    def run(self, components: Any, values: Any) -> None:
-        """Sets `labels`."""
-        num_classes, names = components.language_model.config.num_classes, components.config["class_names"]
-        labels = encode_labels(values.class_labels, num_classes, names)
-        values.labels = labels.repeat_interleave(values.num_images_per_prompt).to(components._execution_device)
 
 
 class CaptionStep(Step):
@@ -46,12 +50,12 @@ class CaptionStep(Step):
 
     description = "Encodes captions to features for the language model."
     expected_components = [
-        Component("text_encoder", T5EncoderModel),
-        Component("tokenizer", PreTrainedTokenizerBase),
+        ComponentSpec("text_encoder", T5EncoderModel),
+        ComponentSpec("tokenizer", PreTrainedTokenizerBase),
         LANGUAGE_MODEL,
     ]
-    inputs = [Input.template("prompt"), Input.template("num_images_per_prompt")]
-    intermediate_outputs = [Output(**LABELS), *(Output(name, type_hint=torch.Tensor) for name in CAPTIONS)]
+    inputs = [InputParam.template("prompt"), InputParam.template("num_images_per_prompt")]
+    intermediate_outputs = [OutputParam(**LABELS), *(OutputParam(name, torch.Tensor) for name in CAPTIONS)]
 
     def run(self, components: Any, values: Any) -> None:
         """Sets features, their mask and the label of the one class, "with its caption"."""
@@ -70,8 +74,8 @@ class SampleIdsStep(Step):
 
     description = "Samples the ids of images one by one, row by row."
     expected_components = [LANGUAGE_MODEL, GUIDER]
-    inputs = [Input(**LABELS, required=True), *map(Input, CAPTIONS), *SAMPLING]
-    intermediate_outputs = [Output(**IDS)]
+    inputs = [InputParam(**LABELS, required=True), *map(InputParam, CAPTIONS), *SAMPLING]
+    intermediate_outputs = [OutputParam(**IDS)]
 
     def run(self, components: Any, values: Any) -> None:
         """Sets `ids`."""
@@ -103,7 +107,7 @@ class LlamaGenBlocks(BlockList):
     """
 
     description = "Generates images of classes id by id."
-    block_classes = [ClassStep, SampleIdsStep, DecodeStep]
+    block_classes = [LanguageModelClassStep, SampleIdsStep, DecodeStep]
 
 
 class LlamaGenTextBlocks(LlamaGenBlocks):

@@ -3,49 +3,76 @@
 from typing import Any
 
 import torch
-from diffusers import AutoModel
-from diffusers.modular_pipelines import ComponentSpec as Component
-from diffusers.modular_pipelines import ConfigSpec as Config
-from diffusers.modular_pipelines import InputParam as Input
-from diffusers.modular_pipelines import OutputParam as Output
-from transformers import PreTrainedTokenizerBase
+from diffusers import AutoModel, ComponentSpec, ConfigSpec, InputParam, OutputParam
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from .captions import pad_captions
-from .labels import encode_labels
+from .labels import ClassStep
 from .modular_blocks import GUIDER, IDS, LABELS, SAMPLING, VQVAE, BlockList, DecodeStep, Step, guide_step, is_guided
 from .sampling import check_finite, sample
-from .scale_predictor import ScalePredictor
 from .schedules import fit_schedule
 
-TRANSFORMER = Component("transformer", AutoModel)
+TRANSFORMER = ComponentSpec("transformer", AutoModel)
 
 
-class ClassStep(Step):
+class TransformerClassStep(ClassStep):
     """Converts classes to labels."""
 
-    description = "Converts classes, given by number or name, to one label per image."
     expected_components = [TRANSFORMER]
-    expected_configs = [Config("class_names", [])]
-    inputs = [
-        Input("class_labels", description="Number or name of each image's class; no class by default."),
-        Input.template("num_images_per_prompt"),
-    ]
-    intermediate_outputs = [Output(**LABELS)]
 
-    def run(self, components: Any, values: Any) -> None:
-        """Sets `labels`."""
-        num_classes, names = components.transformer.config["num_classes"], components.config["class_names"]
-        labels = encode_labels(values.class_labels, num_classes, names)
-        values.labels = labels.repeat_interleave(values.num_images_per_prompt).to(components._execution_device)
+
+class ScalePredictor:
+    """Next-scale transformer with its cache, and the codes of the scale that it reads next.
+
+    Args:
+        transformer ([`NextScaleTransformer`]): Transformer.
+        vqvae ([`SVQVAE`]): Tokenizer, for its codes.
+        labels (`torch.Tensor` of shape `(images,)`): Classes.
+        text (`torch.Tensor` of shape `(images, length)`, *optional*): Tokens of captions.
+        pad_token (`int`, defaults to 0): Token of an empty caption.
+        guided (`bool`): Whether to predict without the class or the caption as well.
+    """
+
+    def __init__(
+        self,
+        transformer: Any,
+        vqvae: Any,
+        labels: torch.Tensor,
+        text: torch.Tensor | None = None,
+        pad_token: int = 0,
+        *,
+        guided: bool,
+    ):
+        self.transformer = transformer
+        quantize = vqvae.quantize
+        stored_on = quantize.embedding.table().device  # the CPU while the tokenizer is offloaded
+        codebook = quantize.get_codebook_entry(torch.arange(quantize.size, device=stored_on))
+        self.codebook = codebook.to(labels.device)
+        no_class = torch.full_like(labels, self.transformer.config["num_classes"])
+        self.labels = torch.cat([labels, no_class]) if guided else labels
+        self.text = text
+        if guided and text is not None:
+            self.text = torch.cat([text, torch.full_like(text, pad_token)])
+        self.cache = DynamicCache()
+        self.codes: list[torch.Tensor] = []
+
+    def next_logits(self, size: tuple[int, int]) -> torch.Tensor:
+        """Logits of the next scale, `(images, tokens, codebook_size)`; if guided, then those without a condition."""
+        return self.transformer(self.labels, self.codes, [size], self.cache, self.text).logits
+
+    def add(self, ids: torch.Tensor) -> None:
+        """Takes the ids `(images, h, w)` of the scale."""
+        codes = self.codebook[ids].permute(0, 3, 1, 2)
+        self.codes = [codes.repeat(len(self.labels) // len(ids), 1, 1, 1)]
 
 
 class TokenizeCaptionStep(Step):
     """Tokenizes captions."""
 
     description = "Tokenizes captions for the transformer, which reads them before the first scale."
-    expected_components = [Component("tokenizer", PreTrainedTokenizerBase), TRANSFORMER]
-    inputs = [Input.template("prompt"), Input.template("num_images_per_prompt")]
-    intermediate_outputs = [Output(**LABELS), Output("text", type_hint=torch.Tensor), Output("pad_token")]
+    expected_components = [ComponentSpec("tokenizer", PreTrainedTokenizerBase), TRANSFORMER]
+    inputs = [InputParam.template("prompt"), InputParam.template("num_images_per_prompt")]
+    intermediate_outputs = [OutputParam(**LABELS), OutputParam("text", torch.Tensor), OutputParam("pad_token")]
 
     def run(self, components: Any, values: Any) -> None:
         """Sets `text`, the label "no class" of each caption, and `pad_token`."""
@@ -62,15 +89,15 @@ class SampleScalesStep(Step):
 
     description = "Samples all ids of a scale in one step, from coarse to fine."
     expected_components = [VQVAE, TRANSFORMER, GUIDER]
-    expected_configs = [Config("schedule", [])]
+    expected_configs = [ConfigSpec("schedule", [])]
     inputs = [
-        Input(**LABELS, required=True),
-        Input("text", description="Tokens of captions; none by default."),
-        Input("pad_token", default=0, description="Token of an empty caption."),
-        Input("schedule", description="Pairs (height, width) in ids, from coarse to fine; as in training by default."),
+        InputParam(**LABELS, required=True),
+        InputParam("text", description="Tokens of captions; none by default."),
+        InputParam("pad_token", default=0, description="Token of an empty caption."),
+        InputParam("schedule", description="Pairs (height, width) in ids, coarse to fine; as in training by default."),
         *SAMPLING,
     ]
-    intermediate_outputs = [Output(**IDS)]
+    intermediate_outputs = [OutputParam(**IDS)]
 
     def run(self, components: Any, values: Any) -> None:
         """Sets `ids`."""
@@ -100,7 +127,7 @@ class NextScaleBlocks(BlockList):
     """
 
     description = "Generates images scale by scale."
-    block_classes = [ClassStep, SampleScalesStep, DecodeStep]
+    block_classes = [TransformerClassStep, SampleScalesStep, DecodeStep]
 
 
 class NextScaleTextBlocks(NextScaleBlocks):

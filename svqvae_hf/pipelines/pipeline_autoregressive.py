@@ -1,7 +1,7 @@
 """Pipeline that samples images from a LlamaGen model, id by id."""
 
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,15 +12,11 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.captions import encode_captions
-from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline
+from svqvae_hf.pipelines.generator_pipeline import Callback, GeneratorPipeline
 from svqvae_hf.pipelines.id_sampler import IdSampler
 from svqvae_hf.pipelines.labels import Labels
-from svqvae_hf.pipelines.llamagen_inputs import condition_inputs
-from svqvae_hf.pipelines.modular_llamagen import LlamaGenBlocks, LlamaGenTextBlocks
+from svqvae_hf.pipelines.modular_llamagen import LlamaGenBlocks, LlamaGenTextBlocks, condition_inputs
 from svqvae_hf.pipelines.sampling import Generators, check_generators, check_outputs, check_sampling, guide, sample
-
-# Pipeline, row, (rows, columns), tensors -> tensors that replace them
-Callback = Callable[[Any, int, tuple[int, int], dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
 class SVQVAEAutoregressivePipeline(GeneratorPipeline):
@@ -74,7 +70,13 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
                 f"`language_model` must have the {vqvae.config['codebook_size']} codes of `vqvae`, but has "
                 f"{config.codebook_size}. Use the SVQVAE that it was trained with."
             )
-        _check_text_encoder(text_encoder, config.caption_dim)
+        dim = config.caption_dim
+        if text_encoder is not None and text_encoder.config.d_model != dim:
+            captions = "does not take captions" if dim is None else f"takes captions of {dim} channels"
+            raise ValueError(
+                f"`text_encoder` must fit the language model, which {captions}, but has {text_encoder.config.d_model} "
+                "channels. Use the text encoder that it was trained with."
+            )
         self.grid = (config.grid_size, config.grid_size)
         self._register(
             {"vqvae": vqvae, "language_model": language_model, "text_encoder": text_encoder, "tokenizer": tokenizer},
@@ -82,10 +84,6 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
             [codebook_fingerprint, config.codebook_fingerprint],
             class_names,
         )
-
-    @property
-    def _reads_captions(self) -> bool:
-        return self.language_model.config.caption_dim is not None
 
     def blocks(self) -> type:
         """Class of the blocks that diffusers' `ModularPipeline` runs in place of this pipeline."""
@@ -95,7 +93,7 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""
         side = self.grid[0] * self.vqvae.f
         summary = f"Images of {side} x {side} pixels, id by id, from a LlamaGen model over the codebook of an SVQVAE."
-        if not self._reads_captions:
+        if self.language_model.config.caption_dim is None:
             return summary, "class_labels=[0]" if self.num_classes else ""
         if self.text_encoder is None:
             return summary, "prompt_embeds=pipeline.language_model.uncond_embedding[None]"
@@ -183,14 +181,11 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
             if self.interrupt:
                 break
             ids = sampler.next_row()
-            tensor_inputs = callback_on_step_end_tensor_inputs
-            replaced = self._call_back(callback_on_step_end, tensor_inputs, row, self.grid, ids)
+            replaced = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, row, self.grid, ids)
             if not torch.equal(replaced, ids):
                 sampler.replace(replaced)
         size = (rows * self.vqvae.f, columns * self.vqvae.f)
-        images = self._decode(sampler.ids, size, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._output(sampler.ids, size, output_type, return_dict)
 
     def encode_prompt(self, prompt: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Encodes captions to the features that the language model reads.
@@ -224,7 +219,7 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         prompt_attention_mask: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         """Arguments of the language model for captions; empty for other models."""
-        if not self._reads_captions:
+        if self.language_model.config.caption_dim is None:
             if any(each is not None for each in (prompt, prompt_embeds, prompt_attention_mask)):
                 raise ValueError(
                     "`prompt`, `prompt_embeds` and `prompt_attention_mask` need a language model with captions, but "
@@ -240,12 +235,3 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
             prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
         given = {"prompt_embeds": prompt_embeds, "prompt_attention_mask": prompt_attention_mask}
         return {name: each.to(self._execution_device) for name, each in given.items() if each is not None}
-
-
-def _check_text_encoder(text_encoder: T5EncoderModel | None, caption_dim: int | None) -> None:
-    if text_encoder is not None and text_encoder.config.d_model != caption_dim:
-        captions = "does not take captions" if caption_dim is None else f"takes captions of {caption_dim} channels"
-        raise ValueError(
-            f"`text_encoder` must fit the language model, which {captions}, but has {text_encoder.config.d_model} "
-            "channels. Use the text encoder that it was trained with."
-        )

@@ -1,7 +1,7 @@
 """Pipeline that samples images scale by scale, each scale in one step, and edits images the same way."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.resizing import pad_to_multiple, resize
 from svqvae_hf.pipelines.captions import pad_captions
-from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline
+from svqvae_hf.pipelines.generator_pipeline import Callback, GeneratorPipeline
 from svqvae_hf.pipelines.labels import Labels
-from svqvae_hf.pipelines.modular_next_scale import NextScaleBlocks, NextScaleTextBlocks
+from svqvae_hf.pipelines.modular_next_scale import NextScaleBlocks, NextScaleTextBlocks, ScalePredictor
 from svqvae_hf.pipelines.sampling import (
     Generators,
     check_finite,
@@ -29,13 +29,9 @@ from svqvae_hf.pipelines.sampling import (
     guide,
     sample,
 )
-from svqvae_hf.pipelines.scale_predictor import ScalePredictor
 from svqvae_hf.pipelines.schedules import Scale, Size, describe, fit_schedule, guidance_per_step, make_schedule
 
 DEFAULT_STEPS = 10
-
-# Pipeline, step, size of the scale in ids, tensors -> tensors that replace them
-Callback = Callable[[Any, int, Size, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
 class SVQVAENextScalePipeline(GeneratorPipeline):
@@ -111,10 +107,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
 
     def describe(self) -> tuple[str, str]:
         """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""
-        summary = (
-            "Generates images scale by scale: a transformer predicts all ids of a scale in one step, and SVQVAE "
-            "decodes them."
-        )
+        summary = "Images scale by scale: a transformer predicts all ids of a scale at once, and SVQVAE decodes them."
         images = "num_images_per_prompt=4"
         if self.tokenizer is not None:
             images = "prompt='a pear above a sailboat', guidance_scale=3.5"
@@ -226,9 +219,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             if self.interrupt:
                 break
             predictor.add(ids)
-        images = self._decode(ids, (height, width), output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._output(ids, (height, width), output_type, return_dict)
 
     def _encode_prompts(
         self, prompt: str | list[str] | None, images: int, guidance_scale: float
@@ -295,20 +286,14 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         if len(mask) not in (1, images):
             raise ValueError(f"`mask_image` must be one mask or one per image, {images}, got {len(mask)}.")
         mask = pad_to_multiple(mask, self.vqvae.f)
-        grids = self._encode_scales(batch["pixel_values"].to(device, self.vqvae.dtype), sizes)
-        return [
-            (ids, (F.adaptive_max_pool2d(mask, size)[:, 0] == 0).to(device))
-            for ids, size in zip(grids, sizes, strict=True)
-        ]
-
-    def _encode_scales(self, sample: torch.Tensor, sizes: list[Size]) -> list[torch.Tensor]:
-        """Ids `(images, h, w)` of each scale, made as in training."""
+        sample = batch["pixel_values"].to(device, self.vqvae.dtype)
         longest = math.ceil(max(sample.shape[-2:]) / self.vqvae.f)
         latents = self.vqvae.encode_scales(sample, [max(size) / longest for size in sizes], self.config["scale_from"])
-        return [
-            self.vqvae.quantize.nearest_ids(resize(each.float(), size, "area"))
-            for each, size in zip(latents, sizes, strict=True)
-        ]
+        known = []
+        for each, size in zip(latents, sizes, strict=True):
+            ids = self.vqvae.quantize.nearest_ids(resize(each.float(), size, "area"))  # as in training
+            known.append((ids, (F.adaptive_max_pool2d(mask, size)[:, 0] == 0).to(device)))
+        return known
 
 
 def default_schedule(side: int) -> list[Size]:

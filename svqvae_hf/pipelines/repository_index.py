@@ -17,7 +17,7 @@ from diffusers.configuration_utils import ConfigMixin
 from svqvae_hf.hub.code import write_code
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.pretrained_models import SVQVAE, LlamaGenForCausalLM, NextScaleTransformer
-from svqvae_hf.models.loading import copy_code, list_faults
+from svqvae_hf.models.loading import check_weights, copy_code
 
 PIPELINE_OF_BLOCKS = {"LlamaGen": "SVQVAEAutoregressivePipeline", "NextScale": "SVQVAENextScalePipeline"}
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -71,7 +71,7 @@ def write_blocks(blocks: type, folder: Path, source: str) -> None:
         source (`str`): Folder or Hub id that the repository will be loaded from.
     """
     write_code(folder)
-    copy_code(blocks, folder)
+    reference = f"{copy_code(blocks, folder)}.{blocks.__name__}"
     modular: dict[str, Any] = {"_blocks_class_name": blocks.__name__, "_class_name": "ModularPipeline"}
     for name, value in json.loads((folder / PipelineIndex.config_name).read_text(encoding="utf-8")).items():
         if isinstance(value, list) and (folder / name).is_dir():
@@ -80,7 +80,6 @@ def write_blocks(blocks: type, folder: Path, source: str) -> None:
             modular[name] = [None, None, {"type_hint": hint, **place}]
         elif name[0] != "_" and value != [None, None]:
             modular[name] = value
-    reference = f"{blocks.__module__.rpartition('.')[2]}.{blocks.__name__}"
     write_json(folder / "modular_config.json", {"auto_map": {"ModularPipelineBlocks": reference}})
     write_json(folder / ModularIndex.config_name, modular)
     (folder / PipelineIndex.config_name).unlink()
@@ -106,10 +105,10 @@ def load_arguments(cls: Callable[..., Any], source: str, index: dict[str, Any], 
         component_class = MODELS.get(name) or getattr(transformers, places[name]["type_hint"][1])
         is_model = hasattr(component_class, "forward")
         extra = options | {"output_loading_info": True} if is_model else hub_options(options)
-        loaded = component_class.from_pretrained(source, subfolder=name, **extra)
-        arguments[name], info = loaded if is_model else (loaded, None)
-        if info and (faults := list_faults(info)):
-            raise ValueError(f"`{name}` of `{source}` must have exactly its weights, but has faults: {faults}.")
+        arguments[name] = component_class.from_pretrained(source, subfolder=name, **extra)
+        if is_model:
+            arguments[name], info = arguments[name]
+            check_weights(f"{source}/{name}", info)
     return arguments
 
 

@@ -56,7 +56,9 @@ def fit_schedule(schedule: Sequence[Scale], size: Size) -> list[Size]:
         numbers: list[Any] = list(entry) if isinstance(entry, list | tuple) else [entry]
         if len(numbers) not in (1, 2) or not all(type(number) is int and number > 0 for number in numbers):
             raise ValueError(f"`schedule` must hold sides or pairs (height, width), integers above 0, got {entry!r}.")
-        sizes.append((numbers[0], numbers[1]) if len(numbers) == 2 else _fit_side(numbers[0], size))
+        if len(numbers) == 1:  # the longer side
+            numbers = [max(1, int(numbers[0] * length / max(size) + 0.5)) for length in size]
+        sizes.append((numbers[0], numbers[1]))
     for coarse, fine in zip(sizes, sizes[1:], strict=False):
         if coarse == fine or coarse[0] > fine[0] or coarse[1] > fine[1]:
             raise ValueError(f"`schedule` must rise, but {describe([fine])} follows {describe([coarse])}.")
@@ -65,11 +67,6 @@ def fit_schedule(schedule: Sequence[Scale], size: Size) -> list[Size]:
             f"`schedule` must end with {describe([size])}, the ids of the image, got {describe(sizes) or 'no scale'}."
         )
     return sizes
-
-
-def _fit_side(side: int, size: Size) -> Size:
-    height, width = (max(1, int(side * length / max(size) + 0.5)) for length in size)
-    return height, width
 
 
 def guidance_per_step(guidance_scale: float, mode: str, sizes: Sequence[Size], trained: Size) -> list[float]:

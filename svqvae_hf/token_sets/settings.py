@@ -5,7 +5,7 @@ import math
 import operator
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -148,4 +148,5 @@ def row_tokens(
                 f"a row of {height} x {width} pixels has {math.prod(shape)} ids at scale {scale:g}, not {ids.numel()}."
             )
         grids.append(ids.view(shape))
-    return ImageTokens(grids, height, width, **settings.encoding)
+    encoding = {field.name: getattr(settings, field.name) for field in fields(Encoding)}
+    return ImageTokens(grids, height, width, **encoding)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from svqvae_hf.models.checks import SCALE_SOURCES
+from svqvae_hf.models.checks import INTEGER_LIMIT, SCALE_SOURCES
 from svqvae_hf.models.resizing import grid_shape
 from svqvae_hf.tokens.context_model import ContextModel
 
@@ -26,7 +26,6 @@ MAGIC, VERSION = b"SVQZ", 1
 HEADER = struct.Struct("<4s4B4I8s")
 SCALE = struct.Struct("<dI")
 CRC = struct.Struct("<I")
-LARGEST_SCALE = 2**31
 LEAST_BITS = 1 / 256  # of an id: each of its two frequencies is at most 65,409 of 65,536
 
 
@@ -91,7 +90,7 @@ def read_compressed(content: bytes) -> CompressedTokens:
     end = _check(content, 0, end)
     height, width, tile_size, overlap = numbers
     scales, sizes = zip(*SCALE.iter_unpack(entries), strict=True) if count else ((), ())
-    if not (f and count and source < len(SCALE_SOURCES) and all(0 < scale < LARGEST_SCALE for scale in scales)):
+    if not (f and count and source < len(SCALE_SOURCES) and all(0 < scale < INTEGER_LIMIT for scale in scales)):
         raise ValueError(f"its header must have f, scales and their source in range, got {f}, {scales} and {source}.")
     shapes = [grid_shape(height, width, f, scale) for scale in scales]
     chunks: dict[int, bytes] = {}

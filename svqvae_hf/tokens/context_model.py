@@ -76,10 +76,9 @@ class ContextModel:
         groups, features = tensors["bias_member"].shape
         self.members = -(-len(self.order) // groups)
         padding = groups * self.members - len(self.order)
-        table = np.pad(self.weights["weight_code"], ((0, padding), (0, 0)))
-        bias = np.pad(self.weights["bias_code"], (0, padding), constant_values=NEVER)
-        self.table = table.reshape(groups, self.members, features)
-        self.code_bias = bias.reshape(groups, self.members)
+        shape = groups, self.members
+        self.table = np.pad(self.weights["weight_code"], ((0, padding), (0, 0))).reshape(*shape, features)
+        self.code_bias = np.pad(self.weights["bias_code"], (0, padding), constant_values=NEVER).reshape(shape)
         self.inputs = code_inputs(tensors["codes"])
 
     @classmethod

@@ -61,11 +61,6 @@ class Encoding:
         """Tile size and overlap in pixels; `None` without tiles."""
         return None if self.tile_size is None or self.overlap is None else (self.tile_size, self.overlap)
 
-    @property
-    def encoding(self) -> dict[str, Any]:
-        """How images were encoded, as arguments of this class and of its subclasses."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Encoding)}
-
     def to_record(self) -> dict[str, Any]:
         """Content of a JSON document that [`from_record`] reads: the format version, and all values except ids."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "ids"}

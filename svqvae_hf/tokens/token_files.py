@@ -50,25 +50,22 @@ class ImageTokens(Encoding):
             found = f"a {type(self.ids).__name__} of {len(self.ids)}"
             raise ValueError(f"`ids` must be a list of one grid per scale, got {found} for {len(self.scales)} scales.")
         for ids, scale in zip(self.ids, self.scales, strict=True):
-            self._check_ids(ids, scale)
+            expected = self.grid(scale, self.height, self.width)
+            if tuple(ids.shape) != expected:
+                raise ValueError(
+                    f"the ids of scale {scale:g} must have shape {expected} for an image of {self.height} x "
+                    f"{self.width} pixels and f = {self.f}, got {tuple(ids.shape)}."
+                )
+            grid = ids.cpu().numpy()  # because PyTorch has no minimum for uint16
+            low, high, end = grid.min(), grid.max(), self.codebook_size
+            if grid.dtype.kind not in "iu" or low < 0 or high >= end:
+                raise ValueError(
+                    f"scale {scale:g} needs integer ids in [0, {end}), got {grid.dtype} in [{low}, {high}]."
+                )
 
     def bits_per_pixel(self, index: int) -> float:
         """Bits of the ids of one scale per pixel of the original image, if all ids are equally likely."""
         return self.ids[index].numel() * math.log2(self.codebook_size) / (self.height * self.width)
-
-    def _check_ids(self, ids: torch.Tensor, scale: float) -> None:
-        expected = self.grid(scale, self.height, self.width)
-        if tuple(ids.shape) != expected:
-            raise ValueError(
-                f"the ids of scale {scale:g} must have shape {expected} for an image of {self.height} x {self.width} "
-                f"pixels and f = {self.f}, got {tuple(ids.shape)}."
-            )
-        grid = ids.cpu().numpy()  # because PyTorch has no minimum for uint16
-        low, high = grid.min(), grid.max()
-        if grid.dtype.kind not in "iu" or low < 0 or high >= self.codebook_size:
-            raise ValueError(
-                f"scale {scale:g} needs integer ids in [0, {self.codebook_size}), got {grid.dtype} in [{low}, {high}]."
-            )
 
 
 def check_tokens(tokens: Any) -> None:
@@ -134,21 +131,12 @@ def load_tokens(path: str | os.PathLike, context_model: ContextModel | None = No
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"the token file `{path}` does not exist.")
-    if is_compressed(path):
-        compressed = load_compressed(path)
-        try:
-            return decompressed_tokens(compressed, context_model)
-        except ValueError as error:
-            raise _undecodable(path, error) from error
     try:
+        if is_compressed(path):
+            return decompressed_tokens(read_compressed(Path(path).read_bytes()), context_model)
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            grids = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"`{path}` must be a safetensors file, but is another kind or cut short: {error}.") from error
-    try:
-        return _tokens_from(metadata, grids)
-    except (ValueError, RecursionError) as error:  # hostile files raise the latter
+            return _tokens_from(file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()})
+    except (SafetensorError, ValueError, RecursionError) as error:  # hostile files raise the last
         raise _undecodable(path, error) from error
 
 

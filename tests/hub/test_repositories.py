@@ -222,6 +222,6 @@ def test_offline_and_without_a_network_downloaded_files_load(seen):
     assert seen["offline file"]
     assert seen["offline model"]
     assert seen["errors"]["offline"][1] == (
-        "could not download `org/raw:files/taming_tiny.pt` from the Hub: the Hub cannot be reached, and the cache has "
-        "no complete copy. Check the network, HF_HUB_OFFLINE and HF_ENDPOINT."
+        "could not download `org/raw:files/taming_tiny.pt` from the Hub: the Hub cannot be reached, and no complete "
+        "copy is cached. Check the network, HF_HUB_OFFLINE and HF_ENDPOINT."
     )
