@@ -183,7 +183,7 @@ def is_token_file(path: str | os.PathLike) -> bool:
 
 
 def _undecodable(path: str | os.PathLike, error: Exception) -> ValueError:
-    return ValueError(f"`{path}` is not a token file that can be decoded: {error}")
+    return ValueError(f"`{path}` must be a token file that can be decoded, but is not: {error}")
 
 
 def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor]) -> ImageTokens:

@@ -39,7 +39,7 @@ def test_other_context_models_are_refused(two_images, tmp_path, model, tokens, c
     make_context_model(make_tiny().codebook_fingerprint(), width=25).save_pretrained(model[1])
     capsys.readouterr()
     error = fails(capsys, "decode", tokens / "a.svqz", "--output", tmp_path / "out", *model)
-    assert "a.svqz` is not a token file that can be decoded: its context model must be" in error
+    assert "a.svqz` must be a token file that can be decoded, but is not: its context model must be" in error
     make_context_model("f" * 64).save_pretrained(model[1])
     argv = ["--output", tmp_path / "out", *model, "--compress"]
     assert "a context model for its codebook" in fails(capsys, "encode", two_images / "a.png", *argv)

@@ -20,7 +20,7 @@ WRONG = {  # words on the command line, and a part of the message
     ],
     "decode": [
         ("two_images --output out", "`two_images`, subfolders included, has no file that ends in .safetens"),
-        ("two_images/a.png --output out", "`two_images/a.png` must be a safetensors file"),
+        ("two_images/a.png --output out", "`two_images/a.png` must be a token file that can be decoded, but is not"),
         ("two_images/a.png --output out --max-images 1", "--max-images is for token sets. Leave it out"),
         ("hf://datasets/a/b --output out --tile-size 8", "--tile-size is not for token sets. Leave it out"),
         ("two_images a://b --output out", "a token set must be the only INPUT, got 2."),

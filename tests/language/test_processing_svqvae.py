@@ -102,7 +102,7 @@ def test_a_template_with_a_begin_of_sequence_gets_no_second_one():
     tokenizer, original = processor.tokenizer.backend_tokenizer, processor.tokenizer.backend_tokenizer.post_processor
     bos = processor.tokenizer.bos_token, processor.tokenizer.bos_token_id
     tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
-    calls = {"text": "a"}, {"text": f"{bos[0]}a"}, {"text": [f"{bos[0]}a"], "text_kwargs": {"padding": True}}
+    calls = {"text": "a"}, {"text": f"{bos[0]}a"}, {"text": [f"{bos[0]}a"], "text_kwargs": {"padding": False}}
     assert [processor(**call)["input_ids"][0].count(bos[1]) for call in calls] == [1] * 3
     tokenizer.post_processor = original
 
@@ -121,7 +121,7 @@ def test_an_image_in_which_a_sequence_ends_is_left_out_of_a_batch():
     full = processor(text="a <|image|> b", images=noise())["input_ids"][0]
     (expected,) = processor.post_process_multimodal_output([full], generation_mode="mixed")
     for cut in (begun, [*begun, processor.vocabulary.first_token], begun[:-1]):
-        with pytest.warns(UserWarning, match="sequence 1 ends inside an image.*with more `max_new_tokens`"):
+        with pytest.warns(UserWarning, match="sequence 1 ends inside an image.*Raise `max_new_tokens`"):
             first, second, third = processor.post_process_multimodal_output([full, cut, full], generation_mode="mixed")
         assert [type(part) for part in first] == [type(part) for part in third] == [type(part) for part in expected]
         assert second == ["a"]

@@ -93,7 +93,9 @@ def test_values_that_do_not_match_raise(changes, message):
 )
 def test_files_with_values_that_do_not_match_are_named(tmp_path, changes, message):
     path = write_raw(tmp_path / "a.safetensors", **changes)
-    with pytest.raises(ValueError, match=f"a.safetensors` is not a token file that can be decoded: .*{message}"):
+    with pytest.raises(
+        ValueError, match=f"a.safetensors` must be a token file that can be decoded, but is not: .*{message}"
+    ):
         load_tokens(path)
 
 
