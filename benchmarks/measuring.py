@@ -74,7 +74,7 @@ def parse_options(parser: argparse.ArgumentParser, device: str | None = None) ->
 
     Args:
         parser (`argparse.ArgumentParser`): Parser of [`make_parser`].
-        device (`str`, *optional*): Device of a benchmark that always runs on one; by default that of `--device`.
+        device (`str`, *optional*): Device to describe if `--device` has no effect; by default that of `--device`.
     """
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

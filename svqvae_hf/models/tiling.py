@@ -178,8 +178,8 @@ class TilingMixin(ModelMixin):
         Args:
             tile_size (`int`, defaults to 256): Maximum side of a tile in pixels, a multiple of `f`.
             overlap (`int`, *optional*): Overlap (halo) on each side of a tile in pixels, which is read but not kept: a
-                multiple of `f`, less than half of `tile_size`. By default 32, or a quarter of a small
-                tile, in whole ids.
+                multiple of `f`, less than half of `tile_size`. By default 32, or a quarter of a small tile,
+                in whole ids.
 
         Raises:
             ValueError: If `tile_size` or `overlap` does not fit.
