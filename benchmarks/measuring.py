@@ -19,7 +19,7 @@ import diffusers
 import psutil
 import torch
 
-from svqvae_hf.files.outputs import write_file
+from svqvae_files.outputs import write_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")

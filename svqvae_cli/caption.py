@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
         if not work.left:
             return
         from svqvae_cli.loading import load_pretrained
-        from svqvae_hf.files.outputs import write_file
+        from svqvae_files.outputs import write_file
         from svqvae_hf.language.image_language_model import ImageLanguageModel
         from svqvae_hf.models.image_files import load_image
 

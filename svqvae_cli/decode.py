@@ -49,7 +49,7 @@ def _decode_set(args: argparse.Namespace) -> None:
     (source,) = args.inputs
 
     from svqvae_cli.loading import load_model, require_context_model
-    from svqvae_hf.files.outputs import scale_endings
+    from svqvae_files.outputs import scale_endings
     from svqvae_hf.models.checks import check_same_codebook
     from svqvae_hf.token_sets.decoding import detokenize_set
     from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_settings
@@ -76,7 +76,7 @@ def _decode_files(args: argparse.Namespace) -> None:
     inputs = find_inputs(args.inputs, TOKEN_SUFFIXES, args.output)
 
     from svqvae_cli.loading import load_model, require_context_model
-    from svqvae_hf.files.outputs import save_png
+    from svqvae_files.outputs import save_png
     from svqvae_hf.models.checks import check_same_codebook
     from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image
     from svqvae_hf.tokens.token_files import ImageTokens, is_compressed, load_compressed, load_tokens
@@ -120,7 +120,7 @@ def _targets(file: Any, args: argparse.Namespace) -> list[Path]:
     if args.large:
         return [file.target(args.output, "_x1.tif")]
 
-    from svqvae_hf.files.outputs import scale_endings
+    from svqvae_files.outputs import scale_endings
     from svqvae_hf.tokens.token_files import load_scales
 
     try:

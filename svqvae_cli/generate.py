@@ -71,7 +71,7 @@ def _generate(args: argparse.Namespace, work: Run[str]) -> None:
     import torch
 
     from svqvae_cli.loading import load_generator
-    from svqvae_hf.files.outputs import save_png
+    from svqvae_files.outputs import save_png
     from svqvae_hf.pipelines.captions import keep_known_words, say_unknown, unknown_words
 
     pipeline = load_generator(args.model, args.device, args.dtype, args.adapter)

@@ -84,7 +84,7 @@ def _file_facts(path: Path) -> dict[str, Any]:
 
 
 def _set_facts(source: str) -> dict[str, Any]:
-    from svqvae_hf.files.folders import Folder
+    from svqvae_files.folders import Folder
     from svqvae_hf.token_sets.parts import describe_state, read_totals
     from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_settings
 

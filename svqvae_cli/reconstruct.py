@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _reconstruct(args: argparse.Namespace, work: Run[InputFile]) -> None:
     from svqvae_cli.loading import load_encoder
+    from svqvae_files.outputs import save_png
     from svqvae_hf.evaluation import reconstruction_table as table
-    from svqvae_hf.files.outputs import save_png
     from svqvae_hf.models.image_files import load_image
     from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image, encode_image
 

@@ -154,7 +154,7 @@ class Run(Generic[Item]):
 
     def outputs(self, item: Item) -> Sequence[Path]:
         """Returns the output files of an input, after creating their folder and the record of the run."""
-        from svqvae_hf.files.outputs import write_file
+        from svqvae_files.outputs import write_file
 
         paths = self.targets[item]
         for path in paths:
@@ -182,7 +182,7 @@ def _source(item: Any) -> str:
 
 def _is_whole(path: Path) -> bool:
     """Whether an output file is not damaged or cut, as far as this can be told without decoding it."""
-    from svqvae_hf.files.outputs import is_whole
+    from svqvae_files.outputs import is_whole
 
     try:
         if path.suffix in TOKEN_SUFFIXES:

@@ -6,8 +6,8 @@ import torch
 from conftest import ROOT, Lazy, fill, make_tiny
 from PIL import Image
 
+from svqvae_files.outputs import save_png, write_file
 from svqvae_hf.conversion.convert import convert
-from svqvae_hf.files.outputs import save_png, write_file
 from svqvae_hf.tokens.token_files import ImageTokens, save_tokens
 
 pytestmark = pytest.mark.usefixtures("few_windows")

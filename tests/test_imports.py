@@ -11,7 +11,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "svqvae_hf"
 SUBPACKAGES = [
     *("trainer", "demo", "large", "evaluation", "export", "token_sets", "data", "conversion", "language", "pipelines"),
-    *("tokens", "loaders", "hub", "untrusted", "files", "models"),
+    *("tokens", "loaders", "hub", "untrusted", "models"),
 ]
 
 
@@ -23,13 +23,14 @@ def imported_modules(path: Path) -> set[str]:
             names |= {f"{node.module}.{name.name}" for name in node.names}
         if isinstance(node, ast.Import):
             names |= {name.name for name in node.names}
-    return {name for name in names if name.split(".")[0] in ("svqvae_hf", "svqvae_cli", "training", "conversion")}
+    ours = ("svqvae_hf", "svqvae_cli", "svqvae_files", "training", "conversion")
+    return {name for name in names if name.split(".")[0] in ours}
 
 
 def wrong_imports(path: Path, subpackage: str) -> list[str]:
     """Imports of a file that do not go down. `__init__.py` of the package may import all subpackages."""
     first = 0 if subpackage == "__init__.py" else SUBPACKAGES.index(subpackage)
-    allowed = tuple(f"svqvae_hf.{name}." for name in SUBPACKAGES[first:])
+    allowed = ("svqvae_files.", *(f"svqvae_hf.{name}." for name in SUBPACKAGES[first:]))
     return sorted(module for module in imported_modules(path) if not module.startswith(allowed))
 
 
@@ -47,6 +48,16 @@ def test_subpackages_import_only_from_below():
 def test_models_import_nothing_of_the_package_but_each_other():
     for path in (PACKAGE / "models").glob("*.py"):
         assert not imported_modules(path), path
+
+
+def test_files_import_nothing_of_the_other_packages():
+    for path in (ROOT / "svqvae_files").glob("*.py"):
+        assert all(name.startswith("svqvae_files.") for name in imported_modules(path)), path
+
+
+def test_files_need_no_torch():
+    code = "import sys, svqvae_files.records, svqvae_files.folders; assert not {'torch', 'diffusers'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # Prints what `import svqvae_hf` changed in the process.

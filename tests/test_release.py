@@ -17,6 +17,7 @@ from conftest import ROOT
 import svqvae_hf
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PACKAGES = ("svqvae_hf", "svqvae_cli", "svqvae_files")
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"
 
 
@@ -34,11 +35,9 @@ def test_wheel_holds_the_packages_alone(built):
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
         (metadata,) = (archive.read(name) for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-    tracked = subprocess.run(
-        ["git", "ls-files", "svqvae_hf", "svqvae_cli"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    tracked = subprocess.run(["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True)
     assert files == set(tracked.stdout.split())
-    assert {"svqvae_hf/py.typed", "svqvae_cli/py.typed"} <= files
+    assert {f"{package}/py.typed" for package in PACKAGES} <= files
     headers = message_from_bytes(metadata)
     for header in ("Summary", "Author", "License-Expression", "License-File", "Keywords", "Project-URL"):
         assert headers[header], header
@@ -52,7 +51,7 @@ def test_source_archive_is_small_and_builds_the_wheel(built):
     assert archive.stat().st_size < 24e6  # the bundled models take 6.5 and 16.2 MB
     with tarfile.open(archive) as tar:
         top = {Path(name).parts[1] for name in tar.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "model_card.md", "svqvae_hf", "svqvae_cli"} <= top
+    assert {"pyproject.toml", "README.md", "LICENSE", "model_card.md", *PACKAGES} <= top
     assert not {"tests", "docs", "benchmarks"} & top
 
 

@@ -4,8 +4,8 @@ import mmap
 from pathlib import Path
 from typing import Any
 
+from svqvae_files.outputs import check_new_folder
 from svqvae_hf.conversion.new_repository import VARIANTS, write_repository
-from svqvae_hf.files.outputs import check_new_folder
 from svqvae_hf.hub.origin import find_origin
 from svqvae_hf.hub.repositories import check_repo_id, hub_repo, public_name
 from svqvae_hf.loaders.checkpoint_files import locate_checkpoint

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-from svqvae_hf.files.outputs import new_folder
+from svqvae_files.outputs import new_folder
 from svqvae_hf.hub.code import write_code
 from svqvae_hf.hub.repositories import hub_repo
 from svqvae_hf.loaders.checkpoint_files import Checkpoint
@@ -32,7 +32,7 @@ def write_repository(
     Args:
         converted ([`SVQVAE`] or pipeline): The converted model.
         checkpoint ([`Checkpoint`]): Source.
-        out (`Path`): Folder to create, from [`~svqvae_hf.files.outputs.check_new_folder`].
+        out (`Path`): Folder to create, from [`~svqvae_files.outputs.check_new_folder`].
         variant (`str`, *optional*): `fp16` or `bf16`, to write the weights in half precision as well.
         standalone (`bool`): Whether to write the code of the models.
         repo_id (`str`, *optional*): `org/name` that the repository will have on the Hub.

@@ -13,8 +13,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from svqvae_files.inputs import readable
 from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
-from svqvae_hf.files.inputs import readable
 from svqvae_hf.untrusted.set_rows import confine_row
 
 NOT_PART_OF_A_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"  # repository and revision on the Hub, or an archive

@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 import fsspec
 from PIL import Image
 
-from svqvae_hf.files.errors import explained
+from svqvae_files.errors import explained
 from svqvae_hf.models.image_files import load_image, to_rgb
 from svqvae_hf.untrusted.tars import MAX_MEMBER_BYTES
 

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import datasets
 import fsspec
 
+from svqvae_files.errors import explained
+from svqvae_files.inputs import expand_braces, walk_files
 from svqvae_hf.data.copies import copy_images
 from svqvae_hf.data.image_parts import FileRows, FirstRows, ImagePart, IndexedRows, RowRange, StreamPart
 from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, check_columns
 from svqvae_hf.data.tar_files import TAR_SUFFIXES, open_tars
-from svqvae_hf.files.errors import explained
-from svqvae_hf.files.inputs import expand_braces, walk_files
 from svqvae_hf.models.image_files import IMAGE_SUFFIXES
 
 SET_NAME = r"\w[\w.-]*(/[\w.-]+)?"  # on the Hub, also sets without an owner

@@ -13,9 +13,9 @@ from typing import Any
 import datasets
 import fsspec
 
+from svqvae_files.errors import explained
+from svqvae_files.inputs import readable
 from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, check_columns, fault_of, unreadable
-from svqvae_hf.files.errors import explained
-from svqvae_hf.files.inputs import readable
 from svqvae_hf.models.image_files import IMAGE_SUFFIXES
 from svqvae_hf.untrusted.tars import StrictTarInfo, check_end, read_member
 

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from svqvae_files.outputs import write_file
 from svqvae_hf.evaluation.measuring import Records
-from svqvae_hf.files.outputs import write_file
 
 LIBRARIES = ("svqvae-hf", "torch", "diffusers", "torchmetrics", "lpips", "torch-fidelity", "pillow", "numpy")
 MANY_IMAGES = 10_000  # papers report FID on at least this many

@@ -12,8 +12,8 @@ import onnxscript  # noqa: F401 # `torch.onnx.export` needs it
 import torch
 from torch.export import ExportedProgram
 
+from svqvae_files.outputs import check_new_folder, new_folder
 from svqvae_hf.export.graphs import example_images, trace_graphs
-from svqvae_hf.files.outputs import check_new_folder, new_folder
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 
 Graph = Callable[[torch.Tensor], torch.Tensor]

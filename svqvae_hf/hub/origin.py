@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import RepoCard
 
-from svqvae_hf.files.folders import Folder
+from svqvae_files.folders import Folder
 from svqvae_hf.hub.repositories import check_license, download_file, hub_repo, is_hub_id, public_name
 
 CARD = "README.md"

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, errors, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
 
-from svqvae_hf.files.inputs import BUNDLED
+from svqvae_files.inputs import BUNDLED
 
 REPO_ID = r"\w[\w.-]*/\w[\w.-]*"
 

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import ModelCardData
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from svqvae_hf.files.outputs import check_new_folder, new_folder
+from svqvae_files.outputs import check_new_folder, new_folder
 from svqvae_hf.hub.model_cards import table_rows
 from svqvae_hf.hub.origin import STARTED_FROM, find_origin
 from svqvae_hf.hub.repositories import from_hub

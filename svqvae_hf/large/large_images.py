@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from svqvae_hf.files.outputs import new_file
+from svqvae_files.outputs import new_file
 from svqvae_hf.large.tiff_reader import open_large_image
 from svqvae_hf.large.tiff_writer import TiffWriter
 from svqvae_hf.models.checks import check_same_codebook, check_tiles

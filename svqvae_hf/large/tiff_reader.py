@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image
 from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC
 
-from svqvae_hf.files.errors import os_error
+from svqvae_files.errors import os_error
 from svqvae_hf.models.image_files import to_rgb
 from svqvae_hf.untrusted.images import MAX_CHUNK_BYTES, check_segments, is_chunk_too_large
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from svqvae_hf.files.outputs import save_png, scale_endings
+from svqvae_files.outputs import save_png, scale_endings
 from svqvae_hf.models.checks import check_same_codebook
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.settings import read_settings, row_tokens

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from svqvae_hf.files.folders import Folder
+from svqvae_files.folders import Folder
 from svqvae_hf.token_sets.settings import SETTINGS_FILE
 from svqvae_hf.token_sets.shards import DATA
 

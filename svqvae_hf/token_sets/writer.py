@@ -13,9 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from svqvae_files.folders import Folder
+from svqvae_files.outputs import check_new_folder, scale_endings
 from svqvae_hf.data.image_sets import ImageSet
-from svqvae_hf.files.folders import Folder
-from svqvae_hf.files.outputs import check_new_folder, scale_endings
 from svqvae_hf.hub.origin import find_origin
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.cards import token_set_card

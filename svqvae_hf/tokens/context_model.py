@@ -24,7 +24,7 @@ from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from svqvae_hf.files.outputs import write_file
+from svqvae_files.outputs import write_file
 from svqvae_hf.hub.repositories import from_hub
 
 FILE = "context_model.safetensors"  # in the folder of a model

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from svqvae_hf.files.outputs import write_file
+from svqvae_files.outputs import write_file
 from svqvae_hf.models.checks import check_integers
 from svqvae_hf.tokens.compressed_tokens import MAGIC, CompressedTokens, compress, decompress, read_compressed
 from svqvae_hf.tokens.context_model import ContextModel

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from svqvae_hf.files.folders import Folder
-from svqvae_hf.files.outputs import write_file
+from svqvae_files.folders import Folder
+from svqvae_files.outputs import write_file
 from svqvae_hf.trainer.interruption import Interruption
 from svqvae_hf.trainer.options import RunOptions, public_values
 

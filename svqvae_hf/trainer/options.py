@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from svqvae_hf.files.inputs import check_local, find_bundled
+from svqvae_files.inputs import check_local, find_bundled
 from svqvae_hf.hub.repositories import REPO_ID, check_repo_id, public_name
 from svqvae_hf.trainer.scripts import script_name
 

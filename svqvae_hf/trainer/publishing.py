@@ -13,8 +13,8 @@ import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from svqvae_hf.files.folders import Folder
-from svqvae_hf.files.outputs import write_file
+from svqvae_files.folders import Folder
+from svqvae_files.outputs import write_file
 from svqvae_hf.hub.origin import STARTED_FROM, Origin, find_origin
 from svqvae_hf.hub.repositories import prepare_repo, push_folder
 from svqvae_hf.trainer.options import RunOptions, public_values

@@ -14,8 +14,8 @@ from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from svqvae_files.outputs import save_png
 from svqvae_hf.evaluation.metrics import count_codes, perplexity, psnr, usage
-from svqvae_hf.files.outputs import save_png
 from svqvae_hf.trainer.losses.objective import Pair
 
 Item = TypeVar("Item")

@@ -1,7 +1,7 @@
 import fsspec
 import pytest
 
-from svqvae_hf.files.folders import Folder
+from svqvae_files.folders import Folder
 
 
 @pytest.fixture(params=["local", "memory"])

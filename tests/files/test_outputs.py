@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from cli_runner import names
 
-from svqvae_hf.files.outputs import check_new_folder, write_file
+from svqvae_files.outputs import check_new_folder, write_file
 
 
 def test_failed_write_keeps_old_file_and_leaves_no_other(tmp_path, monkeypatch):

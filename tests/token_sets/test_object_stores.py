@@ -9,8 +9,8 @@ from numbered_images import write_tar
 from s3_server import make_bucket, s3_server
 from token_set_parts import SCALES, content, load, save_photos
 
+from svqvae_files.folders import Folder
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.files.folders import Folder
 from svqvae_hf.token_sets.decoding import detokenize_set
 from svqvae_hf.token_sets.parts import describe_state
 from svqvae_hf.token_sets.settings import read_settings

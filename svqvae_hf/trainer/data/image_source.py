@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from svqvae_files.inputs import readable
 from svqvae_hf.data.image_parts import FileRows
 from svqvae_hf.data.image_sets import ImageSet, open_images
-from svqvae_hf.files.inputs import readable
 from svqvae_hf.trainer.data.crop_batches import CropBatch, CropCutter
 from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy

@@ -11,8 +11,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from svqvae_hf.files.errors import explained
-from svqvae_hf.files.outputs import new_file
+from svqvae_files.errors import explained
+from svqvae_files.outputs import new_file
 
 
 class Folder:

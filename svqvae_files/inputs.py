@@ -4,8 +4,9 @@ import os
 import re
 from pathlib import Path
 
-DEFAULT_MODEL = str(Path(__file__).parents[1] / "pretrained")  # folder of the small bundled model
-DEFAULT_GENERATOR = str(Path(__file__).parents[1] / "pretrained_scenes")  # of the bundled language model that draws
+PACKAGE = Path(__file__).parents[1] / "svqvae_hf"
+DEFAULT_MODEL = str(PACKAGE / "pretrained")  # folder of the small bundled model
+DEFAULT_GENERATOR = str(PACKAGE / "pretrained_scenes")  # of the bundled language model that draws
 BUNDLED = {"bundled": DEFAULT_MODEL, "scenes": DEFAULT_GENERATOR}  # names that commands and scripts take for them
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from svqvae_hf.files.errors import explained
+from svqvae_files.errors import explained
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Files, folders, records and identities: what needs neither torch nor diffusers, which take seconds to import."""

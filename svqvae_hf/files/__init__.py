@@ -1,1 +1,0 @@
-"""Local paths, folders on a disk or in an object store, and files that are either complete or absent."""
