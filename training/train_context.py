@@ -2,6 +2,9 @@
 
     python training/train_context.py MODEL TOKEN_SET... --held_out TOKEN_SET...
 
+A model keeps its context model, because files that were compressed by one cannot be read by another: `--overwrite`
+replaces it.
+
 The integers of the context model are rounded from floats in each forward pass, and gradients pass straight through.
 The network stands here a second time, because the one that reads files has integers and no gradients, in NumPy. Both
 share their constants, and a test holds them equal.
@@ -22,6 +25,7 @@ from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.token_sets.shards import load_rows
 from svqvae_hf.tokens.context_model import (
     COARSE,
+    FILE,
     LIMIT,
     LOGIT_SHIFT,
     MARGIN,
@@ -201,6 +205,20 @@ def bits_per_id(context_model: ContextModel, pyramids: list[Pyramid]) -> str:
     return ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items())
 
 
+def check_no_context_model(model: str) -> None:
+    """Raises if a model has a context model, without which the files that it compressed cannot be read.
+
+    Raises:
+        ValueError: The folder has one, even a damaged one or one of another codebook.
+    """
+    path = Path(model, FILE)
+    if path.exists():
+        raise ValueError(
+            f"MODEL must not have a context model, but `{path}` exists. Files that were compressed by it cannot be "
+            "read without it. Keep a copy and pass `--overwrite` to replace it."
+        )
+
+
 def main() -> None:
     """Reads the arguments, trains and saves the context model."""
     parser = script_parser(__doc__)
@@ -212,11 +230,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256, help="width of the hidden layers")
     parser.add_argument("--features", type=int, default=64, help="width of the layer before the members of a group")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace the context model that MODEL has")
     options = parser.parse_args()
     if not Path(options.model).is_dir():
         raise ValueError(f"MODEL must be a folder, which the context model is saved in, got `{options.model}`.")
     if min(options.max_steps, options.hidden, options.features) < 1:
         raise ValueError("`--max_steps`, `--hidden` and `--features` must be at least 1.")
+    if not options.overwrite:
+        check_no_context_model(options.model)
     model = SVQVAE.from_pretrained(options.model)
     fingerprint = model.codebook_fingerprint()
     pyramids = [pyramid for name in options.token_sets for pyramid in read_pyramids(name, model)]
@@ -245,6 +266,8 @@ def main() -> None:
             print(f"step {step}: {mean / 500:.3f} bits per id, {time.monotonic() - start:.0f} s", flush=True)
             mean = 0.0
     context_model = network.to_integers(fingerprint)
+    if not options.overwrite:
+        check_no_context_model(options.model)  # that another run has saved meanwhile
     context_model.save_pretrained(options.model)
     for name, held in held_out.items():
         print(f"{name}: {bits_per_id(context_model, held)}")

@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 import train_context
 from conftest import make_tiny
+from context_models import make_context_model
 from token_set_parts import load, save_photos, tokenize
 
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.tokens import context_model
 from svqvae_hf.tokens.context_model import ContextModel, context, pad_ids
 from svqvae_hf.tokens.token_files import token_file_content
+from svqvae_hf.trainer.scripts import one_line_errors
 
 
 def make_codes(codes=100):
@@ -60,7 +62,33 @@ def test_a_trained_context_model_takes_fewer_bits_than_a_count(tmp_path, monkeyp
     chunk = trained.compress(tokens.ids[1].numpy(), tokens.ids[0].numpy())
     assert 8 * len(chunk) < 6 * tokens.ids[1].numel()
     assert len(token_file_content(tokens, trained)) < len(token_file_content(tokens))
-    monkeypatch.setattr(sys, "argv", ["train_context.py", *argv, *options])
+    monkeypatch.setattr(sys, "argv", ["train_context.py", *argv, *options, "--overwrite"])
     make_tiny(codebook_size=32).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="must hold ids of MODEL, but has others"):
         train_context.main()
+
+
+@pytest.mark.parametrize("is_there_at_the_start", [True, False])
+def test_a_context_model_is_replaced_only_with_overwrite(is_there_at_the_start, tmp_path, monkeypatch, capsys):
+    model = make_tiny()
+    model.save_pretrained(tmp_path)
+    old = make_context_model(model.codebook_fingerprint())
+    pyramids = [[pad_ids(np.zeros((4, 4), np.int64), 64)]]
+
+    def read(token_set, model):
+        old.save_pretrained(tmp_path)  # as another run does meanwhile
+        return pyramids
+
+    monkeypatch.setattr(train_context, "read_pyramids", read)
+    if is_there_at_the_start:
+        old.save_pretrained(tmp_path)
+    command = ["train_context.py", str(tmp_path), "tokens", "--max_steps", "1", "--hidden", "8", "--features", "8"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        train_context.main()
+    assert stop.value.code == 2
+    assert "context_model.safetensors` exists." in capsys.readouterr().err
+    assert ContextModel.from_pretrained(tmp_path).fingerprint == old.fingerprint
+    monkeypatch.setattr(sys, "argv", [*command, "--overwrite"])
+    train_context.main()
+    assert ContextModel.from_pretrained(tmp_path).fingerprint != old.fingerprint
