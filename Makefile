@@ -1,14 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
+EXTRA ?= dev
 PYTEST := pytest --numprocesses auto --dist worksteal --durations 15
 
 .PHONY: install reconstruct generate browser test quick lowest lint docs gpu dist
 
-install: .venv/installed
+# `EXTRA=lint` is enough for a typo. `EXTRA=ci` adds an S3 server and a driver of the browser for a few tests.
+install: .venv/installed-$(EXTRA)
 
-.venv/installed: pyproject.toml
+.venv/installed-$(EXTRA): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-compile --editable ".[$(EXTRA)]"
 	touch $@
 
 # The bundled photograph by the bundled model: images and a side-by-side picture in outputs/chelsea, PSNR on the terminal.
@@ -35,7 +37,7 @@ quick: install
 lowest:
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet uv
-	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[dev]"
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[ci]"
 	.venv-lowest/bin/$(PYTEST) -W default
 
 lint: install

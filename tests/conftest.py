@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -45,6 +46,19 @@ def pytest_collection() -> Iterator[object]:
     gc.freeze()
     gc.enable()
     return result
+
+
+def skip_or_fail(reason: str) -> None:
+    """Skips a test, but fails it in CI, which runs all tests."""
+    if os.environ.get("SVQVAE_TESTS") == "all":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def require_package(name: str) -> None:
+    """Skips a test whose package is not installed, but fails it in CI."""
+    if importlib.util.find_spec(name) is None:
+        skip_or_fail(f"The package {name} is missing. Run `make EXTRA=ci install`.")
 
 
 class Lazy:

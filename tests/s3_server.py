@@ -10,6 +10,7 @@ from urllib.request import Request, urlopen
 
 import fsspec
 import pytest
+from conftest import require_package
 
 
 class Faults:
@@ -34,6 +35,8 @@ class Faults:
 @contextmanager
 def s3_server() -> Iterator[tuple[str, Faults]]:
     """Yields the address of the server, and its faults."""
+    require_package("moto")
+    require_package("s3fs")
     from moto.server import DomainDispatcherApplication, create_backend_app  # takes time that few tests need
     from werkzeug.serving import make_server
 

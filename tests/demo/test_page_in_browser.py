@@ -1,6 +1,5 @@
 """Both pages of `svqvae demo` in headless Chromium, as visitors use them. Screenshots go to outputs/screenshots."""
 
-import importlib.util
 import io
 import json
 import multiprocessing
@@ -11,7 +10,7 @@ from threading import Event
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_tiny
+from conftest import ROOT, make_tiny, require_package, skip_or_fail
 from next_scale_golden import make_transformer
 from PIL import Image
 from processes import start
@@ -40,21 +39,13 @@ def serve(folder, addresses):
         Event().wait()
 
 
-def skip_or_fail(reason):
-    """Skips, but fails in CI, which requires a browser."""
-    (pytest.fail if os.environ.get("SVQVAE_BROWSER_TESTS") == "required" else pytest.skip)(
-        f"{reason}: run `make browser`"
-    )
-
-
 @pytest.fixture(scope="module")
 def browser():
-    if importlib.util.find_spec("playwright") is None:
-        skip_or_fail("the package playwright is missing")
+    require_package("playwright")
     import demo_pictures
 
     if demo_pictures.find_browser() is None:
-        skip_or_fail(f"none of {', '.join(demo_pictures.BROWSERS)} is installed")
+        skip_or_fail(f"none of {', '.join(demo_pictures.BROWSERS)} is installed. Run `make browser`.")
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     with demo_pictures.open_browser() as opened:
         yield opened
