@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
     from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
 
-__version__ = "0.2.0"
+__version__ = "0.1.0"
 __all__ = [
     "DEFAULT_GENERATOR",
     "DEFAULT_MODEL",

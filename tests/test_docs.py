@@ -214,7 +214,7 @@ def test_site_builds_without_network_and_shows_docstrings(tmp_path):
     assert "TileContext" not in text
     commands_page = (tmp_path / "command_line.html").read_text()
     assert all(f'id="svqvae-{name}"' in commands_page for name in COMMANDS)
-    assert "0.2.0" in (tmp_path / "changelog.html").read_text()
+    assert "0.1.0" in (tmp_path / "changelog.html").read_text()
     assert "<strong>Args</strong>" in text
     assert "<li>\n<p><code>codebook_size</code>" in text or "<li><code>codebook_size</code>" in text
     assert "[<code>" not in text  # a reference that became no link
