@@ -77,7 +77,7 @@ def draw_crops(rows: Sequence[ImageRow], side: int, number: int) -> Iterator[tor
 def encode(tokenizer: Tokenizer, crop: torch.Tensor) -> tuple[Any, torch.Tensor]:
     """Codes of a crop, and their ids `(rows, columns)` on the CPU, which trains the transformer."""
     codes = tokenizer.encode(crop / 127.5 - 1)
-    ids = count(codes, tokenizer.codebook_size)[2]
+    ids = count(codes, tokenizer.codebook_size).ids
     if ids is None:
         raise ValueError(f"TOKENIZER must encode images as ids, but {tokenizer.title} does not.")
     return codes, ids.cpu().view(-1, ids.shape[-1])

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
     with require_extra("evaluate", "eval"):
         from svqvae_hf.data.image_sets import open_images
         from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
+        from svqvae_hf.evaluation.report_files import write_report
     from accelerate import PartialState
 
     from svqvae_cli.loading import find_device
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
             "lpips_weights": args.lpips_weights and args.lpips_weights.name,
             "inception_weights": args.inception_weights and args.inception_weights.name,
         }
-        report.write(args.output)
+        write_report(report, args.output)
         skipped_line = [f"{len(report.skipped)} skipped: see the report."] if report.skipped else []
         print("\n".join([*report.table(), "", *skipped_line, *report.notes]))
     state.destroy_process_group()

@@ -1,17 +1,18 @@
 """Baselines that are image files: JPEG, WebP and AVIF, as Pillow writes them."""
 
 import io
+import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
-from svqvae_hf.evaluation.measuring import to_image, to_tensor
+from svqvae_hf.evaluation.measuring import Records, to_image, to_tensor
 from svqvae_hf.tokens.image_tokens import TooLargeError
 
 QUALITIES = (1, 5, 10, 20, 40, 75)
-
-
 CODECS: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "WebP": {}, "AVIF": {}}  # options of Pillow
 
 
@@ -28,7 +29,8 @@ class CodecTokenizer:
 
     def __init__(self, codec: str, quality: int):
         self.title = f"{codec}, quality {quality}"
-        self.codec, self.quality = codec, quality
+        self.codec = codec
+        self.quality = quality
 
     def encode(self, sample: torch.Tensor) -> bytes:
         """Content of the file."""
@@ -55,3 +57,26 @@ def open_image(content: bytes) -> Image.Image:
     """Image of the content of an image file."""
     with Image.open(io.BytesIO(content)) as image:
         return image.convert("RGB")
+
+
+def add_image_files(rows: Records, codecs: Sequence[str | None]) -> None:
+    """Adds the PSNR of image files of as many stored bits to the rows of models, interpolated between qualities.
+
+    Args:
+        rows (`list[dict[str, Any]]`): Rows of the table.
+        codecs (`Sequence[str | None]`): Codec of each row; `None` for a model.
+    """
+    for codec in CODECS:
+        points = []
+        for row, codec_of_row in zip(rows, codecs, strict=True):
+            if codec_of_row == codec:
+                points.append((row["bits_per_pixel_stored"], row["psnr"]))
+        if not points:
+            continue
+        points.sort()
+        rates = [rate for rate, _ in points]
+        psnrs = [psnr for _, psnr in points]
+        for row, codec_of_row in zip(rows, codecs, strict=True):
+            rate = row["bits_per_pixel_stored"]
+            if codec_of_row is None and rates[0] <= rate <= rates[-1]:
+                row[f"as_{codec.lower()}"] = float(np.interp(math.log(rate), np.log(rates), psnrs))

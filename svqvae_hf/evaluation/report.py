@@ -1,35 +1,51 @@
-"""The report of an evaluation: a table and notes, which are written as JSON and Markdown."""
+"""The report of an evaluation: rows of a table, values of each image, and notes."""
 
-import json
-import math
-import platform
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from svqvae_files.outputs import write_file
+from svqvae_hf.evaluation.markdown_table import MarkdownTable
 from svqvae_hf.evaluation.measuring import Records
 
-LIBRARIES = ("svqvae-hf", "torch", "diffusers", "torchmetrics", "lpips", "torch-fidelity", "pillow", "numpy")
 MANY_IMAGES = 10_000  # papers report FID on at least this many
-METRICS = {  # title and number format of each value in the table
-    "tokens": ("tokens", ".0f"),
-    "bits_per_pixel": ("bits per pixel", ".4f"),
-    "bits_per_pixel_stored": ("stored", ".4f"),
-    "psnr": ("PSNR, dB", ".2f"),
-    "ssim": ("SSIM", ".4f"),
-    "lpips": ("LPIPS", ".4f"),
-    "rfid": ("rFID", ".2f"),
-    "psnr_full_size": ("at full size, dB", ".2f"),
-    "as_jpeg": ("as JPEG, dB", ".2f"),
-    "as_webp": ("as WebP, dB", ".2f"),
-    "as_avif": ("as AVIF, dB", ".2f"),
-    "usage": ("codes used", ".1%"),
-    "perplexity": ("perplexity", ".0f"),
-    "frechet_distance": ("Fréchet distance", ".4g"),
-    "precision": ("precision", ".3f"),
-    "recall": ("recall", ".3f"),
+NO_VALUE = "–"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the table.
+
+    Args:
+        title (`str`): Its title.
+        number_format (`str`): Format of its values.
+    """
+
+    title: str
+    number_format: str
+
+    def cell(self, value: float | None) -> str:
+        """A value as text."""
+        if value is None:
+            return NO_VALUE
+        return format(value, self.number_format)
+
+
+METRICS = {  # of all reports, in the order of the columns
+    "tokens": Metric("tokens", ".0f"),
+    "bits_per_pixel": Metric("bits per pixel", ".4f"),
+    "bits_per_pixel_stored": Metric("stored", ".4f"),
+    "psnr": Metric("PSNR, dB", ".2f"),
+    "ssim": Metric("SSIM", ".4f"),
+    "lpips": Metric("LPIPS", ".4f"),
+    "rfid": Metric("rFID", ".2f"),
+    "psnr_full_size": Metric("at full size, dB", ".2f"),
+    "as_jpeg": Metric("as JPEG, dB", ".2f"),
+    "as_webp": Metric("as WebP, dB", ".2f"),
+    "as_avif": Metric("as AVIF, dB", ".2f"),
+    "usage": Metric("codes used", ".1%"),
+    "perplexity": Metric("perplexity", ".0f"),
+    "frechet_distance": Metric("Fréchet distance", ".4g"),
+    "precision": Metric("precision", ".3f"),
+    "recall": Metric("recall", ".3f"),
 }
 
 
@@ -56,49 +72,22 @@ class Report:
     notes: list[str]
 
     def table(self) -> list[str]:
-        """Lines of the table in Markdown: a column for each value that any row has."""
-        shown = {key: each for key, each in METRICS.items() if any(row.get(key) is not None for row in self.rows)}
-        lines = [["", *(title for title, _ in shown.values())]]
-        for row in sorted(self.rows, key=lambda row: row.get("bits_per_pixel_stored", 0)):
-            values = ((row.get(key), form) for key, (_, form) in shown.items())
-            lines.append([row["title"], *("–" if value is None else format(value, form) for value, form in values)])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-        padded = ([cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-        return [f"| {' | '.join(line)} |" for line in padded]
+        """Lines of the table in Markdown: a column for each value that any row has, and rows in the order of rates."""
+        metrics = self._metrics_with_values()
+        table = MarkdownTable(["", *[METRICS[name].title for name in metrics]])
+        for row in sorted(self.rows, key=_stored_rate):
+            cells = [METRICS[name].cell(row.get(name)) for name in metrics]
+            table.add_row([row["title"], *cells])
+        return table.lines()
 
-    def write(self, folder: Path) -> None:
-        """Writes `report.json` and `report.md` to a folder, created if it does not exist.
-
-        Raises:
-            OSError: If a file cannot be written.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        versions = {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
-        document = vars(self) | {"versions": versions}
-        write_file(folder / "report.json", (json.dumps(_finite(document), allow_nan=False) + "\n").encode())
-        settings = {key.replace("_", " "): value for key, value in self.settings.items() if value not in (None, [])}
-        skipped = [f"`{each['name']}` (index {each['index']}): {each['reason']}" for each in self.skipped]
-        lists = {
-            "Notes": self.notes,
-            f"Skipped: {len(skipped)}": skipped,
-            "Settings": [f"{key}: {_words(value)}" for key, value in settings.items()],
-            "Versions": [f"{name}: {number}" for name, number in versions.items()],
-        }
-        lines = [f"# {self.title}", "", *self.table(), ""]
-        for heading, items in lists.items():
-            lines += [f"## {heading}", "", *(f"- {item}" for item in items), ""] if items else []
-        write_file(folder / "report.md", ("\n".join(lines) + "\n").encode())
+    def _metrics_with_values(self) -> list[str]:
+        """Names of the metrics that at least one row has."""
+        names = []
+        for name in METRICS:
+            if any(row.get(name) is not None for row in self.rows):
+                names.append(name)
+        return names
 
 
-def _words(value: Any) -> str:
-    return ", ".join(f"`{each}`" for each in (value if isinstance(value, list) else [value]))
-
-
-def _finite(value: Any) -> Any:
-    """Replaces infinite values in a tree of dictionaries and lists by text, because JSON has none."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def _stored_rate(row: dict[str, Any]) -> float:
+    return row.get("bits_per_pixel_stored", 0)

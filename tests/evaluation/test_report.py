@@ -7,6 +7,7 @@ from conftest import make_tiny
 
 from svqvae_hf.evaluation.evaluate import evaluate
 from svqvae_hf.evaluation.report import METRICS
+from svqvae_hf.evaluation.report_files import write_report
 from svqvae_hf.evaluation.tokenizers.diffusers_models import SVQVAETokenizer
 
 FILES = ["report.json", "report.md"]
@@ -17,7 +18,7 @@ def test_report_has_all_values(photo, tmp_path):
     report = evaluate([SVQVAETokenizer("tiny", make_tiny(), 0.5)], images, own_size=True)
     report.settings |= {"data": ["org/photos"], "config": None, "split": "test"}
     report.images[0]["results"][0]["psnr"] = report.rows[0]["psnr"] = math.inf
-    report.write(tmp_path)
+    write_report(report, tmp_path)
     document = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert document["images"][0]["results"][0]["psnr"] == document["rows"][0]["psnr"] == "inf"
     assert document["images"][1:] == report.images[1:]
@@ -27,7 +28,7 @@ def test_report_has_all_values(photo, tmp_path):
     text = (tmp_path / "report.md").read_text()
     shown = {key: value for key, value in report.rows[0].items() if key in METRICS and value is not None}
     assert len(shown) > 5
-    assert all(f"{value:{METRICS[key][1]}}" in text for key, value in shown.items())
+    assert all(f"{value:{METRICS[key].number_format}}" in text for key, value in shown.items())
     assert "- data: `org/photos`\n- split: `test`\n" in text
     assert "- LPIPS was not computed. Pass --lpips-weights" in text
     assert "- `broken.png` (index 3): the image (0 bytes) is not a readable image" in text

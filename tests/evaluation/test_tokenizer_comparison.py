@@ -16,8 +16,8 @@ from foreign_tokenizers import CASES, make_tokenizer
 from safetensors.torch import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from svqvae_hf.evaluation.codecs import CODECS, CodecTokenizer, open_image, save_image
-from svqvae_hf.evaluation.evaluate import add_image_files, evaluate
+from svqvae_hf.evaluation.codecs import CODECS, CodecTokenizer, add_image_files, open_image, save_image
+from svqvae_hf.evaluation.evaluate import evaluate
 from svqvae_hf.evaluation.generated import compare_generated
 from svqvae_hf.evaluation.tokenizers.auto import load_tokenizers
 from svqvae_hf.tokens.image_tokens import encode_image
@@ -115,11 +115,16 @@ def test_image_files_of_equal_bits():
     def row(title, bits, psnr):
         return {"title": title, "bits_per_pixel_stored": bits, "psnr": psnr}
 
-    files = [row(f"JPEG, quality {quality}", *each) for quality, each in {5: (0.1, 20.0), 9: (0.4, 26.0)}.items()]
-    models = [row("org/model", 0.2, 25.0), row("org/model, scale 0.5", 0.05, 22.0)]
-    add_image_files([*models, *files])
-    assert models[0]["as_jpeg"] == pytest.approx(23)
-    assert "as_jpeg" not in models[1] | files[0]
+    rows = [
+        row("org/model", 0.2, 25.0),
+        row("JPEG, small files", 0.05, 22.0),  # a model of a strange name
+        row("JPEG, quality 5", 0.1, 20.0),
+        row("JPEG, quality 9", 0.4, 26.0),
+    ]
+    add_image_files(rows, [None, None, "JPEG", "JPEG"])
+    assert rows[0]["as_jpeg"] == pytest.approx(23)
+    for row_without_value in rows[1:]:
+        assert "as_jpeg" not in row_without_value
 
 
 @pytest.mark.parametrize("codec", CODECS)

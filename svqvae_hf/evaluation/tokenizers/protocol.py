@@ -1,6 +1,7 @@
 """The protocol of a tokenizer: what an adapter must have to be measured beside the others."""
 
 import math
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -50,21 +51,45 @@ class Tokenizer(Protocol):
         """
 
 
-def count(codes: Codes, codebook_size: int | None) -> tuple[int | None, float, torch.Tensor | None]:
+@dataclass(frozen=True, eq=False)
+class CodeCount:
+    """How many codes an image has.
+
+    Args:
+        tokens (`int`, *optional*): Number of ids, or of positions `h * w` of latents; `None` for a file.
+        bits (`float`): Bits by count: `log2(codebook_size)` per id, all bits of the type of a latent, or 8 per byte.
+        ids (`torch.Tensor`, *optional*): The ids; `None` if the codes are not ids.
+    """
+
+    tokens: int | None
+    bits: float
+    ids: torch.Tensor | None
+
+
+def count(codes: Codes, codebook_size: int | None) -> CodeCount:
     """Counts codes.
 
     Args:
         codes (`torch.Tensor`, [`ImageTokens`] or `bytes`): Result of [`Tokenizer.encode`].
         codebook_size (`int`, *optional*): Of the tokenizer.
-
-    Returns:
-        `tuple`: Number of ids, or of positions `h * w` of latents, `None` for a file; bits by count:
-        `log2(codebook_size)` per id, all bits of a latent's type, or 8 per byte; the ids, if any.
     """
     if isinstance(codes, bytes):
-        return None, 8 * len(codes), None
+        return CodeCount(None, 8 * len(codes), None)
     if isinstance(codes, ImageTokens):
         (codes,) = codes.ids
     if codebook_size:
-        return codes.numel(), codes.numel() * math.log2(codebook_size), codes
-    return codes.shape[-2] * codes.shape[-1], codes.numel() * 8 * codes.element_size(), None
+        return CodeCount(codes.numel(), codes.numel() * math.log2(codebook_size), codes)
+    height, width = codes.shape[-2:]
+    return CodeCount(height * width, codes.numel() * 8 * codes.element_size(), None)
+
+
+def stored_bits(tokenizer: Tokenizer, codes: Codes) -> float:
+    """Bits of the stored codes of an image: as the tokenizer says, otherwise by count.
+
+    Args:
+        tokenizer ([`Tokenizer`]): Tokenizer.
+        codes (`torch.Tensor`, [`ImageTokens`] or `bytes`): Result of its `encode`.
+    """
+    if hasattr(tokenizer, "stored_bits"):
+        return tokenizer.stored_bits(codes)
+    return count(codes, tokenizer.codebook_size).bits

@@ -1,0 +1,41 @@
+"""A table in Markdown that can also be read as plain text, because its columns are aligned."""
+
+from collections.abc import Sequence
+
+
+class MarkdownTable:
+    """Collects rows of text, and pads them to columns that are aligned to the right.
+
+    Args:
+        titles (`Sequence[str]`): Titles of the columns.
+    """
+
+    def __init__(self, titles: Sequence[str]):
+        self.titles = list(titles)
+        self.rows: list[list[str]] = []
+
+    def add_row(self, cells: Sequence[str]) -> None:
+        """Adds a row with one cell per column."""
+        if len(cells) != len(self.titles):
+            raise ValueError(f"`cells` must be one per column, got {len(cells)} for {len(self.titles)} columns.")
+        self.rows.append(list(cells))
+
+    def lines(self) -> list[str]:
+        """Lines of the table: titles, a rule, and the rows."""
+        widths = [self._width(column) for column in range(len(self.titles))]
+        rule = ["-" * (width - 1) + ":" for width in widths]
+        lines = [_line(self.titles, widths), _line(rule, widths)]
+        for row in self.rows:
+            lines.append(_line(row, widths))
+        return lines
+
+    def _width(self, column: int) -> int:
+        width = len(self.titles[column])
+        for row in self.rows:
+            width = max(width, len(row[column]))
+        return width
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+    return f"| {' | '.join(padded)} |"

@@ -1,0 +1,77 @@
+"""Sentences of a report about values that are missing, or mean little because the set or its images are small."""
+
+import math
+from collections.abc import Sequence
+
+from svqvae_hf.evaluation import metrics
+from svqvae_hf.evaluation.measuring import Records
+from svqvae_hf.evaluation.perceptual import LPIPS
+from svqvae_hf.evaluation.report import MANY_IMAGES, METRICS
+
+IDS_PER_CODE = 10  # with fewer, the frequencies of codes say little
+
+
+def lpips_notes(lpips: LPIPS | None) -> list[str]:
+    """Says that LPIPS is missing."""
+    if lpips is not None:
+        return []
+    return ["LPIPS was not computed. Pass --lpips-weights, the weights of its network."]
+
+
+def rfid_notes(has_network: bool, num_images: int) -> list[str]:
+    """Says that rFID is missing, or is of few images."""
+    if not has_network:
+        return ["rFID was not computed. Pass --inception-weights, the weights of its network."]
+    if num_images == 1:
+        return ["rFID was not computed: it needs at least two images."]
+    if num_images < MANY_IMAGES:
+        return [f"rFID of {num_images} images is far too high to be compared with published values."]
+    return []
+
+
+def tokenizer_notes(title: str, results: Records, lpips: LPIPS | None) -> list[str]:
+    """Says for how many images a metric of a tokenizer is missing or infinite.
+
+    Args:
+        title (`str`): Title of the tokenizer.
+        results (`list[dict[str, Any]]`): Its values of each image.
+        lpips ([`LPIPS`], *optional*): Network of LPIPS.
+    """
+    notes = _small_image_notes("ssim", metrics.SSIM_SIDE, title, results)
+    if lpips is not None:
+        notes += _small_image_notes("lpips", lpips.min_side, title, results)
+    return notes + _exact_image_notes(title, results)
+
+
+def codebook_notes(rows: Records, codebook_sizes: Sequence[int | None], num_images: int) -> list[str]:
+    """Says for which tokenizers the set has few ids per code."""
+    titles = []
+    for row, codebook_size in zip(rows, codebook_sizes, strict=True):
+        if codebook_size and row["tokens"] * num_images < IDS_PER_CODE * codebook_size:
+            titles.append(row["title"])
+    if not titles:
+        return []
+    return [
+        f"The set has fewer than {IDS_PER_CODE} ids per code for {', '.join(titles)}. Codes used and perplexity "
+        "would be higher on a larger set."
+    ]
+
+
+def _small_image_notes(metric: str, min_side: int, title: str, results: Records) -> list[str]:
+    too_small = sum(values[metric] is None for values in results)
+    if too_small == 0:
+        return []
+    return [
+        f"{METRICS[metric].title} of {title} was not computed for {too_small} of {len(results)} images. It needs "
+        f"sides of at least {min_side} pixels."
+    ]
+
+
+def _exact_image_notes(title: str, results: Records) -> list[str]:
+    exact = sum(values["psnr"] == math.inf for values in results)
+    if exact == 0:
+        return []
+    return [
+        f"PSNR of {title} is infinite for {exact} of {len(results)} images: their reconstruction is exact. "
+        "Means exclude them, unless all are exact."
+    ]
