@@ -97,13 +97,15 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -
     from svqvae_cli.loading import explain_loading
     from svqvae_hf.evaluation.codecs import CODECS, QUALITIES, CodecTokenizer
     from svqvae_hf.evaluation.evaluate import evaluate
-    from svqvae_hf.evaluation.tokenizers.auto import class_name, load_tokenizers
+    from svqvae_hf.evaluation.tokenizers.auto import class_name, load_tokenizers, tokenizer_titles
 
     sources, tokenizers = [args.model, *(args.beside or [])], []
     names = ("scales", "scale_from", "tile_size", "overlap")
-    for source in sources:
+    titles = tokenizer_titles(sources)
+    for source, title in zip(sources, titles, strict=True):
         with explain_loading(source):
-            tokenizers += load_tokenizers(source, args.device, **{name: getattr(args, name) for name in names})
+            options = {name: getattr(args, name) for name in names}
+            tokenizers += load_tokenizers(source, args.device, title=title, **options)
     if "SVQVAE" not in map(class_name, sources):
         forbid_options(args, "is for SVQVAEs", *names)
     alone = args.beside is None and args.codecs is None and class_name(args.model) == "SVQVAE"
@@ -111,7 +113,7 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -
     tokenizers += [CodecTokenizer(name, each) for name in CODECS if name.lower() in chosen for each in QUALITIES]
     options = {"own_size": alone, "resolution": args.resolution, "device": args.device}
     report = evaluate(tokenizers, images, **options, **networks)
-    report.settings |= {"models": sources} | {name: getattr(args, name) for name in names}
+    report.settings |= {"models": titles} | {name: getattr(args, name) for name in names}
     return report
 
 

@@ -34,12 +34,15 @@ class TokenizerFeatures(nn.Module):
 
     def __init__(self, model: SVQVAE):
         super().__init__()
-        self.model, self.processor = model, SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
+        self.model = model
+        self.processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features `(batch, n)` of uint8 images `(batch, 3, height, width)`."""
         pixel_values = self.processor(images)["pixel_values"].to(self.model.device)
-        return F.adaptive_avg_pool2d(self.model.encode(pixel_values).latents, POOLED_SIDE).flatten(1)
+        latents = self.model.encode(pixel_values).latents  # (batch, channels, h, w)
+        pooled = F.adaptive_avg_pool2d(latents, POOLED_SIDE)  # (batch, channels, 4, 4)
+        return pooled.flatten(1)  # (batch, channels * 16)
 
 
 @torch.inference_mode()
@@ -76,43 +79,62 @@ def compare_generated(
 
     def measure(image: Image.Image, index: int, name: str) -> dict[str, Any]:
         nonlocal side
-        side = side or min(image.size)
-        pixels = to_tensor(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC), device)
-        return {name: network(pixels)[0].float().cpu() for name, network in networks.items()}
+        if side is None:
+            side = min(image.size)
+        square = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+        pixels = to_tensor(square, device)
+        return {title: network(pixels)[0].float().cpu() for title, network in networks.items()}
 
-    found, skipped = measure_images(measure, generated, resolution, state)
-    real, also_skipped = measure_images(measure, images, side, state)
-    if min(len(found), len(real)) <= NEIGHBOURS:
-        raise ValueError(f"both sets must have more than {NEIGHBOURS} images, got {len(found)} and {len(real)}.")
+    generated_records, skipped_generated = measure_images(measure, generated, resolution, state)
+    real_records, skipped_real = measure_images(measure, images, side, state)
+    num_generated = len(generated_records)
+    num_real = len(real_records)
+    if min(num_generated, num_real) <= NEIGHBOURS:
+        raise ValueError(f"both sets must have more than {NEIGHBOURS} images, got {num_generated} and {num_real}.")
+    rows = []
+    for title, network in networks.items():
+        generated_features = torch.stack([record[title] for record in generated_records])  # (n, dim)
+        real_features = torch.stack([record[title] for record in real_records])
+        distance = _frechet_distance(generated_features, real_features)
+        row: dict[str, Any] = {"title": title, "frechet_distance": distance, "precision": None, "recall": None}
+        if not isinstance(network, TokenizerFeatures):
+            row |= _precision_and_recall(generated_features, real_features)
+        rows.append(row)
+    return Report(
+        title="Generated images",
+        settings={"resolution": side, "generated_images": num_generated, "images": num_real},
+        rows=rows,
+        images=[],
+        skipped=skipped_generated + skipped_real,
+        notes=_notes(networks, num_generated, num_real),
+    )
+
+
+def _frechet_distance(generated: torch.Tensor, real: torch.Tensor) -> float:
+    """Distance between two sets of features `(n, dim)`. Rounding may make it negative, which is cut off."""
+    generated_statistics = fid_features_to_statistics(generated.double())
+    real_statistics = fid_features_to_statistics(real.double())
+    distance = fid_statistics_to_metric(generated_statistics, real_statistics, verbose=False)[KEY_METRIC_FID]
+    return max(0.0, distance)
+
+
+def _precision_and_recall(generated: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
+    """Precision and recall of two sets of features `(n, dim)`."""
+    precision, recall = calculate_precision_recall_part(generated, real, NEIGHBOURS)
+    return {"precision": precision, "recall": recall}
+
+
+def _notes(networks: Mapping[str, nn.Module], num_generated: int, num_real: int) -> list[str]:
+    """Sentences about values that are missing or mean little."""
     notes = []
     if any(isinstance(network, TokenizerFeatures) for network in networks.values()):
         notes.append(
             f"Precision and recall are left out for {TokenizerFeatures.title}, by which white noise would have a "
             "precision of 1. Pass --inception-weights to compute them."
         )
-    if min(len(found), len(real)) < MANY_IMAGES:
+    if min(num_generated, num_real) < MANY_IMAGES:
         notes.append(
-            f"The Fréchet distance of {len(found)} and {len(real)} images is too high to be compared with published "
+            f"The Fréchet distance of {num_generated} and {num_real} images is too high to be compared with published "
             f"values, which take at least {MANY_IMAGES:,}. Compare it only at the same numbers of images."
         )
-    return Report(
-        title="Generated images",
-        settings={"resolution": side, "generated_images": len(found), "images": len(real)},
-        rows=[
-            _compare(name, network, *(torch.stack([record[name] for record in records]) for records in (found, real)))
-            for name, network in networks.items()
-        ],
-        images=[],
-        skipped=[*skipped, *also_skipped],
-        notes=notes,
-    )
-
-
-def _compare(name: str, network: nn.Module, generated: torch.Tensor, real: torch.Tensor) -> dict[str, Any]:
-    """Values of two sets of features `(n, dim)`."""
-    statistics = [fid_features_to_statistics(each.double()) for each in (generated, real)]
-    precision = recall = None
-    if not isinstance(network, TokenizerFeatures):
-        precision, recall = calculate_precision_recall_part(generated, real, NEIGHBOURS)
-    distance = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
-    return {"title": name, "frechet_distance": max(0.0, distance), "precision": precision, "recall": recall}
+    return notes

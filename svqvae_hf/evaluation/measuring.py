@@ -48,7 +48,8 @@ def measure_images(
         raise ValueError(f"`resolution` must be in [1, {MAX_RESOLUTION}], got {resolution}.")
     records: Records = []
     skipped: Records = []
-    bar = tqdm(images, total=length_hint(images) or None, unit="image", disable=not state.is_main_process or None)
+    is_quiet = None if state.is_main_process else True  # `None`: quiet unless this is a terminal
+    bar = tqdm(images, total=length_hint(images) or None, unit="image", disable=is_quiet)
     for index, source in enumerate(bar):
         if index % state.num_processes != state.process_index:
             continue
@@ -61,18 +62,34 @@ def measure_images(
         if resolution is not None:
             image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
         try:
-            records.append(identity | measure(image, **identity))
+            values = measure(image, **identity)
         except TooLargeError as error:
             skipped.append(identity | {"reason": str(error)})
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             skipped.append(identity | {"reason": OUT_OF_MEMORY})
-    records, skipped = (sorted(gather_object(each), key=lambda record: record["index"]) for each in (records, skipped))
+        else:
+            records.append(identity | values)
+    records = _of_all_processes(records)
+    skipped = _of_all_processes(skipped)
     if not records:
-        first = f" The first, `{skipped[0]['name']}`: {skipped[0]['reason']}" if skipped else ""
-        raise ValueError(f"At least one image must be usable, but none of {len(skipped)} is.{first}")
+        raise ValueError(_nothing_measured(skipped))
     return records, skipped
+
+
+def _of_all_processes(records: Records) -> Records:
+    """Records of all processes, in the order of the set."""
+    return sorted(gather_object(records), key=lambda record: record["index"])
+
+
+def _nothing_measured(skipped: Records) -> str:
+    """Message of the error if no image of a set could be measured."""
+    message = f"At least one image must be usable, but none of {len(skipped)} is."
+    if not skipped:
+        return message
+    first = skipped[0]
+    return f"{message} The first, `{first['name']}`: {first['reason']}"
 
 
 def image_metrics(sample: torch.Tensor, target: torch.Tensor, lpips: LPIPS | None = None) -> dict[str, float | None]:
@@ -87,11 +104,9 @@ def image_metrics(sample: torch.Tensor, target: torch.Tensor, lpips: LPIPS | Non
         `dict[str, float | None]`: `psnr`, `ssim` and `lpips`. `None` if the image is too small.
     """
     side = min(sample.shape[-2:])
-    values: dict[str, float | None] = {
-        "psnr": metrics.psnr(sample, target).item(),
-        "ssim": metrics.ssim(sample, target).item() if side >= metrics.SSIM_SIDE else None,
-        "lpips": None,
-    }
+    values: dict[str, float | None] = {"psnr": metrics.psnr(sample, target).item(), "ssim": None, "lpips": None}
+    if side >= metrics.SSIM_SIDE:
+        values["ssim"] = metrics.ssim(sample, target).item()
     if lpips is not None and side >= lpips.min_side:
         values["lpips"] = lpips(sample.float() / 127.5 - 1, target.float() / 127.5 - 1).item()
     return values
@@ -99,10 +114,11 @@ def image_metrics(sample: torch.Tensor, target: torch.Tensor, lpips: LPIPS | Non
 
 def to_tensor(image: Image.Image, device: torch.device | str = "cpu") -> torch.Tensor:
     """Converts an image to a uint8 tensor of shape `(1, 3, height, width)`."""
-    return torch.from_numpy(np.array(image)).movedim(-1, 0)[None].to(device)
+    pixels = torch.from_numpy(np.array(image))  # (height, width, 3)
+    return pixels.movedim(-1, 0)[None].to(device)  # (1, 3, height, width)
 
 
 def to_image(sample: torch.Tensor) -> Image.Image:
     """Converts an image `(1, 3, height, width)` in [-1, 1] to 8 bits."""
-    pixels = ((sample[0] + 1) * 127.5).clamp(0, 255).round().byte()
-    return Image.fromarray(pixels.movedim(0, -1).cpu().numpy())
+    pixels = ((sample[0] + 1) * 127.5).clamp(0, 255).round().byte()  # (3, height, width)
+    return Image.fromarray(pixels.movedim(0, -1).cpu().numpy())  # of (height, width, 3)

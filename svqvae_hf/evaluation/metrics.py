@@ -37,16 +37,23 @@ def ssim(sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
     Source: Wang et al., Image quality assessment, 2004, with its constants 0.01 and 0.03.
     """
-    border, num_rows = SSIM_SIDE // 2, sample.shape[-2] - SSIM_SIDE + 1  # rows of window positions
+    height = sample.shape[-2]
+    num_rows = height - SSIM_SIDE + 1  # rows of window positions
+    border = SSIM_SIDE // 2
     total = torch.zeros(len(sample), device=sample.device)
-    for top in range(0, num_rows, SSIM_BAND):
-        stop = min(top + SSIM_BAND, num_rows)
-        pair = (each[..., top : stop + SSIM_SIDE - 1, :].float() for each in (sample, target))
-        _, values = structural_similarity_index_measure(
-            *pair, sigma=1.5, data_range=255.0, reduction="none", return_full_image=True
+    for first_row in range(0, num_rows, SSIM_BAND):
+        end_row = min(first_row + SSIM_BAND, num_rows)
+        band = slice(first_row, end_row + SSIM_SIDE - 1)  # rows of pixels under the windows
+        _, similarity = structural_similarity_index_measure(
+            sample[..., band, :].float(),
+            target[..., band, :].float(),
+            sigma=1.5,
+            data_range=255.0,
+            reduction="none",
+            return_full_image=True,
         )
-        inside = values[..., border : values.shape[-2] - border, border : values.shape[-1] - border]
-        total += inside.mean((1, 2, 3)) * (stop - top)
+        inside = similarity[..., border:-border, border:-border]  # without windows that reach beyond the images
+        total += inside.mean((1, 2, 3)) * (end_row - first_row)
     return total / num_rows
 
 
@@ -62,9 +69,10 @@ def usage(counts: torch.Tensor) -> float:
 
 def entropy(counts: torch.Tensor) -> float:
     """Entropy in bits per id, `-sum(p log2 p)` over the frequencies of codes: the rate of an ideal entropy coder."""
-    frequency = counts.cpu().double()  # some devices have no float64
-    frequency /= frequency.sum()
-    return abs(torch.special.xlogy(frequency, frequency).sum().item()) / math.log(2)
+    occurrences = counts.cpu().double()  # some devices have no float64
+    frequencies = occurrences / occurrences.sum()
+    nats = torch.special.xlogy(frequencies, frequencies).sum().item()
+    return abs(nats) / math.log(2)
 
 
 def perplexity(counts: torch.Tensor) -> float:

@@ -62,12 +62,15 @@ class LPIPS(lpips.LPIPS):
         Returns:
             `torch.Tensor`: Mean over the batch, a float32 scalar.
         """
-        features = [self.net(self.scaling_layer(image)) for image in (sample, target)]
+        sample_features = self.net(self.scaling_layer(sample))  # one map per layer, (batch, channels, h, w)
+        target_features = self.net(self.scaling_layer(target))
+        distances = []
         with torch.autocast(sample.device.type, enabled=False):
-            distances = []
-            for linear, *pair in zip(self.lins, *features, strict=True):
-                unit_sample, unit_target = (F.normalize(each.float(), dim=1, eps=NORM_EPS) for each in pair)
-                distances.append(linear((unit_sample - unit_target).square()).mean())
+            for linear, sample_map, target_map in zip(self.lins, sample_features, target_features, strict=True):
+                unit_sample = F.normalize(sample_map.float(), dim=1, eps=NORM_EPS)
+                unit_target = F.normalize(target_map.float(), dim=1, eps=NORM_EPS)
+                difference = (unit_sample - unit_target).square()
+                distances.append(linear(difference).mean())
         return torch.stack(distances).sum()
 
     def train(self, mode: bool = True) -> "LPIPS":
@@ -89,20 +92,29 @@ def load_lpips(net: str, weights: str | Path | None = None) -> LPIPS:
     """
     if net not in BACKBONES:
         raise ValueError(f"The network of LPIPS must be one of {', '.join(BACKBONES)}, got {net!r}.")
-    state_dict = _download_weights(net) if weights is None else _read_weights(Path(weights), "LPIPS's network")
+    if weights is None:
+        state_dict = _download_weights(net)
+    else:
+        state_dict = _read_weights(Path(weights), "LPIPS's network")
     model = LPIPS(net)
-    # The package writes `slice2.5.bias` for torchvision's `features.5.bias`.
-    names = {key: f"features.{key.partition('.')[2]}" for key in model.net.state_dict()}
-    expected = {names[key]: tensor.shape for key, tensor in model.net.state_dict().items()}
-    given = {name: tensor.shape for name, tensor in state_dict.items() if not name.startswith("classifier.")}
-    wrong = sorted({name for name, _ in expected.items() ^ given.items()})
-    if wrong:
+    names = {}  # of torchvision by the names of the package, which writes `slice2.5.bias` for `features.5.bias`
+    expected_shapes = {}
+    for package_name, tensor in model.net.state_dict().items():
+        torchvision_name = "features." + package_name.partition(".")[2]
+        names[package_name] = torchvision_name
+        expected_shapes[torchvision_name] = tensor.shape
+    shapes = {}
+    for name, tensor in state_dict.items():
+        if not name.startswith("classifier."):
+            shapes[name] = tensor.shape
+    wrong_names = {name for name, _ in expected_shapes.items() ^ shapes.items()}
+    if wrong_names:
         raise ValueError(
             f"`{weights}` must hold torchvision's {BACKBONES[net].weights.partition('_')[0]}, but these weights are "
-            f"missing, unexpected or of another shape: {', '.join(wrong)}. Pass that network's file, or the name of "
-            "another network."
+            f"missing, unexpected or of another shape: {', '.join(sorted(wrong_names))}. Pass that network's file, "
+            "or the name of another network."
         )
-    model.net.load_state_dict({key: state_dict[name] for key, name in names.items()})
+    model.net.load_state_dict({package_name: state_dict[name] for package_name, name in names.items()})
     return model
 
 
@@ -151,7 +163,8 @@ def _read_weights(path: Path, network: str) -> Mapping[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"The weights of {network} must be a file, but `{path}` is not one.")
     content = load_checkpoint_file(path, path)
-    found = select_weights(content, content.get(None, content), path)
-    weights = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    stored = content.get(None, content)  # a safetensors file, or a pickle
+    selected = select_weights(content, stored, path)
+    weights = {name: value for name, value in selected.items() if isinstance(value, torch.Tensor)}
     check_tensors(weights, path)
     return weights

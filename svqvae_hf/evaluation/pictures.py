@@ -5,10 +5,14 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE_LIMITS = (256, 1024)  # smallest and largest longer side of a panel, in pixels
+MIN_SIDE = 256  # of the longer side of a panel, in pixels
+MAX_SIDE = 1024
 GAP = 24
-TITLE_SIZE, CAPTION_SIZE = 20, 15
-BACKGROUND, TITLE_COLOUR, CAPTION_COLOUR = "#ffffff", "#1a1a1a", "#6b6b6b"
+TITLE_SIZE = 20
+CAPTION_SIZE = 15
+BACKGROUND = "#ffffff"
+TITLE_COLOUR = "#1a1a1a"
+CAPTION_COLOUR = "#6b6b6b"
 
 
 class Panel(NamedTuple):
@@ -29,20 +33,31 @@ def contact_sheet(panels: Sequence[Panel]) -> Image.Image:
     Returns:
         `PIL.Image.Image`: Sheet, 8-bit RGB.
     """
-    longest = max(panels[0].image.size)
-    factor = min(max(longest, SIDE_LIMITS[0]), SIDE_LIMITS[1]) / longest
-    width, height = (max(1, round(factor * side)) for side in panels[0].image.size)
-    title_font, caption_font = (ImageFont.load_default(size) for size in (TITLE_SIZE, CAPTION_SIZE))
-    lengths = [(title_font.getlength(panel.title), caption_font.getlength(panel.caption)) for panel in panels]
-    columns = [round(max(width, *each)) for each in lengths]
+    width, height = _panel_size(panels[0].image)
+    title_font = ImageFont.load_default(TITLE_SIZE)
+    caption_font = ImageFont.load_default(CAPTION_SIZE)
+    column_widths = []
+    for panel in panels:
+        title_width = title_font.getlength(panel.title)
+        caption_width = caption_font.getlength(panel.caption)
+        column_widths.append(round(max(width, title_width, caption_width)))
     title_top = GAP + height + GAP // 2
     caption_top = title_top + TITLE_SIZE + GAP // 4
-    sheet = Image.new("RGB", (sum(columns) + GAP * (len(panels) + 1), caption_top + CAPTION_SIZE + GAP), BACKGROUND)
+    sheet_width = sum(column_widths) + GAP * (len(panels) + 1)
+    sheet_height = caption_top + CAPTION_SIZE + GAP
+    sheet = Image.new("RGB", (sheet_width, sheet_height), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     left = GAP
-    for panel, column in zip(panels, columns, strict=True):
+    for panel, column_width in zip(panels, column_widths, strict=True):
         sheet.paste(panel.image.resize((width, height), Image.Resampling.LANCZOS), (left, GAP))
         draw.text((left, title_top), panel.title, TITLE_COLOUR, title_font)
         draw.text((left, caption_top), panel.caption, CAPTION_COLOUR, caption_font)
-        left += column + GAP
+        left += column_width + GAP
     return sheet
+
+
+def _panel_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of a panel that shows an image."""
+    longer_side = max(image.size)
+    factor = min(max(longer_side, MIN_SIDE), MAX_SIDE) / longer_side
+    return max(1, round(factor * image.width)), max(1, round(factor * image.height))

@@ -14,7 +14,7 @@ from svqvae_hf.evaluation.pictures import Panel, contact_sheet
 from svqvae_hf.tokens.image_tokens import resize_image
 from svqvae_hf.tokens.token_files import ImageTokens
 
-COLUMNS = (("scale", 5), ("size", 9), ("tokens", 7), ("bits/pixel", 10), ("PSNR dB", 7), ("codes used", 10))
+COLUMN_WIDTHS = {"scale": 5, "size": 9, "tokens": 7, "bits/pixel": 10, "PSNR dB": 7, "codes used": 10}
 
 
 class ReconstructionFigures(NamedTuple):
@@ -25,7 +25,8 @@ class ReconstructionFigures(NamedTuple):
     height: int
     tokens: int
     codes: np.ndarray  # distinct ids in use
-    bits_per_pixel: float
+    original_pixels: int
+    bits_per_pixel: float  # of the original
     psnr: float
 
 
@@ -39,23 +40,28 @@ def measure_reconstructions(
         tokens ([`ImageTokens`]): Its ids.
         images (`Sequence[PIL.Image.Image]`): Images decoded from the ids, one per scale of `tokens`.
     """
-    return [
-        ReconstructionFigures(
-            scale=scale,
+    if len(images) != len(tokens.scales):
+        raise ValueError(f"`images` must be one per scale, got {len(images)} for {len(tokens.scales)} scales.")
+    all_figures = []
+    for index, image in enumerate(images):
+        ids = tokens.ids[index]
+        figures = ReconstructionFigures(
+            scale=tokens.scales[index],
             width=image.width,
             height=image.height,
             tokens=ids.numel(),
             codes=np.unique(ids.numpy()),
+            original_pixels=original.width * original.height,
             bits_per_pixel=tokens.bits_per_pixel(index),
             psnr=_psnr(original, image),
         )
-        for index, (scale, ids, image) in enumerate(zip(tokens.scales, tokens.ids, images, strict=True))
-    ]
+        all_figures.append(figures)
+    return all_figures
 
 
 def table_header(name_width: int) -> str:
     """First line of the table."""
-    return _row(name_width, "image", [title for title, _ in COLUMNS])
+    return _line(name_width, "image", list(COLUMN_WIDTHS))
 
 
 def table_row(name_width: int, name: str, figures: Sequence[ReconstructionFigures], codebook_size: int) -> str:
@@ -63,19 +69,16 @@ def table_row(name_width: int, name: str, figures: Sequence[ReconstructionFigure
 
     Tokens and pixels are summed, PSNR is averaged, and a code counts as used if any of the images uses it.
     """
-    tokens = sum(each.tokens for each in figures)
-    tokens_per_bit_rate = sum(each.tokens / each.bits_per_pixel for each in figures)  # pixels over the bits of a token
-    sizes = {f"{each.width}x{each.height}" for each in figures}
-    used = np.unique(np.concatenate([each.codes for each in figures])).size / codebook_size
+    psnrs = [image_figures.psnr for image_figures in figures]
     cells = [
         f"{figures[0].scale:g}",
-        sizes.pop() if len(sizes) == 1 else "",
-        str(tokens),
-        f"{tokens / tokens_per_bit_rate:.4f}",
-        f"{np.mean([each.psnr for each in figures]):.2f}",
-        f"{used:.1%}",
+        _common_size(figures),
+        str(sum(image_figures.tokens for image_figures in figures)),
+        f"{_bits_per_pixel(figures):.4f}",
+        f"{np.mean(psnrs):.2f}",
+        f"{_usage(figures, codebook_size):.1%}",
     ]
-    return _row(name_width, name, cells)
+    return _line(name_width, name, cells)
 
 
 def side_by_side(
@@ -83,23 +86,53 @@ def side_by_side(
 ) -> Image.Image:
     """Sheet of the original and its reconstructions, with their figures as captions."""
     panels = [Panel(original, "original", f"{original.width} x {original.height}")]
-    for image, each in zip(images, figures, strict=True):
+    for image, image_figures in zip(images, figures, strict=True):
         caption = [
-            f"{each.width} x {each.height}",
-            f"tokens: {each.tokens}",
-            f"{each.bits_per_pixel:.3f} bits/pixel",
-            f"{each.psnr:.2f} dB",
+            f"{image_figures.width} x {image_figures.height}",
+            f"tokens: {image_figures.tokens}",
+            f"{image_figures.bits_per_pixel:.3f} bits/pixel",
+            f"{image_figures.psnr:.2f} dB",
         ]
-        panels.append(Panel(image, f"scale {each.scale:g}", " · ".join(caption)))
+        panels.append(Panel(image, f"scale {image_figures.scale:g}", " · ".join(caption)))
     return contact_sheet(panels)
 
 
+def _common_size(figures: Sequence[ReconstructionFigures]) -> str:
+    """Size of the images; no text if they differ."""
+    sizes = {f"{image_figures.width}x{image_figures.height}" for image_figures in figures}
+    if len(sizes) > 1:
+        return ""
+    return sizes.pop()
+
+
+def _bits_per_pixel(figures: Sequence[ReconstructionFigures]) -> float:
+    """Bits of all images over pixels of all original images."""
+    bits = 0.0
+    pixels = 0
+    for image_figures in figures:
+        bits += image_figures.bits_per_pixel * image_figures.original_pixels
+        pixels += image_figures.original_pixels
+    return bits / pixels
+
+
+def _usage(figures: Sequence[ReconstructionFigures], codebook_size: int) -> float:
+    """Fraction of the codebook that the images use together."""
+    codes = np.concatenate([image_figures.codes for image_figures in figures])
+    return np.unique(codes).size / codebook_size
+
+
 def _psnr(original: Image.Image, image: Image.Image) -> float:
+    """PSNR in dB of an image, with the original at its size as reference."""
     reference = resize_image(original, image.size)
-    error = np.square(np.asarray(image, np.float64) - np.asarray(reference, np.float64)).mean()
-    return 10 * math.log10(255**2 / error) if error else math.inf
+    difference = np.asarray(image, np.float64) - np.asarray(reference, np.float64)
+    error = np.square(difference).mean()
+    if error == 0:
+        return math.inf
+    return 10 * math.log10(255**2 / error)
 
 
-def _row(name_width: int, name: str, cells: Sequence[str]) -> str:
-    padded = [f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True)]
-    return "  ".join([f"{name:<{name_width}}", *padded])
+def _line(name_width: int, name: str, cells: Sequence[str]) -> str:
+    padded = [name.ljust(name_width)]
+    for cell, width in zip(cells, COLUMN_WIDTHS.values(), strict=True):
+        padded.append(cell.rjust(width))
+    return "  ".join(padded)

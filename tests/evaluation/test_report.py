@@ -1,11 +1,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from cli_runner import fails, svqvae
 from conftest import make_tiny
 
 from svqvae_hf.evaluation.evaluate import evaluate
+from svqvae_hf.evaluation.reconstruction_table import ReconstructionFigures, table_row
 from svqvae_hf.evaluation.report import METRICS
 from svqvae_hf.evaluation.report_files import write_report
 from svqvae_hf.evaluation.tokenizers.diffusers_models import SVQVAETokenizer
@@ -65,3 +67,20 @@ def test_command_writes_the_report_once(saved_model, photos, tmp_path, capsys):
     assert captured.err == "svqvae: 1 of 3 inputs were skipped\n"
     assert f"`{out / 'report.json'}` already exists. Pass --overwrite" in fails(capsys, *argv)
     assert svqvae(*argv, "--overwrite") == 1
+
+
+def test_one_code_takes_no_bits(photo):
+    """Ids of a codebook of one code take no bits, which must not be divided by."""
+    figures = ReconstructionFigures(
+        scale=1,
+        width=photo.width,
+        height=photo.height,
+        tokens=12,
+        codes=np.zeros(1, np.int64),
+        original_pixels=photo.width * photo.height,
+        bits_per_pixel=0.0,
+        psnr=math.inf,
+    )
+    assert table_row(9, "photo", [figures, figures], 1).split() == [
+        *("photo", "1", f"{photo.width}x{photo.height}", "24", "0.0000", "inf", "100.0%")
+    ]

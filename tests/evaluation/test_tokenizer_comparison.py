@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from foreign_tokenizers import CASES, make_tokenizer
 from safetensors.torch import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from svqvae_hf import DEFAULT_MODEL
 from svqvae_hf.evaluation.codecs import CODECS, CodecTokenizer, add_image_files, open_image, save_image
 from svqvae_hf.evaluation.evaluate import evaluate
 from svqvae_hf.evaluation.generated import compare_generated
-from svqvae_hf.evaluation.tokenizers.auto import load_tokenizers
+from svqvae_hf.evaluation.tokenizers.auto import load_tokenizers, tokenizer_titles
 from svqvae_hf.tokens.image_tokens import encode_image
 from svqvae_hf.tokens.token_files import token_file_content
 
@@ -92,13 +94,41 @@ def test_config_without_a_known_class(tmp_path, content, message):
         load_tokenizers(str(tmp_path))
 
 
+def test_titles_are_short_but_different(tmp_path, monkeypatch):
+    (tmp_path / "near" / "vqvae").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    far = str(tmp_path / "far" / "vqvae")
+    assert tokenizer_titles([DEFAULT_MODEL, "org/vqvae", "org/pipeline/vqvae"]) == [
+        "bundled",
+        "org/vqvae",
+        "org/pipeline/vqvae",
+    ]
+    assert tokenizer_titles([far]) == ["vqvae"]
+    assert tokenizer_titles([far, "near/vqvae", "org/repo"]) == ["far/vqvae", "near/vqvae", "org/repo"]
+    same_name = str(tmp_path / "copies" / "bundled")
+    assert tokenizer_titles([DEFAULT_MODEL, same_name]) == ["bundled", "copies/bundled"]
+
+
+def test_a_folder_without_a_model_is_explained(tmp_path, photo):
+    with pytest.raises(ValueError, match="has no config.json.$"):
+        load_tokenizers(str(tmp_path))
+    photo.crop((0, 0, 9, 9)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="has no config.json. It holds images. Pass --generated"):
+        load_tokenizers(str(tmp_path))
+    (tmp_path / "vqvae").mkdir()
+    (tmp_path / "vqvae" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"It is a generator. Pass its tokenizer, `{tmp_path / 'vqvae'}`."):
+        load_tokenizers(str(tmp_path))
+
+
 def test_scales_of_an_svqvae_are_compared_at_the_size_of_the_image(saved_model, images):
     tokenizers = load_tokenizers(saved_model, scales=[1.0, 0.5, 2.0])
     rows, own_rows = (evaluate(tokenizers, images, own_size=own_size).rows for own_size in (False, True))
     for row, own in zip(rows, own_rows, strict=True):
         assert row["psnr"] == pytest.approx(own["psnr_full_size"], abs=1e-4)
         assert (row["tokens"], row["usage"]) == (own["tokens"], own["usage"])
-    assert [row["title"] for row in rows] == [saved_model, f"{saved_model}, scale 0.5", f"{saved_model}, scale 2"]
+    name = Path(saved_model).name
+    assert [row["title"] for row in rows] == [name, f"{name}, scale 0.5", f"{name}, scale 2"]
 
 
 def test_a_context_model_counts(tmp_path, photo):
@@ -204,7 +234,8 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     argv += ["--beside", tmp_path / "AutoencoderKL", "--codecs", "webp"]
     assert svqvae(*argv, "--resolution", "32") == 1  # one is skipped
     report = json.loads((out / "report.json").read_text())
-    titles = [saved_model, f"{saved_model}, scale 0.5", str(tmp_path / "AutoencoderKL")]
+    name = Path(saved_model).name
+    titles = [name, f"{name}, scale 0.5", "AutoencoderKL"]
     titles += [f"WebP, quality {quality}" for quality in (1, 5, 10, 20, 40, 75)]
     assert [row["title"] for row in report["rows"]] == titles
     assert [row["bits_per_pixel"] for row in report["rows"][:3]] == pytest.approx([6 / 16, 6 / 64, 16 * 4 / 4])

@@ -2,19 +2,31 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, VQModel
 
+from svqvae_files.inputs import BUNDLED
 from svqvae_hf.evaluation.tokenizers.diffusers_models import AutoencoderKLTokenizer, SVQVAETokenizer, VQModelTokenizer
 from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
-from svqvae_hf.hub.repositories import REPO_ID, from_hub
+from svqvae_hf.hub.repositories import REPO_ID, from_hub, is_hub_id, public_name
+from svqvae_hf.models.image_files import IMAGE_SUFFIXES
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.tokens.context_model import find_context_model
 
 CLASSES: dict[str, Any] = {"SVQVAE": SVQVAE, "VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
+FAULTS = ("missing_keys", "mismatched_keys")  # of weights, as diffusers names them
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tokenizer is: a folder or Hub id, and its subfolder there as an argument of `from_pretrained`."""
+
+    repository: str
+    options: dict[str, str]
 
 
 def load_tokenizers(
@@ -24,6 +36,7 @@ def load_tokenizers(
     scale_from: str = "image",
     tile_size: int | None = None,
     overlap: int | None = None,
+    title: str | None = None,
 ) -> list[Tokenizer]:
     """Loads a tokenizer in float32 for [`evaluate`], an [`SVQVAE`] once per scale.
 
@@ -36,34 +49,29 @@ def load_tokenizers(
         tile_size (`int`, *optional*): Tiles of an [`SVQVAE`], as in
             [`~svqvae_hf.tokens.image_tokens.choose_tiles`].
         overlap (`int`, *optional*): Their overlap.
+        title (`str`, *optional*): Name in the tables, by default from [`tokenizer_titles`].
 
     Raises:
         OSError: If it cannot be loaded.
-        ValueError: If its config names another class, or weights are missing.
+        ValueError: If its config names another class, weights are missing, or its context model is for another
+            codebook.
     """
     model_class = CLASSES[class_name(source)]
-    folder, place = _split_source(source)
-    options = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
-    model, info = from_hub(model_class.from_pretrained, folder, **place, **options)
-    lacking = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
-    if lacking:
-        raise ValueError(
-            f"`{source}` must have all weights of {model_class.__name__}, but {len(lacking)} are missing or have "
-            f"another shape, among them {lacking[0]}."
-        )
-    model = model.to(device).eval()
+    place = _find_place(source)
+    model = _load_model(model_class, source, place).to(device).eval()
+    if title is None:
+        (title,) = tokenizer_titles([source])
     if model_class is VQModel:
-        return [VQModelTokenizer(source, model)]
+        return [VQModelTokenizer(title, model)]
     if model_class is AutoencoderKL:
-        return [AutoencoderKLTokenizer(source, model)]
-    context_model = find_context_model(folder, model.codebook_fingerprint(), **place)
-    return [
-        SVQVAETokenizer(
-            source if scale == 1 else f"{source}, scale {scale:g}",
-            *(model, scale, scale_from, tile_size, overlap, context_model),
-        )
-        for scale in scales
-    ]
+        return [AutoencoderKLTokenizer(title, model)]
+    context_model = find_context_model(place.repository, model.codebook_fingerprint(), **place.options)
+    tokenizers: list[Tokenizer] = []
+    for scale in scales:
+        scale_title = title if scale == 1 else f"{title}, scale {scale:g}"
+        tokenizer = SVQVAETokenizer(scale_title, model, scale, scale_from, tile_size, overlap, context_model)
+        tokenizers.append(tokenizer)
+    return tokenizers
 
 
 def class_name(source: str) -> str:
@@ -73,20 +81,92 @@ def class_name(source: str) -> str:
         OSError: If there is no config.
         ValueError: If it names none of `CLASSES`.
     """
-    folder, options = _split_source(source)
-    if Path(folder).is_dir() and not Path(folder, "config.json").is_file():
-        raise ValueError(f"`{source}` must be the folder of a model, but has no config.json.")
-    config = from_hub(SVQVAE.load_config, folder, **options)
-    found = config.get("_class_name", config.get("model_type")) if isinstance(config, dict) else None
-    if found not in [*CLASSES]:
+    place = _find_place(source)
+    folder = Path(place.repository)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"`{source}` must be the folder of a model, but has no config.json.{_hint(folder)}")
+    config = from_hub(SVQVAE.load_config, place.repository, **place.options)
+    name = None
+    if isinstance(config, dict):
+        name = config.get("_class_name", config.get("model_type"))
+    for known_class in CLASSES:
+        if name == known_class:
+            return known_class
+    raise ValueError(
+        f"the config.json of `{source}` must name one of {', '.join(CLASSES)}, got {name or 'no class'!s:.80}. "
+        "Convert an original checkpoint with `svqvae convert`, or write an adapter."
+    )
+
+
+def tokenizer_titles(sources: Sequence[str]) -> list[str]:
+    """Names of tokenizers in a table: as short as they differ, and without the folders of this machine.
+
+    Args:
+        sources (`Sequence[str]`): As in [`load_tokenizers`].
+
+    Returns:
+        `list[str]`: The name of a bundled model, the id on the Hub, or the last folders of a local path.
+    """
+    names = [_full_name(source) for source in sources]
+    titles = []
+    for number, name in enumerate(names):
+        names_of_others = names[:number] + names[number + 1 :]
+        titles.append(_shortest_end(name, names_of_others))
+    return titles
+
+
+def _full_name(source: str) -> tuple[str, ...]:
+    """A name that may be published, or all parts of a local path."""
+    name = public_name(source)
+    if name in BUNDLED and Path(source).resolve() == Path(BUNDLED[name]).resolve():
+        return (name,)
+    if is_hub_id(source) or _find_place(source).options:
+        return (source,)
+    return Path(source).absolute().parts
+
+
+def _shortest_end(name: tuple[str, ...], names_of_others: Sequence[tuple[str, ...]]) -> str:
+    """The last parts of a name, as few as make it differ from all others."""
+    for num_parts in range(1, len(name)):
+        end = name[-num_parts:]
+        ends_of_others = [other[-num_parts:] for other in names_of_others]
+        if end not in ends_of_others:
+            return str(Path(*end))
+    return str(Path(*name))
+
+
+def _load_model(model_class: Any, source: str, place: _Place) -> Any:
+    """Loads a model in float32. Raises if it lacks weights, which diffusers would draw at random."""
+    model, info = from_hub(
+        model_class.from_pretrained,
+        place.repository,
+        **place.options,
+        use_safetensors=True,
+        output_loading_info=True,
+        dtype=torch.float32,
+    )
+    names = []
+    for fault in FAULTS:
+        names += [str(key) for key in info[fault]]
+    if names:
         raise ValueError(
-            f"the config.json of `{source}` must name one of {', '.join(CLASSES)}, got {found or 'no class'!s:.80}. "
-            "Convert an original checkpoint with `svqvae convert`, or write an adapter."
+            f"`{source}` must have all weights of {model_class.__name__}, but {len(names)} are missing or have "
+            f"another shape, among them {min(names)}."
         )
-    return found
+    return model
 
 
-def _split_source(source: str) -> tuple[str, dict[str, Any]]:
-    """Folder or Hub id, and the subfolder there as an argument of `from_pretrained`."""
+def _hint(folder: Path) -> str:
+    """Advice for a folder that is no model."""
+    if (folder / "vqvae" / "config.json").is_file():
+        return f" It is a generator. Pass its tokenizer, `{folder / 'vqvae'}`."
+    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir()):
+        return " It holds images. Pass --generated to compare them with the image set."
+    return ""
+
+
+def _find_place(source: str) -> _Place:
     match = re.fullmatch(rf"({REPO_ID})/(.+)", source)
-    return (match[1], {"subfolder": match[2]}) if match and not Path(source).exists() else (source, {})
+    if match is None or Path(source).exists():
+        return _Place(source, {})
+    return _Place(match[1], {"subfolder": match[2]})

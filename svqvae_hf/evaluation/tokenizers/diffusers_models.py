@@ -60,22 +60,31 @@ class VQModelTokenizer:
     """`VQModel` of diffusers. Pixels lie in [0, 1] if it looks up codes, as in aMUSEd, and otherwise in [-1, 1]."""
 
     def __init__(self, title: str, model: VQModel):
-        self.title, self.model = title, model
+        self.title = title
+        self.model = model
         self.f = 2 ** (len(model.config.block_out_channels) - 1)
         self.codebook_size = model.config.num_vq_embeddings
         self.pixel_range = (0, 1) if model.config.lookup_from_codebook else (-1, 1)
 
     def encode(self, sample: torch.Tensor) -> torch.Tensor:
         """Ids `(1, h, w)`."""
-        latents = self.model.encode(map_range(sample, (-1, 1), self.pixel_range)).latents
-        return self.model.quantize(latents)[2][2].view(1, *latents.shape[-2:])
+        pixels = map_range(sample, (-1, 1), self.pixel_range)
+        latents = self.model.encode(pixels).latents  # (1, latent_channels, h, w)
+        _, _, (_, _, flat_ids) = self.model.quantize(latents)  # (h * w,)
+        height, width = latents.shape[-2:]
+        return flat_ids.view(1, height, width)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Image from the entries of the codebook."""
-        shape = (*codes.shape, self.model.config.vq_embed_dim or self.model.config.latent_channels)
-        quantized = self.model.quantize.get_codebook_entry(codes.flatten(), shape)
-        spatial = quantized if self.model.config.norm_type == "spatial" else None
-        decoded = self.model.decoder(self.model.post_quant_conv(quantized), spatial)
+        config = self.model.config
+        code_channels = config.vq_embed_dim or config.latent_channels
+        shape = (*codes.shape, code_channels)
+        quantized = self.model.quantize.get_codebook_entry(codes.flatten(), shape)  # (1, code_channels, h, w)
+        latents = self.model.post_quant_conv(quantized)
+        if config.norm_type == "spatial":  # its norms read the codes, too
+            decoded = self.model.decoder(latents, quantized)
+        else:
+            decoded = self.model.decoder(latents)
         return map_range(decoded, self.pixel_range, (-1, 1))
 
 
@@ -85,7 +94,8 @@ class AutoencoderKLTokenizer:
     codebook_size = None
 
     def __init__(self, title: str, model: AutoencoderKL):
-        self.title, self.model = title, model
+        self.title = title
+        self.model = model
         self.f = 2 ** (len(model.config.block_out_channels) - 1)
 
     def encode(self, sample: torch.Tensor) -> torch.Tensor:
