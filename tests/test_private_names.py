@@ -38,15 +38,10 @@ IMPORTED = {
     "diffusers.models.attention_dispatch.dispatch_attention_fn": "Call `scaled_dot_product_attention`.",
     "diffusers.models.embeddings.LabelEmbedding": "Copy it to `modeling_next_scale.py`, with its parameters' names.",
     "transformers.trainer_callback.ExportableState": "Write the digest of the rows beside each checkpoint.",
-    "transformers.modeling_layers.GradientCheckpointingLayer": "Checkpoint the layers in the loop of the model.",
-    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": "Call `scaled_dot_product_attention` in the attention.",
-    "transformers.models.llama.modeling_llama.LlamaRMSNorm": "Copy its ten lines, or use `torch.nn.RMSNorm`.",
-    "transformers.models.llama.modeling_llama.eager_attention_forward": "Copy it to `modeling_llamagen.py`.",
     "gradio.processing_utils.save_pil_to_cache": "See how `gr.Image.postprocess` stores its files.",
     "gradio.utils.get_upload_folder": "Read `GRADIO_TEMP_DIR`, or else `gradio` in the folder of temporary files.",
 }
 USED = {
-    "_attn_implementation": "Read the name of the attention function from where transformers keeps it in the config.",
     "_execution_device": "Take the device of the transformer, or the device to which its hook brings it.",
 }
 OVERRIDDEN = {  # attributes and methods of a library's class
@@ -54,13 +49,13 @@ OVERRIDDEN = {  # attributes and methods of a library's class
     "_dict_from_json_file": "See how `DiffusionPipeline.download` tells a component from another list.",
     "_get_arguments_from_pretrained": "Load the vqvae of the processor in `from_pretrained`.",
     "_get_resized_lm_head": "Override `resize_token_embeddings`, so that LlamaGen's head keeps its rows.",
+    "_tp_plan": "See how transformers learns which layers tensor parallelism cuts: not LlamaGen's head.",
     "_tied_weights_keys": "See how transformers learns which weights are shared: LlamaGen shares none.",
     "_process_images": "See how `ProcessorMixin.__call__` puts the tokens of images in place of `image_token`.",
     "_keep_in_fp32_modules": "See how the library keeps modules in float32: the quantizer must never be cast.",
     "_keys_to_ignore_on_load_unexpected": "Drop these keys before loading.",
     "_no_split_modules": "See how `device_map` learns what must stay on one device.",
     "_optional_components": "See how `DiffusionPipeline` learns which components may be None.",
-    "_can_record_outputs": "See how transformers learns which outputs of layers `output_hidden_states` returns.",
     "_repeated_blocks": "See how `compile_repeated_blocks` learns the classes of the blocks.",
     "_skip_layerwise_casting_patterns": "Pass `skip_modules_pattern` to `enable_layerwise_casting`.",
     "_supports_gradient_checkpointing": "See how `enable_gradient_checkpointing` learns that a model supports it.",

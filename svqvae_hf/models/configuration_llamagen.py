@@ -35,6 +35,7 @@ class LlamaGenConfig(LlamaConfig):
 
     model_type = "llamagen"
     default_theta = 10_000.0
+    use_bias = False  # read by the layers of Ernie 4.5; not annotated, so it is no field of the config
 
     vocab_size: int = 0
     codebook_size: int = 16384

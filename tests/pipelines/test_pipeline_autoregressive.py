@@ -67,7 +67,7 @@ def test_bfloat16():
 def test_greedy_ids_are_the_most_likely_ones(pipeline, guidance_scale):
     ids = sample_ids(pipeline, [0, 1, 2], temperature=0, guidance_scale=guidance_scale)
     check_greedy(pipeline, ids, torch.arange(3), guidance_scale)
-    assert len(ids.unique()) > 16
+    assert len(ids.unique()) > 8
 
 
 # Images
