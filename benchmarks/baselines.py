@@ -18,7 +18,8 @@ from measuring import Row, make_parser, parse_options, report
 from PIL import Image
 from tqdm import tqdm
 
-from svqvae_cli.files import IMAGE_SUFFIXES, find_inputs
+from svqvae_cli.files import find_inputs
+from svqvae_files.file_names import IMAGE_SUFFIXES
 from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.evaluation.codecs import CODECS, open_image, save_image
 from svqvae_hf.evaluation.measuring import image_metrics, to_tensor

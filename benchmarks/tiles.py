@@ -14,7 +14,8 @@ import torch
 from measuring import Row, make_parser, parse_options, report
 from tqdm import tqdm
 
-from svqvae_cli.files import IMAGE_SUFFIXES, find_inputs
+from svqvae_cli.files import find_inputs
+from svqvae_files.file_names import IMAGE_SUFFIXES
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.evaluation.metrics import psnr
 from svqvae_hf.models.tiling import tile_axis

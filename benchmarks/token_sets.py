@@ -14,7 +14,8 @@ import torch
 from measuring import Row, make_parser, parse_options, report, take_turns
 from PIL import Image, ImageOps
 
-from svqvae_cli.files import IMAGE_SUFFIXES, find_inputs
+from svqvae_cli.files import find_inputs
+from svqvae_files.file_names import IMAGE_SUFFIXES
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.models.image_files import load_image

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from svqvae_cli.files import find_bundled
+from svqvae_files.inputs import find_bundled
 
 SCALE_SOURCES = ("image", "latents")
 MAX_SCALE = 64

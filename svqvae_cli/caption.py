@@ -27,7 +27,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes and prints a text for each image."""
     with Run(args, {file: [file.target(args.output, ".txt")] for file in find_images(args)}, "texts") as work:
-        if not work.left:
+        if not work.todo:
             return
         from svqvae_cli.loading import load_pretrained
         from svqvae_files.outputs import write_file

@@ -14,7 +14,8 @@ import re
 from typing import Any
 
 from svqvae_cli.arguments import Parser, model, not_empty, path, path_or_name
-from svqvae_cli.files import REPO_ID, check_new_folder
+from svqvae_files.file_names import REPO_ID
+from svqvae_files.outputs import check_new_folder
 
 
 def add_arguments(parser: Parser) -> None:

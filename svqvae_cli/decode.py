@@ -11,15 +11,20 @@ interrupted run.
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from svqvae_cli.arguments import Parser, forbid_options, not_empty, positive
 from svqvae_cli.errors import prefix_errors
-from svqvae_cli.files import TOKEN_SUFFIXES, InputFile, check_file, check_source, find_inputs, is_token_set
+from svqvae_cli.files import InputFile, check_file, check_output, check_source, find_inputs, is_token_set
 from svqvae_cli.large import add_large, check_large
-from svqvae_cli.runs import Run
+from svqvae_cli.output_folder import OutputFolder, Source
+from svqvae_cli.runs import Run, print_deleted
+from svqvae_files.file_names import TOKEN_SUFFIXES
+from svqvae_files.identity import InputIdentity
 
 
 def add_arguments(parser: Parser) -> None:
@@ -36,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     """Writes the images of token files or of a token set, with the tiles that they were encoded with."""
     check_large(args)
     check_source(args.model)
-    if any(map(is_token_set, args.inputs)):
+    if any(is_token_set(name) for name in args.inputs):
         _decode_set(args)
     else:
         _decode_files(args)
@@ -46,76 +51,75 @@ def _decode_set(args: argparse.Namespace) -> None:
     if len(args.inputs) > 1:
         raise ValueError(f"a token set must be the only INPUT, got {len(args.inputs)}. Decode each on its own.")
     forbid_options(args, "is not for token sets", "tile_size", "overlap", "large")
-    (source,) = args.inputs
+    check_output(args.output)
+    (name,) = args.inputs
 
     from svqvae_cli.loading import load_model, require_context_model
     from svqvae_files.outputs import scale_endings
     from svqvae_hf.models.checks import check_same_codebook
     from svqvae_hf.token_sets.decoding import detokenize_set
-    from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_settings
+    from svqvae_hf.token_sets.settings import read_settings
 
-    settings = read_settings(source)  # fails before the model is loaded
-    file = InputFile(Path(source, SETTINGS_FILE), Path(source), Path("00000000"))
-    work = Run(args, {file: [file.target(args.output, ending) for ending in scale_endings(settings.scales)]}, "images")
+    settings = read_settings(name)  # fails before the model is loaded
+    folder = OutputFolder(args)
+    source = _source_of_set(name, folder)
+    first_images = [args.output / f"00000000{ending}" for ending in scale_endings(settings.scales)]
+    folder.holds(first_images, source)  # raises if they are there, but not from this set
     model = load_model(args.model, args.device, args.dtype)
-    context_model = None if settings.context_model is None else require_context_model(model, args.model)
-    options = {"max_images": args.max_images, "keep": partial(work.is_done, item=file)}
-    with prefix_errors(source):
+    context_model = None
+    if settings.context_model is not None:
+        context_model = require_context_model(model, args.model)
+    with prefix_errors(name):
         check_same_codebook(model, settings)
-        work.outputs(file)
-        for old in args.output.glob("[0-9]" * 8 + "_x*.png") if args.overwrite else ():  # of another set
-            old.unlink()
-        written, kept = detokenize_set(model, source, args.output, context_model=context_model, **options)
+        print_deleted(folder.delete_versions_before(source))
+        written, kept = detokenize_set(
+            model,
+            name,
+            args.output,
+            max_images=args.max_images,
+            keep=partial(folder.holds, source=source),
+            writing=partial(_recorded, folder=folder, source=source),
+            context_model=context_model,
+        )
     if kept:
         print(f"resumed: {kept:,} of {written + kept:,} images were there")
     print(f"written  {args.output} (images: {written})")
 
 
+def _source_of_set(name: str, folder: OutputFolder) -> Source:
+    """A token set as the source of images: its place and the digest of its settings and its files."""
+    from svqvae_files.identity import value_digest
+    from svqvae_hf.token_sets.parts import MANIFEST_FILE
+    from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_set_file
+
+    contents = []
+    for file in (SETTINGS_FILE, MANIFEST_FILE):
+        content = read_set_file(name, file)
+        contents.append(None if content is None else content.decode(errors="replace"))
+    identity = InputIdentity("", 0, value_digest(contents))
+    if Path(name).exists():
+        return folder.source(Path(name), identity)
+    return Source(name, identity)
+
+
+@contextmanager
+def _recorded(outputs: Sequence[Path], folder: OutputFolder, source: Source) -> Iterator[None]:
+    """Records the images of a row, before and after the block writes them."""
+    folder.begin(outputs, source, folder.recorded_outputs())
+    yield
+    folder.finish(outputs)
+
+
 def _decode_files(args: argparse.Namespace) -> None:
     forbid_options(args, "is for token sets", "max_images")
     inputs = find_inputs(args.inputs, TOKEN_SUFFIXES, args.output)
-
-    from svqvae_cli.loading import load_model, require_context_model
-    from svqvae_files.outputs import save_png
-    from svqvae_hf.models.checks import check_same_codebook
-    from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image
-    from svqvae_hf.tokens.token_files import ImageTokens, is_compressed, load_compressed, load_tokens
-
-    def tiles_of(*stored: int | None) -> tuple[int, int] | None:
-        own = zip((args.tile_size, args.overlap), stored, strict=True)
-        return model.tiles_of_call(*(old if new is None else new for new, old in own))
-
-    def read(path: Path) -> ImageTokens:
-        if not is_compressed(path):
-            return load_tokens(path)
-        record = load_compressed(path).record
-        with prefix_errors(path):
-            tiles = tiles_of(record["tile_size"], record["overlap"]) or ()
-            if not args.large:
-                choose_tiles(model, record["height"], record["width"], record["scales"], *tiles)  # before ids are read
-        return load_tokens(path, require_context_model(model, args.model))
-
-    with Run(args, {file: _targets(file, args) for file in inputs}, "images") as work:
-        if not work.left:
-            return
-        model = load_model(args.model, args.device, args.dtype)
-        for file, tokens in work.read(read):
-            with work.attempt(file, ValueError), prefix_errors(file.path):
-                check_same_codebook(model, tokens)
-                asked = tiles_of(tokens.tile_size, tokens.overlap)
-                if args.large:
-                    from svqvae_hf.large.large_images import decode_large
-
-                    (path,) = work.outputs(file)
-                    decode_large(model, tokens, path, asked)
-                    continue
-                tiles = choose_tiles(model, tokens.height, tokens.width, tokens.scales, *(asked or ()))
-                images = decode_image(model, tokens, tiles)
-                for image, path in zip(images, work.outputs(file), strict=True):
-                    save_png(image, path)
+    targets = {file: _targets(file, args) for file in inputs}
+    with Run(args, targets, "images") as work:
+        if work.todo:
+            _decode(args, work)
 
 
-def _targets(file: Any, args: argparse.Namespace) -> list[Path]:
+def _targets(file: InputFile, args: argparse.Namespace) -> list[Path]:
     """Images of a token file; none if it cannot be read."""
     if args.large:
         return [file.target(args.output, "_x1.tif")]
@@ -129,3 +133,51 @@ def _targets(file: Any, args: argparse.Namespace) -> list[Path]:
     except (OSError, ValueError):  # is raised again, and counted, when its turn comes
         return []
     return [file.target(args.output, ending) for ending in endings]
+
+
+def _decode(args: argparse.Namespace, work: Run[InputFile]) -> None:
+    from svqvae_cli.loading import load_model
+    from svqvae_files.outputs import save_png
+    from svqvae_hf.models.checks import check_same_codebook
+    from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image
+
+    model = load_model(args.model, args.device, args.dtype)
+    for file, tokens in work.read(partial(_read_tokens, model=model, args=args)):
+        with work.attempt(file, ValueError), prefix_errors(file.path):
+            check_same_codebook(model, tokens)
+            asked_tiles = _asked_tiles(model, args, tokens.tile_size, tokens.overlap)
+            if args.large:
+                from svqvae_hf.large.large_images import decode_large
+
+                (path,) = work.outputs(file)
+                decode_large(model, tokens, path, asked_tiles)
+                continue
+            tiles = choose_tiles(model, tokens.height, tokens.width, tokens.scales, *(asked_tiles or ()))
+            images = decode_image(model, tokens, tiles)
+            for image, path in zip(images, work.outputs(file), strict=True):
+                save_png(image, path)
+
+
+def _read_tokens(path: Path, model: Any, args: argparse.Namespace) -> Any:
+    """Reads a token file. Of a compressed one, the tiles are checked before its ids are decoded, which takes long."""
+    from svqvae_cli.loading import require_context_model
+    from svqvae_hf.tokens.image_tokens import choose_tiles
+    from svqvae_hf.tokens.token_files import is_compressed, load_compressed, load_tokens
+
+    if not is_compressed(path):
+        return load_tokens(path)
+    record = load_compressed(path).record
+    with prefix_errors(path):
+        tiles = _asked_tiles(model, args, record["tile_size"], record["overlap"])
+        if not args.large:
+            choose_tiles(model, record["height"], record["width"], record["scales"], *(tiles or ()))
+    return load_tokens(path, require_context_model(model, args.model))
+
+
+def _asked_tiles(
+    model: Any, args: argparse.Namespace, stored_tile_size: int | None, stored_overlap: int | None
+) -> tuple[int, int] | None:
+    """Tile size and overlap of the command line, or else of the token file; `None` if neither has tiles."""
+    tile_size = stored_tile_size if args.tile_size is None else args.tile_size
+    overlap = stored_overlap if args.overlap is None else args.overlap
+    return model.tiles_of_call(tile_size, overlap)

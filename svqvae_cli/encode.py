@@ -13,9 +13,10 @@ from typing import Any
 
 from svqvae_cli.arguments import Parser
 from svqvae_cli.errors import prefix_errors
-from svqvae_cli.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, TOKEN_SUFFIXES, find_images
+from svqvae_cli.files import find_images
 from svqvae_cli.large import add_large, check_large, check_large_image
 from svqvae_cli.runs import Run
+from svqvae_files.file_names import IMAGE_SUFFIXES, TIFF_SUFFIXES, TOKEN_SUFFIXES
 
 
 def add_arguments(parser: Parser) -> None:
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     inputs = find_images(args, TIFF_SUFFIXES if args.large else IMAGE_SUFFIXES)
     suffix = TOKEN_SUFFIXES[args.compress]
     with Run(args, {file: [file.target(args.output, suffix)] for file in inputs}, "token files") as work:
-        if not work.left:
+        if not work.todo:
             return
         from svqvae_cli.loading import load_encoder, require_context_model
         from svqvae_hf.models.image_files import load_image

@@ -15,7 +15,8 @@ from typing import Any
 
 from svqvae_cli.arguments import Parser, forbid_options, image_set_options, model, path
 from svqvae_cli.errors import check_none_skipped, require_extra
-from svqvae_cli.files import IMAGE_SUFFIXES, check_absent, check_data, check_output, check_source, find_inputs
+from svqvae_cli.files import check_absent, check_data, check_output, check_source, find_inputs
+from svqvae_files.file_names import IMAGE_SUFFIXES
 
 CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.codecs`
 

@@ -10,7 +10,8 @@ import argparse
 
 from svqvae_cli.arguments import Parser, model
 from svqvae_cli.errors import require_extra
-from svqvae_cli.files import check_new_folder, check_source
+from svqvae_cli.files import check_source
+from svqvae_files.outputs import check_new_folder
 
 
 def add_arguments(parser: Parser) -> None:

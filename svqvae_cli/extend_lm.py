@@ -10,7 +10,8 @@ the old tokens stay as they are.
 import argparse
 
 from svqvae_cli.arguments import Parser, grid, model, not_empty, path
-from svqvae_cli.files import check_new_folder, check_source
+from svqvae_cli.files import check_source
+from svqvae_files.outputs import check_new_folder
 
 
 def add_arguments(parser: Parser) -> None:

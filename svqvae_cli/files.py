@@ -2,26 +2,23 @@
 
 import argparse
 import glob
-import json
 import os
 import re
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-# As in `svqvae_hf.models.image_files`, in the same order.
-IMAGE_SUFFIXES = tuple(".bmp .gif .jpg .jpeg .png .ppm .pgm .pnm .tif .tiff .webp .avif".split())
-TIFF_SUFFIXES = (".tif", ".tiff")  # as in `svqvae_hf.large.tiff_reader`
-TOKEN_SUFFIXES = (".safetensors", ".svqz")  # of plain and of compressed token files
-SETTINGS_FILE = "svqvae_tokens.json"  # as in `svqvae_hf.token_sets.settings`
-PACKAGE = Path(__file__).parents[1] / "svqvae_hf"  # beside this package
-BUNDLED = {"bundled": PACKAGE / "pretrained", "scenes": PACKAGE / "pretrained_scenes"}
-REPO_ID = r"\w[\w.-]*/\w[\w.-]*"  # as in `svqvae_hf.hub.repositories`
+from svqvae_files.file_names import DEFAULT_MODEL, IMAGE_SUFFIXES, REPO_ID, TOKEN_SET_FILE, TOKEN_SUFFIXES
+from svqvae_files.inputs import walk_files
+from svqvae_files.json_files import read_json_object
+from svqvae_files.outputs import is_writable, nearest_existing
+
+ARCHIVE_SUFFIXES = (".zip", ".rar", ".7z")
 
 
-class InputFile(NamedTuple):
+@dataclass(frozen=True)
+class InputFile:
     """Input of a command.
 
     Args:
@@ -34,9 +31,22 @@ class InputFile(NamedTuple):
     name: Path
     target_name: Path
 
+    @property
+    def folder(self) -> Path:
+        """Folder in which the file was found."""
+        return self.path.parents[len(self.name.parts) - 1]
+
     def target(self, output: Path, ending: str) -> Path:
         """Output file: the input `a/b.png` and the ending `_x1.png` make `a/b_x1.png` in the output folder."""
         return output / f"{self.target_name}{ending}"
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A file that an input of the command line stands for, with its path below the folder in which it was found."""
+
+    path: Path
+    name: Path
 
 
 def find_images(args: argparse.Namespace, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[InputFile]:
@@ -50,84 +60,102 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path |
     """Finds the input files of a command and lists each once.
 
     Args:
-        patterns (`Sequence[str]`): Files, folders and glob patterns. A folder stands for the files in it and in its
-            subfolders that have one of the suffixes, and also for broken links and pipes, so that a run counts them as
-            skipped. Hidden files and folders are left out.
+        patterns (`Sequence[str]`): Files, folders and glob patterns of both. A folder stands for the files in it and
+            in its subfolders that have one of the suffixes, and also for broken links and pipes, so that a run counts
+            them as skipped. Hidden files and folders are left out.
         suffixes (`Sequence[str]`): Suffixes in lower case, such as `.png`.
         output (`Path`, *optional*): Folder that the command writes to. It is not searched.
 
     Raises:
         ValueError: A pattern matches no file, or is the output folder.
     """
-    found: dict[Path, tuple[Path, Path]] = {}
+    files: dict[Path, FoundFile] = {}
     for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            if output is not None and path.resolve() == output.resolve():
-                raise ValueError(f"--output must not be an input folder, got `{output}`. Choose another.")
-            files = [(file, file.relative_to(path)) for file in search_folder(path, suffixes, output)]
-            missing = f"the folder `{pattern}`, subfolders included, has no file that ends in {', '.join(suffixes)}."
-        elif path.exists():
-            if pattern.lower().endswith((".zip", ".rar", ".7z")):
-                raise ValueError(f"`{pattern}` must be unpacked first, because archives are not read.")
-            files = [(path, Path(path.name))] if path.is_file() else []
-            missing = f"an input must be a file or a folder, but `{pattern}` is neither."
-        else:
-            matches = (Path(match) for match in sorted(glob.glob(pattern, recursive=True)))
-            files = [(match, Path(match.name)) for match in matches if match.is_file()]
-            missing = f"no file or folder matches `{pattern}`."
+        for file in _find(pattern, suffixes, output):
+            place = file.path.parent.resolve() / file.path.name  # links with different names are kept
+            files.setdefault(place, file)
+    counts_by_stem = Counter(file.name.with_suffix("") for file in files.values())
+    inputs = []
+    for file in files.values():
+        stem = file.name.with_suffix("")
+        is_only_one = counts_by_stem[stem] == 1
+        inputs.append(InputFile(file.path, file.name, stem if is_only_one else file.name))
+    return inputs
+
+
+def _find(pattern: str, suffixes: Sequence[str], output: Path | None) -> list[FoundFile]:
+    """Files that one input of the command line stands for."""
+    path = Path(pattern)
+    if path.is_dir():
+        if _is_same(path, output):
+            raise ValueError(f"--output must not be an input folder, got `{output}`. Choose another.")
+        files = search_folder(path, suffixes, output)
         if not files:
-            raise ValueError(missing)
-        for path, name in files:  # links with different names are kept, even to the same file
-            found.setdefault(path.parent.resolve() / path.name, (path, name))
-    stems = Counter(name.with_suffix("") for _, name in found.values())
-    return [
-        InputFile(path, name, name if stems[name.with_suffix("")] > 1 else name.with_suffix(""))
-        for path, name in found.values()
-    ]
+            raise ValueError(f"the folder `{path}`, subfolders included, has no file that ends in {_list(suffixes)}.")
+        return files
+    if path.exists():
+        if pattern.lower().endswith(ARCHIVE_SUFFIXES):
+            raise ValueError(f"`{pattern}` must be unpacked first, because archives are not read.")
+        if not path.is_file():
+            raise ValueError(f"an input must be a file or a folder, but `{pattern}` is neither.")
+        return [FoundFile(path, Path(path.name))]
+    return _find_matches(pattern, suffixes, output)
+
+
+def _find_matches(pattern: str, suffixes: Sequence[str], output: Path | None) -> list[FoundFile]:
+    """Files that a glob pattern matches, and files in the folders that it matches."""
+    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+    if not matches:
+        raise ValueError(f"no file or folder matches `{pattern}`.")
+    files = []
+    for match in matches:
+        if match.is_file():
+            files.append(FoundFile(match, Path(match.name)))
+        elif match.is_dir() and not _is_same(match, output):
+            files += search_folder(match, suffixes, output)
+    if not files:
+        raise ValueError(f"`{pattern}` matches only folders without a file that ends in {_list(suffixes)}.")
+    return files
+
+
+def search_folder(folder: Path, suffixes: Sequence[str], output: Path | None = None) -> list[FoundFile]:
+    """Files that [`find_inputs`] finds in a folder, in order of their paths."""
+    files = []
+    for name in walk_files(folder, leave_out=output):
+        if name.lower().endswith(tuple(suffixes)):
+            files.append(FoundFile(folder / name, Path(name)))
+    return files
+
+
+def _is_same(folder: Path, output: Path | None) -> bool:
+    return output is not None and folder.resolve() == output.resolve()
+
+
+def _list(suffixes: Sequence[str]) -> str:
+    return ", ".join(suffixes)
 
 
 def is_token_set(name: str) -> bool:
     """Whether an input is the folder of a token set, its URL or its name on the Hub."""
-    is_on_hub = re.fullmatch(REPO_ID, name) and not os.path.lexists(name) and not name.endswith(TOKEN_SUFFIXES)
-    return bool(is_on_hub) or "://" in name or os.path.isfile(os.path.join(name, SETTINGS_FILE))
-
-
-def find_bundled(name: str) -> str:
-    """Folder of a bundled model by its name, unless a file or folder of that name exists."""
-    return name if os.path.exists(name) else str(BUNDLED.get(name, name))
-
-
-def search_folder(folder: Path, suffixes: Sequence[str], output: Path | None = None) -> Iterator[Path]:
-    """Yields the files that [`find_inputs`] finds in a folder, in order of their paths."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    files = []
-    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        closed = {path.resolve() for path in (Path(here), *Path(here).parents)}  # links may lead back to them
-        if output is not None:
-            closed.add(output.resolve())
-        folders[:] = [name for name in folders if name[0] != "." and Path(here, name).resolve() not in closed]
-        files += [Path(here, name) for name in names if name[0] != "." and Path(name).suffix.lower() in suffixes]
-    yield from sorted(files, key=os.fspath)
+    if "://" in name or os.path.isfile(os.path.join(name, TOKEN_SET_FILE)):
+        return True
+    may_be_on_hub = re.fullmatch(REPO_ID, name) is not None and not name.endswith(TOKEN_SUFFIXES)
+    return may_be_on_hub and not os.path.lexists(name)
 
 
 def check_output(output: Path) -> None:
     """Raises ValueError if the output folder cannot be written."""
-    nearest = next(path for path in (output, *output.absolute().parents) if os.path.lexists(path))
-    try:
-        with tempfile.TemporaryFile(dir=nearest):  # permissions alone do not tell: not even root can write to `/proc`
-            pass
-    except OSError as error:
-        raise ValueError(f"--output must be a writable folder, but `{nearest}` is not.") from error
+    nearest = nearest_existing(output)
+    if not is_writable(nearest):
+        raise ValueError(f"--output must be a writable folder, but `{nearest}` is not.")
 
 
 def check_file(path: Path) -> None:
     """Raises ValueError for a broken link, a pipe or a device. A pipe may have no end."""
-    if not path.is_file():
-        raise ValueError(f"`{path}` is {'not a file' if path.exists() else 'a broken link'}.")
+    if path.is_file():
+        return
+    fault = "not a file" if path.exists() else "a broken link"
+    raise ValueError(f"`{path}` is {fault}.")
 
 
 def check_absent(path: Path) -> None:
@@ -143,7 +171,10 @@ def check_source(source: str | None, subfolder: bool = False) -> None:
     path = Path(source)
     if path.is_file():
         raise ValueError(f"a model must be a folder or a Hub id, got the file `{source}`. Use `svqvae convert` on it.")
-    if not path.is_dir() and not re.fullmatch(REPO_ID + (r"(/[\w.-]+)?" if subfolder else ""), source):
+    if path.is_dir():
+        return
+    pattern = rf"{REPO_ID}(/[\w.-]+)?" if subfolder else REPO_ID
+    if not re.fullmatch(pattern, source):
         raise ValueError(
             f"there is no file or folder `{source}`. On the Hub a model is `org/repo`. An original checkpoint, "
             "for `convert` and `info`, is `org/repo:file`."
@@ -152,28 +183,21 @@ def check_source(source: str | None, subfolder: bool = False) -> None:
 
 def check_tiles(source: str | None, tile_size: int | None) -> None:
     """Raises ValueError for a tile size that does not fit a local model. Others are checked once they are loaded."""
-    config = Path(source or BUNDLED["bundled"], "config.json")
-    if tile_size is not None and config.is_file():
-        f = 2 ** (len(json.loads(config.read_text()).get("encoder_ch_mult", [])) - 1)
-        if tile_size < 1 or tile_size % f:
-            near = max(f, tile_size // f * f)
-            raise ValueError(f"--tile-size must be a multiple of {f}, got {tile_size}. Try {near}.")
-
-
-def check_new_folder(out: str | os.PathLike) -> None:
-    """Raises ValueError if a local folder to create exists and is not empty, or cannot be created."""
-    path = Path(out)
-    nearest = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
-    fault = "" if nearest.is_dir() else f"`{nearest}` is a file"
-    if path.is_dir() and any(path.iterdir()):
-        fault = "it is not empty"
-    if fault:
-        raise ValueError(f"`{out}` must be a new or empty folder, but {fault}. Choose another.")
+    config_file = Path(source or DEFAULT_MODEL, "config.json")
+    if tile_size is None or not config_file.is_file():
+        return
+    multipliers = read_json_object(config_file).get("encoder_ch_mult")
+    if not isinstance(multipliers, list) or not multipliers:  # an error once the model is loaded
+        return
+    f = 2 ** (len(multipliers) - 1)
+    if tile_size < 1 or tile_size % f:
+        nearest = max(f, tile_size // f * f)
+        raise ValueError(f"--tile-size must be a multiple of {f}, got {tile_size}. Try {nearest}.")
 
 
 def check_data(names: Sequence[str]) -> None:
     """Raises ValueError for an image set that does not exist, unless it is a pattern, a URL or may be on the Hub."""
     for name in names:
-        may_be_elsewhere = "://" in name or re.search(r"[*?\[{]", name) or re.fullmatch(REPO_ID, name)
-        if not may_be_elsewhere and not os.path.lexists(name):
+        is_pattern_or_url = "://" in name or re.search(r"[*?\[{]", name) is not None
+        if not is_pattern_or_url and not re.fullmatch(REPO_ID, name) and not os.path.lexists(name):
             raise ValueError(f"no file or folder matches `{name}`. On the Hub an image set is `org/name`.")

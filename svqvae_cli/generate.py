@@ -15,6 +15,7 @@ from typing import Any
 from svqvae_cli.arguments import Parser, grid, model, not_empty, path_or_name, positive
 from svqvae_cli.files import check_source
 from svqvae_cli.runs import Run
+from svqvae_files.file_names import DEFAULT_GENERATOR
 
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # arguments that a pipeline has under the same names
 
@@ -51,8 +52,8 @@ def run(args: argparse.Namespace) -> None:
     check_source(args.model)
     check_source(args.adapter)
     stems = [f"{name}_{index}" for name in _row_names(args) for index in range(args.num_images)]
-    with Run(args, {stem: [args.output / f"{stem}.png"] for stem in stems}, "images") as work:
-        if work.left:
+    with Run(args, {stem: [args.output / f"{stem}.png"] for stem in stems}, "images", DEFAULT_GENERATOR) as work:
+        if work.todo:
             _generate(args, work)
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from svqvae_cli.arguments import Parser, not_empty
 from svqvae_cli.errors import one_line
-from svqvae_cli.files import REPO_ID, check_source, find_bundled
+from svqvae_cli.files import check_source
+from svqvae_files.file_names import IMAGE_SUFFIXES, REPO_ID
+from svqvae_files.inputs import find_bundled
 
 ADAPTER_FACTS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
 
@@ -35,7 +37,6 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"`{path}` holds no model and no token set. info describes these, and files of tokens.")
     from svqvae_hf import SVQVAE
     from svqvae_hf.loaders.checkpoints import read_checkpoint
-    from svqvae_hf.models.image_files import IMAGE_SUFFIXES
     from svqvae_hf.token_sets.parts import OPTIONS_FILE
     from svqvae_hf.token_sets.settings import SETTINGS_FILE
     from svqvae_hf.tokens.token_files import is_compressed, is_token_file

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     inputs = find_images(args)
     targets = {file: [file.target(args.output, ending) for ending in endings] for file in inputs}
     with Run(args, targets, "images") as work:
-        if work.left:
+        if work.todo:
             _reconstruct(args, work)
 
 

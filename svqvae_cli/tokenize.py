@@ -11,10 +11,12 @@ import math
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 from svqvae_cli.arguments import Parser, image_set_options, not_empty, positive
 from svqvae_cli.errors import check_none_skipped
-from svqvae_cli.files import check_data, check_new_folder, check_source, check_tiles
+from svqvae_cli.files import check_data, check_source, check_tiles
+from svqvae_files.outputs import check_new_folder
 
 CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # as in `svqvae_hf.token_sets.crops`
 # Of `tokenize_set`, under the same names
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     check_tiles(args.model, args.tile_size)
     check_data(args.data)
     if os.path.isfile(args.out):
-        check_new_folder(args.out)
+        check_new_folder(Path(args.out))
     from svqvae_cli.loading import find_device, load_model, require_context_model
     from svqvae_hf import DEFAULT_MODEL
     from svqvae_hf.data.image_sets import open_images

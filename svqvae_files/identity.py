@@ -13,14 +13,31 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from svqvae_files.errors import explained
+from svqvae_files.inputs import walk_files
 from svqvae_files.json_files import parse_json_object
 from svqvae_files.safetensors_header import read_header
 
-CONFIG_SUFFIXES = (".json", ".jinja", ".txt", ".model")  # of files that change what a model does
+# Patterns of the files that change what a model does: configs, templates, vocabularies and weights.
+MODEL_FILES = (
+    "*config.json",
+    "*index.json",
+    "*tokenizer.json",
+    "*vocab.json",
+    "*special_tokens_map.json",
+    "*added_tokens.json",
+    "*chat_template.json",
+    "*.jinja",
+    "*vocab.txt",
+    "*merges.txt",
+    "*.model",
+    "*.safetensors",
+)
+CONTEXT_MODEL_FILE = "context_model.safetensors"  # beside a model: how its ids are compressed, not what they are
 NOTES = {  # config keys that say where a model comes from, not what it does
     "_name_or_path",
     "_commit_hash",
@@ -94,7 +111,8 @@ def set_digest(
     digest = hashlib.sha256()
     for file in inputs:
         digest.update(value_digest(asdict(file)).encode())
-    digest.update(value_digest([list(columns), class_names and list(class_names)]).encode())
+    names = None if class_names is None else list(class_names)
+    digest.update(value_digest([list(columns), names]).encode())
     return digest.hexdigest()
 
 
@@ -114,7 +132,7 @@ def model_digest(folder: str | os.PathLike) -> str:
 
     It covers all configs, templates, vocabularies and weights of the folder and its subfolders, except for hidden
     folders and checkpoints of training runs. It does not cover notes, such as the version of a library in a config or
-    the metadata of a safetensors file, nor cards and pictures.
+    the metadata of a safetensors file, nor cards, pictures and the context model, which changes no id.
 
     Args:
         folder (`str` or `os.PathLike`): Folder of the model.
@@ -127,35 +145,60 @@ def model_digest(folder: str | os.PathLike) -> str:
         ValueError: A config is not JSON, or a file of weights is damaged.
     """
     digest = hashlib.sha256()
-    for name in _model_files(Path(folder)):
+    with explained(folder, "read"):
+        names = _model_files(folder)
+    for name in names:
         digest.update(f"{name} {_model_file_digest(Path(folder, name))}\n".encode())
     return digest.hexdigest()
 
 
-def _model_files(root: Path) -> list[str]:
+def weights_digest(path: str | os.PathLike) -> str:
+    """Digest of a safetensors file: names, types, shapes and bytes of all tensors, in the order of their names.
+
+    Returns:
+        `str`: SHA-256 in hexadecimal.
+
+    Raises:
+        OSError: The file does not exist or cannot be read.
+        ValueError: The file is damaged.
+    """
+    digest = hashlib.sha256()
+    with explained(path, "read"), open(path, "rb") as file:
+        tensors = read_header(file, path)
+        first_byte = file.tell()
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            start, end = tensor["data_offsets"]
+            digest.update(value_digest([name, tensor["dtype"], tensor["shape"]]).encode())
+            file.seek(first_byte + start)
+            _update(digest, file, end - start)
+    return digest.hexdigest()
+
+
+def _model_files(folder: str | os.PathLike) -> list[str]:
     """Files that change what a model does, relative to its folder and in order."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
     names = []
-    for here, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "checkpoint-"))]
-        for name in files:
-            if name.startswith("."):
-                continue
-            if name.endswith((*CONFIG_SUFFIXES, ".safetensors")):
-                names.append(Path(here, name).relative_to(root).as_posix())
-    return sorted(names)
+    for name in walk_files(folder):
+        *subfolders, file_name = name.split(os.sep)
+        is_of_checkpoint = any(subfolder.startswith("checkpoint-") for subfolder in subfolders)
+        if not is_of_checkpoint and file_name != CONTEXT_MODEL_FILE and _is_model_file(file_name):
+            names.append(name)
+    return names
+
+
+def _is_model_file(file_name: str) -> bool:
+    return any(fnmatchcase(file_name, pattern) for pattern in MODEL_FILES)
 
 
 def _model_file_digest(path: Path) -> str:
     if path.suffix == ".safetensors":
-        return _weights_digest(path)
-    content = path.read_bytes()
+        return weights_digest(path)
+    with explained(path, "read"):
+        content = path.read_bytes()
     if path.suffix != ".json":
         return hashlib.sha256(content).hexdigest()
-    return value_digest(_without_notes(parse_json_object(content, path)))
+    config = parse_json_object(content, path)
+    return value_digest(_without_notes(config))
 
 
 def _without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,22 +206,10 @@ def _without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if key in NOTES:
             continue
-        values[key] = _without_notes(value) if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            value = _without_notes(value)
+        values[key] = value
     return values
-
-
-def _weights_digest(path: Path) -> str:
-    """Digest of the names, types, shapes and bytes of all tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        tensors = read_header(file, path)
-        first_byte = file.tell()
-        for name in sorted(tensors):
-            start, end = tensors[name]["data_offsets"]
-            digest.update(value_digest([name, tensors[name]["dtype"], tensors[name]["shape"]]).encode())
-            file.seek(first_byte + start)
-            _update(digest, file, end - start)
-    return digest.hexdigest()
 
 
 def _update(digest: Any, file: BinaryIO, size: int) -> None:

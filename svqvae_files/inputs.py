@@ -4,46 +4,61 @@ import os
 import re
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "svqvae_hf"
-DEFAULT_MODEL = str(PACKAGE / "pretrained")  # folder of the small bundled model
-DEFAULT_GENERATOR = str(PACKAGE / "pretrained_scenes")  # of the bundled language model that draws
-BUNDLED = {"bundled": DEFAULT_MODEL, "scenes": DEFAULT_GENERATOR}  # names that commands and scripts take for them
+from svqvae_files.file_names import BUNDLED
 
 
 def find_bundled(name: str) -> str:
     """Folder of a bundled model by its name, `bundled` or `scenes`, unless a file or folder of that name exists."""
-    return name if os.path.exists(name) else BUNDLED.get(name, name)
+    if os.path.exists(name):
+        return name
+    return BUNDLED.get(name, name)
 
 
 def check_local(name: str) -> str:
     """Returns a path or a name on the Hub. Raises for a URL, which would be taken for a local path otherwise."""
-    if match := re.match(r"([a-zA-Z][\w+.-]*)://", name):
+    scheme = re.match(r"([a-zA-Z][\w+.-]*)://", name)
+    if scheme is not None:
         raise ValueError(
-            f"`{name}` must be a local path or a name on the Hub, because `{match[1]}://` is not supported. Mount it."
+            f"`{name}` must be a local path or a name on the Hub, because `{scheme[1]}://` is not supported. Mount it."
         )
     return name
 
 
-def walk_files(folder: str | os.PathLike) -> list[str]:
+def walk_files(folder: str | os.PathLike, leave_out: str | os.PathLike | None = None) -> list[str]:
     """Lists the files of a folder and its subfolders, except for hidden ones.
 
     Args:
         folder (`str` or `os.PathLike`): Folder to search. Links are followed, except to a folder above them.
+        leave_out (`str` or `os.PathLike`, *optional*): Subfolder that is not searched.
 
     Returns:
-        `list[str]`: Paths relative to the folder, in order.
+        `list[str]`: Paths relative to the folder, in order. Broken links and pipes are among them.
+
+    Raises:
+        OSError: A folder cannot be read.
     """
 
     def fail(error: OSError) -> None:
         raise error
 
     root = os.path.join(folder, "")
-    found: list[str] = []
-    for here, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        above = {path.resolve() for path in (Path(here), *Path(here).parents)}
-        folders[:] = [name for name in folders if name[0] != "." and Path(here, name).resolve() not in above]
-        found += [os.path.join(here[len(root) :], name) for name in names if name[0] != "."]
-    return sorted(found)
+    left_out = set() if leave_out is None else {Path(leave_out).resolve()}
+    files = []
+    for here, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
+        folders_above = {path.resolve() for path in (Path(here), *Path(here).parents)}
+        subfolders[:] = _subfolders_except(Path(here), subfolders, folders_above | left_out)
+        for name in names:
+            if not name.startswith("."):
+                files.append(os.path.join(here[len(root) :], name))
+    return sorted(files)
+
+
+def _subfolders_except(here: Path, names: list[str], left_out: set[Path]) -> list[str]:
+    names_to_search = []
+    for name in names:
+        if not name.startswith(".") and Path(here, name).resolve() not in left_out:
+            names_to_search.append(name)
+    return names_to_search
 
 
 def readable(name: str) -> str:
@@ -53,12 +68,18 @@ def readable(name: str) -> str:
 
 def expand_braces(pattern: str) -> list[str]:
     """Expands braces as a shell does: `{00..07}` to numbers of equal width, and `{a,b}` to each of its words."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if match is None:
+    braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if braces is None:
         return [pattern]
-    first, last, words = match.groups()
-    options = words.split(",") if words else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
+    first, last, words = braces.groups()
+    if words:
+        options = words.split(",")
+    else:
+        options = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
     if not options:
-        raise ValueError(f"`{match[0]}` in `{pattern}` must count upwards.")
-    expanded = [expand_braces(f"{pattern[: match.start()]}{option}{pattern[match.end() :]}") for option in options]
-    return [each for patterns in expanded for each in patterns]
+        raise ValueError(f"`{braces[0]}` in `{pattern}` must count upwards.")
+    patterns = []
+    for option in options:
+        # the rest of the pattern may have braces, too
+        patterns += expand_braces(f"{pattern[: braces.start()]}{option}{pattern[braces.end() :]}")
+    return patterns

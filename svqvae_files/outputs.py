@@ -7,10 +7,12 @@ import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from svqvae_files.errors import explained
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @contextlib.contextmanager
@@ -39,7 +41,7 @@ def write_file(path: str | os.PathLike, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def save_png(image: Image.Image, path: Path) -> None:
+def save_png(image: "Image.Image", path: Path) -> None:
     """Writes an image with [`write_file`] and creates its folder if necessary."""
     content = io.BytesIO()
     image.save(content, "png")
@@ -47,39 +49,53 @@ def save_png(image: Image.Image, path: Path) -> None:
     write_file(path, content.getvalue())
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a PNG is not damaged, by the checksums in it, or another file ends in a line break.
+def check_new_folder(out: Path) -> Path:
+    """Checks a folder to create: nothing else is there, and files can be created.
+
+    Args:
+        out (`Path`): The folder. It need not exist.
+
+    Returns:
+        `Path`: The folder as an absolute path without links.
 
     Raises:
-        OSError: The file cannot be read.
+        ValueError: The folder is not empty or cannot be created.
     """
-    if path.suffix != ".png":
-        return path.read_bytes().endswith(b"\n")
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.verify()
-    except Exception:  # decoders raise almost any kind
-        return False
-    return True
-
-
-def check_new_folder(out: Path) -> Path:
-    """Resolves the path of a folder to create. Raises if something else is there, or files cannot be created."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists() or path.is_symlink())
-    fault = None
-    if existing.is_symlink() and not existing.exists():
-        fault = f"`{existing}` is a broken link"
-    elif not existing.is_dir():
-        fault = f"`{existing}` is a file"
-    elif out.resolve() == Path.cwd():
-        fault = "it is the current folder, which cannot be replaced"
-    elif out.exists() and any(out.iterdir()):
-        fault = "it is not empty"
-    elif not _is_writable(existing):
-        fault = f"`{existing}` cannot be written to"
-    if fault:
+    fault = _fault_of_new_folder(out)
+    if fault is not None:
         raise ValueError(f"`{out}` must be a new or empty folder, but {fault}. Choose another.")
     return out.resolve()
+
+
+def _fault_of_new_folder(out: Path) -> str | None:
+    nearest = nearest_existing(out)
+    if nearest.is_symlink() and not nearest.exists():
+        return f"`{nearest}` is a broken link"
+    if not nearest.is_dir():
+        return f"`{nearest}` is a file"
+    if out.resolve() == Path.cwd():
+        return "it is the current folder, which cannot be replaced"
+    if out.exists() and any(out.iterdir()):
+        return "it is not empty"
+    if not is_writable(nearest):
+        return f"`{nearest}` cannot be written to"
+    return None
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself if something is there, otherwise the nearest folder above it."""
+    while not os.path.lexists(path):
+        path = path.absolute().parent
+    return path
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be created in a folder. Permissions alone do not tell: not even root can write to `/proc`."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
@@ -108,16 +124,6 @@ def scale_endings(scales: Sequence[float]) -> list[str]:
     """Endings of the file names of an image, one per scale."""
     endings = [f"_x{scale:g}.png" for scale in scales]
     if len(set(endings)) < len(endings):
-        raise ValueError(
-            f"scales must differ within six digits, because they name files, but are {', '.join(map(str, scales))}."
-        )
+        shown = ", ".join(str(scale) for scale in scales)
+        raise ValueError(f"scales must differ within six digits, because they name files, but are {shown}.")
     return endings
-
-
-def _is_writable(folder: Path) -> bool:
-    """Whether files can be created in a folder. Permissions alone do not tell: not even root can write to `/proc`."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False

@@ -7,16 +7,19 @@ Lines are appended under a lock, so that several runs with the same options can 
 
 import fcntl
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 from svqvae_files.errors import explained
 from svqvae_files.identity import OutputIdentity, output_identity
 from svqvae_files.json_files import parse_json_object
+
+
+class RecordError(ValueError):
+    """A record is damaged, or belongs to a run with other options."""
 
 
 @dataclass(frozen=True)
@@ -44,31 +47,35 @@ class RunRecord:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: The file is damaged.
+        RecordError: The file is damaged.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.options: dict[str, Any] | None = None
         self.outputs: dict[str, RecordedOutput] = {}
-        with explained(path, "read"):
-            content = path.read_bytes() if path.exists() else b""
-        self._parse(content)
+        self._first_line = b""
+        self._num_read = 0  # bytes of whole lines
+        if path.exists():
+            with explained(path, "read"), open(path, "rb") as file:
+                self._read(file)
 
-    def _parse(self, content: bytes) -> None:
-        whole_lines = content.split(b"\n")[:-1]  # a run that was killed may leave a part of a line behind the last
-        for line in whole_lines:
-            entry = parse_json_object(line, self.path)
-            try:
-                if "options" in entry:
-                    self.options = dict(entry["options"])
-                    continue
-                identity = entry["identity"]
-                self.outputs[entry["output"]] = RecordedOutput(
-                    source=dict(entry["source"]), identity=None if identity is None else OutputIdentity(**identity)
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises RecordError if a run with other options has written to the folder.
+
+        Args:
+            options (`Mapping[str, Any]`): Options that change the content of outputs, as JSON holds them.
+        """
+        if self.options is None:
+            return
+        for name in sorted({*self.options, *options}):
+            recorded = self.options.get(name)
+            current = options.get(name)
+            if recorded != current:
+                raise RecordError(
+                    f"`{self.path.parent}` was made with other options: `{name}` was {recorded}, got {current}. "
+                    "Pass --overwrite to replace it, or use another --output."
                 )
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"`{self.path}` must be the record of a run, but is damaged: {error}.") from error
 
     def start(self, options: Mapping[str, Any]) -> None:
         """Records the options of a run, unless a run with the same options has recorded them.
@@ -77,68 +84,155 @@ class RunRecord:
             options (`Mapping[str, Any]`): Options that change the content of outputs, as JSON holds them.
 
         Raises:
-            ValueError: A run with other options has started in the folder, even a moment ago.
+            OSError: The record cannot be written.
+            RecordError: A run with other options has started in the folder, even a moment ago.
         """
-        with self._locked():
-            self._parse(self.path.read_bytes())
+        with self._locked() as file:
+            self._read(file)
+            self.check_options(options)
             if self.options is None:
-                self._append({"options": dict(options)})
-                self.options = dict(options)
-            for name in sorted({*self.options, *options}):
-                recorded, current = self.options.get(name), options.get(name)
-                if recorded != current:
-                    raise ValueError(
-                        f"`{self.path.parent}` was made with other options: `{name}` was {recorded}, got {current}. "
-                        "Pass --overwrite to replace it, or use another --output."
-                    )
+                self._append(file, [{"options": dict(options)}])
 
-    def delete_outputs(self) -> None:
-        """Deletes all outputs that the record names, and then the record. Nothing else is deleted."""
-        for name in self.outputs:
-            (self.path.parent / name).unlink(missing_ok=True)
-        self.path.unlink(missing_ok=True)
+    def start_over(self, options: Mapping[str, Any]) -> None:
+        """Deletes all outputs that the record names, and records the options of a new run. Deletes nothing else.
+
+        Args:
+            options (`Mapping[str, Any]`): Options that change the content of outputs, as JSON holds them.
+
+        Raises:
+            OSError: An output cannot be deleted, or the record cannot be written.
+        """
+        with self._locked() as file:
+            self._read(file)
+            for output in self.outputs:
+                self._delete_file(output)
+            file.truncate(0)
+            self._forget()
+            self._append(file, [{"options": dict(options)}])
+
+    def begin(self, outputs: Iterable[str], source: Mapping[str, Any]) -> None:
+        """Records that outputs are about to be written.
+
+        Args:
+            outputs (`Iterable[str]`): Their paths, relative to the folder.
+            source (`Mapping[str, Any]`): What they are made from, as JSON holds it.
+
+        Raises:
+            OSError: The record cannot be written.
+            RecordError: A run with other options has replaced the record.
+        """
+        entries = []
+        for output in outputs:
+            entries.append({"output": output} | asdict(RecordedOutput(dict(source), None)))
+        self._add(entries)
+
+    def finish(self, outputs: Iterable[str]) -> None:
+        """Records the content of outputs that were written, see [`~RunRecord.begin`]."""
+        entries = []
+        for output in outputs:
+            identity = output_identity(self._file(output))
+            entries.append({"output": output} | asdict(RecordedOutput(self.outputs[output].source, identity)))
+        self._add(entries)
+
+    def delete(self, outputs: Iterable[str]) -> None:
+        """Deletes outputs that the record names, and records that."""
+        entries = []
+        for output in outputs:
+            self._delete_file(output)
+            entries.append({"deleted": output})
+        self._add(entries)
+
+    def is_finished(self, output: str) -> bool:
+        """Whether an output was written and is there. It may have changed since, see [`~RunRecord.has_changed`]."""
+        recorded = self.outputs.get(output)
+        return recorded is not None and recorded.identity is not None and self._file(output).exists()
+
+    def has_changed(self, output: str) -> bool:
+        """Whether a finished output has another size or checksum than the record says."""
+        if not self.is_finished(output):
+            return False
+        identity = self.outputs[output].identity
+        file = self._file(output)
+        if identity is None or not file.is_file() or file.stat().st_size != identity.size:
+            return True
+        return output_identity(file) != identity
+
+    def _file(self, output: str) -> Path:
+        return self.path.parent / output
+
+    def _delete_file(self, output: str) -> None:
+        with explained(self._file(output), "deleted"):
+            self._file(output).unlink(missing_ok=True)
+
+    def _add(self, entries: list[dict[str, Any]]) -> None:
+        with self._locked() as file:
+            self._read(file)
+            self._append(file, entries)
+
+    def _append(self, file: BinaryIO, entries: list[dict[str, Any]]) -> None:
+        """Appends lines, in place of the part of a line that a killed run may have left."""
+        with explained(self.path, "written"):
+            file.truncate(self._num_read)
+            for entry in entries:
+                file.write(json.dumps(entry).encode() + b"\n")
+            file.flush()
+        self._read(file)
+
+    def _read(self, file: BinaryIO) -> None:
+        """Reads the lines that were appended since the last call, by this run or by another one."""
+        file.seek(0)
+        first_line = file.readline()
+        if self._first_line and first_line != self._first_line:
+            raise RecordError(f"`{self.path.parent}` was emptied by a run with --overwrite. Use another --output.")
+        file.seek(self._num_read)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break  # of a run that was killed
+            self._parse(line)
+            self._num_read += len(line)
+        if self._num_read:
+            self._first_line = first_line
+
+    def _parse(self, line: bytes) -> None:
+        try:
+            self._apply(parse_json_object(line, self.path))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise RecordError(
+                f"`{self.path}` must be the record of a run, but is damaged. Use another --output, or delete the "
+                "folder to start over."
+            ) from error
+
+    def _apply(self, entry: Mapping[str, Any]) -> None:
+        """Changes the state by the entry of a line."""
+        if ("options" in entry) != (self.options is None):
+            raise ValueError("the first line, and no other, must have the options.")
+        if "options" in entry:
+            self.options = dict(entry["options"])
+            return
+        if "deleted" in entry:
+            self.outputs.pop(str(entry["deleted"]), None)  # two runs may delete the same one
+            return
+        output = entry["output"]
+        path = PurePosixPath(output)
+        if path.is_absolute() or ".." in path.parts:  # it would be deleted outside the folder
+            raise ValueError(f"an output must lie in the folder, got {output}.")
+        identity = entry["identity"]
+        if identity is not None:
+            identity = OutputIdentity(**identity)
+        self.outputs[output] = RecordedOutput(dict(entry["source"]), identity)
+
+    def _forget(self) -> None:
         self.options = None
         self.outputs = {}
-
-    def begin(self, output: str, source: Mapping[str, Any]) -> None:
-        """Records that an output is about to be written."""
-        self._add(output, RecordedOutput(dict(source), None))
-
-    def finish(self, output: str) -> None:
-        """Records the content of an output that was written."""
-        identity = output_identity(self.path.parent / output)
-        self._add(output, RecordedOutput(self.outputs[output].source, identity))
-
-    def holds(self, output: str, source: Mapping[str, Any]) -> bool:
-        """Whether an output is there as it was recorded, and was made from this source."""
-        recorded = self.outputs.get(output)
-        if recorded is None or recorded.identity is None or recorded.source != source:
-            return False
-        path = self.path.parent / output
-        if not path.is_file() or path.stat().st_size != recorded.identity.size:
-            return False
-        return output_identity(path) == recorded.identity
-
-    def _add(self, output: str, recorded: RecordedOutput) -> None:
-        self.outputs[output] = recorded
-        with self._locked():
-            self._append({"output": output} | asdict(recorded))
-
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        """Appends a line, in place of the part of a line that a killed run may have left."""
-        with explained(self.path, "written"), open(self.path, "r+b") as file:
-            content_end = file.seek(0, os.SEEK_END)
-            if content_end:
-                file.seek(content_end - 1)
-                if file.read(1) != b"\n":
-                    file.seek(0)
-                    file.truncate(file.read().rfind(b"\n") + 1)
-                file.seek(0, os.SEEK_END)
-            file.write(json.dumps(entry).encode() + b"\n")
+        self._first_line = b""
+        self._num_read = 0
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Holds the lock of the record, which ends with the process at the latest."""
-        with explained(self.path, "written"), open(self.path, "ab") as file:
+    def _locked(self) -> Iterator[BinaryIO]:
+        """Opens the record under its lock, which ends with the process at the latest. Creates it if necessary."""
+        with explained(self.path, "written"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(self.path, "a+b")  # closed below
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            yield file

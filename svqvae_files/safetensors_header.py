@@ -32,10 +32,24 @@ def read_header(file: BinaryIO, name: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"`{name}` must be a safetensors file, but its header is damaged or cut.")
     tensors = parse_json_object(file.read(length), name)
     tensors.pop("__metadata__", None)
-    try:
-        last_byte = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"`{name}` must be a safetensors file, but its header is damaged.") from error
+    last_byte = 0
+    for tensor in tensors.values():
+        if not _is_entry(tensor):
+            raise ValueError(f"`{name}` must be a safetensors file, but its header is damaged.")
+        last_byte = max(last_byte, tensor["data_offsets"][1])
     if LENGTH_BYTES + length + last_byte != size:
         raise ValueError(f"`{name}` must be a safetensors file, but is cut or has further bytes.")
     return tensors
+
+
+def _is_entry(tensor: Any) -> bool:
+    """Whether an entry of a header has a type, a shape and the places of a first and a last byte."""
+    if not isinstance(tensor, dict) or not {"dtype", "shape", "data_offsets"} <= tensor.keys():
+        return False
+    offsets = tensor["data_offsets"]
+    if not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    if not all(isinstance(offset, int) for offset in offsets):
+        return False
+    start, end = offsets
+    return 0 <= start <= end

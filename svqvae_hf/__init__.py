@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 from transformers import PreTrainedModel as PreTrainedModel
 from transformers.image_processing_utils import ImageProcessingMixin as ImageProcessingMixin
 
-from svqvae_files.inputs import DEFAULT_GENERATOR, DEFAULT_MODEL
+from svqvae_files.file_names import DEFAULT_GENERATOR, DEFAULT_MODEL
 from svqvae_hf.loaders.pretrained_models import (
     SVQVAE,
     LlamaGenForCausalLM,

@@ -9,21 +9,12 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, errors, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
 
-from svqvae_files.inputs import BUNDLED
-
-REPO_ID = r"\w[\w.-]*/\w[\w.-]*"
+from svqvae_files.file_names import BUNDLED, REPO_ID
+from svqvae_files.hub import hub_reason as hub_reason
 
 LICENSES = Path(__file__).with_name("licenses.txt").read_text().split()  # of hf.co/docs/hub/repositories-licenses
 
 Loaded = TypeVar("Loaded")
-
-CHECK_NETWORK = "Check the network, HF_HUB_OFFLINE and HF_ENDPOINT."
-HUB_REASONS: tuple[tuple[type[BaseException], str], ...] = (
-    (errors.GatedRepoError, "access is restricted. Accept the terms on its page and log in with `hf auth login`."),
-    (errors.RepositoryNotFoundError, "the repository does not exist or is private. Correct it, or `hf auth login`."),
-    (errors.LocalEntryNotFoundError, f"the Hub cannot be reached, and no complete copy is cached. {CHECK_NETWORK}"),
-    (errors.EntryNotFoundError, "the repository has no such file."),
-)
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -43,23 +34,6 @@ def hub_repo(source: str | Path) -> str | None:
     """Returns the repository in `org/repo:file`, or None for a local file."""
     match = re.fullmatch(rf"({REPO_ID}):(.+)", str(source))
     return match[1] if match and not Path(source).exists() else None
-
-
-def hub_reason(error: BaseException) -> str:
-    """Explains an error of the Hub and what to do about it, in text that ends with a full stop."""
-    chain: BaseException | None = error
-    while chain is not None:  # libraries wrap the errors of the Hub's client
-        for kind, reason in HUB_REASONS:
-            if isinstance(chain, kind):
-                return reason
-        if isinstance(chain, errors.HfHubHTTPError):  # an answer
-            if chain.response is not None and chain.response.status_code == 401:
-                return "you are not logged in. Log in with `hf auth login`."
-            break
-        if isinstance(chain, errors.HTTPError):
-            return f"the Hub cannot be reached. {CHECK_NETWORK}"
-        chain = chain.__cause__ or chain.__context__
-    return f"{' '.join(str(error).split()).removesuffix('.')}."
 
 
 def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: Any) -> Loaded:

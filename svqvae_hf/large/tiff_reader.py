@@ -16,7 +16,6 @@ from svqvae_files.errors import os_error
 from svqvae_hf.models.image_files import to_rgb
 from svqvae_hf.untrusted.images import MAX_CHUNK_BYTES, check_segments, is_chunk_too_large
 
-TIFF_SUFFIXES = (".tif", ".tiff")
 TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 EXTRA_CHANNELS = {1: (), 3: (), 4: (EXTRASAMPLE.UNASSALPHA,)}  # by the number of channels
 

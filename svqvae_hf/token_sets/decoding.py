@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def detokenize_set(
     *,
     max_images: int | None = None,
     keep: Callable[[list[Path]], bool] = lambda paths: False,
+    writing: Callable[[list[Path]], AbstractContextManager[None]] = nullcontext,
     context_model: ContextModel | None = None,
 ) -> tuple[int, int]:
     """Decodes the rows of a token set to image files; row 12 at scale 1 becomes `00000012_x1.png`.
@@ -34,6 +36,8 @@ def detokenize_set(
         max_images (`int`, *optional*): Number of rows after which to stop; all by default.
         keep (`Callable`, *optional*): Called with the paths of a row's images. If it returns `True`, the row is
             skipped; by default none is.
+        writing (`Callable`, *optional*): Called with the paths of a row's images. The images are written within the
+            context that it returns.
         context_model ([`ContextModel`], *optional*): Context model of a set whose rows are compressed.
 
     Returns:
@@ -57,7 +61,8 @@ def detokenize_set(
             continue
         tiles = choose_tiles(model, tokens.height, tokens.width, tokens.scales, settings.tile_size, settings.overlap)
         images = decode_image(model, tokens, tiles=tiles)
-        for image, path in zip(images, paths, strict=True):
-            save_png(image, path)
-            written += 1
+        with writing(paths):
+            for image, path in zip(images, paths, strict=True):
+                save_png(image, path)
+        written += len(paths)
     return written, kept

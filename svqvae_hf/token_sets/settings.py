@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from svqvae_files.file_names import TOKEN_SET_FILE
 from svqvae_files.folders import Folder
 from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.hub.repositories import download_file
@@ -20,9 +21,9 @@ from svqvae_hf.token_sets.crops import CROPS, is_whole
 from svqvae_hf.tokens.compressed_tokens import read_compressed
 from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.encoding import FINGERPRINT, Encoding
-from svqvae_hf.tokens.token_files import METADATA_KEY, UINT16_CODES, ImageTokens, decompressed_tokens
+from svqvae_hf.tokens.token_files import UINT16_CODES, ImageTokens, decompressed_tokens
 
-SETTINGS_FILE = f"{METADATA_KEY}.json"
+SETTINGS_FILE = TOKEN_SET_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +95,7 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
         ValueError: It is not a token set, or has another format version.
     """
     name = os.fspath(path)
-    content = None
-    if is_hub_set(name) and "/" in name:  # token sets always have an owner on the Hub
-        content = download_file(name, SETTINGS_FILE, name, repo_type="dataset").read_bytes()
-    elif "://" in name or Path(name, SETTINGS_FILE).is_file():
-        content = Folder(name).read(SETTINGS_FILE)
+    content = read_set_file(name, SETTINGS_FILE)
     if content is None:
         raise FileNotFoundError(
             f"a token set must be a folder with {SETTINGS_FILE} or a set on the Hub, but `{name}` is neither. Make "
@@ -108,6 +105,15 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
         return TokenSettings.from_record(json.loads(content))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"`{name}` is not a token set of this version: {error}") from error
+
+
+def read_set_file(name: str, file: str) -> bytes | None:
+    """Content of a file of a token set on a disk, at a URL or on the Hub; `None` if it is absent."""
+    if is_hub_set(name) and "/" in name:  # token sets always have an owner on the Hub
+        return download_file(name, file, name, repo_type="dataset").read_bytes()
+    if "://" in name or Path(name).is_dir():
+        return Folder(name).read(file)
+    return None
 
 
 def row_tokens(

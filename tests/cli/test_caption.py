@@ -19,7 +19,10 @@ def test_a_text_for_each_image_in_the_folders_of_the_images(two_images, tmp_path
         assert f"{name}: {text}\n" in printed
     assert svqvae("caption", two_images, "--output", out, *options) == 1
     assert "resumed: 2 of 3 were there" in capsys.readouterr().out
-    (out / "b.txt").write_text("cut")
+    (out / "b.txt").write_text("by hand")
+    error = fails(capsys, "caption", two_images, "--output", out, *options)
+    assert f"`{out}/b.txt` has changed since it was written" in error
+    (out / "b.txt").unlink()
     assert svqvae("caption", two_images, "--output", out, *options) == 1
     assert "resumed: 1 of 3 were there" in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from cli_runner import fails, names, svqvae
+from cli_runner import fails, names, svqvae, visible
 from conftest import ROOT, make_tiny
 
 from svqvae_cli.arguments import TILES
@@ -186,7 +186,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_partial_file(two_images, saved_model, 
     assert svqvae("encode", two_images, "--output", tmp_path / "out", "--model", saved_model) == 130
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-1] == "svqvae: interrupted"
-    assert names(tmp_path / "out") == []
+    assert visible(tmp_path / "out") == []
 
 
 # The library, which the parser does not import

@@ -141,6 +141,6 @@ def test_output_that_cannot_be_written_is_an_error(two_images, out, saved_model,
         assert f"--output must be a writable folder, but `{file}` is not" in error
     (out / f"a{ending}").mkdir(parents=True)
     error = fails(capsys, command, two_images, "--output", out, "--model", saved_model, "--overwrite")
-    assert f"`{out / f'a{ending}'}` cannot be written: Is a directory." in error
+    assert f"`{out / f'a{ending}'}` already exists, but no run of this command has written it" in error
     assert visible(out) == [f"a{ending}"]
     assert names(two_images) == ["a.png", "b.jpg", "notes.txt"]

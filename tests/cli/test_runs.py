@@ -1,8 +1,11 @@
 """Runs over folders that are interrupted, resumed, or started anew."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ from cli_runner import fails, svqvae
 from generators import make_autoregressive
 
 from svqvae_cli import main
+from svqvae_files.file_names import DEFAULT_MODEL
+from svqvae_hf.tokens.token_files import load_tokens
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 COMMANDS = ("encode", "decode", "reconstruct")
@@ -66,9 +71,9 @@ def test_three_interrupted_runs_end_with_the_files_of_an_unbroken_one(command, a
         return replace(path, target)
 
     done = []
-    for writes in (2, 3, 2):  # the record, the first file and so on
+    for writes in (1, 1, 1) if command in ("encode", "generate") else (1, 2, 1):
         monkeypatch.setattr(Path, "replace", interrupt)
-        left[:] = [False, *[True] * writes]
+        left[:] = [False, *[True] * (writes + (command == "tokenize"))]  # which also writes the options
         capsys.readouterr()
         with pytest.raises(SystemExit):
             svqvae(*words)
@@ -85,18 +90,29 @@ def test_three_interrupted_runs_end_with_the_files_of_an_unbroken_one(command, a
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_files_of_other_runs_are_replaced_only_with_overwrite(command, argv, tmp_path, capsys):
+def test_files_that_no_record_names_are_never_replaced(command, argv, tmp_path, capsys):
     words = argv(command, tmp_path / "out")
     capsys.readouterr()
     (tmp_path / "out").mkdir()
     mine = tmp_path / "out" / ("0.safetensors" if command == "encode" else "0_x1.png")
     mine.write_bytes(b"mine")
-    assert f"`{mine}` already exists. Pass --overwrite" in fails(capsys, *words)
-    assert svqvae(*words, "--overwrite") == 0
+    for options in ([], ["--overwrite"]):
+        error = fails(capsys, *words, *options)
+        assert f"`{mine}` already exists, but no run of this command has written it. Move it" in error
+    assert contents(tmp_path / "out") == {mine.name: b"mine"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_other_options_are_an_error_without_overwrite(command, argv, tmp_path, capsys):
+    words = argv(command, tmp_path / "out")
+    assert svqvae(*words) == 0
     capsys.readouterr()
-    error = fails(capsys, *words, "--dtype", "float16")
-    assert "made with other options: `dtype` was float32, got float16. Pass --overwrite" in error
-    assert mine.read_bytes() != b"mine"
+    before = contents(tmp_path / "out")
+    error = fails(capsys, *words, "--dtype", "bfloat16")
+    assert "made with other options: `dtype` was float32, got bfloat16. Pass --overwrite" in error
+    assert contents(tmp_path / "out") == before
+    assert svqvae(*words, "--dtype", "bfloat16", "--overwrite") == 0
+    assert contents(tmp_path / "out").keys() == before.keys()
 
 
 def test_an_interrupted_overwrite_leaves_nothing_of_the_run_before(argv, tmp_path, monkeypatch):
@@ -114,15 +130,15 @@ def test_an_interrupted_overwrite_leaves_nothing_of_the_run_before(argv, tmp_pat
     monkeypatch.setattr(Path, "replace", interrupt)
     words[words.index("1")] = "2"
     assert svqvae(*words, "--overwrite") == 130
-    (new,) = contents(tmp_path / "out").items()
-    assert new not in old.items()
+    new = contents(tmp_path / "out").items()
+    assert len(new) == 2
+    assert not new & old.items()
 
 
 def test_only_an_input_that_changed_is_done_again(argv, photos, tmp_path, capsys):
     words = argv("encode", tmp_path / "out")
     assert svqvae(*words) == 0
-    made = (tmp_path / "out" / "3.safetensors").stat().st_mtime_ns
-    os.utime(photos / "3.png", ns=(made + 1, made + 1))
+    os.utime(photos / "3.png", ns=(10**18, 10**18))  # older, as after `unzip` or `rsync --archive`
     assert svqvae(*words) == 0
     assert "resumed: 4 of 5 were there\n" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
@@ -131,21 +147,174 @@ def test_only_an_input_that_changed_is_done_again(argv, photos, tmp_path, capsys
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
 
 
+def test_an_input_that_was_replaced_by_an_older_one_is_done_again(photos, tmp_path, saved_model):
+    words = ["encode", photos, "--output", tmp_path / "out", "--model", saved_model]
+    os.utime(photos / "4.png", ns=(10**18, 10**18))
+    assert svqvae(*words) == 0
+    before = contents(tmp_path / "out")
+    (photos / "4.png").replace(photos / "3.png")
+    assert svqvae(*words) == 0
+    after = contents(tmp_path / "out")
+    assert after["3.safetensors"] == before["4.safetensors"]
+    assert "4.safetensors" not in after
+
+
 @pytest.mark.parametrize("command", ["encode", "decode"])
-def test_what_other_inputs_or_another_model_made_is_not_kept(command, photos, tmp_path, saved_model, capsys):
-    model, sources = shutil.copytree(saved_model, tmp_path / "model"), [photos, tmp_path / "others"]
+def test_what_other_inputs_made_is_not_replaced(command, photos, tmp_path, saved_model, capsys):
+    sources = [photos, tmp_path / "others"]
     shutil.copytree(*sources)
+    for path in sources[1].iterdir():
+        path.touch()
     if command == "decode":
-        images, sources = sources, [tmp_path / "set", tmp_path / "other_set"]
-        for pair in zip(images, sources, strict=True):
-            svqvae("tokenize", *pair, "--model", model, *TOKENIZE)
-    words, others = ([command, each, "--output", tmp_path / "out", "--model", model] for each in sources)
-    for is_resumed in (False, True, False):
-        assert svqvae(*words) == 0
-        assert ("resumed: 5 of 5 " in capsys.readouterr().out) == is_resumed
-        if is_resumed:
-            (model / "diffusion_pytorch_model.safetensors").touch()
-    assert f"was made with other options: `input` was {sources[0]}" in fails(capsys, *others)
+        images = sources
+        sources = [tmp_path / "set", tmp_path / "other_set"]
+        for folder, out, height in zip(images, sources, (16, 12), strict=True):
+            svqvae("tokenize", folder, out, "--model", saved_model, *TOKENIZE[:-1], height)
+    words, others = ([command, each, "--output", tmp_path / "out", "--model", saved_model] for each in sources)
+    assert svqvae(*words) == 0
+    before = contents(tmp_path / "out")
+    capsys.readouterr()
+    assert f"was made from another input, `{sources[0]}" in fails(capsys, *others)
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_outputs_of_another_model_are_not_kept(command, argv, tmp_path, saved_model, capsys):
+    model = shutil.copytree(saved_model, tmp_path / "model")
+    words = argv(command, tmp_path / "out")
+    words[words.index("--model") + 1] = model
+    assert svqvae(*words) == 0
+    weights = model / "diffusion_pytorch_model.safetensors"
+    weights.touch()
+    assert svqvae(*words) == 0  # the same weights
+    assert "resumed: 5 of 5 " in capsys.readouterr().out
+    time = (model / "config.json").stat().st_mtime_ns
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"network_range": [-1, 1]}))
+    os.utime(model / "config.json", ns=(time, time))
+    assert "was made with other options: `model` was " in fails(capsys, *words)
+
+
+def test_a_model_is_the_same_by_its_name_its_folder_and_as_the_default(photos, tmp_path, capsys):
+    shutil.copytree(DEFAULT_MODEL, tmp_path / "copy")
+    words = ["encode", photos, "--output", tmp_path / "out"]
+    assert svqvae(*words) == 0
+    for model in ("bundled", DEFAULT_MODEL, tmp_path / "copy"):
+        capsys.readouterr()
+        assert svqvae(*words, "--model", model) == 0
+        assert "resumed: 5 of 5 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output", ["project/out", "out"])
+def test_a_renamed_project_is_resumed(photos, tmp_path, saved_model, capsys, output):
+    project = tmp_path / "project"
+    project.mkdir()
+    photos.rename(project / "photos")
+    words = ["--model", saved_model]
+    assert svqvae("encode", project / "photos", "--output", tmp_path / output, *words) == 0
+    project.rename(tmp_path / "renamed")
+    output = output.replace("project", "renamed")
+    capsys.readouterr()
+    assert svqvae("encode", tmp_path / "renamed" / "photos", "--output", tmp_path / output, *words) == 0
+    assert "resumed: 5 of 5 " in capsys.readouterr().out
+
+
+def test_runs_with_the_same_options_add_to_each_other(photos, tmp_path, saved_model, capsys):
+    others = tmp_path / "others"
+    others.mkdir()
+    for path in photos.iterdir():
+        shutil.copy(path, others / f"b{path.name}")
+    words = ["--output", tmp_path / "out", "--model", saved_model]
+    assert svqvae("encode", photos, *words) == 0
+    assert svqvae("encode", photos, others, *words) == 0
+    assert "resumed: 5 of 10 " in capsys.readouterr().out
+    assert svqvae("encode", photos, *words, "--overwrite") == 0
+    assert len(contents(tmp_path / "out")) == 10
+    capsys.readouterr()
+    assert svqvae("encode", photos, others, *words) == 0
+    assert "resumed: 10 of 10 " in capsys.readouterr().out
+
+
+def test_overwrite_with_other_options_deletes_what_the_record_names_and_nothing_else(photos, tmp_path, saved_model):
+    out = tmp_path / "out"
+    words = ["--output", out, "--model", saved_model]
+    assert svqvae("encode", photos, *words) == 0
+    (out / "mine.safetensors").write_bytes(b"mine")
+    assert svqvae("encode", photos / "1.png", *words, "--scales", "0.5", "--overwrite") == 0
+    assert contents(out).keys() == {"1.safetensors", "mine.safetensors"}
+
+
+def test_leftovers_of_inputs_that_are_gone_are_deleted(photos, tmp_path, saved_model, capsys):
+    out = tmp_path / "out"
+    words = ["encode", photos, "--output", out, "--model", saved_model]
+    assert svqvae(*words) == 0
+    (photos / "1.png").unlink()
+    (photos / "2.png").unlink()
+    (out / "2.safetensors").write_bytes(b"changed")
+    assert svqvae(*words) == 0
+    assert f"deleted  1 outputs of earlier inputs, such as {out}/1.safetensors\n" in capsys.readouterr().out
+    assert contents(out).keys() == {f"{name}.safetensors" for name in (0, 2, 3, 4)}
+
+
+def test_outputs_of_a_folder_that_is_gone_stay(photos, tmp_path, saved_model):
+    words = ["--output", tmp_path / "out", "--model", saved_model]
+    assert svqvae("encode", photos, *words) == 0
+    photos.rename(tmp_path / "moved")
+    (tmp_path / "moved" / "1.png").rename(tmp_path / "new.png")
+    assert svqvae("encode", tmp_path / "new.png", *words) == 0
+    assert len(contents(tmp_path / "out")) == 6
+
+
+def test_a_smaller_token_set_leaves_no_image_of_the_one_before(photos, tmp_path, saved_model):
+    words = ["decode", tmp_path / "set", "--output", tmp_path / "out", "--model", saved_model]
+    tokenize = ["tokenize", photos, tmp_path / "set", "--model", saved_model, "--workers", 0]
+    assert svqvae(*tokenize) == 0
+    assert svqvae(*words) == 0
+    assert len(contents(tmp_path / "out")) == 5
+    mine = tmp_path / "out" / "20231225_xmas.png"
+    mine.write_bytes(b"mine")
+    assert svqvae(*tokenize, "--max-images", 2, "--overwrite") == 0
+    assert svqvae(*words) == 0
+    assert contents(tmp_path / "out").keys() == {"00000000_x1.png", "00000001_x1.png", mine.name}
+    assert svqvae(*words, "--overwrite") == 0
+    assert mine.read_bytes() == b"mine"
+
+
+@pytest.mark.slow
+def test_of_two_runs_with_other_options_the_second_is_refused_before_it_writes(photos, tmp_path, saved_model):
+    """They start together: each reads the record before the other one has written it."""
+    options = [[], ["--scales", "0.5"]]
+    words = [
+        sys.executable,
+        "-m",
+        "svqvae_cli",
+        "encode",
+        photos,
+        "--output",
+        tmp_path / "out",
+        "--model",
+        saved_model,
+    ]
+    runs = [subprocess.Popen([*words, *each], stderr=subprocess.PIPE, text=True) for each in options]
+    errors = [run.communicate()[1] for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 2]
+    (error,) = filter(None, errors)
+    assert "made with other options: `scales` was" in error
+    (first,) = (index for index, run in enumerate(runs) if run.returncode == 0)
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert load_tokens(path).scales == ((1.0,), (0.5,))[first]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]\n", b"null\n", b'{"options": 1}\n', b'{"output": "a"}\n'])
+def test_a_damaged_record_is_an_error_that_names_a_file(photos, tmp_path, saved_model, capsys, content):
+    words = ["encode", photos, "--output", tmp_path / "out", "--model", saved_model]
+    assert svqvae(*words) == 0
+    capsys.readouterr()
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / ".svqvae-encode.jsonl").write_bytes(content)
+    for options in ([], ["--overwrite"]):
+        assert f"`{tmp_path / 'out'}/" in fails(capsys, *words, *options)
+    assert contents(tmp_path / "out") == before
 
 
 def test_inputs_are_not_overwritten_and_outputs_do_not_clash(photos, tmp_path, saved_model, capsys):
@@ -171,6 +340,7 @@ def test_inputs_that_differ_in_the_suffix_alone_keep_it(command, ending, photos,
     assert svqvae(*words) == 0
     made = contents(tmp_path / "out")
     assert made.keys() - before.keys() == {f"2.jpg{ending}", f"2.png{ending}"}
+    assert f"2{ending}" not in made
     assert made[f"2.jpg{ending}"] == before[f"1{ending}"]
     assert made[f"2.png{ending}"] == before[f"2{ending}"]
 

@@ -79,7 +79,7 @@ def test_wrong_inputs(two_images, tmp_path, saved_model, monkeypatch, capsys, co
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").touch()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for name in ("broken.png", "photos.ZIP"):
         (tmp_path / name).write_bytes(b"hello")
     before = sorted(tmp_path.rglob("*"))

@@ -1,0 +1,229 @@
+"""The output folder of a command: what its runs have written there, from which inputs and with which options."""
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from svqvae_files.errors import explained
+from svqvae_files.file_names import DEFAULT_MODEL
+from svqvae_files.identity import CONTEXT_MODEL_FILE, InputIdentity, model_digest, weights_digest
+from svqvae_files.records import RecordError, RunRecord
+
+# Arguments that do not change the content of an output.
+NOT_OPTIONS = {"command", "device", "inputs", "output", "overwrite", "parser", "run", "batch_size", "max_images"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an output is made from.
+
+    Args:
+        folder (`str`): Folder in which the input was found, relative to the output folder.
+        input ([`InputIdentity`]): The input, by its path below that folder.
+    """
+
+    folder: str
+    input: InputIdentity
+
+
+class OutputFolder:
+    """A folder that a command writes to, with the record of its runs there.
+
+    Args:
+        args (`argparse.Namespace`): Parsed command line.
+        default_model (`str`, defaults to the small bundled model): Model of the command if `--model` is left out.
+
+    Raises:
+        OSError: The record or a model cannot be read.
+        ValueError: A run with other options wrote to the folder, and `--overwrite` is not given; or the record or a
+            model is damaged.
+    """
+
+    def __init__(self, args: argparse.Namespace, default_model: str = DEFAULT_MODEL):
+        self.path: Path = args.output
+        self.overwrite: bool = args.overwrite
+        command = args.parser.prog.split()[-1]
+        self.record = RunRecord(self.path / f".svqvae-{command}.jsonl")
+        self.options = _recorded_options(args, default_model)
+        if not self.overwrite:
+            self.record.check_options(self.options)
+        self._is_started = False
+
+    def source(self, folder: Path, identity: InputIdentity) -> Source:
+        """What an output is made from, as it is recorded."""
+        real_folder = os.path.realpath(folder)
+        real_output = os.path.realpath(self.path)
+        return Source(os.path.relpath(real_folder, real_output), identity)
+
+    def holds(self, outputs: Iterable[Path], source: Source) -> bool:
+        """Whether all outputs of an input are finished and were made from it as it is now.
+
+        Raises:
+            ValueError: An output exists, but no record names it; or it has changed, or was made from another input.
+        """
+        are_finished = True
+        for output in outputs:
+            if not self._holds(output, source):
+                are_finished = False
+        return are_finished
+
+    def _holds(self, output: Path, source: Source) -> bool:
+        name = self._name(output)
+        if name not in self.record.outputs and os.path.lexists(output):
+            raise ValueError(
+                f"`{output}` already exists, but no run of this command has written it. Move it, or use another "
+                "--output."
+            )
+        if self.overwrite or not self.record.is_finished(name):
+            return False
+        if self.record.has_changed(name):
+            raise ValueError(
+                f"`{output}` has changed since it was written. Delete it, or pass --overwrite to make all outputs "
+                "again."
+            )
+        recorded = self._recorded_source(name)
+        if recorded.input == source.input:
+            return True
+        if recorded.folder != source.folder:
+            raise ValueError(
+                f"`{output}` was made from another input, `{self._path_of(recorded)}`. Pass --overwrite to replace "
+                "it, or use another --output."
+            )
+        return False  # the input has changed
+
+    def begin(self, outputs: Sequence[Path], source: Source, all_outputs: Iterable[Path]) -> None:
+        """Records that outputs are about to be written. The first call starts the run.
+
+        Args:
+            outputs (`Sequence[Path]`): The outputs of an input.
+            source ([`Source`]): The input.
+            all_outputs (`Iterable[Path]`): All outputs of the run, which the first call deletes with `--overwrite`:
+                they must not count as finished if the run is interrupted.
+
+        Raises:
+            OSError: The folder cannot be written.
+            RecordError: A run with other options has started in the folder.
+        """
+        if not self._is_started:
+            self._start(all_outputs)
+            self._is_started = True
+        for output in outputs:
+            with explained(output.parent, "written"):
+                output.parent.mkdir(parents=True, exist_ok=True)
+        self.record.begin([self._name(output) for output in outputs], asdict(source))
+
+    def recorded_outputs(self) -> list[Path]:
+        """Outputs of all runs."""
+        return [self.path / name for name in self.record.outputs]
+
+    def finish(self, outputs: Sequence[Path]) -> None:
+        """Records the content of outputs that were written."""
+        self.record.finish([self._name(output) for output in outputs])
+
+    def _start(self, all_outputs: Iterable[Path]) -> None:
+        if self.overwrite and self.record.options not in (None, self.options):
+            self.record.start_over(self.options)
+            return
+        self.record.start(self.options)
+        if self.overwrite:
+            names = [self._name(output) for output in all_outputs]
+            self.record.delete([name for name in names if name in self.record.outputs])
+
+    def delete_leftovers(self, outputs_by_source: Mapping[Source, Sequence[Path]]) -> list[Path]:
+        """Deletes outputs of earlier runs whose inputs are gone, or have other outputs now.
+
+        Outputs that have changed since they were written stay. So do all outputs of a folder that is gone as a whole,
+        because it may have been moved.
+
+        Args:
+            outputs_by_source (`Mapping[Source, Sequence[Path]]`): Outputs of each input of this run. An input without
+                outputs cannot be read, so its earlier ones stay.
+
+        Returns:
+            `list[Path]`: The deleted files.
+        """
+        current_names = set()
+        paths_of_inputs = set()
+        for source, outputs in outputs_by_source.items():
+            for output in outputs:
+                current_names.add(self._name(output))
+                paths_of_inputs.add(self._path_of(source))
+        leftovers = []
+        for name in self.record.outputs:
+            if name in current_names:
+                continue
+            recorded = self._recorded_source(name)
+            has_other_outputs = self._path_of(recorded) in paths_of_inputs
+            if has_other_outputs or self._is_gone(recorded):
+                leftovers.append(name)
+        return self._delete(leftovers)
+
+    def delete_versions_before(self, source: Source) -> list[Path]:
+        """Deletes the outputs of earlier versions of an input, unless they have changed since they were written."""
+        outdated = []
+        for name in self.record.outputs:
+            recorded = self._recorded_source(name)
+            if recorded.folder == source.folder and recorded.input != source.input:
+                outdated.append(name)
+        return self._delete(outdated)
+
+    def _delete(self, names: Sequence[str]) -> list[Path]:
+        unchanged = [name for name in names if not self.record.has_changed(name)]
+        if unchanged:
+            self.record.delete(unchanged)
+        return [self.path / name for name in unchanged]
+
+    def _recorded_source(self, name: str) -> Source:
+        source = self.record.outputs[name].source
+        try:
+            return Source(source["folder"], InputIdentity(**source["input"]))
+        except (KeyError, TypeError) as error:
+            raise RecordError(f"`{self.record.path}` must be the record of a run, but is damaged: {error}.") from error
+
+    def _path_of(self, source: Source) -> str:
+        """Path of an input. Links are not resolved, as they are not in its name."""
+        return os.path.normpath(os.path.join(os.path.realpath(self.path), source.folder, source.input.name))
+
+    def _is_gone(self, source: Source) -> bool:
+        """Whether an input was deleted from its folder. Its name is empty if it is no file."""
+        if not source.input.name:
+            return False
+        folder = os.path.join(os.path.realpath(self.path), source.folder)
+        return os.path.isdir(folder) and not os.path.lexists(self._path_of(source))
+
+    def _name(self, output: Path) -> str:
+        return output.relative_to(self.path).as_posix()
+
+
+def _recorded_options(args: argparse.Namespace, default_model: str) -> dict[str, Any]:
+    """Arguments that change the content of outputs, with digests of models, as JSON holds them."""
+    options = {}
+    for name, value in vars(args).items():
+        if name not in NOT_OPTIONS:
+            options[name] = value
+    folder = _model_folder(args.model or default_model)
+    options["model"] = model_digest(folder)
+    if options.get("adapter") is not None:
+        options["adapter"] = model_digest(_model_folder(options["adapter"]))
+    if options.get("compress"):
+        options["context_model"] = _context_model_digest(folder)
+    return json.loads(json.dumps(options))
+
+
+def _model_folder(source: str) -> Path:
+    if os.path.isdir(source):
+        return Path(source)
+    from svqvae_files.hub import model_folder  # takes half a second to import
+
+    return model_folder(source)
+
+
+def _context_model_digest(folder: Path) -> str | None:
+    path = folder / CONTEXT_MODEL_FILE
+    if not path.exists():
+        return None  # an error once the model is loaded
+    return weights_digest(path)

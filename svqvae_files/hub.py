@@ -1,0 +1,62 @@
+"""Models on the Hugging Face Hub: the files of a repository, and the errors of the Hub in the words of a user."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import errors, snapshot_download
+
+from svqvae_files.identity import MODEL_FILES
+
+CHECK_NETWORK = "Check the network, HF_HUB_OFFLINE and HF_ENDPOINT."
+HUB_REASONS: tuple[tuple[type[BaseException], str], ...] = (
+    (errors.GatedRepoError, "access is restricted. Accept the terms on its page and log in with `hf auth login`."),
+    (errors.RepositoryNotFoundError, "the repository does not exist or is private. Correct it, or `hf auth login`."),
+    (errors.LocalEntryNotFoundError, f"the Hub cannot be reached, and no complete copy is cached. {CHECK_NETWORK}"),
+    (errors.EntryNotFoundError, "the repository has no such file."),
+)
+
+
+def hub_reason(error: BaseException) -> str:
+    """Explains an error of the Hub and what to do about it, in text that ends with a full stop."""
+    for cause in _chain(error):
+        for kind, reason in HUB_REASONS:
+            if isinstance(cause, kind):
+                return reason
+        if isinstance(cause, errors.HfHubHTTPError):  # an answer
+            if cause.response is not None and cause.response.status_code == 401:
+                return "you are not logged in. Log in with `hf auth login`."
+            break
+        if isinstance(cause, errors.HTTPError):
+            return f"the Hub cannot be reached. {CHECK_NETWORK}"
+    message = " ".join(str(error).split())
+    return f"{message.removesuffix('.')}."
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and its causes, because libraries wrap the errors of the Hub's client."""
+    errors_in_order = [error]
+    while True:
+        last = errors_in_order[-1]
+        cause = last.__cause__ or last.__context__
+        if cause is None:
+            return errors_in_order
+        errors_in_order.append(cause)
+
+
+def model_folder(source: str | os.PathLike) -> Path:
+    """Folder with the files of a model that [`~svqvae_files.identity.model_digest`] reads.
+
+    Args:
+        source (`str` or `os.PathLike`): Folder, or `org/name` on the Hub. The files of a repository are downloaded,
+            or found in the cache if the Hub does not answer.
+
+    Raises:
+        OSError: The repository does not exist, or the Hub does not answer and the cache has no complete copy.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=MODEL_FILES))
+    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
+        raise OSError(f"could not load the model `{source}`: {hub_reason(error)}") from error
