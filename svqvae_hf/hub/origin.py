@@ -66,7 +66,7 @@ def find_origin(
 
 
 def read_card(source: str, kind: str = "model") -> RepoCard | None:
-    """Card of a model or a set, and for a part such as `vqvae/` the card of the whole.
+    """Card of a model or a set, and for a part of a model such as `vqvae/` the card of the whole.
 
     Args:
         source (`str`): Folder, URL or Hub id, or `org/repo:file`. Files have no card.
@@ -86,7 +86,7 @@ def read_card(source: str, kind: str = "model") -> RepoCard | None:
     elif "://" in source or Path(source).is_dir():
         content = Folder(source).read(CARD)
         above = Path(source).absolute().parent
-        if content is None and any((above / name).is_file() for name in ("config.json", "model_index.json")):
+        if content is None and kind == "model" and any((above / name).is_file() for name in ("config.json", "model_index.json")):
             content = Folder(above).read(CARD)
     if content is None:
         return None

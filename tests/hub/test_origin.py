@@ -42,6 +42,15 @@ def test_further_training_keeps_base_model_and_stages(tmp_path):
     assert origin.rows["before: steps"] == "5 of `a|b`"
 
 
+def test_images_below_a_model_do_not_have_its_licence(tmp_path):
+    model = write_card(tmp_path / "project", "mit")
+    (tmp_path / "project" / "config.json").write_text("{}")
+    (tmp_path / "project" / "photos").mkdir()
+    assert find_origin({"vqvae": f"{model}/photos"}).license == "mit"
+    assert find_origin({}, {"image set": f"{model}/photos"}).license is None
+    assert find_origin({}, {"image set": model}).license == "mit"
+
+
 def test_card_on_the_hub(tmp_path):
     with serve_hub(tmp_path) as env:
         write_card(tmp_path / "hub" / "org" / "model" / "main", "mit")
