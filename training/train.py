@@ -21,7 +21,8 @@ from svqvae_hf.models.quantizer import flatten_latents
 from svqvae_hf.trainer.checkpoints import Checkpoints, find_checkpoint
 from svqvae_hf.trainer.codebook import CodebookAverage, DeadCodeReset, forget_codes, initialise_codebook
 from svqvae_hf.trainer.data.crops import centre_crops
-from svqvae_hf.trainer.data.image_source import ImageSource, check_held_out
+from svqvae_hf.trainer.data.held_out import check_held_out
+from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.linear_start import start_linear
 from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.losses.objective import Objective, Pair

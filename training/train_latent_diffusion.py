@@ -21,7 +21,8 @@ from svqvae_hf.hub.model_cards import quote
 from svqvae_hf.trainer.checkpoints import Checkpoints, find_checkpoint
 from svqvae_hf.trainer.configs import load_network_config
 from svqvae_hf.trainer.data.crop_batches import CropBatch
-from svqvae_hf.trainer.data.image_source import ImageSource, check_held_out
+from svqvae_hf.trainer.data.held_out import check_held_out
+from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.data.sample_order import batch_generator
 from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.optimization import make_optimizer

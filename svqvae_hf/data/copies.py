@@ -1,14 +1,13 @@
 """Copies of image sets in the cache of `datasets`, for random access."""
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import datasets
 
+from svqvae_files.identity import value_digest
 from svqvae_hf.data.image_parts import ImagePart, IndexedRows
-from svqvae_hf.data.image_rows import ImageRow, read_bytes
+from svqvae_hf.data.image_rows import ImageRow, ImageSource, read_bytes
 
 KEY, IMAGE = "__key__", "__image__"  # columns
 
@@ -37,20 +36,28 @@ def copy_images(parts: Sequence[ImagePart], features: datasets.Features, fingerp
     Args:
         parts (`Sequence[ImagePart]`): Parts of the set.
         features (`datasets.Features`): Types of the columns beside the images.
-        fingerprint (`str`): Fingerprint of the files.
+        fingerprint (`str`): Fingerprint of the set.
     """
     text = datasets.Value("string")
     image = {"path": text, "bytes": datasets.Value("binary"), "fault": text}
-    features = datasets.Features({KEY: text, IMAGE: image, **features})
-    name = hashlib.sha256(f"{fingerprint} {features}".encode()).hexdigest()[:16]
+    columns = datasets.Features({KEY: text, IMAGE: image, **features})
+    name = value_digest([fingerprint, str(columns)])[:16]
     sources = {"parts": tuple(parts)}
-    return CopiedRows(datasets.Dataset.from_generator(_rows, features, gen_kwargs=sources, fingerprint=name))
+    return CopiedRows(datasets.Dataset.from_generator(_rows, columns, gen_kwargs=sources, fingerprint=name))
 
 
 def _rows(parts: Sequence[ImagePart]) -> Iterator[dict[str, Any]]:
-    """Rows to copy, with images at URLs embedded."""
-    for key, source, values in chain.from_iterable(part.read() for part in parts):
-        image = {"path": None, "bytes": None, "fault": None} | dict(cast(Mapping[str, Any], source or {}))
-        if image["bytes"] is None and image["fault"] is None and "://" in (image["path"] or ""):
-            image["bytes"] = read_bytes(image["path"])
-        yield {KEY: key, IMAGE: image, **values}
+    for part in parts:
+        for row in part.read():
+            yield {KEY: row.key, IMAGE: _embedded(row.source), **row.values}
+
+
+def _embedded(source: ImageSource) -> dict[str, Any]:
+    """An image as it is stored in the copy, with the bytes of an image at a URL."""
+    image = {"path": None, "bytes": None, "fault": None}
+    if isinstance(source, dict):
+        image |= source
+    is_url = "://" in (image["path"] or "")
+    if is_url and image["bytes"] is None and image["fault"] is None:
+        image["bytes"] = read_bytes(image["path"])
+    return image

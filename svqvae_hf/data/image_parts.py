@@ -5,17 +5,15 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
 from svqvae_files.inputs import readable
-from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
-from svqvae_hf.untrusted.set_rows import confine_row
+from svqvae_hf.data.image_rows import ImageRow
+from svqvae_hf.data.metadata import ImageTable
 
 NOT_PART_OF_A_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"  # repository and revision on the Hub, or an archive
 
@@ -42,7 +40,8 @@ class IndexedRows(ABC):
 
     def read(self) -> Iterator[ImageRow]:
         """Yields the images."""
-        return (self[index] for index in range(len(self)))
+        for index in range(len(self)):
+            yield self[index]
 
 
 class FileRows(IndexedRows):
@@ -51,38 +50,71 @@ class FileRows(IndexedRows):
     Args:
         root (`str`): Folder above all files.
         keys (`Sequence[str]`): Paths of the files, relative to `root`.
+        folders (`Sequence[str]`): Label of each file.
+
+    Attributes:
+        features (`datasets.Features`): The column `label`, if there are several folders.
     """
 
-    def __init__(self, root: str, keys: Sequence[str]):
+    def __init__(self, root: str, keys: Sequence[str], folders: Sequence[str]):
         self.root = root
-        self.names = pa.array(map(os.fsencode, keys), pa.binary(), size=len(keys))
-        names = sorted({readable(os.path.dirname(key)) or "." for key in keys})
+        encoded_keys = [os.fsencode(key) for key in keys]
+        self.keys = pa.array(encoded_keys, pa.binary())  # small, because it is copied to workers
         self.features = datasets.Features()
-        if names != ["."]:
-            index = {name: number for number, name in enumerate(names)}
-            self.labels = np.array([index[readable(os.path.dirname(key)) or "."] for key in keys], np.int32)
-            self.features["label"] = datasets.ClassLabel(names=names)
+        labels = sorted({readable(folder) for folder in folders})
+        if labels != ["."]:
+            number_of_label = {label: number for number, label in enumerate(labels)}
+            numbers = [number_of_label[readable(folder)] for folder in folders]
+            self.labels = np.array(numbers, np.int32)
+            self.features["label"] = datasets.ClassLabel(names=labels)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.keys)
 
     def __getitem__(self, index: int) -> ImageRow:
-        name = os.fsdecode(self.names[index].as_py())
-        values = {"label": int(self.labels[index])} if self.features else {}
-        return ImageRow(readable(name), {"path": os.path.join(self.root, name), "bytes": None}, values)
+        key = os.fsdecode(self.keys[index].as_py())
+        values = {}
+        if self.features:
+            values["label"] = int(self.labels[index])
+        return file_row(self.root, key, values)
 
-    def stamps(self) -> list[tuple[str, int, int]]:
-        """Name, bytes and time of change in ns of each file that is still there."""
-        stamps = []
-        for name in map(os.fsdecode, self.names.to_pylist()):
-            with suppress(OSError):
-                fact = os.stat(os.path.join(self.root, name))
-                stamps.append((name, fact.st_size, fact.st_mtime_ns))
-        return stamps
+
+class CaptionedRows(IndexedRows):
+    """Image files with values from metadata files.
+
+    Args:
+        root (`str`): Folder above all files.
+        table ([`~svqvae_hf.data.metadata.ImageTable`]): The files, and their values.
+        columns (`Sequence[str]`): Columns to keep.
+    """
+
+    def __init__(self, root: str, table: ImageTable, columns: Sequence[str]):
+        self.root = root
+        self.keys = table.keys
+        self.values = table.values.select(columns)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> ImageRow:
+        values = {}
+        for name in self.values.column_names:
+            values[name] = self.values[name][index].as_py()
+        return file_row(self.root, self.keys[index], values)
+
+
+def file_row(root: str, key: str, values: dict[str, Any]) -> ImageRow:
+    """Row of an image file."""
+    return ImageRow(readable(key), {"path": os.path.join(root, key), "bytes": None}, values)
 
 
 class FirstRows:
-    """The first images of a set, as one part."""
+    """The first images of a set, as one part.
+
+    Args:
+        images (`Iterable[ImageRow]`): The set.
+        count (`int`): Number of images.
+    """
 
     def __init__(self, images: Iterable[ImageRow], count: int):
         self.images = images
@@ -115,41 +147,18 @@ class RowRange(IndexedRows):
         return self.rows[self.range[index]]
 
 
-@dataclass
-class StreamPart:
-    """A shard of a set of `datasets` that is streamed.
+def row_key(source: Any, root: str, default: str) -> str:
+    """Key of an image in a row of a table.
 
     Args:
-        rows (`datasets.IterableDataset`): The set, with its images undecoded.
-        image_column (`str`): Column of the images.
-        root (`str`): Folder or name of the set.
-        repository (`str`, *optional*): Repository of the set if it is on the Hub, which its rows may name files of.
-        is_remote (`bool`): Whether the file is at a URL or on the Hub, so that reading it can fail for a while.
-        name (`str`): Name of the shard's file.
-        number (`int`): Number of the shard.
+        source: The image: a mapping with a `"path"`, or anything else.
+        root (`str`): Folder of the set.
+        default (`str`): Key of an image without a path.
     """
-
-    rows: datasets.IterableDataset
-    image_column: str
-    root: str
-    repository: str | None
-    is_remote: bool
-    name: str
-    number: int
-
-    def read(self) -> Iterator[ImageRow]:
-        """Yields the images. The rest of a broken file is one unreadable row."""
-        try:
-            shard = self.rows.shard(self.rows.num_shards, self.number)
-            for index, batch in enumerate(shard.iter(1)):  # its `__iter__` would share rows among a loader's workers
-                row = {name: values[0] for name, values in batch.items()}
-                source = confine_row(row.pop(self.image_column), self.repository)
-                path = source["path"] if isinstance(source, Mapping) else None
-                key = re.sub(NOT_PART_OF_A_KEY, "", path.partition("::")[0]) if path else f"{self.number}-{index}"
-                yield ImageRow(os.path.relpath(key, self.root) if os.path.isabs(key) else key, source, row)
-        except (ValueError, OSError, pa.ArrowException) as error:
-            if isinstance(error, OSError) and (self.is_remote or error.errno):  # of the network or the disk
-                raise
-            reason = fault_of(error).removesuffix(".")
-            kept = [name for name in self.rows.features if name != self.image_column]
-            yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", kept)
+    if not isinstance(source, Mapping) or not source["path"]:
+        return default
+    path = source["path"].partition("::")[0]
+    key = re.sub(NOT_PART_OF_A_KEY, "", path)
+    if os.path.isabs(key):
+        return os.path.relpath(key, root)
+    return key

@@ -5,7 +5,8 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
 from lzma import LZMAError
 from typing import Any
@@ -15,7 +16,8 @@ import fsspec
 
 from svqvae_files.errors import explained
 from svqvae_files.inputs import readable
-from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, check_columns, fault_of, unreadable
+from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, fault_of, unreadable
+from svqvae_hf.data.selection import Selection
 from svqvae_hf.models.image_files import IMAGE_SUFFIXES
 from svqvae_hf.untrusted.tars import StrictTarInfo, check_end, read_member
 
@@ -24,7 +26,37 @@ TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, LZMAError, OSError)
 MEMBER_NAME = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)")  # a sample's name ends at the first dot
 PEEKED_SAMPLES = 100  # that say which columns a set has
 
-Sample = tuple[str, dict[str, bytes | None]]  # its name, and its members by suffix; None: refused as too large
+
+@dataclass
+class Sample:
+    """Consecutive members of one name.
+
+    Args:
+        name (`str`): Path of the members without their suffixes.
+        members (`dict[str, bytes]`): Contents by suffix without a dot; `None` for one that is too large.
+        repeated (`list[str]`): Suffixes that several members have.
+    """
+
+    name: str
+    members: dict[str, bytes | None] = field(default_factory=dict)
+    repeated: list[str] = field(default_factory=list)
+
+    def add(self, suffix: str, content: bytes | None) -> None:
+        """Adds a member."""
+        if suffix in self.members:
+            self.repeated.append(suffix)
+        self.members[suffix] = content
+
+    def image_suffixes(self, image_suffix: str | None) -> list[str]:
+        """Suffixes of the images: the one that is asked for, or all suffixes of images."""
+        suffixes = []
+        for suffix in self.members:
+            is_image = f".{suffix}" in IMAGE_SUFFIXES
+            if image_suffix is not None:
+                is_image = suffix == image_suffix
+            if is_image:
+                suffixes.append(suffix)
+        return suffixes
 
 
 class TarPart:
@@ -33,49 +65,75 @@ class TarPart:
     Args:
         path (`str`): Local path, or a path for `fsspec`.
         features (`datasets.Features`): Columns to keep, by the suffixes of their members.
-        image_key (`str`, *optional*): Suffix of the images without a dot; by default any suffix of images.
+        selection ([`Selection`]): The suffix of the images, by default any suffix of images; and the columns that were
+            asked for.
     """
 
-    def __init__(self, path: str, features: datasets.Features, image_key: str | None):
+    def __init__(self, path: str, features: datasets.Features, selection: Selection):
         self.path = path
         self.name = readable(os.path.basename(path))
         self.features = features
-        self.image_key = image_key
+        self.selection = selection
+        self.image_suffix = selection.image_column
 
     def read(self) -> Iterator[ImageRow]:
-        """Yields the images."""
+        """Yields the images.
+
+        Raises:
+            OSError: The file cannot be reached.
+            ValueError: The file has labels that the first samples of the set have not, or the members of a sample do
+                not stand side by side.
+        """
         try:
-            for name, members in _samples(self.path):
-                yield self._row(name, members)
+            for sample in _samples(self.path):
+                yield self._row(sample)
         except TAR_ERRORS as error:
             if isinstance(error, OSError) and ("://" in self.path or error.errno):  # of the network or the disk
                 raise
             reason = f"the tar file ends early: {fault_of(error).removesuffix('.')}."
-            yield unreadable(self.name, reason, [*self.features])
+            yield unreadable(self.name, reason, list(self.features))
 
-    def _row(self, name: str, members: dict[str, bytes | None]) -> ImageRow:
-        keys = image_keys(members, self.image_key)
-        if len(keys) != 1 or any(f"{column}*" in members for column in self.features):
-            listed = ", ".join(member.rstrip("*") for member in members)
+    def _row(self, sample: Sample) -> ImageRow:
+        self._check_labels(sample)
+        columns = list(self.features)
+        image_suffixes = sample.image_suffixes(self.image_suffix)
+        is_repeated = any(suffix in sample.repeated for suffix in [*image_suffixes, *columns])
+        if len(image_suffixes) != 1 or is_repeated:
+            listed = ", ".join([*sample.members, *sample.repeated])
             fault = f"the sample must hold one image, its files side by side, one of each kind, got {listed}."
-            return unreadable(name, fault, [*self.features])
-        key, content = f"{name}.{keys[0]}", members[keys[0]]
+            return unreadable(sample.name, fault, columns)
+        image_suffix = image_suffixes[0]
+        key = f"{sample.name}.{image_suffix}"
+        values = {}
         try:
-            values = {column: _value(members.get(column), type) for column, type in self.features.items()}
+            for column, type in self.features.items():
+                values[column] = _value(sample.members.get(column), type)
         except ValueError as error:
-            return unreadable(key, f"a label beside it cannot be read: {error}", [*self.features])
+            return unreadable(key, f"a label beside it cannot be read: {error}", columns)
+        content = sample.members[image_suffix]
         if content is None:
-            return unreadable(key, "the image is too large for a member of a tar file.", [*self.features])
+            return unreadable(key, "the image is too large for a member of a tar file.", columns)
         return ImageRow(key, {"path": key, "bytes": content}, values)
 
+    def _check_labels(self, sample: Sample) -> None:
+        """Raises if a label would be lost, because the first samples of the set have none of its kind."""
+        for suffix in sample.members:
+            is_kept = self.selection.keeps(suffix) and suffix != self.image_suffix
+            if is_kept and suffix not in self.features:
+                raise ValueError(
+                    f"`{self.path}` has `{sample.name}.{suffix}`, but the first {PEEKED_SAMPLES} samples of the set "
+                    f"have no {suffix}. Ask for the column, as by `--keep {suffix}`. If the members of a sample do "
+                    "not stand side by side, pack them again with `tar --sort=name`."
+                )
 
-def open_tars(paths: Sequence[str], image_key: str | None, columns: Sequence[str]) -> list[TarPart]:
+
+def open_tars(paths: Sequence[str], selection: Selection) -> list[TarPart]:
     """Finds the columns of tar files, from the first samples of the first file that has any.
 
     Args:
         paths (`Sequence[str]`): Local paths, or paths for `fsspec`.
-        image_key (`str`, *optional*): Suffix of the images; required if samples have several images.
-        columns (`Sequence[str]`): Suffixes of further members to keep, besides [`LABEL_COLUMNS`].
+        selection ([`Selection`]): The suffix of the images, which is required if samples have several; and suffixes of
+            further members to keep. Those of [`LABEL_COLUMNS`] need not be in the first samples.
 
     Raises:
         OSError: The first file cannot be fetched.
@@ -84,32 +142,46 @@ def open_tars(paths: Sequence[str], image_key: str | None, columns: Sequence[str
     samples, fault = _first_samples(paths)
     if not samples:
         raise ValueError(f"tar files must hold images, but `{paths[0]}` has none: {fault or 'it is empty'}.")
-    suffixes = list(dict.fromkeys(suffix.rstrip("*") for _, members in samples for suffix in members))
-    found = [image_keys(members, image_key) for _, members in samples]
-    if not any(found):
-        wrong = "" if image_key is None else f", got `{image_key}`"
-        raise ValueError(f"--image-column must be one of {', '.join(suffixes)}{wrong}.")
-    several = next((keys for keys in found if len({key.rstrip("*") for key in keys}) > 1), None)
-    if several:
-        raise ValueError(f"the samples have several images: {', '.join(several)}. Choose one with --image-column.")
-    check_columns(columns, suffixes)
-    kept = [suffix for suffix in suffixes if suffix in (*LABEL_COLUMNS, *columns)]
-    features = datasets.Features({suffix: _type(suffix, samples) for suffix in kept})
-    return [TarPart(path, features, image_key) for path in paths]
+    suffixes = _suffixes(samples)
+    _check_images(samples, suffixes, selection.image_column)
+    for column in selection.columns:
+        if column in LABEL_COLUMNS and column not in suffixes:
+            suffixes.append(column)
+    selection.check_columns(suffixes)
+    features = datasets.Features()
+    for suffix in suffixes:
+        if selection.keeps(suffix):
+            features[suffix] = _type(suffix, samples)
+    return [TarPart(path, features, selection) for path in paths]
 
 
-def image_keys(members: dict[str, bytes | None], image_key: str | None) -> list[str]:
-    """Suffixes of the images of a sample."""
-    names = {key: key.rstrip("*") for key in members}
-    return [
-        key
-        for key, name in names.items()
-        if (f".{name}" in IMAGE_SUFFIXES if image_key is None else name == image_key)
-    ]
+def _suffixes(samples: Sequence[Sample]) -> list[str]:
+    suffixes: dict[str, None] = {}
+    for sample in samples:
+        suffixes |= dict.fromkeys(sample.members)
+    return list(suffixes)
+
+
+def _check_images(samples: Sequence[Sample], suffixes: Sequence[str], image_suffix: str | None) -> None:
+    """Raises unless the samples have images, and each has one."""
+    has_image = False
+    for sample in samples:
+        image_suffixes = sample.image_suffixes(image_suffix)
+        if len(image_suffixes) > 1:
+            listed = ", ".join(image_suffixes)
+            raise ValueError(f"the samples have several images: {listed}. Choose one with --image-column.")
+        has_image = has_image or len(image_suffixes) == 1
+    if not has_image:
+        got = "" if image_suffix is None else f", got `{image_suffix}`"
+        raise ValueError(
+            f"--image-column must be one of {', '.join(suffixes)}{got}. If the members of a sample do not stand side "
+            "by side, pack the files again with `tar --sort=name`."
+        )
 
 
 def _first_samples(paths: Sequence[str]) -> tuple[list[Sample], str]:
-    fault = ""
+    """Reads the first samples of the first file that has any. Without one, returns why the first file has none."""
+    first_fault = ""
     for path in paths:
         samples: list[Sample] = []
         try:
@@ -118,47 +190,63 @@ def _first_samples(paths: Sequence[str]) -> tuple[list[Sample], str]:
         except TAR_ERRORS as error:
             if isinstance(error, OSError) and ("://" in path or error.errno):
                 raise
-            fault = fault or fault_of(error)
+            first_fault = first_fault or fault_of(error)
         if samples:
             return samples, ""
-    return [], fault
+    return [], first_fault
 
 
 def _samples(path: str) -> Iterator[Sample]:
-    name: str | None = None
-    members: dict[str, bytes | None] = {}
-    with ExitStack() as stack:
-        if "://" in path:
-            stack.enter_context(explained(path, "read"))
-            file = stack.enter_context(fsspec.open(path, "rb"))
-            tar = stack.enter_context(tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo))
-        else:
-            tar = stack.enter_context(tarfile.open(path, tarinfo=StrictTarInfo))
+    """Yields the samples of a file. Raises ValueError if the members of one do not stand side by side."""
+    sample: Sample | None = None
+    names: set[str] = set()
+    with _opened(path) as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined] # otherwise it keeps all
             match = MEMBER_NAME.fullmatch(readable(member.name))
             if match is None or not member.isfile():
                 continue
-            if match[1] != name:
-                if name is not None:
-                    yield name, members
-                name, members = match[1], {}
-            suffix = match[2].lower()
-            copies = "*" * sum(key.rstrip("*") == suffix for key in members)  # of files of the same name
-            members[suffix + copies] = read_member(tar, member)
-        if name is not None:
-            yield name, members
+            name, suffix = match.groups()
+            if sample is None or name != sample.name:
+                if sample is not None:
+                    yield sample
+                if name in names:
+                    raise ValueError(
+                        f"the members of a sample must stand side by side, but `{name}.{suffix}` in `{path}` does not "
+                        "follow the others of its name. Pack the file again with `tar --sort=name`."
+                    )
+                names.add(name)
+                sample = Sample(name)
+            sample.add(suffix.lower(), read_member(tar, member))
+        if sample is not None:
+            yield sample
         check_end(tar)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tarfile.TarFile]:
+    if "://" not in path:
+        with tarfile.open(path, tarinfo=StrictTarInfo) as tar:
+            yield tar
+        return
+    with explained(path, "read"), fsspec.open(path, "rb") as file:
+        with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as tar:
+            yield tar
 
 
 def _type(suffix: str, samples: Sequence[Sample]) -> datasets.Value:
     """Type of a column: text, but integers for classes."""
-    values = [members[suffix] or b"" for _, members in samples if suffix in members]
-    return datasets.Value("int64" if suffix == "cls" and all(map(_is_integer, values)) else "string")
+    if suffix != "cls":
+        return datasets.Value("string")
+    for sample in samples:
+        content = sample.members.get(suffix, b"0")
+        if content is None or not _is_integer(content):
+            return datasets.Value("string")
+    return datasets.Value("int64")
 
 
-def _is_integer(value: bytes) -> bool:
-    return re.fullmatch(rb"\s*-?\d{1,18}\s*", value) is not None
+def _is_integer(content: bytes) -> bool:
+    return re.fullmatch(rb"\s*-?\d{1,18}\s*", content) is not None
 
 
 def _value(content: bytes | None, type: datasets.Value) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from svqvae_hf.data.image_sets import is_hub_set
+from svqvae_hf.data.repositories import is_hub_set
 from svqvae_hf.hub.model_cards import one_line, quote, table_rows
 from svqvae_hf.hub.repositories import public_name
 from svqvae_hf.token_sets.settings import TokenSettings

@@ -14,7 +14,7 @@ import torch
 
 from svqvae_files.file_names import TOKEN_SET_FILE
 from svqvae_files.folders import Folder
-from svqvae_hf.data.image_sets import is_hub_set
+from svqvae_hf.data.repositories import is_hub_set
 from svqvae_hf.hub.repositories import download_file
 from svqvae_hf.models.checks import check_integers
 from svqvae_hf.token_sets.crops import CROPS, is_whole

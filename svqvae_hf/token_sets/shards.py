@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from svqvae_files.folders import Folder
-from svqvae_hf.data.image_sets import explained_set
+from svqvae_hf.data.set_errors import explained_set
 from svqvae_hf.token_sets.crops import CROPS
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokens.token_files import METADATA_KEY

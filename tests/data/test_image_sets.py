@@ -95,6 +95,9 @@ def test_zip_files_hold_images(tmp_path):
     assert len(keys(open_images([f"{tmp_path}/dog"], split="train"))) == 2
     packed = bytearray((tmp_path / "dog" / "packed.zip").read_bytes())
     packed[packed.index(b"0.png") + 20] ^= 255
+    (tmp_path / "dog" / "no.zip").write_bytes(b"no zip file" * 10)
+    with pytest.raises(ValueError, match="no.zip` must be a zip file, but is damaged"):
+        open_images([f"{tmp_path}/dog/no.zip"])
     (tmp_path / "dog" / "packed.zip").write_bytes(packed)
     with pytest.raises(ValueError, match="its archive is damaged"):
         read_image(next(iter(open_images([f"{tmp_path}/dog/packed.zip"]))))
@@ -130,7 +133,56 @@ def test_fingerprint_changes_with_a_file(tmp_path):
     assert open_images([str(tmp_path)]).fingerprint != before
 
 
-# Sets of `datasets`
+def test_several_folders_have_the_classes_of_each(tmp_path):
+    for name in ("a/cat/0.png", "a/dog/1.png", "b/cat/0.png", "b/fox/2.png"):
+        save(numbered(0), tmp_path / name)
+    images = open_images([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert images.features["label"].names == ["cat", "dog", "fox"]
+    found = [(row.key, row.values["label"]) for row in images]
+    assert found == [("a/cat/0.png", 0), ("a/dog/1.png", 1), ("b/cat/0.png", 0), ("b/fox/2.png", 2)]
+    braces = open_images([f"{tmp_path}/{{a,b}}"])
+    assert [(row.key, row.values["label"]) for row in braces] == found
+    files = open_images([f"{tmp_path}/{key}" for key, _ in found])
+    assert files.features["label"].names == ["a/cat", "a/dog", "b/cat", "b/fox"]
+
+
+def test_images_of_formats_that_are_not_read_are_named(tmp_path, caplog):
+    save(numbered(0), tmp_path / "0.png")
+    for name in ("1.HEIC", "2.jfif"):
+        (tmp_path / name).write_bytes(b"")
+    assert keys(open_images([str(tmp_path)])) == ["0.png"]
+    assert "has 2 images in formats that are not read, such as `" + str(tmp_path / "1.HEIC") in caplog.text
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(FileNotFoundError, match="has none: .* has 2 images in formats that are not read, such as `"):
+        open_images([str(tmp_path)])
+
+
+def test_fingerprint_is_of_all_files_columns_and_classes(tmp_path):
+    for number in range(40):
+        save(numbered(number), tmp_path / "photos" / "cat" / f"{number}.png")
+    folder = str(tmp_path / "photos")
+
+    def fingerprint(**options):
+        return open_images([folder], **options).fingerprint
+
+    before = fingerprint()
+    shutil.copytree(folder, tmp_path / "copy")  # with the times of change
+    assert open_images([str(tmp_path / "copy")]).fingerprint == before
+    (tmp_path / "photos" / "notes.md").write_text("no image")
+    assert fingerprint() == before
+    changed = tmp_path / "photos" / "cat" / "17.png"
+    content, time = changed.read_bytes(), changed.stat().st_mtime_ns
+    os.utime(changed, ns=(0, 0))  # older
+    assert fingerprint() != before
+    changed.write_bytes(content)
+    os.utime(changed, ns=(time, time))
+    assert fingerprint() == before
+    assert fingerprint(max_images=3) != before
+    os.rename(tmp_path / "photos" / "cat", tmp_path / "photos" / "dog")
+    assert fingerprint() != before
+
+
+# Tables and archives
 
 
 def test_a_set_is_streamed(parquet, photos, cache):
@@ -166,7 +218,7 @@ def test_metadata_of_splits(tmp_path):
     for folders in ([tmp_path], [tmp_path, tmp_path / "train"]):
         with pytest.raises(ValueError, match="has the splits test, train. Choose one"):
             open_images([*map(str, folders)])
-    for names in ([f"{tmp_path}/train", f"{tmp_path}/test"], [f"file://{tmp_path}"]):
+    for names in ([f"{tmp_path}/train", f"{tmp_path}/test"], [f"file://{tmp_path}/test"]):
         with pytest.raises(ValueError, match="has a metadata file, for images of one local folder"):
             open_images(names)
     rows.to_json(tmp_path / "metadata.jsonl")
@@ -200,6 +252,7 @@ def test_the_rest_of_a_broken_file_is_one_unreadable_row(sets, tmp_path):
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
+        ("im*", {}, "a pattern must match files, but `im[*]` matches only folders. Pass the folders, or `im[*]/[*]`"),
         ("nowhere/*.png", {}, "no file or folder matches: `.*nowhere/.*.png`"),
         ("shards/s-{0..2}.tar", {}, "no file or folder matches: `.*s-2.tar`"),
         ("shards/s-{1..0}.tar", {}, "`{1..0}` in .* must count upwards"),
@@ -210,7 +263,7 @@ def test_the_rest_of_a_broken_file_is_one_unreadable_row(sets, tmp_path):
         ("a.parquet", {}, "--image-column must be one of the columns of images"),
         ("a.parquet", {"columns": ["size"]}, "columns must be among number, text, got size"),
         ("two.parquet", {}, "--image-column must be one of left, right"),
-        ("words", {}, "`datasets` would leave out `.*words/b.parquet` by its name. Rename it, or"),
+        ("words", {}, "must be of its splits, validation, but `b.parquet` has no such word in its name. Rename it"),
         ("bad.parquet", {}, "bad.parquet` cannot be opened: Parquet magic bytes"),
         ("bad.tar", {}, "tar files must hold images, but `.*bad.tar` has none: .*"),
         ("nope://bucket/photos", {}, "Protocol not known: nope"),

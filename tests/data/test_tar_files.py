@@ -7,7 +7,6 @@ from numbered_images import crop_loader, encode, numbered, numbers, write_tar
 
 from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.data.tar_files import TarPart
 from svqvae_hf.untrusted import tars
 
 
@@ -114,11 +113,11 @@ def test_headers_that_take_unbounded_memory_or_recursion_are_refused(tmp_path, m
         ("many", header(3) * 5000, ""),  # recursion, or from Python 3.13 on an invalid header
     ):
         write_tar(tmp_path / f"{name}.tar", sample(0))
+        (part,) = open_images([f"{prefix}{tmp_path}/{name}.tar"]).parts
         with tarfile.open(tmp_path / f"{name}.tar") as tar:
             end = tar.getmembers()[-1].offset_data + 512
         content = (tmp_path / f"{name}.tar").read_bytes()
         (tmp_path / f"{name}.tar").write_bytes(content[:end] + headers + content[end:])
-        part = TarPart(f"{prefix}{tmp_path}/{name}.tar", datasets.Features({}), image_key=None)
         ((found, fault),) = faults(part.read()).items()
         assert found == f"{name}.tar"
         assert f"the tar file ends early: {reason}" in fault
@@ -147,6 +146,35 @@ def test_a_damaged_header_is_not_the_end(tmp_path, damage, mode):
     damage(content, header)
     path.write_bytes(gzip.compress(content) if mode == "w:gz" else content)
     for place in (str(path), f"file://{path}"):
-        part = TarPart(place, datasets.Features({}), image_key=None)
+        (part,) = open_images([place]).parts
         assert [row.key for row in part.read()][:7] == [f"{n:04}.{('jpg', 'png', 'webp')[n % 3]}" for n in range(7)]
         assert [*faults(part.read())] == ["a.tar"]
+
+
+@pytest.mark.parametrize("place", ["later members", "later shard"])
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_a_label_that_the_first_samples_have_not_is_an_error_or_kept_if_named(tmp_path, place, prefix):
+    images = [(f"{number:04}.png", encode(numbered(number))) for number in range(110)]
+    labelled = [("9999.png", encode(numbered(0))), ("9999.txt", b"caption")]
+    if place == "later shard":
+        write_tar(tmp_path / "0.tar", images)
+        write_tar(tmp_path / "1.tar", labelled)
+    else:
+        write_tar(tmp_path / "1.tar", images + labelled)
+    with pytest.raises(
+        ValueError, match="1.tar` has `9999.txt`, but the first 100 samples of the set have no txt"
+    ):
+        list(open_images([f"{prefix}{tmp_path}"]))
+    rows = list(open_images([f"{prefix}{tmp_path}"], columns=["txt"]))
+    assert [row.values["txt"] for row in rows] == [None] * 110 + ["caption"]
+    assert len(list(open_images([f"{prefix}{tmp_path}"], keep_labels=False))) == 111
+
+
+@pytest.mark.parametrize("count", [30, 130])
+@pytest.mark.parametrize("order", [("png", "txt", "cls"), ("txt", "png")])
+def test_a_tar_of_images_and_then_texts_is_an_error_that_says_how_to_pack_it(tmp_path, count, order):
+    contents = {"png": encode(numbered(0)), "txt": b"caption", "cls": b"1"}
+    members = [(f"{number:04}.{suffix}", contents[suffix]) for suffix in order for number in range(count)]
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(ValueError, match="stand side by side.*`tar --sort=name`"):
+        list(open_images([str(tmp_path)]))

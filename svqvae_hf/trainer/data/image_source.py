@@ -1,18 +1,14 @@
 """The images of a run: loaders of their crops."""
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from svqvae_files.inputs import readable
-from svqvae_hf.data.image_parts import FileRows
-from svqvae_hf.data.image_sets import ImageSet, open_images
+from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.trainer.data.crop_batches import CropBatch, CropCutter
 from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy
@@ -20,24 +16,6 @@ from svqvae_hf.trainer.data.sample_order import Share
 from svqvae_hf.trainer.options import ImageOptions
 
 logger = get_logger(__name__, log_level="INFO")
-
-
-def check_held_out(held_out: ImageSet, trained: ImageSet | None) -> None:
-    """Raises if a file of one folder has the same bytes as one of the other. Sets without files are not compared."""
-    if trained is None or not (isinstance(held_out.rows, FileRows) and isinstance(trained.rows, FileRows)):
-        return
-    root = Path(trained.rows.root)
-    by_size: dict[int, list[str]] = defaultdict(list)
-    for name, size, _ in trained.rows.stamps():
-        by_size[size].append(name)
-    for name, size, _ in held_out.rows.stamps():
-        content = Path(held_out.rows.root, name).read_bytes()
-        for other in by_size.get(size, []):
-            if (root / other).read_bytes() == content:
-                raise ValueError(
-                    f"`--validation_data_dir` must hold images that are not trained on, but `{readable(name)}` is "
-                    f"`{readable(other)}` of the training images. Remove it from one of them."
-                )
 
 
 @dataclass
@@ -70,12 +48,17 @@ class ImageSource:
             split=options.split,
             image_column=options.image_column,
             columns=columns,
+            keep_labels=False,
             data_files=options.data_files,
             copy=not options.streaming,
             results=options.output_dir,
         )
         mix = options.mix_data_dir
-        self.mixed = open_images([mix], columns=columns, copy=True, results=options.output_dir) if mix else None
+        self.mixed = (
+            open_images([mix], columns=columns, keep_labels=False, copy=True, results=options.output_dir)
+            if mix
+            else None
+        )
         self.label_feature: Any = None if label_column is None else self.images.features[label_column]
         if self.mixed and label_column and self.mixed.features[label_column] != self.label_feature:
             raise ValueError("`--mix_data_dir` must have the classes of the training images, but has others.")

@@ -1,0 +1,119 @@
+"""Captions and labels of image files, in files named `metadata` beside them."""
+
+import csv
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from svqvae_files.errors import explained
+from svqvae_files.json_files import parse_json_object
+
+FILE_NAME = "file_name"  # column of the images, relative to the folder of the metadata file
+INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """Image files with values of columns.
+
+    Args:
+        keys (`list[str]`): Paths of the files, relative to the folder of the set.
+        values (`pa.Table`): Columns beside the name of the file, one row per file.
+        features (`datasets.Features`): Types of the columns.
+    """
+
+    keys: list[str]
+    values: pa.Table
+    features: datasets.Features
+
+
+def read_metadata(files: Sequence[str], root: str) -> ImageTable:
+    """Reads all metadata files of a folder, in the order of the files and of their rows.
+
+    Args:
+        files (`Sequence[str]`): Paths of CSV, JSON Lines or Parquet files.
+        root (`str`): Folder of the set.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: A file is damaged, names no images, or has other types of columns than the first.
+    """
+    keys: list[str] = []
+    tables = []
+    features = datasets.Features()
+    for file in sorted(files):
+        table = _read_table(file)
+        keys += _keys_of_images(table, file, root)
+        table = table.drop_columns([FILE_NAME])
+        for name, feature in datasets.Features.from_arrow_schema(table.schema).items():
+            if feature == datasets.Value("null"):  # all cells are empty
+                continue
+            if features.setdefault(name, feature) != feature:
+                raise ValueError(
+                    f"metadata files of a set must have columns of one type, but `{name}` of `{file}` is {feature}, "
+                    f"and {features[name]} before."
+                )
+        tables.append(table)
+    values = pa.concat_tables(tables, promote_options="default")
+    for name in values.column_names:
+        features.setdefault(name, datasets.Value("null"))
+    return ImageTable(keys, values, features)
+
+
+def _read_table(file: str) -> pa.Table:
+    suffix = os.path.splitext(file)[1]
+    with explained(file, "read"):
+        try:
+            if suffix == ".csv":
+                table = _read_csv(file)
+            elif suffix == ".jsonl":
+                table = _read_json_lines(file)
+            else:
+                table = pq.read_table(file)
+        except (pa.ArrowException, csv.Error, UnicodeError) as error:
+            raise ValueError(f"`{file}` must hold a table, but is damaged: {error}.") from error
+    if FILE_NAME not in table.column_names:
+        raise ValueError(f"`{file}` must have a column `{FILE_NAME}`, but has {', '.join(table.column_names)}.")
+    return table
+
+
+def _read_csv(file: str) -> pa.Table:
+    """Reads texts as they stand, such as `NA` and `007`. A column is of integers if all of its cells are."""
+    with open(file, newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines)
+        columns: dict[str, list[Any]] = {name: [] for name in reader.fieldnames or ()}
+        for row in reader:
+            if None in row:
+                raise ValueError(f"line {reader.line_num} of `{file}` must have {len(columns)} cells, but has more.")
+            for name, cells in columns.items():
+                cells.append(row[name])
+    for name, cells in columns.items():
+        if name != FILE_NAME and cells and all(cell is not None and INTEGER.fullmatch(cell) for cell in cells):
+            columns[name] = [int(cell) for cell in cells]
+    return pa.table(columns)
+
+
+def _read_json_lines(file: str) -> pa.Table:
+    rows: list[Mapping[str, Any]] = []
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                rows.append(parse_json_object(line, f"{file}, line {number}"))
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: [row.get(name) for row in rows] for name in names})
+
+
+def _keys_of_images(table: pa.Table, file: str, root: str) -> list[str]:
+    folder = os.path.relpath(os.path.dirname(file), root)
+    keys = []
+    for row, name in enumerate(table[FILE_NAME].to_pylist()):
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"`{FILE_NAME}` in `{file}` must be a text in each row, got {name!r:.40} in row {row}.")
+        keys.append(os.path.normpath(os.path.join(folder, name)))
+    return keys

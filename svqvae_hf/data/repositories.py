@@ -1,0 +1,151 @@
+"""Image sets in repositories, on the Hub or downloaded from it, which `datasets` lists and opens."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+
+from svqvae_files.identity import InputIdentity
+from svqvae_hf.data.image_parts import row_key
+from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
+from svqvae_hf.data.selection import Selection
+from svqvae_hf.data.set_files import METADATA_FILES
+from svqvae_hf.data.tables import select_columns
+from svqvae_hf.untrusted.set_rows import confine_row
+
+SET_NAME = r"\w[\w.-]*(/[\w.-]+)?"  # on the Hub, also sets without an owner
+
+
+def is_hub_set(name: str) -> bool:
+    """Whether `name` is the name of a set on the Hub, and not a local path."""
+    return not Path(name).exists() and re.fullmatch(SET_NAME, name) is not None
+
+
+def has_configs(folder: str) -> bool:
+    """Whether a local folder is a downloaded repository, whose README says which files belong to which split."""
+    readme = Path(folder, "README.md")
+    if not readme.is_file():
+        return False
+    return re.search("^configs:", readme.read_text("utf-8", "replace"), re.MULTILINE) is not None
+
+
+@dataclass
+class StreamPart:
+    """A shard of a set of `datasets` that is streamed. The rest of a damaged file is one unreadable row.
+
+    Args:
+        rows (`datasets.IterableDataset`): The set, with its images undecoded.
+        image_column (`str`): Column of the images.
+        root (`str`): Folder or name of the set.
+        repository (`str`, *optional*): Repository of the set if it is on the Hub, which its rows may name files of.
+        name (`str`): Name of the shard's file.
+        number (`int`): Number of the shard.
+    """
+
+    rows: datasets.IterableDataset
+    image_column: str
+    root: str
+    repository: str | None
+    name: str
+    number: int
+
+    def read(self) -> Iterator[ImageRow]:
+        """Yields the images."""
+        try:
+            shard = self.rows.shard(self.rows.num_shards, self.number)
+            for index, batch in enumerate(shard.iter(1)):  # its `__iter__` would share rows among a loader's workers
+                row = {name: values[0] for name, values in batch.items()}
+                source = confine_row(row.pop(self.image_column), self.repository)
+                yield ImageRow(row_key(source, self.root, f"{self.number}-{index}"), source, row)
+        except (ValueError, OSError, pa.ArrowException) as error:
+            is_remote = self.repository is not None
+            if isinstance(error, OSError) and (is_remote or error.errno):  # of the network or the disk
+                raise
+            reason = fault_of(error).removesuffix(".")
+            columns = [name for name in self.rows.features if name != self.image_column]
+            yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", columns)
+
+
+@dataclass(frozen=True)
+class RepositoryFiles:
+    """Files of one split of a repository.
+
+    Args:
+        builder (`datasets.DatasetBuilder`): Builder of the set.
+        split (`str`): The split.
+        root (`str`): Absolute path of a local folder.
+    """
+
+    builder: datasets.DatasetBuilder
+    split: str
+    root: str
+
+    def paths(self) -> list[str]:
+        """Paths or URLs of the files."""
+        return [str(path) for path in self.builder.config.data_files[self.split]]
+
+    def inputs(self) -> list[InputIdentity]:
+        """Identity of each file. Its version holds the revision of the repository, or the time of a local file."""
+        version = str(self.builder.config.data_files[self.split].origin_metadata)
+        return [InputIdentity(path.removeprefix(self.root), 0, version) for path in self.paths()]
+
+    @property
+    def are_tars(self) -> bool:
+        """Whether the files are tar files in WebDataset's form."""
+        return self.builder.name.startswith("webdataset")
+
+    def check_order(self) -> None:
+        """Raises ValueError if the order of the images would differ from process to process."""
+        metadata = [path for path in self.paths() if os.path.basename(path) in METADATA_FILES]
+        if len(metadata) > 1:
+            raise ValueError(
+                f"a split of a repository must have one metadata file, but `{self.split}` has {len(metadata)}, which "
+                "`datasets` reads in a random order. Download the set, and pass the folder with its images."
+            )
+
+
+@dataclass(frozen=True)
+class OpenedStream:
+    """A split that `datasets` streams.
+
+    Args:
+        parts (`list[StreamPart]`): Its shards.
+        image_column (`str`): Column of the images.
+        features (`datasets.Features`): Other columns that are kept.
+        length (`int`, *optional*): Number of images, if the card of the set says it.
+    """
+
+    parts: list[StreamPart]
+    image_column: str
+    features: datasets.Features
+    length: int | None
+
+
+def open_stream(files: RepositoryFiles, name: str, selection: Selection) -> OpenedStream:
+    """Opens a split that `datasets` streams.
+
+    Args:
+        files ([`RepositoryFiles`]): Files of the split.
+        name (`str`): Folder of the set, or its name on the Hub.
+        selection ([`Selection`]): The column of the images, by default found by its type, and columns to keep.
+    """
+    rows = files.builder.as_streaming_dataset(files.split)
+    image_column, column_names = select_columns(rows.features or datasets.Features(), selection)
+    features = datasets.Features({column: rows.features[column] for column in column_names})
+    length = None
+    if rows.info.splits and files.split in rows.info.splits:
+        length = rows.info.splits[files.split].num_examples or None
+    rows = rows.decode(False)  # otherwise a broken image of a folder on the Hub ends the stream
+    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    rows = rows.select_columns([image_column, *column_names])
+    shard_names = [os.path.basename(path) for path in files.paths()]
+    if rows.num_shards != len(shard_names):
+        shard_names = [name] * rows.num_shards
+    parts = []
+    for number, shard_name in enumerate(shard_names):
+        parts.append(StreamPart(rows, image_column, files.root, files.builder.repo_id, shard_name, number))
+    return OpenedStream(parts, image_column, features, length)

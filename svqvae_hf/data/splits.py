@@ -1,0 +1,145 @@
+"""Splits of image sets: which files belong to which, by words in the names of folders and shards."""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+
+WORDS_OF_SPLITS = {  # as `datasets` reads them
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def choose_split(name: str, splits: Sequence[str], split: str | None, remedy: str = "") -> str:
+    """Chooses a split of a set.
+
+    Args:
+        name (`str`): Name of the set, for errors.
+        splits (`Sequence[str]`): Splits of the set.
+        split (`str`, *optional*): Split that is asked for; required if there are several.
+        remedy (`str`, defaults to `""`): Another way to choose one, for the error.
+
+    Raises:
+        ValueError: There is no such split, or there are several and none is asked for.
+    """
+    listed = ", ".join(splits)
+    if split is None and len(splits) > 1:
+        raise ValueError(f"the set `{name}` has the splits {listed}. Choose one with --split{remedy}.")
+    if split is not None and split not in splits:
+        raise ValueError(f"--split must be one of {listed} in the set `{name}`, got `{split}`.")
+    return split or splits[0]
+
+
+def choose_folder(folder: str, keys: Iterable[str], split: str | None) -> str:
+    """Chooses the subfolder of a split in a folder of images.
+
+    Subfolders are splits if all images lie in such folders, or if there are folders of several splits. A single one
+    beside others may be a class, such as `train` beside `car`.
+
+    Args:
+        folder (`str`): Path or URL of the folder.
+        keys (`Iterable[str]`): Paths of its images, relative to it.
+        split (`str`, *optional*): Split that is asked for, by the name of its subfolder.
+
+    Returns:
+        `str`: Path of the subfolder, relative to `folder`; empty if the folder has no splits.
+
+    Raises:
+        ValueError: There is no such split, or an image lies outside the splits.
+    """
+    split_folders: dict[str, str] = {}  # their splits
+    key_outside = None
+    folders_seen: set[str] = set()
+    for key in keys:
+        image_folder = os.path.dirname(key)
+        if image_folder in folders_seen:
+            continue
+        folders_seen.add(image_folder)
+        split_folder = _find_split_folder(image_folder)
+        if split_folder is None:
+            key_outside = key_outside or key
+        else:
+            split_folders[split_folder] = split_of_name(os.path.basename(split_folder)) or ""
+    parents = {os.path.dirname(split_folder) for split_folder in split_folders}
+    has_several = len(set(split_folders.values())) > 1
+    if not has_several and (key_outside is not None or len(parents) != 1):
+        choose_split(folder, ["train"], split)
+        return ""
+    listed = ", ".join(sorted(split_folders))
+    if key_outside is not None:
+        raise ValueError(
+            f"all images of `{folder}` must lie in its splits, {listed}, but `{key_outside}` does not. Move it, or "
+            f"pass `{folder}/{min(split_folders)}`."
+        )
+    if len(parents) > 1:
+        raise ValueError(
+            f"the splits of `{folder}` must lie side by side, but are {listed}. Pass `{folder}/{min(split_folders)}` "
+            "and others like it."
+        )
+    folder_of_split = {os.path.basename(path): path for path in sorted(split_folders)}
+    remedy = f", or pass `{folder}/{min(split_folders)}`"
+    return folder_of_split[choose_split(folder, list(folder_of_split), split, remedy)]
+
+
+def choose_shards(name: str, folder: str, keys: Sequence[str], split: str | None) -> list[str]:
+    """Chooses the shards of a split in a folder of shards, by the first such word in their paths.
+
+    Args:
+        name (`str`): Name of the set, for errors.
+        folder (`str`): Path or URL of the folder.
+        keys (`Sequence[str]`): Paths of the shards, relative to it.
+        split (`str`, *optional*): Split that is asked for.
+
+    Returns:
+        `list[str]`: Paths of the shards. Without a word of a split in any of them, all are of the split `train`.
+
+    Raises:
+        ValueError: There is no such split, or a shard belongs to none.
+    """
+    keys_of_split: dict[str, list[str]] = {}
+    keys_without: list[str] = []
+    for key in keys:
+        shard_split = _split_of_path(key)
+        if shard_split is None:
+            keys_without.append(key)
+        else:
+            keys_of_split.setdefault(shard_split, []).append(key)
+    if not set(keys_of_split) - {"train"}:
+        choose_split(name, ["train"], split)
+        return list(keys)
+    if keys_without:
+        listed = ", ".join(sorted(keys_of_split))
+        raise ValueError(
+            f"all shards of `{folder}` must be of its splits, {listed}, but `{keys_without[0]}` has no such word in "
+            "its name. Rename it, or pass files by a pattern."
+        )
+    splits = sorted(keys_of_split)
+    remedy = f", or pass the shards of one by a pattern such as `{folder}/{keys_of_split[splits[0]][0]}`"
+    return keys_of_split[choose_split(name, splits, split, remedy)]
+
+
+def split_of_name(name: str) -> str | None:
+    """Split that a word in the name of a folder or file stands for."""
+    for word in re.findall("[a-z]+", name.lower()):
+        for split, words in WORDS_OF_SPLITS.items():
+            if word in words:
+                return split
+    return None
+
+
+def _split_of_path(key: str) -> str | None:
+    for part in key.split("/"):
+        split = split_of_name(part)
+        if split is not None:
+            return split
+    return None
+
+
+def _find_split_folder(folder: str) -> str | None:
+    """Path of the uppermost folder that is named as a split."""
+    parts = folder.split("/")
+    for depth, part in enumerate(parts, start=1):
+        if split_of_name(part) is not None:
+            return "/".join(parts[:depth])
+    return None

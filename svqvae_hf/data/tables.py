@@ -1,0 +1,223 @@
+"""Image sets in tables: Parquet and Arrow files, each of which is a part."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from svqvae_files.errors import explained
+from svqvae_files.inputs import readable
+from svqvae_hf.data.image_parts import row_key
+from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
+from svqvae_hf.data.selection import Selection
+from svqvae_hf.data.set_errors import explained_set
+from svqvae_hf.untrusted.set_rows import confine_row
+
+ARROW_MAGIC = b"ARROW1"  # of the format for files
+ROWS_AT_A_TIME = 16  # that are in memory together, with their images
+
+
+@dataclass
+class TablePart:
+    """A Parquet or Arrow file of an image set. The rest of a damaged file is one unreadable row.
+
+    Args:
+        path (`str`): Local path, or a URL for `fsspec`.
+        root (`str`): Folder of the set.
+        number (`int`): Number of the file, for the keys of images without a path.
+        image_column (`str`): Column of the images.
+        features (`datasets.Features`): Columns to keep, as they are in the first file.
+    """
+
+    path: str
+    root: str
+    number: int
+    image_column: str
+    features: datasets.Features
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return readable(os.path.basename(self.path))
+
+    def read(self) -> Iterator[ImageRow]:
+        """Yields the images.
+
+        Raises:
+            OSError: The file cannot be reached.
+            ValueError: It has other columns than the first file.
+        """
+        is_remote = "://" in self.path
+        try:
+            with _opened(self.path) as file:
+                self.check_schema(_read_schema(self.path, file))
+                columns = [self.image_column, *self.features]
+                for index, row in enumerate(_rows(self.path, file, columns)):
+                    yield self._image_row(index, row, is_remote)
+        except (OSError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and (is_remote or error.errno):  # of the network or the disk
+                raise
+            reason = fault_of(error).removesuffix(".")
+            yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", list(self.features))
+
+    def check_schema(self, schema: pa.Schema) -> None:
+        """Raises ValueError if a file has other columns than the first one, or other classes."""
+        features = datasets.Features.from_arrow_schema(schema)
+        for name in (self.image_column, *self.features):
+            if name not in features:
+                raise ValueError(f"all files of a set must have the column `{name}`, but `{self.path}` has none.")
+        for name, feature in self.features.items():
+            has_classes = isinstance(feature, datasets.ClassLabel) or isinstance(features[name], datasets.ClassLabel)
+            if has_classes and features[name] != feature:
+                raise ValueError(
+                    f"all files of a set must have the same classes in the same order, but `{name}` of `{self.path}` "
+                    f"is {features[name]!s:.200}, and {feature!s:.200} in the first file."
+                )
+
+    def _image_row(self, index: int, row: dict[str, Any], is_remote: bool) -> ImageRow:
+        repository = "" if is_remote else None  # rows at a URL may name no file of this machine
+        source = confine_row(_source(row.pop(self.image_column)), repository)
+        return ImageRow(row_key(source, self.root, f"{self.number}-{index}"), source, row)
+
+
+def open_tables(paths: Sequence[str], root: str, selection: Selection) -> tuple[list[TablePart], datasets.Features]:
+    """Finds the columns of Parquet or Arrow files.
+
+    Args:
+        paths (`Sequence[str]`): Local paths, or URLs for `fsspec`. Local files are compared with the first one here,
+            and files at URLs when they are read.
+        root (`str`): Folder of the set.
+        selection ([`Selection`]): The column of the images, by default found by its type, and columns to keep.
+
+    Returns:
+        `tuple[list[TablePart], datasets.Features]`: A part per file, and the columns that are kept.
+
+    Raises:
+        OSError: The first file cannot be reached.
+        ValueError: It is damaged or has no such column, or local files differ in their columns.
+    """
+    with explained_set(paths[0]), _opened(paths[0]) as file:
+        features = datasets.Features.from_arrow_schema(_read_schema(paths[0], file))
+    image_column, column_names = select_columns(features, selection)
+    kept_features = datasets.Features({name: features[name] for name in column_names})
+    parts = []
+    for number, path in enumerate(paths):
+        part = TablePart(path, root, number, image_column, kept_features)
+        if number > 0 and "://" not in path:
+            schema = None
+            with (
+                suppress(OSError, pa.ArrowException),
+                _opened(path) as file,
+            ):  # a broken file is named where it is read
+                schema = _read_schema(path, file)
+            if schema is not None:
+                part.check_schema(schema)
+        parts.append(part)
+    return parts, kept_features
+
+
+def _check_local_schema(part: TablePart) -> None:
+    schema = None
+    with suppress(OSError, pa.ArrowException), _opened(part.path) as file:  # a broken file is named where it is read
+        schema = _read_schema(part.path, file)
+    if schema is not None:
+        part.check_schema(schema)
+
+
+def select_columns(features: datasets.Features, selection: Selection) -> tuple[str, list[str]]:
+    """Selects the column of images, and the other columns to keep.
+
+    Args:
+        features (`datasets.Features`): Columns of a set.
+        selection ([`Selection`]): The column of the images, by default the one named `image` or the only one; and
+            columns to keep.
+
+    Raises:
+        ValueError: There is no such column.
+    """
+    selection.check_columns(list(features))
+    candidates = [name for name, feature in features.items() if _holds_images(feature)]
+    chosen = selection.image_column
+    if chosen is None and "image" in candidates:
+        chosen = "image"
+    if chosen is None and len(candidates) == 1:
+        chosen = candidates[0]
+    if chosen is None or chosen not in candidates:
+        choices = ", ".join(candidates) or "the columns of images"
+        got = f", got `{chosen}`" if chosen else ""
+        raise ValueError(f"--image-column must be one of {choices}{got}.")
+    column_names = []
+    for name in features:
+        if name != chosen and selection.keeps(name):
+            column_names.append(name)
+    return chosen, column_names
+
+
+def _holds_images(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return "bytes" in feature and "path" in feature
+    if isinstance(feature, datasets.Image):
+        return True
+    return getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+
+def _source(value: Any) -> Mapping[str, Any] | None:
+    """An image as [`read_image`] takes it, from any type of column that holds images."""
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    if isinstance(value, str):
+        return {"bytes": None, "path": value}
+    return value
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    if "://" not in path:
+        with open(path, "rb") as file:
+            yield file
+        return
+    with explained(path, "read"), fsspec.open(path, "rb") as file:
+        yield file
+
+
+def _read_schema(path: str, file: BinaryIO) -> pa.Schema:
+    if path.lower().endswith(".parquet"):
+        return pq.read_schema(file)
+    return _open_arrow(file).schema
+
+
+def _rows(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a file."""
+    for batch in _batches(path, file, columns):
+        for start in range(0, len(batch), ROWS_AT_A_TIME):
+            yield from batch.slice(start, ROWS_AT_A_TIME).to_pylist()
+
+
+def _batches(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    file.seek(0)
+    if path.lower().endswith(".parquet"):
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        yield from parquet.iter_batches(ROWS_AT_A_TIME, columns=columns)
+        return
+    reader = _open_arrow(file)
+    if isinstance(reader, pa.RecordBatchFileReader):
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number).select(columns)
+        return
+    for batch in reader:
+        yield batch.select(columns)
+
+
+def _open_arrow(file: BinaryIO) -> pa.RecordBatchStreamReader | pa.RecordBatchFileReader:
+    """Opens an Arrow file, of the format for streams, which `datasets` writes, or of the one for files."""
+    magic = file.read(len(ARROW_MAGIC))
+    file.seek(0)
+    if magic == ARROW_MAGIC:
+        return pa.ipc.open_file(file)
+    return pa.ipc.open_stream(file)

@@ -1,0 +1,113 @@
+import json
+import subprocess
+import sys
+
+import datasets
+import pytest
+from numbered_images import numbered
+
+from svqvae_hf.data.image_rows import read_image
+from svqvae_hf.data.image_sets import open_images
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def save_photos(folder, count=2):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        numbered(number).save(folder / f"{number}.png")
+
+
+def values(folder, columns=("caption",)):
+    return [[row.values[name] for name in columns] for row in open_images([str(folder)], columns=columns)]
+
+
+def test_cells_of_csv_files_are_read_as_they_stand(tmp_path):
+    save_photos(tmp_path, 3)
+    lines = ["file_name,caption,number,label", "0.png,NA,007,3", '1.png,"null, or none",12,-4', "2.png,,1.0,0"]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    assert values(tmp_path, ["caption", "number"]) == [["NA", "007"], ["null, or none", "12"], ["", "1.0"]]
+    images = open_images([str(tmp_path)])
+    assert [row.values["label"] for row in images] == [3, -4, 0]
+    assert images.features == {"caption": datasets.Value("string"), "label": datasets.Value("int64")}
+
+
+def test_several_metadata_files_have_one_order_in_all_processes(tmp_path):
+    for name in "abcdef":
+        save_photos(tmp_path / name)
+        lines = [json.dumps({"file_name": f"{number}.png", "caption": f"{name}{number}"}) for number in (1, 0)]
+        (tmp_path / name / "metadata.jsonl").write_text("\n".join(lines))
+    expected = [f"{name}/{number}.png" for name in "abcdef" for number in (1, 0)]
+    images = open_images([str(tmp_path)])
+    assert [row.key for row in images] == expected
+    assert [row.values["caption"] for row in images] == [key.replace("/", "").removesuffix(".png") for key in expected]
+    code = (
+        f"from svqvae_hf.data.image_sets import open_images; print([row.key for row in open_images(['{tmp_path}'])])"
+    )
+    for seed in ("1", "2"):
+        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}
+        printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
+        assert printed.decode().strip() == str(expected)
+
+
+def test_a_captioned_folder_may_have_any_name(tmp_path):
+    folder = tmp_path / "photos [2024] *"
+    save_photos(folder)
+    (folder / "metadata.jsonl").write_text('{"file_name": "1.png", "caption": "one"}\n{"file_name": "none.png"}\n')
+    images = open_images([str(folder)])
+    assert len(images.rows) == images.length == 2
+    first, missing = images
+    assert (first.key, first.values, read_image(first).getpixel((0, 0))[0]) == ("1.png", {"caption": "one"}, 1)
+    with pytest.raises(FileNotFoundError):
+        read_image(missing)
+
+
+def test_classes_of_parquet_metadata_are_kept(tmp_path):
+    save_photos(tmp_path)
+    features = datasets.Features(
+        {"file_name": datasets.Value("string"), "label": datasets.ClassLabel(names=["b", "a"])}
+    )
+    rows = datasets.Dataset.from_dict({"file_name": ["0.png", "1.png"], "label": [1, 0]}, features=features)
+    rows.to_parquet(tmp_path / "metadata.parquet")
+    images = open_images([str(tmp_path)])
+    assert images.features["label"].names == ["b", "a"]
+    assert [row.values["label"] for row in images] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "metadata.csv",
+            "name,caption\n0.png,a",
+            "metadata.csv` must have a column `file_name`, but has name, caption",
+        ),
+        ("metadata.csv", "file_name,caption\n0.png,a,b", "line 2 of .*metadata.csv` must have 2 cells, but has more"),
+        ("metadata.csv", b"file_name\n\xff", "metadata.csv` must hold a table, but is damaged"),
+        ("metadata.jsonl", "[1]", "metadata.jsonl, line 1` must hold a JSON object, but holds a list"),
+        (
+            "metadata.jsonl",
+            '{"file_name": 1}',
+            "`file_name` in .*metadata.jsonl` must be a text in each row, got 1",
+        ),
+        ("metadata.parquet", b"PAR1", "metadata.parquet` must hold a table, but is damaged"),
+    ],
+)
+def test_a_damaged_metadata_file_is_named(tmp_path, name, content, message):
+    save_photos(tmp_path)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as raised:
+        open_images([str(tmp_path)])
+    assert "\n" not in str(raised.value)
+
+
+def test_metadata_files_must_agree_on_types(tmp_path):
+    for name, caption in (("a", "text"), ("b", 1), ("c", None)):
+        save_photos(tmp_path / name, 1)
+        (tmp_path / name / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "caption": caption}))
+    with pytest.raises(
+        ValueError, match="columns of one type, but `caption` of `.*/b/metadata.jsonl` is Value"
+    ):
+        open_images([str(tmp_path)])
+    (tmp_path / "b" / "metadata.jsonl").unlink()
+    assert values(tmp_path) == [["text"], [None]]

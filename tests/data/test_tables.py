@@ -1,0 +1,94 @@
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numbered_images import encode, numbered, write_tar
+
+from svqvae_hf.data.image_rows import read_image
+from svqvae_hf.data.image_sets import open_images
+
+pytestmark = pytest.mark.usefixtures("cache")
+PLAIN = {"write_page_checksum": True, "write_statistics": False, "compression": "none", "use_dictionary": False}
+
+
+def make_rows(numbers, names=("a", "b")):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
+    images = [{"bytes": encode(numbered(number)), "path": f"{number}.png"} for number in numbers]
+    labels = [number % 2 for number in numbers]
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def reds(images):
+    return [read_image(row).getpixel((0, 0))[0] for row in images]
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_files_with_other_classes_are_an_error(tmp_path, prefix):
+    make_rows([0, 1]).to_parquet(tmp_path / "0.parquet")
+    make_rows([2, 3], ["b", "a"]).to_parquet(tmp_path / "1.parquet")
+    with pytest.raises(
+        ValueError, match="same classes in the same order, but `label` of `.*1.parquet` is Class"
+    ):
+        list(open_images([f"{prefix}{tmp_path}"]))
+    make_rows([2, 3]).remove_columns("label").to_parquet(tmp_path / "1.parquet")
+    with pytest.raises(ValueError, match="must have the column `label`, but `.*1.parquet` has none"):
+        list(open_images([f"{prefix}{tmp_path}"]))
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+@pytest.mark.parametrize("suffix", ["parquet", "tar"])
+@pytest.mark.parametrize("form", ["folder", "files", "pattern"])
+def test_brackets_in_names_lose_no_shard(tmp_path, prefix, suffix, form):
+    folder = tmp_path / "set [1]"
+    folder.mkdir()
+    names = ["a[0..1].", "b[2].", "c."]
+    for number, name in enumerate(names):
+        if suffix == "parquet":
+            make_rows([number]).to_parquet(folder / f"{name}parquet")
+        else:
+            write_tar(folder / f"{name}tar", [(f"{number}.png", encode(numbered(number)))])
+    data = {
+        "folder": [f"{prefix}{folder}"],
+        "files": [f"{prefix}{folder}/{name}{suffix}" for name in names],
+        "pattern": [f"{prefix}{tmp_path}/set*/*.{suffix}"],
+    }
+    if prefix and form == "files":
+        pytest.skip("a URL with brackets is a pattern")
+    assert reds(open_images(data[form])) == [0, 1, 2]
+
+
+def test_arrow_files_of_both_formats(tmp_path):
+    rows = make_rows(range(40))
+    rows.save_to_disk(tmp_path / "saved")
+    assert reds(open_images([f"{tmp_path}/saved/*.arrow"])) == list(range(40))
+    table = rows.data.table
+    with pa.OSFile(str(tmp_path / "file.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    images = open_images([str(tmp_path / "file.arrow")])
+    assert reds(images) == list(range(40))
+    assert images.features["label"].names == ["a", "b"]
+
+
+def test_a_damaged_page_is_one_unreadable_row_that_names_the_file(tmp_path):
+    table = make_rows(range(8)).data.table
+    pq.write_table(table, tmp_path / "0.parquet", **PLAIN)
+    content = bytearray((tmp_path / "0.parquet").read_bytes())
+    content[content.rindex(encode(numbered(5))[:40]) + 60] ^= 1
+    (tmp_path / "0.parquet").write_bytes(content)
+    rows = list(open_images([str(tmp_path)]))
+    assert rows[-1].key == "0.parquet"
+    with pytest.raises(ValueError, match="the rest of the file cannot be read: .*checksum"):
+        read_image(rows[-1])
+
+
+def test_columns_of_bytes_and_of_paths_hold_images(tmp_path):
+    numbered(7).save(tmp_path / "7.png")
+    pq.write_table(pa.table({"picture": [encode(numbered(3)), None]}), tmp_path / "bytes.parquet")
+    first, empty = open_images([str(tmp_path / "bytes.parquet")])
+    assert (first.key, np.asarray(read_image(first))[0, 0, 0]) == ("0-0", 3)
+    with pytest.raises(ValueError, match="the row must hold an image"):
+        read_image(empty)
+    paths = datasets.Dataset.from_dict({"image": [str(tmp_path / "7.png")]}).cast_column("image", datasets.Image())
+    paths.to_parquet(tmp_path / "paths.parquet")
+    assert reds(open_images([str(tmp_path / "paths.parquet")])) == [7]
