@@ -86,7 +86,8 @@ def read_card(source: str, kind: str = "model") -> RepoCard | None:
     elif "://" in source or Path(source).is_dir():
         content = Folder(source).read(CARD)
         above = Path(source).absolute().parent
-        if content is None and kind == "model" and any((above / name).is_file() for name in ("config.json", "model_index.json")):
+        is_part = any((above / name).is_file() for name in ("config.json", "model_index.json"))
+        if content is None and kind == "model" and is_part:
             content = Folder(above).read(CARD)
     if content is None:
         return None
