@@ -105,9 +105,7 @@ def test_metadata_files_must_agree_on_types(tmp_path):
     for name, caption in (("a", "text"), ("b", 1), ("c", None)):
         save_photos(tmp_path / name, 1)
         (tmp_path / name / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "caption": caption}))
-    with pytest.raises(
-        ValueError, match="columns of one type, but `caption` of `.*/b/metadata.jsonl` is Value"
-    ):
+    with pytest.raises(ValueError, match="columns of one type, but `caption` of `.*/b/metadata.jsonl` is Value"):
         open_images([str(tmp_path)])
     (tmp_path / "b" / "metadata.jsonl").unlink()
     assert values(tmp_path) == [["text"], [None]]

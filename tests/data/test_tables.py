@@ -27,9 +27,7 @@ def reds(images):
 def test_files_with_other_classes_are_an_error(tmp_path, prefix):
     make_rows([0, 1]).to_parquet(tmp_path / "0.parquet")
     make_rows([2, 3], ["b", "a"]).to_parquet(tmp_path / "1.parquet")
-    with pytest.raises(
-        ValueError, match="same classes in the same order, but `label` of `.*1.parquet` is Class"
-    ):
+    with pytest.raises(ValueError, match="same classes in the same order, but `label` of `.*1.parquet` is Class"):
         list(open_images([f"{prefix}{tmp_path}"]))
     make_rows([2, 3]).remove_columns("label").to_parquet(tmp_path / "1.parquet")
     with pytest.raises(ValueError, match="must have the column `label`, but `.*1.parquet` has none"):

@@ -161,9 +161,7 @@ def test_a_label_that_the_first_samples_have_not_is_an_error_or_kept_if_named(tm
         write_tar(tmp_path / "1.tar", labelled)
     else:
         write_tar(tmp_path / "1.tar", images + labelled)
-    with pytest.raises(
-        ValueError, match="1.tar` has `9999.txt`, but the first 100 samples of the set have no txt"
-    ):
+    with pytest.raises(ValueError, match="1.tar` has `9999.txt`, but the first 100 samples of the set have no txt"):
         list(open_images([f"{prefix}{tmp_path}"]))
     rows = list(open_images([f"{prefix}{tmp_path}"], columns=["txt"]))
     assert [row.values["txt"] for row in rows] == [None] * 110 + ["caption"]
