@@ -24,28 +24,36 @@ class OnnxTokenizer:
     """
 
     def __init__(self, folder: str | Path):
-        self.encoder, self.decoder = (
-            onnxruntime.InferenceSession(Path(folder, name), providers=onnxruntime.get_available_providers())
-            for name in ("encoder.onnx", "decoder.onnx")
-        )
+        providers = onnxruntime.get_available_providers()
+        self.encoder = onnxruntime.InferenceSession(Path(folder, "encoder.onnx"), providers=providers)
+        self.decoder = onnxruntime.InferenceSession(Path(folder, "decoder.onnx"), providers=providers)
         facts = self.encoder.get_modelmeta().custom_metadata_map
         self.black, self.white = json.loads(facts["pixel_range"])
         self.f = json.loads(facts["f"])
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Maps pixels `(height, width, 3)` in uint8 to ids `(ceil(height / f), ceil(width / f))` in int64."""
-        needed = 8 * (pixels.shape[0] * pixels.shape[1] / self.f**2) ** 2
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # on Linux
-        if needed > available:
-            raise ValueError(f"The image takes {needed / 2**30:.0f} GiB, but {available / 2**30:.0f} GiB are free.")
+        self.check_memory(pixels)
         sample = self.black + pixels.astype(np.float32) / 255 * (self.white - self.black)
-        return self.encoder.run(["ids"], {"sample": sample.transpose(2, 0, 1)[None]})[0][0]  # batches of one
+        sample = sample.transpose(2, 0, 1)[None]  # (1, 3, height, width)
+        (ids,) = self.encoder.run(["ids"], {"sample": sample})
+        return ids[0]
 
     def decode(self, ids: np.ndarray, height: int, width: int) -> np.ndarray:
         """Maps ids to pixels `(height, width, 3)` in uint8, cropped to the size of the image that was encoded."""
-        sample = self.decoder.run(["sample"], {"ids": ids[None]})[0][0]
-        unit = (sample - self.black) / (self.white - self.black)
-        return np.rint(unit.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)[:height, :width]
+        (sample,) = self.decoder.run(["sample"], {"ids": ids[None]})  # (1, 3, rows * f, columns * f)
+        unit = (sample[0] - self.black) / (self.white - self.black)
+        pixels = np.rint(unit.clip(0, 1) * 255).astype(np.uint8)
+        return pixels.transpose(1, 2, 0)[:height, :width]
+
+    def check_memory(self, pixels: np.ndarray) -> None:
+        """Raises ValueError for an image that is too large for the memory that is free, on Linux."""
+        height, width = pixels.shape[:2]
+        num_ids = height * width / self.f**2
+        needed = 8 * num_ids**2
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > available:
+            raise ValueError(f"The image takes {needed / 2**30:.0f} GiB, but {available / 2**30:.0f} GiB are free.")
 
 
 def read_rgb(source: str | Path) -> np.ndarray:
@@ -64,8 +72,10 @@ def main(folder: str, source: str, target: str) -> None:
     tokenizer = OnnxTokenizer(folder)
     pixels = read_rgb(source)
     ids = tokenizer.encode(pixels)
-    Image.fromarray(tokenizer.decode(ids, *pixels.shape[:2])).save(target)
-    print(f"{pixels.shape[1]} x {pixels.shape[0]} pixels, {ids.size} ids, the first {ids.flat[:8].tolist()}")
+    height, width = pixels.shape[:2]
+    decoded = tokenizer.decode(ids, height, width)
+    Image.fromarray(decoded).save(target)
+    print(f"{width} x {height} pixels, {ids.size} ids, the first {ids.flat[:8].tolist()}")
 
 
 if __name__ == "__main__":

@@ -44,12 +44,13 @@ def test_old_file_stays(disk, kind):
 
 
 def test_no_part_of_a_folder_stays(disk, monkeypatch):
-    monkeypatch.setattr("svqvae_hf.export.export.trace_graphs", lambda model: (None, None))
-    monkeypatch.setattr("svqvae_hf.export.export.save_graph", lambda _, path, __: path.write_bytes(bytes(1 << 20)))
+    export = Lazy("svqvae_hf.export.export")
+    large = export.onnx.helper.make_model(export.onnx.helper.make_graph([], "g" * (1 << 20), [], []))
+    monkeypatch.setattr("svqvae_hf.export.export.encoder_graph", lambda model: large)
     fill(disk)
     for make in (
         lambda out: convert(CHECKPOINT, out, license="mit"),
-        lambda out: Lazy("svqvae_hf.export.export").export_graphs(make_tiny(), out),
+        lambda out: export.export_graphs(make_tiny(), out),
     ):
         with pytest.raises(OSError, match="/made` cannot be written: .*(No space left|os error 28)"):
             make(disk / "made")

@@ -1,6 +1,5 @@
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +14,15 @@ from PIL import Image
 
 import svqvae_cli
 import svqvae_hf
-from svqvae_hf import SVQVAEImageProcessor
-from svqvae_hf.export.graphs import TRACED_GRID, DecoderGraph, EncoderGraph, example_images, trace_graph
+from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
+from svqvae_hf.export.graphs import TRACED_GRID, DecoderGraph
+from svqvae_hf.export.norms import NestedMeanGroupNorm, with_nested_means
 from svqvae_hf.models import quantizer
+from svqvae_hf.models.layers import GroupNorm
 
 export = Lazy("svqvae_hf.export.export")
+comparison = Lazy("svqvae_hf.export.comparison")
+onnx_graphs = Lazy("svqvae_hf.export.onnx_graphs")
 EXAMPLE = ROOT / "examples" / "onnx_tokenizer.py"
 PIXEL_RANGE = (-1, 3)  # differs from `network_range`: the graphs map one to the other
 SMALL = {"encoder_ch_mult": (1, 2), "decoder_ch_mult": (1, 2), "pixel_range": PIXEL_RANGE}  # f = 2
@@ -52,9 +55,11 @@ def graphs(small, tmp_path_factory):
 
 
 def save_again(patch, graphs):
-    """Lets exports of `small` copy its graphs, because tracing and conversion take ten seconds."""
-    patch.setattr("svqvae_hf.export.export.trace_graphs", lambda model: (None, None))
-    patch.setattr("svqvae_hf.export.export.save_graph", lambda _, path, __: shutil.copy(graphs / path.name, path))
+    """Lets exports of `small` reuse its graphs, because tracing and conversion take ten seconds."""
+    encoder = export.onnx.load(graphs / "encoder.onnx")
+    decoder = export.onnx.load(graphs / "decoder.onnx")
+    patch.setattr("svqvae_hf.export.export.encoder_graph", lambda model: encoder)
+    patch.setattr("svqvae_hf.export.export.decoder_graph", lambda model: decoder)
 
 
 @pytest.fixture
@@ -84,7 +89,7 @@ def image(grid, model):
 
 
 def run_onnx(path, value):
-    return run_session(export.onnxruntime.InferenceSession(path), value)
+    return run_session(onnx_graphs.onnxruntime.InferenceSession(path), value)
 
 
 def run_session(session, value):
@@ -126,7 +131,7 @@ def test_metadata_of_onnx(small, graphs):
     for name, source, target in (("encoder", "sample", "ids"), ("decoder", "ids", "sample")):
         path = graphs / f"{name}.onnx"
         export.onnx.checker.check_model(path, full_check=True)
-        session = export.onnxruntime.InferenceSession(path)
+        session = onnx_graphs.onnxruntime.InferenceSession(path)
         metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
         assert metadata == expected
         (taken,), (returned,) = session.get_inputs(), session.get_outputs()
@@ -164,45 +169,109 @@ def test_example_needs_only_onnxruntime_and_numpy(small, graphs, photo, tmp_path
 
 def test_encoder_without_normalised_codes_equals_the_model(tmp_path):
     model = make_tiny(**SMALL, codebook_l2_norm=False)
-    program = trace_graph(EncoderGraph(model), example_images(model, TRACED_GRID), (0, 2, 3))
-    export.save_graph(program, tmp_path / "encoder.onnx", model)
-    checked = export.compare_graphs(model, export.load_graph(tmp_path / "encoder.onnx"), DecoderGraph(model))
-    assert checked.startswith("10 sizes against the model: ")
+    export.onnx.save(onnx_graphs.encoder_graph(model), tmp_path / "encoder.onnx")
+    encode = onnx_graphs.load_graph(tmp_path / "encoder.onnx")
+    checked = comparison.compare_graphs(model, encode, DecoderGraph(model))
+    assert " ids of photographs, " in checked
 
 
-def test_ten_sizes_are_checked():
-    assert len(set(export.CHECKED_GRIDS)) == 10
-    assert TRACED_GRID not in export.CHECKED_GRIDS
-    assert all(any(grid[axis] == 1 for grid in export.CHECKED_GRIDS) for axis in range(3))
-    assert max(rows * columns for _, rows, columns in export.CHECKED_GRIDS) * 16384 > 2 * quantizer.SEARCH_SCORES
+def test_models_of_one_channel_are_checked_too():
+    model = make_tiny(**SMALL, in_channels=1, out_channels=1)
+    checked = comparison.compare_graphs(model, model.encode_tokens, model.decode_tokens)
+    assert checked.startswith("0 of ")
 
 
-def test_wrong_padding_ids_and_pixels_fail(small):
-    def pad_with_zeros(sample):
-        return small.encode_tokens(F.pad(sample, (0, sample.shape[-1] % 2, 0, sample.shape[-2] % 2)))
+def test_norm_equals_the_models_and_is_closer_to_exact():
+    torch.manual_seed(0)
+    norm = GroupNorm(4, 8)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    hidden = 100 + torch.randn(2, 8, 60, 50)
+    exact = GroupNorm(4, 8).double()
+    exact.load_state_dict(norm.state_dict())
+    exact = exact(hidden.double())
+    nested = NestedMeanGroupNorm(norm)(hidden)
+    assert (nested - exact).abs().max() < 1e-4
+    single_pixel = hidden[:1, :, :1, :1]
+    torch.testing.assert_close(NestedMeanGroupNorm(norm)(single_pixel), norm(single_pixel), atol=1e-3, rtol=0)
 
-    def change(ids, wrong):
-        return torch.where(torch.arange(ids.numel()).view_as(ids) == wrong, ids ^ 1, ids)
 
-    def one_wrong(sample):  # one id of 1,447
-        return change(small.encode_tokens(sample), 600)
+def test_the_network_that_is_exported_is_a_copy(small):
+    before = [type(module) for module in small.encoder.modules()]
+    copy = with_nested_means(small.encoder)
+    assert [type(module) for module in small.encoder.modules()] == before
+    assert not any(isinstance(module, GroupNorm) for module in copy.modules())
 
-    assert "1 of 1447 ids differ" in export.compare_graphs(small, one_wrong, small.decode_tokens)
-    for encode, match in (
-        (pad_with_zeros, r"the encoder: ids must equal the model's, but \d+ of 1447 differ"),
-        (lambda sample: change(small.encode_tokens(sample), 20), "6 of 1447 "),  # sizes with more than 20 ids
-    ):
-        with pytest.raises(ValueError, match=match):
-            export.compare_graphs(small, encode, small.decode_tokens)
-    for wrong in (PIXEL_RANGE[0] - 1, torch.nan):
-        with pytest.raises(ValueError, match=r"decoder at 2 x 2 .* within 2/255 of the model's, but differ by"):
-            export.compare_graphs(small, small.encode_tokens, lambda ids, w=wrong: small.decode_tokens(ids).fill_(w))
+
+def test_sizes_of_the_check():
+    assert len(set(comparison.NOISE_GRIDS)) == 10
+    assert TRACED_GRID not in comparison.NOISE_GRIDS
+    for axis in range(3):
+        assert any(grid[axis] == 1 for grid in comparison.NOISE_GRIDS)
+    most = max(rows * columns for _, rows, columns in comparison.NOISE_GRIDS)
+    assert most * 16384 > 2 * quantizer.SEARCH_SCORES
+
+
+def test_statistics_in_one_sum_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("svqvae_hf.export.graphs.with_nested_means", lambda network: network)
+    monkeypatch.setattr("svqvae_hf.export.comparison.PHOTOGRAPH_GRIDS", [(45, 80)])
+    monkeypatch.setattr("svqvae_hf.export.comparison.NOISE_GRIDS", [])
+    monkeypatch.setattr("svqvae_hf.export.comparison.COLOURS", [])
+    model = SVQVAE.from_pretrained(DEFAULT_MODEL).eval()
+    export.onnx.save(onnx_graphs.encoder_graph(model), tmp_path / "encoder.onnx")
+    encode = onnx_graphs.load_graph(tmp_path / "encoder.onnx")
+    with pytest.raises(ValueError, match=r"at most 1 in 1,000 ids of photographs may differ .*, but \d\d of 7,200 do"):
+        comparison.compare_graphs(model, encode, model.decode_tokens)
+
+
+def pad_with_zeros(sample, model):
+    """Encodes images with another padding than the model's."""
+    height, width = sample.shape[-2:]
+    return model.encode_tokens(F.pad(sample, (0, width % 2, 0, height % 2)))
+
+
+def change_one(ids, place):
+    """Changes the id at one place of the flattened grids, if they are as large."""
+    places = torch.arange(ids.numel()).view_as(ids)
+    return torch.where(places == place, ids ^ 1, ids)
+
+
+def test_few_wrong_ids_are_counted(small):
+    def encode(sample):
+        return change_one(small.encode_tokens(sample), 600)
+
+    checked = comparison.compare_graphs(small, encode, small.decode_tokens)
+    assert checked.startswith(
+        "4 of 8,440 ids of photographs, 1 of 1,447 ids of noise, 0 of 2,400 ids of flat colours "
+    )
+
+
+def test_wrong_padding_is_refused(small):
+    with pytest.raises(ValueError, match=r"the encoder: at most 1 in 1,000 ids of noise may .*, but \d+ of 1,447 do"):
+        comparison.compare_graphs(small, lambda sample: pad_with_zeros(sample, small), small.decode_tokens)
+
+
+def test_wrong_ids_are_refused(small):
+    def encode(sample):
+        return change_one(small.encode_tokens(sample), 20)  # six sizes of noise have more than 20 ids
+
+    with pytest.raises(ValueError, match=r"but 6 of 1,447 do"):
+        comparison.compare_graphs(small, encode, small.decode_tokens)
+
+
+@pytest.mark.parametrize("wrong", [PIXEL_RANGE[0] - 1, torch.nan])
+def test_wrong_pixels_are_refused(small, wrong):
+    def decode(ids):
+        return small.decode_tokens(ids).fill_(wrong)
+
+    with pytest.raises(ValueError, match=r"decoder at 160 x 90 .* within 2/255 of the model's, but differ by"):
+        comparison.compare_graphs(small, small.encode_tokens, decode)
 
 
 @pytest.mark.usefixtures("saved")
 def test_failed_check_leaves_no_files(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("svqvae_hf.export.export.load_graph", lambda path: lambda value: value.flip(0, 1))
-    with pytest.raises(ValueError, match="encoder at 2 x 2 pixels"):
+    monkeypatch.setattr("svqvae_hf.export.export.load_graph", lambda path: lambda value: value[..., 1:])
+    with pytest.raises(ValueError, match="encoder at 160 x 90 pixels"):
         export.export_graphs(small, tmp_path / "out")
     assert names(tmp_path) == []
 
@@ -213,6 +282,6 @@ def test_command_writes_both_graphs(model_folder, tmp_path, capsys):
     assert svqvae_cli.main(argv) == 0
     assert names(tmp_path / "a") == ["out"]
     assert names(tmp_path / "a" / "out") == ["decoder.onnx", "encoder.onnx"]
-    assert capsys.readouterr().out.startswith("checked  10 sizes")
+    assert capsys.readouterr().out.startswith("checked  0 of 8,440 ids of photographs")
     assert svqvae_cli.main(argv) == 2
     assert "must be a new or empty folder, but it is not empty" in capsys.readouterr().err

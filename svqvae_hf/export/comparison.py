@@ -1,0 +1,173 @@
+"""Compares exported graphs with their model, on photographs, noise and flat colours."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor
+
+from svqvae_hf.export.graphs import coarse_noise
+from svqvae_hf.export.onnx_graphs import Graph
+from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.models.resizing import map_range
+
+PHOTOGRAPHS = ("osprey.webp", "wren.webp")
+PHOTOGRAPHS_FOLDER = Path(__file__).parent / "photographs"
+# Rows and columns of ids. The first grid is at f = 8 a photograph of 640 x 360 pixels as it is. Its sums are long.
+PHOTOGRAPH_GRIDS = ((45, 80), (20, 31))
+# Batch, rows and columns of ids. No grid equals the traced one. They include a single id, a single row and column,
+# unequal sides, and more ids than the model searches at once.
+NOISE_GRIDS = (
+    (1, 1, 1),
+    (2, 1, 3),
+    (3, 5, 1),
+    (1, 4, 4),
+    (3, 2, 5),
+    (2, 8, 8),
+    (1, 7, 13),
+    (1, 16, 16),
+    (1, 11, 24),
+    (1, 20, 32),
+)
+COLOURS = ("black", "white", "grey", "crimson", "teal", "khaki")
+COLOUR_GRID = (20, 20)
+
+PIXEL_TOLERANCE = 2 / 255  # where black and white differ by 1
+# Another library adds the same products in another order, so two nearly equal codes may change places.
+MAX_CHANGED = 1e-3  # fraction of the ids of each kind of image
+ADVICE = "Nothing was written. Try other versions of torch, onnx and onnxruntime."
+
+
+@dataclass
+class ChangedIds:
+    """Number of ids that differ from the model's.
+
+    Args:
+        changed (`int`): Number of ids that differ.
+        total (`int`): Number of all ids.
+    """
+
+    changed: int = 0
+    total: int = 0
+
+
+def compare_graphs(model: SVQVAE, encode: Graph, decode: Graph) -> str:
+    """Runs both graphs on photographs, noise and flat colours of several sizes, and compares them with the model.
+
+    Args:
+        model ([`SVQVAE`]): Model in float32.
+        encode (`Callable`): Encoder graph.
+        decode (`Callable`): Decoder graph.
+
+    Returns:
+        `str`: How many ids differ, and by how much pixels differ.
+
+    Raises:
+        ValueError: If a graph fails to run, returns a wrong shape, or differs from the model by more than
+            `MAX_CHANGED` of the ids of one kind of image or by `PIXEL_TOLERANCE`.
+    """
+    images = {"photographs": photographs(model), "noise": noise(model), "flat colours": flat_colours(model)}
+    counts = {}
+    largest = 0.0
+    for kind, samples in images.items():
+        counts[kind] = ChangedIds()
+        for sample in samples:
+            ids = model.encode_tokens(sample)
+            counts[kind].changed += count_changed(encode, sample, ids)
+            counts[kind].total += ids.numel()
+            largest = max(largest, largest_difference(decode, ids, model))
+    for kind, count in counts.items():
+        check_changed(kind, count)
+    ids_differ = [f"{count.changed} of {count.total:,} ids of {kind}" for kind, count in counts.items()]
+    return f"{', '.join(ids_differ)} differ from the model's; pixels differ by at most {largest * 255:.2g}/255"
+
+
+def check_changed(kind: str, count: ChangedIds) -> None:
+    """Raises if too many ids of one kind of image differ."""
+    if count.changed > MAX_CHANGED * count.total:
+        raise ValueError(
+            f"the encoder: at most 1 in {1 / MAX_CHANGED:,.0f} ids of {kind} may differ from the model's, but "
+            f"{count.changed} of {count.total:,} do. {ADVICE}"
+        )
+
+
+def count_changed(encode: Graph, sample: torch.Tensor, expected: torch.Tensor) -> int:
+    """Encodes images, and counts the ids that differ from the expected ones."""
+    name = f"encoder {size_of(sample)}"
+    ids = run_graph(encode, sample, name)
+    check_shape(ids, expected, name)
+    return int((ids != expected).sum())
+
+
+def largest_difference(decode: Graph, ids: torch.Tensor, model: SVQVAE) -> float:
+    """Decodes ids, and returns the largest difference of a pixel, where black and white differ by 1.
+
+    Raises:
+        ValueError: If it is more than `PIXEL_TOLERANCE`.
+    """
+    expected = model.decode_tokens(ids)
+    name = f"decoder {size_of(expected)}"
+    sample = run_graph(decode, ids, name)
+    check_shape(sample, expected, name)
+    difference = (sample - expected).abs().nan_to_num(torch.inf).max()
+    low, high = model.config["pixel_range"]
+    difference = float(difference) / (high - low)
+    if difference > PIXEL_TOLERANCE:
+        raise ValueError(
+            f"the {name}: pixels must be within {PIXEL_TOLERANCE * 255:g}/255 of the model's, but differ by "
+            f"{difference * 255:.3g}/255. {ADVICE}"
+        )
+    return difference
+
+
+def run_graph(graph: Graph, value: torch.Tensor, name: str) -> torch.Tensor:
+    """Runs a graph. Raises ValueError if that fails."""
+    try:
+        return graph(value)
+    except Exception as error:  # each runtime raises its own errors
+        raise ValueError(f"the {name} must run, but fails: {error} {ADVICE}") from error
+
+
+def check_shape(result: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    """Raises ValueError for a result of another shape."""
+    if result.shape != expected.shape:
+        raise ValueError(f"the {name} must return shape {tuple(expected.shape)}, got {tuple(result.shape)}. {ADVICE}")
+
+
+def size_of(sample: torch.Tensor) -> str:
+    """Size of images, in words."""
+    return f"at {sample.shape[3]} x {sample.shape[2]} pixels (width x height), batch {len(sample)}"
+
+
+def photographs(model: SVQVAE) -> Iterator[torch.Tensor]:
+    """Yields each photograph at several sizes, as `(1, in_channels, height, width)` in the model's `pixel_range`."""
+    for name in PHOTOGRAPHS:
+        with Image.open(PHOTOGRAPHS_FOLDER / name) as file:
+            photograph = file.convert("RGB")
+        for rows, columns in PHOTOGRAPH_GRIDS:
+            size = (columns * model.f, rows * model.f)
+            resized = photograph.resize(size, Image.Resampling.LANCZOS)
+            pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]  # (1, 3, height, width)
+            channels = torch.arange(model.config["in_channels"]) % 3  # for models of other images than RGB
+            yield map_range(pixels[:, channels] / 255, (0, 1), model.config["pixel_range"])
+
+
+def noise(model: SVQVAE) -> Iterator[torch.Tensor]:
+    """Yields batches of noise. Most sides are no multiples of `f`."""
+    for number, grid in enumerate(NOISE_GRIDS):
+        top = number % model.f
+        left = 3 * number % model.f
+        yield coarse_noise(model, grid)[..., top:, left:]
+
+
+def flat_colours(model: SVQVAE) -> Iterator[torch.Tensor]:
+    """Yields images of one colour each."""
+    rows, columns = COLOUR_GRID
+    channels = torch.arange(model.config["in_channels"]) % 3
+    for name in COLOURS:
+        red_green_blue = torch.tensor(ImageColor.getrgb(name))
+        pixels = red_green_blue[channels][None, :, None, None]  # (1, in_channels, 1, 1)
+        sample = map_range(pixels / 255, (0, 1), model.config["pixel_range"])
+        yield sample.repeat(1, 1, rows * model.f, columns * model.f)
