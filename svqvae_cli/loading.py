@@ -95,14 +95,17 @@ def load_generator(source: str | None, device: str | None, dtype: str, adapter: 
     pipeline = load_pretrained(cls, source, device, dtype)
     if adapter is not None:
         with require_extra("--adapter", "train"):
-            from peft import PeftModel
+            import peft  # noqa: F401
+        from svqvae_hf.loaders.adapters import load_adapter
+
         if not hasattr(pipeline, "language_model"):
             raise ValueError(f"--adapter does not apply to MODEL, whose class is {cls.__name__}. Leave it out.")
+        subfolder = "language_model" if cls.__name__ in PIPELINES else ""
         try:
             with explain_loading(adapter):
-                adapted = PeftModel.from_pretrained(pipeline.language_model, adapter)
-        except (IndexError, RuntimeError, ValueError) as error:
-            message = f"`{adapter}` must be a LoRA adapter for the language model of MODEL: {error!s:.200}"
+                adapted = load_adapter(pipeline.language_model, adapter, source, subfolder)
+        except (IndexError, KeyError, RuntimeError, ValueError) as error:
+            message = f"`{adapter}` must be a LoRA adapter for the language model of MODEL: {error!s:.300}"
             raise ValueError(message) from error
         pipeline.language_model = adapted.merge_and_unload()
     return pipeline

@@ -148,7 +148,7 @@ def model_digest(folder: str | os.PathLike) -> str:
     with explained(folder, "read"):
         names = _model_files(folder)
     for name in names:
-        digest.update(f"{name} {_model_file_digest(Path(folder, name))}\n".encode())
+        digest.update(f"{name} {model_file_digest(Path(folder, name))}\n".encode())
     return digest.hexdigest()
 
 
@@ -190,7 +190,13 @@ def _is_model_file(file_name: str) -> bool:
     return any(fnmatchcase(file_name, pattern) for pattern in MODEL_FILES)
 
 
-def _model_file_digest(path: Path) -> str:
+def model_file_digest(path: Path) -> str:
+    """Digest of one file of a model, without notes; see [`model_digest`].
+
+    Raises:
+        OSError: The file does not exist or cannot be read.
+        ValueError: It is a config that is not JSON, or damaged weights.
+    """
     if path.suffix == ".safetensors":
         return weights_digest(path)
     with explained(path, "read"):

@@ -1,6 +1,7 @@
 """Adds image tokens to a causal language model of transformers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,9 +12,12 @@ from svqvae_files.outputs import check_new_folder, new_folder
 from svqvae_hf.hub.model_cards import table_rows
 from svqvae_hf.hub.origin import STARTED_FROM, find_origin
 from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.loaders.folder_checks import check_files
 from svqvae_hf.loaders.pretrained_models import SVQVAE, SVQVAEProcessor
+from svqvae_hf.loaders.saved_parts import record_parts
 from svqvae_hf.models.image_vocabulary import CONFIG_KEY, PLACEHOLDER, ImageVocabulary
 from svqvae_hf.models.loading import check_weights
+from svqvae_hf.models.processing_svqvae import tokenizer_digest
 
 # Before a chat template: joins the parts of a message to one text, with a placeholder for each image.
 JOIN_PARTS = Path(__file__).with_name("join_parts.jinja").read_text().replace("PLACEHOLDER", PLACEHOLDER)
@@ -47,12 +51,33 @@ def extend_language_model(
 
     Raises:
         OSError: If a source cannot be read or `out` cannot be written.
-        ValueError: If `out` is not empty, the model already has image tokens, an image does not fit its context, or
-            the sources have different licences and `license` is missing.
+        ValueError: If a source is damaged, `out` is not empty, the model already has image tokens, an image does not
+            fit its context, or the sources have different licences and `license` is missing.
     """
     out = check_new_folder(Path(out))
     origin = find_origin({STARTED_FROM: str(source), "SVQVAE": str(vqvae)}, license=license)
+    check_files(vqvae)
     image_tokenizer = SVQVAE.from_pretrained(vqvae)
+    model, tokenizer = _load_language_model(source)
+    if grids is None:
+        side = image_tokenizer.config["sample_size"] // image_tokenizer.f
+        grids = [(side, side)]
+    vocabulary = add_image_tokens(model, tokenizer, image_tokenizer, grids, seed)
+    processor = SVQVAEProcessor(tokenizer, image_tokenizer, vocabulary)
+    metadata = ModelCardData(license=origin.license or "unknown", base_model=origin.base_model, tags=["svqvae"])
+    card = f"---\n{metadata}\n---\n\n# {out.name}\n\nIts image tokens are untrained.\n\n| | |\n|---|---|\n"
+    card += table_rows(origin.rows.items()) + "\n"
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        record_parts(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return vocabulary
+
+
+def _load_language_model(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model of transformers with its tokenizer, strictly."""
+    check_files(source)
     try:
         model, info = from_hub(AutoModelForCausalLM.from_pretrained, source, dtype="auto", output_loading_info=True)
         tokenizer = from_hub(AutoTokenizer.from_pretrained, source)
@@ -62,16 +87,7 @@ def extend_language_model(
             f"{str(error).splitlines()[0]}"
         ) from error
     check_weights(str(source), info)
-    side = image_tokenizer.config["sample_size"] // image_tokenizer.f
-    vocabulary = add_image_tokens(model, tokenizer, image_tokenizer, grids or [(side, side)], seed)
-    processor = SVQVAEProcessor(tokenizer, image_tokenizer, vocabulary)
-    with new_folder(out) as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        metadata = ModelCardData(license=origin.license or "unknown", base_model=origin.base_model, tags=["svqvae"])
-        text = f"---\n{metadata}\n---\n\n# {out.name}\n\nIts image tokens are untrained.\n\n| | |\n|---|---|\n"
-        (folder / "README.md").write_text(f"{text}{table_rows(origin.rows.items())}\n", encoding="utf-8")
-    return vocabulary
+    return model, tokenizer
 
 
 def add_image_tokens(
@@ -82,6 +98,7 @@ def add_image_tokens(
     seed: int = 0,
 ) -> ImageVocabulary:
     """Adds image tokens to a language model and its tokenizer, in place; see [`extend_language_model`]."""
+    check_extensible(model, tokenizer)
     vocabulary = ImageVocabulary(
         first_token=len(tokenizer),
         codebook_size=vqvae.config["codebook_size"],
@@ -89,53 +106,75 @@ def add_image_tokens(
         f=vqvae.f,
         grids=grids,
     )
-    rows = model.get_input_embeddings().weight.shape[0]
-    longest = max(rows * columns for rows, columns in vocabulary.grids) + 3
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
+    check_context(model, vocabulary)
+    tokens = [AddedToken(name, special=True, normalized=False) for name in vocabulary.names]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    image_tokens = list(range(vocabulary.first_token, vocabulary.stop))
+    if tokenizer.convert_tokens_to_ids(vocabulary.names) != image_tokens:
+        raise ValueError(
+            "the tokenizer must take the image tokens as its last ones, but has some of them, or ids that are not "
+            "contiguous. Use another language model."
+        )
+    vocabulary = replace(vocabulary, tokenizer_digest=tokenizer_digest(tokenizer))
+    tokenizer.chat_template = _with_images(tokenizer.chat_template)
+    if vocabulary.stop > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(vocabulary.stop, mean_resizing=False)
+    codebook = vqvae.quantize.embedding.lookup(torch.arange(vocabulary.codebook_size))  # (codes, channels)
+    _start_rows(model, vocabulary, codebook, seed)
+    setattr(model.config, CONFIG_KEY, vocabulary.to_config())
+    return vocabulary
+
+
+def check_extensible(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises if a model already has image tokens, or fewer rows than its tokenizer has tokens."""
     if getattr(model.config, CONFIG_KEY, None) is not None:
         raise ValueError("the language model must not have image tokens yet, but has some. Extend the original one.")
+    rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(
             f"the language model must have a row for each token of its tokenizer, but has {rows} rows for "
             f"{len(tokenizer)} tokens. Use the tokenizer that it was trained with."
         )
+
+
+def check_context(model: PreTrainedModel, vocabulary: ImageVocabulary) -> None:
+    """Raises if the largest image does not fit the context of a model."""
+    largest = max(rows * columns for rows, columns in vocabulary.grids)
+    longest = largest + 3  # begin, size and end
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     if longest > context:
         raise ValueError(
             f"`grids` must fit the context, {context} tokens, but the largest takes {longest}. Pass smaller `--grids`."
         )
-    tokens = [AddedToken(name, special=True, normalized=False) for name in vocabulary.names]
-    tokenizer.add_tokens(tokens, special_tokens=True)
-    if tokenizer.convert_tokens_to_ids(vocabulary.names) != [*range(vocabulary.first_token, vocabulary.stop)]:
-        raise ValueError(
-            "the tokenizer must take the image tokens as its last ones, but has some of them, or ids that are not "
-            "contiguous. Use another language model."
-        )
-    tokenizer.chat_template = _with_images(tokenizer.chat_template)
-    if vocabulary.stop > rows:
-        model.resize_token_embeddings(vocabulary.stop, mean_resizing=False)
-    _start_rows(model, vocabulary, vqvae.quantize.embedding.lookup(torch.arange(vocabulary.codebook_size)), seed)
-    setattr(model.config, CONFIG_KEY, vocabulary.to_config())
-    return vocabulary
 
 
 def _with_images(template: str | dict[str, str] | None) -> str | dict[str, str]:
-    if isinstance(template, dict):
-        return {name: JOIN_PARTS + each for name, each in template.items()}
-    return JOIN_PARTS + (template or PLAIN_TEMPLATE)
+    """A chat template, or several by their names, that takes messages with images."""
+    if template is None:
+        return JOIN_PARTS + PLAIN_TEMPLATE
+    if isinstance(template, str):
+        return JOIN_PARTS + template
+    return {name: JOIN_PARTS + text for name, text in template.items()}
 
 
 @torch.no_grad()
 def _start_rows(model: PreTrainedModel, vocabulary: ImageVocabulary, codebook: torch.Tensor, seed: int) -> None:
     """Sets the new rows to a linear map of the codes, with the mean and the standard deviation of the old rows."""
-    generator = torch.Generator().manual_seed(seed)
     codes = codebook.detach().float().cpu()
-    others = torch.randn(vocabulary.stop - vocabulary.begin, codes.shape[1], generator=generator)
-    codes = torch.cat([(codes - codes.mean(0)) / codes.std(), others])
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for layer in {id(each.weight): each for each in layers}.values():  # once if they share their weights
+    codes = (codes - codes.mean(0)) / codes.std()
+    num_others = vocabulary.stop - vocabulary.begin  # begin, end, no condition, sizes
+    generator = torch.Generator().manual_seed(seed)
+    others = torch.randn(num_others, codes.shape[1], generator=generator)
+    features = torch.cat([codes, others])  # (image tokens, channels of the codebook)
+    input_layer = model.get_input_embeddings()
+    output_layer = model.get_output_embeddings()
+    layers = [output_layer]
+    if input_layer.weight is not output_layer.weight:
+        layers = [input_layer, output_layer]
+    for layer in layers:
         old = layer.weight[: vocabulary.first_token].float()
         generator = torch.Generator().manual_seed(seed + 1)  # the same map for both layers
-        mapped = codes @ torch.randn(codes.shape[1], old.shape[1], generator=generator)
+        mapped = features @ torch.randn(features.shape[1], old.shape[1], generator=generator)
         new = old.mean(0).cpu() + mapped * (old.std(0).mean().cpu() / mapped.std())
         layer.weight[vocabulary.first_token : vocabulary.stop] = new.to(layer.weight)
         bias = getattr(layer, "bias", None)

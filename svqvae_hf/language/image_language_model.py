@@ -1,24 +1,30 @@
 """Language models with image tokens that load from, and are saved to, one folder with their processor."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Self
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from svqvae_files.json_files import read_json_object
 from svqvae_hf.hub.code import write_code
 from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.loaders.folder_checks import check_files
 from svqvae_hf.loaders.pretrained_models import SVQVAEProcessor
+from svqvae_hf.loaders.saved_parts import record_parts
 from svqvae_hf.models.image_vocabulary import CONFIG_KEY, ImageVocabulary
 from svqvae_hf.models.loading import check_merged, check_weights, copy_code
-from svqvae_hf.pipelines import drawing
 from svqvae_hf.pipelines.any_to_any import ImageLanguagePipeline
+from svqvae_hf.pipelines.image_chats import ImageChats
 from svqvae_hf.pipelines.repository_index import hub_options, write_json
 
+CONFIG = "config.json"
 
-class ImageLanguageModel(drawing.ImageLanguageModel):
-    """[`~svqvae_hf.pipelines.drawing.ImageLanguageModel`] of a folder or Hub id.
+
+class ImageLanguageModel(ImageChats):
+    """A language model with image tokens and its processor, of one folder or Hub id.
+
+    Its base class, [`~svqvae_hf.pipelines.image_chats.ImageChats`], draws, edits and captions images.
 
     Example:
         >>> pipe = ImageLanguageModel.from_pretrained("lm-with-images")
@@ -28,7 +34,17 @@ class ImageLanguageModel(drawing.ImageLanguageModel):
 
     @staticmethod
     def is_at(source: str | os.PathLike) -> bool:
-        """Whether a folder or Hub id holds a language model with image tokens."""
+        """Whether a folder or Hub id holds a language model with image tokens.
+
+        Raises:
+            OSError: Its config cannot be read.
+            ValueError: Its config is damaged.
+        """
+        path = Path(source, CONFIG)
+        if path.is_file():
+            return CONFIG_KEY in read_json_object(path)
+        if Path(source).is_dir():
+            return False
         try:
             config, _ = from_hub(PreTrainedConfig.get_config_dict, source)
         except OSError:
@@ -37,13 +53,22 @@ class ImageLanguageModel(drawing.ImageLanguageModel):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, **options: Any) -> Self:
-        """Loads both from a folder or Hub id, with options of transformers' method for the language model."""
+        """Loads both from a folder or Hub id, with options of transformers' method for the language model.
+
+        Raises:
+            OSError: If the files do not exist, or the Hub does not answer and the cache has no complete copy.
+            ValueError: If a file is damaged, the parts were not made for each other, or the weights are not exactly
+                what the config asks for.
+        """
+        check_files(source)
         hub = hub_options(options)
-        ImageVocabulary.from_config(from_hub(PreTrainedConfig.get_config_dict, source, **hub)[0])
+        config, _ = from_hub(PreTrainedConfig.get_config_dict, source, **hub)
+        ImageVocabulary.from_config(config)  # raises if it has no image tokens
+        processor = SVQVAEProcessor.from_pretrained(source, **hub)
         options["output_loading_info"] = True
         language_model, info = from_hub(AutoModelForCausalLM.from_pretrained, source, **options)
         check_weights(str(source), info)
-        return cls(language_model, SVQVAEProcessor.from_pretrained(source, **hub))
+        return cls(language_model, processor)
 
     def save_pretrained(self, folder: str | os.PathLike, *, standalone: bool = False) -> None:
         """Saves both.
@@ -51,7 +76,8 @@ class ImageLanguageModel(drawing.ImageLanguageModel):
         Args:
             folder (`str` or `os.PathLike`): Folder to write to.
             standalone (`bool`, defaults to `False`): Also write the code, so that transformers' `AutoProcessor` and
-                `pipeline("any-to-any")` work with `trust_remote_code=True` where this package is not installed.
+                `pipeline("any-to-any")` work with `trust_remote_code=True`. Without the code, this pipeline does not
+                work.
 
         Raises:
             ValueError: The language model has an adapter of peft that is not merged.
@@ -59,12 +85,18 @@ class ImageLanguageModel(drawing.ImageLanguageModel):
         check_merged("language_model", self.language_model)
         self.language_model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        path = Path(folder, "config.json")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        path = Path(folder, CONFIG)
+        config = read_json_object(path)
         config.pop("custom_pipelines", None)  # of the repository that the model came from
         if standalone:
             write_code(Path(folder))
-            impl = f"{copy_code(ImageLanguagePipeline, folder)}.{ImageLanguagePipeline.__name__}"
-            pipeline = {"impl": impl, "pt": ["AutoModelForCausalLM"], "type": "multimodal"}
-            config["custom_pipelines"] = {"any-to-any": pipeline}
+            module = copy_code(ImageLanguagePipeline, folder)
+            config["custom_pipelines"] = {
+                "any-to-any": {
+                    "impl": f"{module}.{ImageLanguagePipeline.__name__}",
+                    "pt": ["AutoModelForCausalLM"],
+                    "type": "multimodal",
+                }
+            }
         write_json(path, config)
+        record_parts(folder)

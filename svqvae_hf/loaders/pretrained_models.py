@@ -1,6 +1,7 @@
 """The models of `models/` with what the package adds: original checkpoints, cards and code of repositories, errors."""
 
 import functools
+import json
 import os
 from pathlib import Path
 from typing import Any, Self
@@ -13,14 +14,17 @@ from svqvae_hf.hub.code import write_code
 from svqvae_hf.hub.model_cards import model_card
 from svqvae_hf.hub.origin import find_origin
 from svqvae_hf.hub.publishing import CardMixin
-from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.hub.repositories import from_hub, public_name
 from svqvae_hf.loaders.checkpoint_files import Checkpoint
 from svqvae_hf.loaders.checkpoints import read_checkpoint
+from svqvae_hf.loaders.folder_checks import check_files
 from svqvae_hf.loaders.llamagen_checkpoints import read_llamagen
 from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
+from svqvae_hf.loaders.saved_parts import check_parts
 from svqvae_hf.models import image_processing_svqvae, modeling_llamagen, modeling_next_scale, modeling_svqvae
 from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
 from svqvae_hf.models.loading import check_weights
+from svqvae_hf.models.processing_svqvae import HUB_OPTIONS, VQVAE_FOLDER
 from svqvae_hf.models.processing_svqvae import SVQVAEProcessor as PlainProcessor
 
 
@@ -95,6 +99,13 @@ class SVQVAE(CardMixin, RepositoryMixin, modeling_svqvae.SVQVAE):  # type: ignor
         SVQVAEImageProcessor(pixel_range=self.config["pixel_range"]).save_pretrained(save_directory)
         super().save_config(save_directory, push_to_hub, **kwargs)
 
+    def to_json_string(self) -> str:
+        """Content of `config.json`, without folders of this machine."""
+        config = json.loads(super().to_json_string())
+        if "_name_or_path" in config:
+            config["_name_or_path"] = public_name(config["_name_or_path"])
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
     @classmethod
     def from_single_file(
         cls,
@@ -166,8 +177,9 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
             **kwargs: Further arguments of transformers' method.
 
         Raises:
-            ValueError: The weights are not exactly what the config asks for.
+            ValueError: The weights are not exactly what the config asks for, or a file is damaged.
         """
+        check_files(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         check_weights(os.fspath(pretrained_model_name_or_path), info)
@@ -248,9 +260,30 @@ class SVQVAEImageProcessor(HubMixin, image_processing_svqvae.SVQVAEImageProcesso
 
 
 class SVQVAEProcessor(HubMixin, PlainProcessor):
-    """[`~svqvae_hf.models.processing_svqvae.SVQVAEProcessor`] with errors of the Hub."""
+    """[`~svqvae_hf.models.processing_svqvae.SVQVAEProcessor`] with errors of the Hub, and checks of its files."""
 
     vqvae_class = SVQVAE
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Loads a processor from a folder or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
+            **kwargs: Arguments of transformers' method.
+
+        Raises:
+            OSError: If the files do not exist, or the Hub does not answer and the cache has no complete copy.
+            ValueError: If a file is damaged, or the tokenizer, the chat template or the generation config is not the
+                one that was saved with the processor.
+        """
+        subfolder = kwargs.get("subfolder") or ""
+        folder = os.path.join(pretrained_model_name_or_path, subfolder)
+        check_files(folder)
+        check_files(os.path.join(folder, VQVAE_FOLDER))
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        from_hub(check_parts, pretrained_model_name_or_path, subfolder=subfolder, **hub)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
 AutoConfig.register(LlamaGenConfig.model_type, LlamaGenConfig)

@@ -1,7 +1,7 @@
 """Image tokens of a language model: their names, their ids, and images among other tokens."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class ImageVocabulary:
         codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
         f (`int`): Pixels per latent side.
         grids (`Sequence[tuple[int, int]]`): Rows and columns of codes of the images. Stored as a tuple.
+        tokenizer_digest (`str`, *optional*): Digest of the tokenizer that the language model was made for, as
+            `tokenizer_digest` of `processing_svqvae.py` computes it. None in folders without one.
 
     Raises:
         ValueError: If there is no grid, one is empty, or one occurs twice.
@@ -38,11 +40,17 @@ class ImageVocabulary:
     codebook_fingerprint: str
     f: int
     grids: Sequence[tuple[int, int]]
+    tokenizer_digest: str | None = None
 
     def __post_init__(self) -> None:
-        grids = tuple((int(rows), int(columns)) for rows, columns in self.grids)  # a config stores lists
-        if not grids or len(set(grids)) < len(grids) or min(map(min, grids)) < 1:
-            raise ValueError(f"`grids` must be different pairs of rows and columns, at least 1, got {self.grids}.")
+        fault = f"`grids` must be different pairs of rows and columns, at least 1, got {self.grids}."
+        try:
+            grids = tuple((int(rows), int(columns)) for rows, columns in self.grids)  # a config stores lists
+        except (TypeError, ValueError) as error:
+            raise ValueError(fault) from error
+        smallest_side = min(min(grid) for grid in grids) if grids else 0
+        if smallest_side < 1 or len(set(grids)) < len(grids):
+            raise ValueError(fault)
         object.__setattr__(self, "grids", grids)
 
     @classmethod
@@ -50,7 +58,7 @@ class ImageVocabulary:
         """Reads the image tokens from the config of a language model or of a processor.
 
         Raises:
-            ValueError: If it has none.
+            ValueError: If it has none, or they are damaged.
         """
         entries = config if isinstance(config, Mapping) else config.to_dict()
         if CONFIG_KEY not in entries:
@@ -58,7 +66,29 @@ class ImageVocabulary:
                 f"the config must have an `{CONFIG_KEY}`, but has none, so the model has no image tokens. Add them "
                 "with `svqvae extend-lm`."
             )
-        return cls(**entries[CONFIG_KEY])
+        return cls.from_entries(entries[CONFIG_KEY])
+
+    @classmethod
+    def from_entries(cls, entries: Any) -> "ImageVocabulary":
+        """Reads the image tokens from the value that a config holds for them, as `to_config` made it.
+
+        Raises:
+            ValueError: If the value does not have the right keys and types.
+        """
+        if not isinstance(entries, Mapping):
+            raise ValueError(f"`{CONFIG_KEY}` of the config must be an object, got {entries!r:.80}. Restore the file.")
+        optional = {field.name for field in fields(cls) if field.default is not MISSING}
+        required = {field.name for field in fields(cls)} - optional
+        if not required <= entries.keys() <= required | optional:
+            raise ValueError(
+                f"`{CONFIG_KEY}` of the config must have the keys {', '.join(sorted(required))}, got "
+                f"{', '.join(sorted(map(str, entries)))}. Restore the file."
+            )
+        for key in ("first_token", "codebook_size", "f"):
+            value = entries[key]
+            if type(value) is not int or value < 1:
+                raise ValueError(f"`{key}` of `{CONFIG_KEY}` must be an integer of at least 1, got {value!r:.80}.")
+        return cls(**entries)
 
     def to_config(self) -> dict[str, Any]:
         """Entries for a config."""
@@ -69,7 +99,8 @@ class ImageVocabulary:
         """Names of the tokens, in the order of their ids."""
         digits = max(5, len(str(self.codebook_size - 1)))
         codes = [f"<|image_{code:0{digits}}|>" for code in range(self.codebook_size)]
-        return [*codes, BEGIN, END, NO_CONDITION, *(f"<|image_{rows}x{columns}|>" for rows, columns in self.grids)]
+        sizes = [f"<|image_{rows}x{columns}|>" for rows, columns in self.grids]
+        return codes + [BEGIN, END, NO_CONDITION] + sizes
 
     @property
     def begin(self) -> int:
@@ -103,10 +134,11 @@ class ImageVocabulary:
             ValueError: If the vocabulary has no such grid.
         """
         if tuple(grid) not in self.grids:
-            known = ", ".join(f"{rows} x {columns}" for rows, columns in self.grids)
+            choices = ", ".join(f"{rows} x {columns}" for rows, columns in self.grids)
+            wrong = " x ".join(str(side) for side in grid)
             raise ValueError(
-                f"`grid` must be one of the rows x columns of codes that the model knows, {known}, got "
-                f"{' x '.join(map(str, grid))}. Choose one, or extend the language model with more `--grids`."
+                f"`grid` must be one of the rows x columns of codes that the model knows, {choices}, got {wrong}. "
+                "Choose one, or extend the language model with more `--grids`."
             )
         return self.first_size + self.grids.index(tuple(grid))
 
@@ -126,7 +158,8 @@ class ImageVocabulary:
                 f"ids must be in [0, {self.codebook_size}), the codes of the codebook, got {ids.min()} to "
                 f"{ids.max()}. Encode the image with the tokenizer in the folder of the language model."
             )
-        return [*start, *(ids.flatten().long() + self.first_token).tolist(), self.end]
+        codes = ids.flatten().long() + self.first_token
+        return start + codes.tolist() + [self.end]
 
     def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """Splits a sequence into text and images.
@@ -141,32 +174,46 @@ class ImageVocabulary:
         Raises:
             ValueError: If there is an image token outside an image, a text inside one, or too few or too many codes.
         """
-        parts, position = [], 0
+        parts = []
+        text_start = 0
         for begin in (tokens == self.begin).nonzero().flatten().tolist():
-            parts.append(self._check_text(tokens[position:begin], position))
-            size, *_ = [*tokens[begin + 1 : begin + 2].tolist(), None]
-            if size is None:
-                position = len(tokens) + 1
-                break
-            if not self.first_size <= size < self.stop:
-                raise ValueError(f"the token after {BEGIN} must be one of the size tokens, got token {size}.")
-            rows, columns = self.grids[size - self.first_size]
-            position = begin + 3 + rows * columns
-            ids = tokens[begin + 2 : position - 1] - self.first_token
-            wrong = ((ids < 0) | (ids >= self.codebook_size)).nonzero().flatten().tolist()
-            if wrong or (position <= len(tokens) and tokens[position - 1] != self.end):
-                place = begin + 2 + wrong[0] if wrong else position - 1
-                raise ValueError(
-                    f"an image of {rows} x {columns} must have {rows * columns} codes and then {END}, got token "
-                    f"{tokens[place]} at position {place}. Correct the prompt, or generate with `ImageGrammar`."
-                )
-            if position <= len(tokens):
-                parts.append(ids.view(rows, columns))
-        if position <= len(tokens):
-            parts.append(self._check_text(tokens[position:], position))
+            parts.append(self._check_text(tokens[text_start:begin], text_start))
+            if begin + 1 == len(tokens):
+                return parts  # cut off before its size
+            rows, columns = self._grid_of(tokens[begin + 1])
+            first_code = begin + 2
+            end = first_code + rows * columns
+            ids = self._check_codes(tokens, first_code, rows, columns)
+            if end >= len(tokens):
+                return parts  # cut off before its end
+            parts.append(ids.view(rows, columns))
+            text_start = end + 1
+        parts.append(self._check_text(tokens[text_start:], text_start))
         return parts
 
+    def _grid_of(self, size_token: torch.Tensor) -> tuple[int, int]:
+        """Grid of the token after the begin of an image."""
+        size = int(size_token)
+        if not self.first_size <= size < self.stop:
+            raise ValueError(f"the token after {BEGIN} must be one of the size tokens, got token {size}.")
+        return self.grids[size - self.first_size]
+
+    def _check_codes(self, tokens: torch.Tensor, first_code: int, rows: int, columns: int) -> torch.Tensor:
+        """Ids of an image, fewer if the sequence is cut off in it. Raises for another token among them or after."""
+        end = first_code + rows * columns
+        ids = tokens[first_code:end] - self.first_token
+        wrong = ((ids < 0) | (ids >= self.codebook_size)).nonzero().flatten().tolist()
+        has_end = end >= len(tokens) or tokens[end] == self.end
+        if not wrong and has_end:
+            return ids
+        place = first_code + wrong[0] if wrong else end
+        raise ValueError(
+            f"an image of {rows} x {columns} must have {rows * columns} codes and then {END}, got token "
+            f"{tokens[place]} at position {place}. Correct the prompt, or generate with `ImageGrammar`."
+        )
+
     def _check_text(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        """Tokens of a text that starts at a position of the sequence. Raises for image tokens in it."""
         is_image = (tokens >= self.first_token) & (tokens < self.stop) & (tokens != self.no_condition)
         if is_image.any():
             place = int(is_image.nonzero()[0])

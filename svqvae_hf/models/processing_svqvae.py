@@ -1,6 +1,8 @@
 """Texts and images to the tokens of a language model, and back."""
 
+import hashlib
 import io
+import json
 import os
 import urllib.request
 import warnings
@@ -24,6 +26,17 @@ from .modeling_svqvae import SVQVAE
 
 VQVAE_FOLDER = "vqvae"  # beside the language model
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+PARTS_KEY = "parts"  # in the config of the processor: digests of the files beside it
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of what the tokens of a tokenizer mean, that is, of its vocabulary.
+
+    Returns:
+        `str`: SHA-256 in hexadecimal.
+    """
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(vocabulary.encode()).hexdigest()
 
 
 class SVQVAEImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -73,18 +86,28 @@ class SVQVAEProcessor(ProcessorMixin):
         chat_template: str | dict[str, str] | None = None,
     ):
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
-        if isinstance(image_vocabulary, dict):
-            image_vocabulary = ImageVocabulary(**image_vocabulary)
+        if not isinstance(image_vocabulary, ImageVocabulary):
+            image_vocabulary = ImageVocabulary.from_entries(image_vocabulary)
         check_same_codebook(vqvae, image_vocabulary)
         self.vocabulary = image_vocabulary
-        self.image_token_ids = [*range(self.vocabulary.first_token, self.vocabulary.stop)]
+        self.image_token_ids = list(range(self.vocabulary.first_token, self.vocabulary.stop))
+        self._check_tokenizer(tokenizer)
+        self.vqvae = vqvae
+        self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
+
+    def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises unless a tokenizer has the image tokens and the words that the language model was made for."""
         if tokenizer.convert_tokens_to_ids(self.vocabulary.names) != self.image_token_ids:
             raise ValueError(
                 f"the tokenizer must have the image tokens {self.image_token_ids[0]} to {self.image_token_ids[-1]} of "
                 "the processor, but has others. Use the tokenizer that `svqvae extend-lm` saved."
             )
-        self.vqvae = vqvae
-        self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
+        digest = self.vocabulary.tokenizer_digest
+        if digest is not None and tokenizer_digest(tokenizer) != digest:
+            raise ValueError(
+                "the tokenizer must be the one that the language model was made for, but has other words or ids. Use "
+                "the tokenizer that `svqvae extend-lm` saved."
+            )
 
     @classmethod
     def _get_arguments_from_pretrained(
@@ -92,11 +115,13 @@ class SVQVAEProcessor(ProcessorMixin):
     ) -> list[Any]:
         """Loads the vqvae after the tokenizer."""
         arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
-        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        processor_dict.pop(PARTS_KEY, None)  # describes the files of this folder, not of one that is saved later
         ImageVocabulary.from_config(processor_dict)
         source = os.fspath(pretrained_model_name_or_path)
         folder = os.path.join(kwargs.get("subfolder") or "", VQVAE_FOLDER)
-        return [*arguments, cls.vqvae_class.from_pretrained(source, subfolder=folder, **options)]
+        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        vqvae = cls.vqvae_class.from_pretrained(source, subfolder=folder, **options)
+        return arguments + [vqvae]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Saves the config, the tokenizer with the chat template, and the vqvae in a subfolder.
@@ -114,8 +139,10 @@ class SVQVAEProcessor(ProcessorMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Content of `processor_config.json`."""
-        code = {"auto_map": self.auto_map} if hasattr(self, "auto_map") else {}
-        return {"processor_class": type(self).__name__, CONFIG_KEY: self.vocabulary.to_config(), **code}
+        config = {"processor_class": type(self).__name__, CONFIG_KEY: self.vocabulary.to_config()}
+        if hasattr(self, "auto_map"):  # of a repository with code
+            config["auto_map"] = self.auto_map
+        return config
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
         """Converts texts with images to tokens.
@@ -136,8 +163,10 @@ class SVQVAEProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError(f"`text` must be given. For images alone, pass one `{PLACEHOLDER}` per image.")
-        bos, first = self.tokenizer.bos_token, text if isinstance(text, str) else "".join(text[:1])
-        if bos and first.startswith(bos) and "add_special_tokens" not in kwargs.get("text_kwargs", {}):
+        first_text = text if isinstance(text, str) else "".join(text[:1])
+        bos = self.tokenizer.bos_token
+        has_bos = bos is not None and first_text.startswith(bos)
+        if has_bos and "add_special_tokens" not in kwargs.get("text_kwargs", {}):
             kwargs.setdefault("add_special_tokens", False)
         features = super().__call__(images=images, text=text, **kwargs)
         for tokens in features["input_ids"]:
@@ -146,11 +175,15 @@ class SVQVAEProcessor(ProcessorMixin):
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, ...]:
         """Opens the images as Pillow images."""
-        _, text, *others = super().prepare_inputs_layout(text=text, **kwargs)
-        return None if images is None else [*map(self._open, _flatten(images))], text, *others
+        layout = list(super().prepare_inputs_layout(text=text, **kwargs))  # images come first
+        if images is not None:
+            layout[0] = [self._open(image) for image in _flatten(images)]
+        return tuple(layout)
 
     def _process_images(self, images: Any, grid: Any = None, **_: Any) -> tuple[dict[str, Any], list[str]]:
-        return {}, [self.image_text(ids) for ids in self.encode_images(make_flat_list_of_images(images), grid)]
+        """Returns no features of the images, and the texts that replace their placeholders."""
+        grids = self.encode_images(make_flat_list_of_images(images), grid)
+        return {}, [self.image_text(ids) for ids in grids]
 
     def encode_images(self, images: Sequence[Image.Image], grid: tuple[int, int] | None = None) -> list[torch.Tensor]:
         """Encodes images to ids `(h, w)`.
@@ -163,25 +196,31 @@ class SVQVAEProcessor(ProcessorMixin):
         Raises:
             ValueError: If the model does not know the grid.
         """
-        if grid is not None:
-            self.vocabulary.size_token(grid)  # raises for an unknown one
-        return [self._encode(image, grid or self._closest_grid(image)) for image in images]
+        if grid is None:
+            return [self._encode(image, self._closest_grid(image)) for image in images]
+        self.vocabulary.size_token(grid)  # raises for an unknown one
+        return [self._encode(image, grid) for image in images]
 
     @torch.inference_mode()
     def _encode(self, image: Image.Image, grid: tuple[int, int]) -> torch.Tensor:
-        height, width = (side * self.vqvae.f for side in grid)
-        image = ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.BICUBIC)
-        sample = self.image_processor(image)["pixel_values"].to(execution_device(self.vqvae), self.vqvae.dtype)
+        """Ids `(h, w)` of an image, which is resized and cropped to a grid."""
+        rows, columns = grid
+        size = (columns * self.vqvae.f, rows * self.vqvae.f)
+        cropped = ImageOps.fit(to_rgb(image), size, Image.Resampling.BICUBIC)
+        sample = self.image_processor(cropped)["pixel_values"]  # (1, 3, height, width)
+        sample = sample.to(execution_device(self.vqvae), self.vqvae.dtype)
         return self.vqvae.encode_tokens(sample)[0].cpu()
 
     def _closest_grid(self, image: Image.Image) -> tuple[int, int]:
+        """Grid of the closest aspect ratio; of several, the one with the most rows."""
         aspect = image.width / image.height
 
-        def ratio(grid: tuple[int, int]) -> float:
+        def distance(grid: tuple[int, int]) -> tuple[float, int]:
             rows, columns = grid
-            return max(columns / rows / aspect, aspect * rows / columns)
+            factor = max(columns / rows / aspect, aspect * rows / columns)
+            return factor, -rows
 
-        return min(self.vocabulary.grids, key=lambda grid: (ratio(grid), -grid[0]))
+        return min(self.vocabulary.grids, key=distance)
 
     @torch.inference_mode()
     def decode_images(self, grids: Sequence[torch.Tensor]) -> list[Image.Image]:
@@ -227,35 +266,54 @@ class SVQVAEProcessor(ProcessorMixin):
         if generation_mode in (None, "text"):
             return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         results: list[Any] = []
-        for tokens in generated_outputs:
+        for number, tokens in enumerate(generated_outputs):
             sequence = torch.as_tensor(tokens).cpu()
-            parts = self.vocabulary.split(sequence)
-            if (sequence == self.vocabulary.begin).sum() > len(parts) // 2:
-                warnings.warn(
-                    f"sequence {len(results)} ends inside an image, which is left out. Raise `max_new_tokens`.",
-                    stacklevel=2,
-                )
+            parts = self.vocabulary.split(sequence)  # a text, an image, a text, ...
             images = self.decode_images(parts[1::2])
+            num_begun = int((sequence == self.vocabulary.begin).sum())
+            if num_begun > len(images):
+                warnings.warn(
+                    f"sequence {number} ends inside an image, which is left out. Raise `max_new_tokens`.", stacklevel=2
+                )
             if generation_mode == "image":
                 results.append(images)
                 continue
             texts = [self.tokenizer.decode(part, skip_special_tokens, **kwargs) for part in parts[::2]]
-            results.append([part for pair in zip(texts, [*images, None], strict=True) for part in pair if part])
+            results.append(_interleave(texts, images))
         return results
 
     def _open(self, image: Any) -> Image.Image:
-        if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
-            if image.startswith("data:"):
-                return load_image(urllib.request.urlopen(image))
+        """An image of any kind as an RGB image of Pillow."""
+        if isinstance(image, str) and image.startswith("data:"):
+            return load_image(urllib.request.urlopen(image))
+        if isinstance(image, str) and image.startswith(("http://", "https://")):
             answer = httpx.get(image, timeout=60, follow_redirects=True).raise_for_status()
             return load_image(io.BytesIO(answer.content))
         if isinstance(image, str | os.PathLike):
             return load_image(image)
         if isinstance(image, Image.Image):
             return to_rgb(image)
-        return self.image_processor.postprocess(self.image_processor(image)["pixel_values"])[0]
+        pixels = self.image_processor(image)["pixel_values"]
+        return self.image_processor.postprocess(pixels)[0]
 
 
 def _flatten(images: Any) -> list[Any]:
+    """Images of nested lists and batches in one list."""
     is_batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
-    return [each for one in images for each in _flatten(one)] if is_batch else [images]
+    if not is_batch:
+        return [images]
+    flat = []
+    for image in images:
+        flat += _flatten(image)
+    return flat
+
+
+def _interleave(texts: Sequence[str], images: Sequence[Image.Image]) -> list[str | Image.Image]:
+    """Texts and the images between them in their order, without empty texts."""
+    parts: list[str | Image.Image] = []
+    for number, text in enumerate(texts):
+        if text:
+            parts.append(text)
+        if number < len(images):
+            parts.append(images[number])
+    return parts

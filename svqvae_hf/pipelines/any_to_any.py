@@ -5,7 +5,7 @@ from typing import Any
 from transformers import AnyToAnyPipeline
 from transformers.image_utils import make_flat_list_of_images
 
-from .drawing import ImageLanguageModel
+from .image_chats import ImageChats
 
 
 class ImageLanguagePipeline(AnyToAnyPipeline):
@@ -28,25 +28,51 @@ class ImageLanguagePipeline(AnyToAnyPipeline):
             text (`str`, `list[str]` or chats): Captions, or chats whose last message is the caption.
             images (*optional*): Images, which `"image"` edits: one per caption, with a `mask_image` each.
             generation_mode (`str`, *optional*): `"image"`, or a mode of transformers' pipeline.
-            **kwargs: Arguments of [`~svqvae_hf.pipelines.drawing.ImageLanguageModel.draw`], such as `temperature`, or
-                of transformers' pipeline.
+            **kwargs: Arguments of [`~svqvae_hf.pipelines.image_chats.ImageChats.draw`], such as `temperature`, or of
+                transformers' pipeline.
 
         Returns:
             `list[dict]`: With `"image"`, dictionaries with `input_text` and `generated_image`.
         """
         if generation_mode != "image":
             return super().__call__(text=text, images=images, generation_mode=generation_mode, **kwargs)
-        inputs = [text] if isinstance(text, str) or isinstance(text[0], dict) else text
-        given = {"image": images, "mask_image": kwargs.pop("mask_image", None)}
-        edited = {name: make_flat_list_of_images(value) for name, value in given.items() if value is not None}
-        drawn = ImageLanguageModel(self.model, self.processor).draw([*map(caption_of, inputs)], **edited, **kwargs)
-        return [{"input_text": each, "generated_image": image} for each, image in zip(inputs, drawn, strict=True)]
+        inputs = _as_batch(text)
+        captions = [caption_of(chat) for chat in inputs]
+        edit = {}
+        for name, pictures in (("image", images), ("mask_image", kwargs.pop("mask_image", None))):
+            if pictures is not None:
+                edit[name] = make_flat_list_of_images(pictures)
+        drawn = ImageChats(self.model, self.processor).draw(captions, **edit, **kwargs)
+        results = []
+        for chat, image in zip(inputs, drawn, strict=True):
+            results.append({"input_text": chat, "generated_image": image})
+        return results
+
+
+def _as_batch(text: Any) -> list[Any]:
+    """Captions or chats as a list of them. One chat is a list of messages."""
+    if isinstance(text, str):
+        return [text]
+    if not isinstance(text, list | tuple) or not text:
+        raise ValueError(f"`text` must be a caption, a chat, or a list of either that is not empty, got {text!r:.80}.")
+    is_one_chat = isinstance(text[0], dict)
+    return [text] if is_one_chat else list(text)
 
 
 def caption_of(text: Any) -> str:
     """Caption that a text is, or that the last message of a chat asks for."""
-    content = text if isinstance(text, str) else text[-1]["content"]
-    parts = [{"text": content}] if isinstance(content, str) else content
-    if any("text" not in part for part in parts):
-        raise ValueError("a chat that asks for an image must hold text alone. To edit an image, pass it as `images`.")
-    return "".join(part["text"] for part in parts)
+    if isinstance(text, str):
+        return text
+    if not isinstance(text, list | tuple) or not text:
+        raise ValueError(f"a caption must be a text or a chat, got {text!r:.80}.")
+    content = text[-1]["content"]
+    if isinstance(content, str):
+        return content
+    caption = ""
+    for part in content:
+        if "text" not in part:
+            raise ValueError(
+                "a chat that asks for an image must hold text alone. To edit an image, pass it as `images`."
+            )
+        caption += part["text"]
+    return caption

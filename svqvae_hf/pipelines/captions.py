@@ -2,23 +2,64 @@
 
 import re
 import reprlib
+import unicodedata
 import warnings
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WORD = re.compile(r"[\w'’]+")
+WORD, SYMBOL, SEPARATOR = "word", "symbol", "separator"  # kinds of the parts of a caption
+WORD_CHARACTER = re.compile(r"[\w'’]")
+JOINING = ("Cf", "Me", "Mn")  # Unicode categories of characters that belong to the one before, as in emoji
+
+
+def split_caption(caption: str) -> list[tuple[str, str]]:
+    """Splits a caption into words, symbols such as emoji, and what is between them.
+
+    Returns:
+        `list[tuple[str, str]]`: Kind and text of each part. The texts together are the caption.
+    """
+    parts: list[tuple[str, str]] = []
+    for character in caption:
+        last_kind, last_text = parts[-1] if parts else (SEPARATOR, "")
+        kind = _kind(character, last_kind)
+        if kind == last_kind and parts:
+            parts[-1] = (kind, last_text + character)
+        else:
+            parts.append((kind, character))
+    return parts
+
+
+def _kind(character: str, last_kind: str) -> str:
+    category = unicodedata.category(character)
+    if WORD_CHARACTER.match(character):
+        return WORD
+    if category in JOINING:
+        return last_kind
+    if category.startswith("S"):
+        return SYMBOL
+    return SEPARATOR
 
 
 def unknown_words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[str]:
-    """Words of captions that a tokenizer of whole words lacks; other tokenizers lack none."""
-    words = dict.fromkeys(word for caption in captions for word in WORD.findall(caption))
-    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]
+    """Words and symbols of captions that a tokenizer of whole words lacks; other tokenizers lack none."""
+    parts = {}  # in order, each once
+    for caption in captions:
+        for kind, text in split_caption(caption):
+            if kind != SEPARATOR:
+                parts[text] = kind
+    unknown = []
+    for text, kind in parts.items():
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+        is_ignored = kind == SYMBOL and not tokens
+        if is_ignored or tokenizer.unk_token_id in tokens:
+            unknown.append(text)
+    return unknown
 
 
 def keep_known_words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[str]:
-    """Leaves out the words that a tokenizer of whole words lacks, with one warning.
+    """Leaves out the words and symbols that a tokenizer of whole words lacks, with one warning.
 
     Raises:
         ValueError: If it knows no word of a caption.
@@ -26,13 +67,21 @@ def keep_known_words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]
     unknown = unknown_words(tokenizer, captions)
     if not unknown:
         return list(captions)
-    kept = [WORD.sub(lambda word: "" if word[0] in unknown else word[0], caption) for caption in captions]
-    for caption, rest in zip(captions, kept, strict=True):
-        if WORD.search(caption) and not WORD.search(rest):
-            known = ", ".join(sorted(word for word in tokenizer.get_vocab() if word.isalnum()))
-            raise ValueError(f"a prompt must have a word that the model knows, got {caption!r}. It knows {known}.")
+    shortened = [_leave_out(tokenizer, caption, unknown) for caption in captions]
     warnings.warn(say_unknown(unknown), stacklevel=3)
-    return kept
+    return shortened
+
+
+def _leave_out(tokenizer: PreTrainedTokenizerBase, caption: str, unknown: Sequence[str]) -> str:
+    """A caption without unknown words. Raises if it has words, but none that is known."""
+    parts = split_caption(caption)
+    kept_parts = [(kind, text) for kind, text in parts if text not in unknown]
+    had_words = any(kind != SEPARATOR for kind, _ in parts)
+    has_words = any(kind != SEPARATOR for kind, _ in kept_parts)
+    if had_words and not has_words:
+        vocabulary = ", ".join(sorted(word for word in tokenizer.get_vocab() if word.isalnum()))
+        raise ValueError(f"a prompt must have a word that the model knows, got {caption!r}. It knows {vocabulary}.")
+    return "".join(text for _, text in kept_parts)
 
 
 def say_unknown(words: Sequence[str]) -> str:
@@ -46,20 +95,36 @@ def pad_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], le
     Words that the tokenizer lacks are left out, with a warning.
 
     Raises:
-        ValueError: A caption has no known word, or more tokens than `length`.
+        ValueError: There is no caption, or a caption is not a text, has no known word, or more tokens than `length`.
     """
+    check_captions(captions)
     captions = keep_known_words(tokenizer, captions)
-    batch = tokenizer(list(captions), padding="max_length", padding_side="right", max_length=length).input_ids
+    batch = tokenizer(captions, padding="max_length", padding_side="right", max_length=length).input_ids
     _check_length(captions, batch, length)
-    absent = [tokenizer.pad_token_id] * length  # as in training, without special tokens
-    return torch.tensor([ids if text else absent for ids, text in zip(batch, captions, strict=True)])
+    rows = []
+    for caption, tokens in zip(captions, batch, strict=True):
+        # As in training, an empty caption is padding alone, without special tokens.
+        rows.append(tokens if caption else [tokenizer.pad_token_id] * length)
+    return torch.tensor(rows)
 
 
-def _check_length(captions: Sequence[str], batch: list[list[int]], length: int) -> None:
-    longest = max(batch, key=len)
-    if len(longest) > length:
-        text = reprlib.repr(captions[batch.index(longest)])
-        raise ValueError(f"A caption must have at most {length} tokens, but {text} has {len(longest)}. Shorten it.")
+def check_captions(captions: Sequence[str]) -> None:
+    """Raises unless there is at least one caption, and each is a text."""
+    if not captions:
+        raise ValueError("`prompt` must hold at least one caption, got none.")
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise ValueError(f"`prompt` must be a text or a list of texts, got {caption!r:.80} among them.")
+
+
+def _check_length(captions: Sequence[str], batch: Sequence[list[int]], length: int) -> None:
+    """Raises if a caption has more tokens than `length`."""
+    for caption, tokens in zip(captions, batch, strict=True):
+        if len(tokens) > length:
+            raise ValueError(
+                f"A caption must have at most {length} tokens, but {reprlib.repr(caption)} has {len(tokens)}. "
+                "Shorten it."
+            )
 
 
 @torch.no_grad()
@@ -87,12 +152,18 @@ def encode_captions(
         mask `(batch, length)`, on this device.
 
     Raises:
-        ValueError: A caption has more tokens than positions.
+        ValueError: There is no caption, or a caption is not a text or has more tokens than positions.
     """
+    check_captions(captions)
     batch = tokenizer(list(captions), padding="max_length", max_length=length, truncation=truncate)
     _check_length(captions, batch["input_ids"], length)
-    device = text_encoder.device if device is None else device
-    ids, mask = (torch.tensor(batch[name], device=device) for name in ("input_ids", "attention_mask"))
-    features = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
-    pairs = zip(features, mask.sum(1).tolist(), strict=True)
-    return torch.stack([each.roll(length - tokens, dims=0) for each, tokens in pairs]), mask.flip(1)
+    if device is None:
+        device = text_encoder.device
+    ids = torch.tensor(batch["input_ids"], device=device)  # (batch, length), the text first
+    mask = torch.tensor(batch["attention_mask"], device=device)
+    features = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (batch, length, channels)
+    features = features * mask[..., None]
+    text_last = []
+    for caption_features, num_tokens in zip(features, mask.sum(1).tolist(), strict=True):
+        text_last.append(caption_features.roll(length - num_tokens, dims=0))
+    return torch.stack(text_last), mask.flip(1)

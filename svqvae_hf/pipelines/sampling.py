@@ -77,7 +77,7 @@ def sample(
         return logits.argmax(-1)
     scores = TemperatureLogitsWarper(float(temperature))(None, logits.flatten(0, -2))
     if top_k:
-        scores = TopKLogitsWarper(top_k)(None, scores)
+        scores = TopKLogitsWarper(int(top_k))(None, scores)  # it refuses integers of numpy
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
     return draw(scores.view_as(logits), generator)

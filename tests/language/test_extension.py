@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from conftest import make_tiny
@@ -102,3 +104,12 @@ def test_nothing_is_left_of_a_failed_extension(tmp_path, saved_model):
     with pytest.raises(ValueError, match="the largest takes"):
         extend_language_model(tmp_path / "lm", tmp_path / "out", saved_model, [(99, 99)])
     assert [path.name for path in tmp_path.iterdir()] == ["lm"]
+
+
+def test_a_cut_image_tokenizer_is_named(tmp_path, saved_model):
+    save_language_model(tmp_path / "lm", "neox")
+    shutil.copytree(saved_model, tmp_path / "vqvae")
+    weights = tmp_path / "vqvae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"`{weights}` must be a safetensors file, but is cut"):
+        extend_language_model(tmp_path / "lm", tmp_path / "out", tmp_path / "vqvae", [(2, 2)])

@@ -10,6 +10,7 @@ from tiny_language_models import CHAT_ML, FAMILIES, load_extended
 
 from svqvae_hf.language.grammar import ImageGrammar
 from svqvae_hf.language.image_language_model import ImageLanguageModel
+from svqvae_hf.models.image_vocabulary import ImageVocabulary
 
 
 def pixels(images):
@@ -111,7 +112,7 @@ def test_an_edit_keeps_all_codes_outside_the_mask():
     changed = (kept["ids"][0] != before).nonzero().tolist()
     assert changed in ([], [[0, 0]])
     half = Image.frombytes("L", (2, 1), b"\0\xff").resize((128, 128), Image.Resampling.NEAREST)
-    assert pipe._known([half], [half], (4, 4), 1)[1][0].tolist() == [[True, True, False, False]] * 4
+    assert pipe._ids_to_keep([half], [half], (4, 4), 1)[1][0].tolist() == [[True, True, False, False]] * 4
     whole = Image.new("L", image.size, 255)
     new = pipe.draw(["a red key"], grid=(4, 4), image=[image], mask_image=[whole], generator=generators(2))
     assert pixels(new) == pixels([other])
@@ -129,3 +130,39 @@ def test_sampling_of_images_defaults_to_the_generation_config():
     assert pixels(asked) == pixels(pipe.draw(["a cat"], generator=generators(1)))
     assert pipe.caption(asked) == captions
     del pipe.language_model.generation_config.generation_kwargs
+
+
+def test_single_images_and_integers_of_numpy_are_taken():
+    pipe = ImageLanguageModel(*load_extended("qwen"))
+    (image,) = pipe.draw("a cat", grid=(4, 4), generator=generators(1))
+    mask = Image.new("L", image.size, 255)
+    call = {"grid": (4, 4), "top_k": np.int64(5)}
+    alone = pipe.draw("a red key", image=image, mask_image=mask, generator=generators(2), **call)
+    listed = pipe.draw(["a red key"], image=[image], mask_image=[mask], generator=generators(2), **call)
+    assert pixels(alone) == pixels(listed)
+
+
+def test_wrong_prompts_and_images_are_explained():
+    pipe = ImageLanguageModel(*load_extended("qwen"))
+    with pytest.raises(ValueError, match="`prompts` must hold texts, or None for an image without one, got 3"):
+        pipe.draw(["a cat", 3])
+    with pytest.raises(ValueError, match="`images` must hold at least one image, got none"):
+        pipe.caption([])
+
+
+@pytest.mark.parametrize("stored", [[], "hot", {"temperature": "hot"}])
+def test_a_damaged_sampling_is_explained(stored):
+    pipe = ImageLanguageModel(*load_extended("qwen"))
+    pipe.language_model.generation_config.generation_kwargs = stored
+    with pytest.raises(ValueError, match="generation config must be"):
+        pipe.draw("a cat")
+    del pipe.language_model.generation_config.generation_kwargs
+
+
+@pytest.mark.parametrize("entries", [[], None, "x", {}, {"first_token": 3}, {"f": "8"}])
+def test_damaged_image_tokens_are_explained(entries):
+    vocabulary = load_extended("qwen")[1].vocabulary.to_config()
+    if entries == {"f": "8"}:
+        entries = vocabulary | entries
+    with pytest.raises(ValueError, match="`image_vocabulary`"):
+        ImageVocabulary.from_config({"image_vocabulary": entries})

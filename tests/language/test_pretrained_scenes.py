@@ -51,6 +51,10 @@ def test_capitals_and_punctuation_are_ignored_and_unknown_words_left_out_with_on
         kept = keep_known_words(tokenizer, ["A Unicorn's fox", "a nice fox on nice-blue", "a fox"])
     assert tokenizer(kept).input_ids == tokenizer(["a fox", "a fox on -blue", "a fox"]).input_ids
     assert len(warned) == 1
+    with pytest.warns(UserWarning, match="unknown to the model and left out: 🙂, 👍🏽, \\+$"):
+        assert keep_known_words(tokenizer, ["a fox 🙂 on pink!", "👍🏽 + a fox"]) == ["a fox  on pink!", "  a fox"]
+    with pytest.raises(ValueError, match="must have a word that the model knows, got '🙂'"):
+        keep_known_words(tokenizer, ["🙂"])
     with pytest.raises(ValueError, match="must have a word that the model knows, got 'lovely unicorns'"):
         keep_known_words(tokenizer, ["a fox", "lovely unicorns"])
 

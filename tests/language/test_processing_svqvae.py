@@ -137,6 +137,8 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path, change):
         message = "of the model's codebook, with fingerprint"
     elif change == "tokenizer":
         AutoTokenizer.from_pretrained(extended("qwen").parent / "original").save_pretrained(tmp_path / "lm")
+        path = tmp_path / "lm" / "processor_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"parts": {}}))
         message = "the tokenizer must have the image tokens 300 to 369"
     else:
         (tmp_path / "lm" / "processor_config.json").write_text(json.dumps({"processor_class": "SVQVAEProcessor"}))

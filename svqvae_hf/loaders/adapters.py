@@ -1,0 +1,98 @@
+"""LoRA adapters of language models, and the base model that they were made for."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import errors, hf_hub_download, snapshot_download
+from safetensors import safe_open
+
+from svqvae_files.identity import model_file_digest, value_digest
+from svqvae_files.json_files import read_json_object
+from svqvae_files.outputs import write_file
+from svqvae_hf.loaders.folder_checks import check_files
+
+BASE_FILE = "adapter_base.json"  # peft warns of keys in its own config that it does not know
+WEIGHTS = "adapter_model.safetensors"
+BASE_PATTERNS = ("config.json", "model*.safetensors")
+
+
+def record_base(folder: Path, base: str, subfolder: str = "") -> None:
+    """Records the digest of the base model in the folder of an adapter.
+
+    Args:
+        folder (`Path`): Folder of the adapter.
+        base (`str`): Folder or Hub id of the base.
+        subfolder (`str`, defaults to `""`): Folder of the language model in the base.
+    """
+    content = {"base_digest": base_digest(base, subfolder)}
+    write_file(folder / BASE_FILE, json.dumps(content, indent=2).encode())
+
+
+def base_digest(base: str | os.PathLike, subfolder: str = "") -> str:
+    """Digest of the config and the weights of a language model in a folder or on the Hub."""
+    root = Path(base)
+    if not root.is_dir():
+        patterns = [os.path.join(subfolder, pattern) for pattern in BASE_PATTERNS]
+        root = Path(snapshot_download(os.fspath(base), allow_patterns=patterns))
+    digests = {}
+    for pattern in BASE_PATTERNS:
+        for path in sorted((root / subfolder).glob(pattern)):
+            digests[path.name] = model_file_digest(path)
+    return value_digest(digests)
+
+
+def load_adapter(language_model: Any, adapter: str | os.PathLike, base: str | os.PathLike, subfolder: str = "") -> Any:
+    """Adds an adapter to a language model, strictly.
+
+    Args:
+        language_model ([`~transformers.PreTrainedModel`]): Language model, which is changed.
+        adapter (`str` or `os.PathLike`): Folder or Hub id of the adapter.
+        base (`str` or `os.PathLike`): Folder or Hub id that the language model was loaded from.
+        subfolder (`str`, defaults to `""`): Folder of the language model in the base.
+
+    Returns:
+        [`~peft.PeftModel`]: The model with its adapter.
+
+    Raises:
+        OSError: The adapter does not exist or cannot be read.
+        ValueError: A file is damaged, the adapter lacks tensors, or it was made for another base.
+    """
+    from peft import PeftModel, get_peft_model_state_dict  # of an extra
+
+    check_files(adapter)
+    base_file = _find(adapter, BASE_FILE)
+    if base_file is not None:
+        recorded = read_json_object(base_file).get("base_digest")
+        if recorded != base_digest(base, subfolder):
+            raise ValueError(
+                f"`{adapter}` must be an adapter of `{base}`, but was made for another model or other weights of it. "
+                "Pass the model that it was trained on."
+            )
+    adapted = PeftModel.from_pretrained(language_model, adapter)
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    weights_path = _find(adapter, WEIGHTS)
+    if weights_path is None:
+        raise ValueError(f"`{adapter}` must hold `{WEIGHTS}`, but does not. Restore the file.")
+    with safe_open(weights_path, "pt") as weights:
+        missing = sorted(expected - set(weights.keys()))
+    if missing:
+        raise ValueError(
+            f"`{weights_path}` must hold all tensors of the adapter, but lacks {len(missing)} of {len(expected)}: "
+            f"{missing[0]}, ... Restore the file."
+        )
+    return adapted
+
+
+def _find(source: str | os.PathLike, name: str) -> Path | None:
+    """Path of a file in a folder or on the Hub; None if it does not exist."""
+    if os.path.isdir(source):
+        path = Path(source, name)
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(os.fspath(source), name))
+    except errors.LocalEntryNotFoundError:
+        raise
+    except errors.EntryNotFoundError:
+        return None

@@ -1,0 +1,251 @@
+"""Chats about images with a language model that has image tokens: draws, edits and captions images."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from numbers import Real
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BatchFeature, PreTrainedModel
+
+from .captions import keep_known_words
+from .id_sampler import IdSampler
+from .sampling import Generators, check_generators, check_sampling, guide, sample
+
+ANSWER = "<|answer|>"  # stands for an answer in a template
+DEFAULT_SAMPLING = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+WHITE = 127  # the darkest grey of a mask that counts as black; masks in JPEG files have noise
+
+
+class ImageChats:
+    """A language model with image tokens, and its processor. Its prompts are as in `training/train_chats.py`.
+
+    Args:
+        language_model ([`~transformers.PreTrainedModel`]): Language model.
+        processor ([`SVQVAEProcessor`]): Its processor.
+
+    Raises:
+        ValueError: The language model has no image tokens, or others than the processor.
+    """
+
+    def __init__(self, language_model: PreTrainedModel, processor: Any):
+        vocabulary = processor.vocabulary
+        if type(vocabulary).from_config(language_model.config) != vocabulary:
+            raise ValueError(
+                "the language model and its processor must have the same image tokens, but they differ. Load both "
+                "from the folder in which they were saved together."
+            )
+        self.language_model = language_model.eval()
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.vqvae = processor.vqvae
+        self.image_processor = processor.image_processor
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Guidance scale, temperature, top k and top p of images, by default 1, 1, 0 and 1.
+
+        `generation_kwargs` in `generation_config.json` may have others, as in Janus. They do not change texts.
+        """
+        stored = getattr(self.language_model.generation_config, "generation_kwargs", None)
+        if stored is None:
+            return dict(DEFAULT_SAMPLING)
+        if not isinstance(stored, Mapping):
+            raise ValueError(f"`generation_kwargs` of the generation config must be an object, got {stored!r:.80}.")
+        sampling = {}
+        for name, default in DEFAULT_SAMPLING.items():
+            value = stored.get(name, default)
+            if not isinstance(value, Real):
+                raise ValueError(f"`{name}` in the generation config must be a number, got {value!r:.80}.")
+            sampling[name] = value
+        return sampling
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the language model and the image tokenizer."""
+        self.language_model.to(device)
+        self.vqvae.to(device)
+        return self
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        prompts: str | Sequence[str | None] | None,
+        grid: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: Generators = None,
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        mask_image: Image.Image | Sequence[Image.Image] | None = None,
+        callback_on_step_end: Callable[..., object] | None = None,
+    ) -> list[Image.Image]:
+        """Draws one image per caption, or edits images.
+
+        Args:
+            prompts (`str` or `Sequence[str]`): A caption, or one per image; None for an image without one. Words and
+                symbols that a tokenizer of whole words lacks are left out, with a warning.
+            grid (`tuple[int, int]`, *optional*): Rows and columns of codes, by default the first of the model.
+            guidance_scale (`float`, *optional*): Scale of classifier-free guidance. The defaults of this and of the
+                next three arguments are in `sampling`.
+            temperature (`float`, *optional*): Sampling temperature; 0 takes the most likely codes.
+            top_k (`int`, *optional*): Number of most likely codes to sample from; 0 means all.
+            top_p (`float`, *optional*): Total probability of the most likely codes to sample from.
+            generator (`torch.Generator` or a list of them, *optional*): One for all images or one per image.
+            image (`PIL.Image.Image` or a list of them, *optional*): Images to edit, one per caption.
+            mask_image (`PIL.Image.Image` or a list of them, *optional*): Their masks, of the same sizes. A code is
+                drawn if its part of the mask has any white, and kept otherwise.
+            callback_on_step_end (`Callable`, *optional*): Called after each row of codes with the model, the number of
+                the row, the grid, and `{"ids": ...}`, the ids of the rows so far, `(batch, rows, columns)`.
+
+        Raises:
+            ValueError: If an argument of sampling is out of its range, the model does not know the grid, there are
+                no captions or not as many images, masks or generators, or the tokenizer knows no word of a caption.
+        """
+        texts = [prompts] if prompts is None or isinstance(prompts, str) else list(prompts)
+        _check_prompts(texts)
+        sampling = self._choose_sampling(
+            guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        check_generators(generator, len(texts))
+        if grid is None:
+            grid = self.processor.vocabulary.grids[0]
+        questions = self._questions(texts)
+        scale = sampling.pop("guidance_scale")
+        has_caption = any(text is not None for text in texts)
+        guidance = None
+        if scale != 1 and has_caption:
+            questions += [self.processor.no_condition] * len(texts)
+            guidance = partial(guide, guidance_scale=scale)
+        ids_to_keep = None
+        if image is not None or mask_image is not None:
+            ids_to_keep = self._ids_to_keep(_as_list(image), _as_list(mask_image), grid, len(texts))
+        vocabulary = self.processor.vocabulary
+        sampler = IdSampler(
+            self.language_model,
+            self._ask(questions, self.processor.begin_image(grid)),
+            grid,
+            range(vocabulary.first_token, vocabulary.begin),
+            partial(sample, **sampling, generator=generator),
+            guide=guidance,
+            known=ids_to_keep,
+        )
+        for row in range(grid[0]):
+            ids = sampler.next_row()  # (batch, row + 1, columns)
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, row, grid, {"ids": ids.clone()})
+        return self.processor.decode_images(list(sampler.ids))
+
+    @torch.inference_mode()
+    def caption(self, images: Any, prompt: str = "", max_new_tokens: int = 64) -> list[str]:
+        """Captions each image by greedy decoding.
+
+        Args:
+            images (`Sequence`): Images as [`SVQVAEProcessor`] takes them, or one of them.
+            prompt (`str`, defaults to `""`): Text after each image.
+            max_new_tokens (`int`, defaults to 64): Largest number of tokens of a text.
+
+        Raises:
+            ValueError: There is no image.
+        """
+        if _is_one_image(images):
+            images = [images]
+        if len(images) == 0:
+            raise ValueError("`images` must hold at least one image, got none.")
+        questions = [self.processor.image_token + prompt] * len(images)
+        inputs = self._ask(questions, images=[[image] for image in images])
+        vocabulary_size = self.language_model.config.get_text_config().vocab_size
+        image_tokens = list(range(self.processor.vocabulary.first_token, vocabulary_size))
+        tokens = self.language_model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, suppress_tokens=image_tokens
+        )
+        prompt_length = inputs["input_ids"].shape[1]
+        texts = self.processor.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _choose_sampling(self, **arguments: Any) -> dict[str, Any]:
+        """Arguments of sampling, with the model's own in place of those that are None. Raises for a wrong one."""
+        sampling = self.sampling
+        for name, value in arguments.items():
+            if value is not None:
+                sampling[name] = value
+        check_sampling(**sampling)
+        return sampling
+
+    def _questions(self, texts: Sequence[str | None]) -> list[str]:
+        """What the model is asked for each caption, or for an image without one."""
+        captions = [text for text in texts if text is not None]
+        known_captions = iter(keep_known_words(self.tokenizer, captions))
+        questions = []
+        for text in texts:
+            questions.append(self.processor.no_condition if text is None else next(known_captions))
+        return questions
+
+    def _ids_to_keep(
+        self, images: Sequence[Image.Image], masks: Sequence[Image.Image], grid: tuple[int, int], count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids of images, and whether each is kept because its part of the mask is black, `(batch, rows, columns)`."""
+        images = [ImageOps.exif_transpose(image) for image in images]
+        masks = [ImageOps.exif_transpose(mask) for mask in masks]
+        image_sizes = [image.size for image in images]
+        mask_sizes = [mask.size for mask in masks]
+        if len(images) != count or image_sizes != mask_sizes:
+            raise ValueError(
+                "`image` and `mask_image` must hold one image and one mask of its size per prompt, got images of "
+                f"{image_sizes} and masks of {mask_sizes} (width, height) for {count} prompts."
+            )
+        is_kept = torch.stack([self._is_black(mask, grid) for mask in masks])
+        ids = torch.stack(self.processor.encode_images(images, grid))
+        device = self.language_model.device
+        return ids.to(device), is_kept.to(device)
+
+    def _is_black(self, mask: Image.Image, grid: tuple[int, int]) -> torch.Tensor:
+        """Whether the part of a mask that belongs to each code has no white, `(rows, columns)`."""
+        rows, columns = grid
+        f = self.vqvae.f
+        white = mask.convert("L").point(lambda value: 255 * (value > WHITE))
+        resized = ImageOps.fit(white, (columns * f, rows * f), Image.Resampling.BOX)
+        pixels = torch.from_numpy(np.array(resized))  # (rows * f, columns * f)
+        parts = pixels.view(rows, f, columns, f)
+        return parts.amax((1, 3)) == 0
+
+    def _ask(self, questions: list[str], start: str = "", images: Any = None) -> BatchFeature:
+        """Prompts of a batch, padded on the left, up to the start of the answer."""
+        answer = {"role": "assistant", "content": ANSWER}  # before which templates may write more than for none
+        conversations = [[{"role": "user", "content": question}, answer] for question in questions]
+        texts = []
+        for chat in self.processor.apply_chat_template(conversations):
+            before_answer = chat.rpartition(ANSWER)[0]
+            texts.append((before_answer + start).rstrip(" "))  # a space would be joined with the word after it
+        inputs = self.processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
+        arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return BatchFeature(arguments).to(self.language_model.device)
+
+
+def _check_prompts(prompts: Sequence[Any]) -> None:
+    """Raises unless there is at least one caption, and each is a text or None."""
+    if not prompts:
+        raise ValueError("`prompts` must hold at least one caption, or None for an image without one, got none.")
+    for prompt in prompts:
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(f"`prompts` must hold texts, or None for an image without one, got {prompt!r:.80}.")
+
+
+def _as_list(images: Image.Image | Sequence[Image.Image] | None) -> list[Image.Image]:
+    if images is None:
+        return []
+    if isinstance(images, Image.Image):
+        return [images]
+    return list(images)
+
+
+def _is_one_image(images: Any) -> bool:
+    """Whether this is an image, its path or its pixels, and not several."""
+    if isinstance(images, str | os.PathLike | Image.Image):
+        return True
+    return getattr(images, "ndim", None) in (2, 3)
