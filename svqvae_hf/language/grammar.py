@@ -30,14 +30,18 @@ class ImageGrammar(LogitsProcessor):
     def __init__(self, config: PreTrainedConfig):
         vocabulary = ImageVocabulary.from_config(config)
         self.begin = vocabulary.begin
+        vocabulary_size = config.get_text_config().vocab_size
         counts = [rows * columns for rows, columns in vocabulary.grids]
-        self.kinds = torch.full((len(counts), max(counts) + 2), OUTSIDE)  # by size, and tokens after the last begin
+        longest = max(counts) + 2  # a size, the codes and the end
+        self.kinds = torch.full((len(counts), longest), OUTSIDE)  # (size, number of tokens after the last begin)
         self.kinds[:, 0] = SIZE
         for size, count in enumerate(counts):
-            self.kinds[size, 1 : count + 1], self.kinds[size, count + 1] = CODES, LAST
-        self.bias = torch.full((4, config.get_text_config().vocab_size), -torch.inf)  # next kind x token
-        self.starts = torch.zeros(self.bias.shape[1], dtype=torch.int64)  # of the row of `kinds` of each size token
-        self.starts[vocabulary.first_size : vocabulary.stop] = torch.arange(0, self.kinds.numel(), self.kinds.shape[1])
+            self.kinds[size, 1 : count + 1] = CODES
+            self.kinds[size, count + 1] = LAST
+        # Where the row of `kinds` of a size token starts, if `kinds` is read as one row.
+        self.starts = torch.zeros(vocabulary_size, dtype=torch.int64)
+        self.starts[vocabulary.first_size : vocabulary.stop] = torch.arange(0, self.kinds.numel(), longest)
+        self.bias = torch.full((4, vocabulary_size), -torch.inf)  # (kind of the next token, token)
         self.bias[OUTSIDE, : vocabulary.first_token] = 0
         self.bias[OUTSIDE, vocabulary.begin] = 0
         self.bias[SIZE, vocabulary.first_size : vocabulary.stop] = 0
@@ -46,12 +50,18 @@ class ImageGrammar(LogitsProcessor):
 
     def next_kind(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Kind of the token after sequences `(batch, length)`: `OUTSIDE`, `SIZE`, `CODES` or `LAST`, `(batch, 1)`."""
-        device = input_ids.device
-        self.kinds, self.bias, self.starts = (each.to(device) for each in (self.kinds, self.bias, self.starts))
+        self._move(input_ids.device)
         newest_first = input_ids[:, -self.kinds.shape[1] :].flip(1)  # an image that began before them is complete
-        has_begun, place = (newest_first == self.begin).max(1, keepdim=True)
-        size = newest_first.gather(1, (place - 1).clamp_min(0))
-        return self.kinds.take(self.starts.take(size) + place) * has_begun  # `OUTSIDE` is 0
+        has_begun, place = (newest_first == self.begin).max(1, keepdim=True)  # both (batch, 1)
+        size_token = newest_first.gather(1, (place - 1).clamp_min(0))
+        kind = self.kinds.take(self.starts.take(size_token) + place)
+        return kind * has_begun  # `OUTSIDE` is 0
+
+    def _move(self, device: torch.device) -> None:
+        """Moves the tables to the device of the tokens."""
+        self.kinds = self.kinds.to(device)
+        self.bias = self.bias.to(device)
+        self.starts = self.starts.to(device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Sets the logits `(batch, vocab_size)` of the forbidden tokens to minus infinity."""
@@ -70,12 +80,17 @@ def grammar_regex(vocabulary: ImageVocabulary, grid: tuple[int, int]) -> str:
     """
     digits = vocabulary.names[0].count("0")
     last = f"{vocabulary.codebook_size - 1:0{digits}}"
-    below = [  # numbers that agree with the last up to a digit, which is smaller
-        rf"{last[:place]}[0-{int(digit) - 1}]" + r"\d" * (digits - place - 1)
-        for place, digit in enumerate(last)
-        if digit != "0"
-    ]
-    return rf"(?:<\|image_(?:{'|'.join([*below, last])})\|>){{{grid[0] * grid[1]}}}{re.escape(END)}"
+    numbers = []
+    for place, digit in enumerate(last):
+        if digit == "0":
+            continue
+        # Numbers that agree with the last one up to this place, and have a smaller digit there.
+        smaller = rf"[0-{int(digit) - 1}]"
+        numbers.append(last[:place] + smaller + r"\d" * (digits - place - 1))
+    numbers.append(last)
+    rows, columns = grid
+    code = rf"<\|image_(?:{'|'.join(numbers)})\|>"
+    return f"(?:{code}){{{rows * columns}}}{re.escape(END)}"
 
 
 def grammar_lark(vocabulary: ImageVocabulary) -> str:
@@ -84,9 +99,11 @@ def grammar_lark(vocabulary: ImageVocabulary) -> str:
     llguidance keeps special tokens apart from the text, so that a regular expression cannot match them.
     """
     code = f"<[{vocabulary.first_token}-{vocabulary.begin - 1}]>"
-    images = [f"<[{vocabulary.size_token(grid)}]> {code}{{{grid[0] * grid[1]}}}" for grid in vocabulary.grids]
+    images = []
+    for rows, columns in vocabulary.grids:
+        size = f"<[{vocabulary.size_token((rows, columns))}]>"
+        images.append(f"{size} {code}{{{rows * columns}}}")
+    any_image = " | ".join(images)
     return (
-        "start: (TEXT | image)*\n"
-        f"image: <[{vocabulary.begin}]> ({' | '.join(images)}) <[{vocabulary.end}]>\n"
-        "TEXT: /(.|\\n)+/\n"
+        f"start: (TEXT | image)*\nimage: <[{vocabulary.begin}]> ({any_image}) <[{vocabulary.end}]>\nTEXT: /(.|\\n)+/\n"
     )
