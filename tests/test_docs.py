@@ -19,6 +19,7 @@ from page_runner import code_cells, kept_kinds, python_blocks
 from test_imports import SUBPACKAGES
 from train_language_model import LanguageModelOptions
 from train_latent_diffusion import DiffusionOptions
+from train_llamagen import LlamaGenOptions
 from transformers import TrainingArguments
 
 import svqvae_hf
@@ -31,6 +32,7 @@ PAGES = {page: page.read_text() for page in [ROOT / "README.md", ROOT / "model_c
 RUN_BY_TEST_EXPORT = "export.md"
 OPTIONS = {"training/train.py": [TrainOptions], "training/train_latent_diffusion.py": [DiffusionOptions]}
 OPTIONS |= {"training/train_language_model.py": [LanguageModelOptions, TrainingArguments]}
+OPTIONS |= {"training/train_llamagen.py": [LlamaGenOptions, TrainingArguments]}
 
 
 # Python

@@ -24,8 +24,12 @@ WRONG = {  # words on the command line, and a part of the message
         (PIPELINE, "the following arguments are required: --token_set"),
     ],
     "training/train_language_model.py": [
-        ("--output_dir out --token_set two_images", "Pass one of `--model_name_or_path`,"),
+        ("--output_dir out --token_set two_images", "`--model_name_or_path` must be given"),
         ("--output_dir out --model_name_or_path empty --token_set two_images", "`--max_steps` must be at least 1"),
+    ],
+    "training/train_llamagen.py": [
+        ("--output_dir out --token_set two_images", "Pass one of `--pipeline_name_or_path` and"),
+        ("--output_dir out --pipeline_name_or_path empty --token_set two_images", "`--max_steps` must be at least 1"),
     ],
     "training/bundled/prepare_photos.py": [
         ("out", "the following arguments are required: --list"),

@@ -1,6 +1,7 @@
 """Examples of language models: rows of token sets as sequences with a class or a caption, or as chats, and texts."""
 
 import json
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from svqvae_hf.loaders.pretrained_models import SVQVAEProcessor
 from svqvae_hf.models.checks import check_same_codebook
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.token_sets.shards import load_rows
-from svqvae_hf.trainer.data.sample_order import DIGEST, check_same, digest_of, row_at
+from svqvae_hf.trainer.data.sample_order import digest_of, row_at
 from svqvae_hf.trainer.data.token_sequences import TokenSource, check_captions
 
 IGNORED = -100  # label that the loss skips
+CAPTION_BATCH = 1000  # captions that are checked at a time
+MARGIN = 16  # tokens by which a chat may be longer than the sum of its parts
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,12 @@ class Mix:
     completion_only_loss: bool = True
     seed: int = 0
 
+    def draw_caption(self, captions: Sequence[str], rng: np.random.Generator) -> str:
+        """The first caption in the stated fraction, otherwise any."""
+        if rng.random() < self.first_caption_fraction:
+            return captions[0]
+        return captions[rng.integers(len(captions))]
+
 
 class LlamaGenExamples(Dataset):
     """Sequences of LlamaGen: a class or the token for captions, and the ids of an image.
@@ -53,7 +62,9 @@ class LlamaGenExamples(Dataset):
     """
 
     def __init__(self, source: TokenSource, count: int, mix: Mix):
-        self.source, self.count, self.mix = source, count, mix
+        self.source = source
+        self.count = count
+        self.mix = mix
         self.digest = digest_of([source.rows])
 
     def __len__(self) -> int:
@@ -61,23 +72,19 @@ class LlamaGenExamples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.mix.seed, index))
-        source, row = self.source, row_at(index, len(self.source.rows), self.mix.seed)
+        source = self.source
+        row = row_at(index, len(source.rows), self.mix.seed)
         ids, label, captions = source.batch([row])
         if rng.random() < self.mix.condition_dropout:
             label[:] = source.num_classes  # drops its caption as well
-        tokens = torch.cat([source.settings.codebook_size + label, ids[-1].flatten()])
-        example = {"input_ids": tokens, "labels": torch.cat([torch.tensor([IGNORED]), tokens[1:]])}
-        if captions is None:
-            return example
-        is_first = rng.random() < self.mix.first_caption_fraction
-        return example | {"caption": captions[0][0 if is_first else rng.integers(len(captions[0]))]}
-
-
-def check_rows(checkpoint: Path, digest: str) -> None:
-    """Raises ValueError unless a checkpoint of transformers' `Trainer` was written with the rows of this digest."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    callback = state["stateful_callbacks"].get("CheckpointOnSignal", {})
-    check_same(DIGEST, callback.get("attributes", {}).get("digest"), digest)
+        condition = source.settings.codebook_size + label  # (1,)
+        tokens = torch.cat([condition, ids[-1].flatten()])  # (1 + ids,)
+        labels = tokens.clone()
+        labels[0] = IGNORED
+        example = {"input_ids": tokens, "labels": labels}
+        if captions is not None:
+            example["caption"] = self.mix.draw_caption(captions[0], rng)
+        return example
 
 
 @dataclass
@@ -116,71 +123,191 @@ class ChatExamples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         rng = np.random.default_rng((self.mix.seed, index))
-        is_text = rng.random() < self.mix.text_fraction
-        rows = self.texts if is_text else self.pairs
-        row = rows[row_at(index, len(rows), self.mix.seed)]
-        return self.text_example(row) if is_text else self.chat_example(self.conversation(row, rng))
+        if rng.random() < self.mix.text_fraction:
+            return self.text_example(self.texts[row_at(index, len(self.texts), self.mix.seed)])
+        row = self.pairs[row_at(index, len(self.pairs), self.mix.seed)]
+        return self.chat_example(self.conversation(row, rng))
 
     def text_example(self, row: dict[str, Any]) -> dict[str, list[int]]:
         """A text with any number of images. All of its tokens are learned."""
-        images = [self.processor.image_text(torch.tensor(ids)) for ids in row.get("images", [])]
-        texts = row["text"].split(self.processor.image_token)
-        text = "".join(part for pair in zip(texts, [*images, ""], strict=True) for part in pair)
-        tokens = self.tokenize(text + (self.processor.tokenizer.eos_token or ""))[: self.context]
+        tokens = text_tokens(self.processor, row)
         return {"input_ids": tokens, "labels": tokens}
 
     def conversation(self, row: dict[str, Any], rng: np.random.Generator) -> list[dict[str, str]]:
-        """Messages that ask for an image or for its first caption. An image is the text of its finest tokens."""
-        image = self.processor.image_text(max(row_tokens(row, self.settings).ids, key=torch.numel))
+        """Messages that ask for an image or for its first caption."""
+        image = self.image_text(row)
+        captions = self.captions_of(row)
+        asked_caption = self.mix.draw_caption(captions, rng)
+        if rng.random() < self.mix.caption_fraction:
+            return chat(image, captions[0])
+        if rng.random() < self.mix.condition_dropout:
+            asked_caption = self.processor.no_condition
+        return chat(asked_caption, image)
+
+    def image_text(self, row: dict[str, Any]) -> str:
+        """Text of the finest tokens of an image."""
+        finest = max(row_tokens(row, self.settings).ids, key=torch.numel)
+        return self.processor.image_text(finest)
+
+    def captions_of(self, row: dict[str, Any]) -> list[str]:
+        """Captions of a row, at least one."""
         captions = row[self.caption_column]
-        captions = [captions] if isinstance(captions, str) else captions
-        is_first = rng.random() < self.mix.first_caption_fraction
-        caption = captions[0 if is_first else rng.integers(len(captions))]
-        turns = [image, captions[0]]
-        if rng.random() >= self.mix.caption_fraction:
-            turns = [caption if rng.random() >= self.mix.condition_dropout else self.processor.no_condition, image]
-        roles = zip(("user", "assistant"), turns, strict=True)
-        return [{"role": role, "content": content} for role, content in roles]
+        return [captions] if isinstance(captions, str) else captions
 
     def chat_example(self, conversation: list[dict[str, str]]) -> dict[str, list[int]]:
         """Tokens of a conversation. The answer is learned."""
-        tokens = self.tokenize(self.processor.apply_chat_template(conversation))
-        prompt = self.tokenize(self.processor.apply_chat_template(conversation[:1], add_generation_prompt=True))
+        tokens = tokenize(self.processor, self.processor.apply_chat_template(conversation))
         if len(tokens) > self.context:
             raise ValueError(f"an image with its caption must fit in {self.context} tokens, but takes {len(tokens)}.")
-        same = [own == other for own, other in zip(tokens, prompt, strict=False)]
-        asked = [*same, False].index(False) if self.mix.completion_only_loss else 0
-        return {"input_ids": tokens, "labels": [IGNORED] * asked + tokens[asked:]}
+        labels = list(tokens)
+        if self.mix.completion_only_loss:
+            question = self.processor.apply_chat_template(conversation[:1], add_generation_prompt=True)
+            asked = common_start(tokens, tokenize(self.processor, question))
+            labels[:asked] = [IGNORED] * asked
+        return {"input_ids": tokens, "labels": labels}
 
-    def tokenize(self, text: str) -> list[int]:
-        """Tokens as the processor makes them, without a second begin of sequence."""
-        bos = self.processor.tokenizer.bos_token
-        return self.processor.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
+    def check_lengths(self) -> None:
+        """Raises unless each caption with its image fits the context, whichever is asked for.
+
+        All captions are tokenised, but only the chats that may be too long are made.
+
+        Raises:
+            ValueError: A caption is too long. The error names its row.
+        """
+        if not len(self.pairs):
+            return
+        first_row = self.pairs[0]
+        first_caption = self.captions_of(first_row)[0]
+        first_chat = chat(first_caption, self.image_text(first_row))
+        chat_length = len(tokenize(self.processor, self.processor.apply_chat_template(first_chat)))
+        caption_length = len(tokenize(self.processor, first_caption))
+        first_codes = max(ids.numel() for ids in row_tokens(first_row, self.settings).ids)
+        most_codes = max(rows * columns for rows, columns in self.processor.vocabulary.grids)
+        longest_rest = chat_length - caption_length + most_codes - first_codes
+        longest_safe = self.context - longest_rest - MARGIN
+        for start in range(0, len(self.pairs), CAPTION_BATCH):
+            batch = self.pairs.select_columns([self.caption_column])[start : start + CAPTION_BATCH]
+            captions = []
+            row_numbers = []  # of each caption
+            for number, value in enumerate(batch[self.caption_column], start):
+                row_captions = [value] if isinstance(value, str) else value
+                captions += row_captions
+                row_numbers += [number] * len(row_captions)
+            tokens = self.processor.tokenizer(captions).input_ids
+            for caption, number, caption_tokens in zip(captions, row_numbers, tokens, strict=True):
+                if len(caption_tokens) > longest_safe:
+                    self._check_caption(number, caption)
+
+    def _check_caption(self, number: int, caption: str) -> None:
+        """Raises if the chats of a caption and the image of its row are too long."""
+        row = self.pairs[number]
+        image = self.image_text(row)
+        try:
+            self.chat_example(chat(caption, image))
+            self.chat_example(chat(image, caption))
+        except ValueError as error:
+            raise ValueError(
+                f"`{self.token_set}`, row {number} (`{row['key']}`), caption {reprlib.repr(caption)}: {error} "
+                "Shorten the caption, or leave the row out."
+            ) from error
 
 
-def read_texts(files: Sequence[str], processor: SVQVAEProcessor) -> list[dict[str, Any]]:
+def chat(question: str, answer: str) -> list[dict[str, str]]:
+    """Messages of a question and its answer."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def common_start(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """Number of equal tokens at the start of two sequences."""
+    count = 0
+    for token, other in zip(tokens, others, strict=False):
+        if token != other:
+            break
+        count += 1
+    return count
+
+
+def tokenize(processor: SVQVAEProcessor, text: str) -> list[int]:
+    """Tokens as the processor makes them, without a second begin of sequence."""
+    bos = processor.tokenizer.bos_token
+    has_bos = bool(bos) and text.startswith(bos)
+    return processor.tokenizer(text, add_special_tokens=not has_bos).input_ids
+
+
+def text_tokens(processor: SVQVAEProcessor, row: dict[str, Any]) -> list[int]:
+    """Tokens of a text of [`read_texts`], with those of its images in place of their placeholders."""
+    texts = row["text"].split(processor.image_token)
+    whole_text = texts[0]
+    for ids, text in zip(row.get("images", []), texts[1:], strict=True):
+        whole_text += processor.image_text(torch.tensor(ids)) + text
+    end = processor.tokenizer.eos_token or ""
+    return tokenize(processor, whole_text + end)
+
+
+def check_disjoint(pairs: Any, held_out: Any) -> None:
+    """Raises if two token sets hold an image of the same key with the same ids.
+
+    Args:
+        pairs (`datasets.Dataset`): Rows of the training.
+        held_out (`datasets.Dataset`): Rows of a validation.
+
+    Raises:
+        ValueError: An image is in both.
+    """
+    if not len(pairs):
+        return
+    held_out_rows = {}
+    for number, key in enumerate(held_out["key"]):
+        held_out_rows.setdefault(key, []).append(number)
+    id_columns = sorted(name for name in pairs.column_names if name.startswith("ids_"))
+    for number, key in enumerate(pairs["key"]):
+        for other_number in held_out_rows.get(key, []):
+            row = pairs[number]
+            other = held_out[other_number]
+            if all(row[column] == other.get(column) for column in id_columns):
+                raise ValueError(
+                    f"`--validation_token_set` must hold other images than `--token_set`, but `{key}` is in both sets."
+                )
+
+
+def read_texts(files: Sequence[str], processor: SVQVAEProcessor, context: int) -> list[dict[str, Any]]:
     """Reads and checks the objects of JSON Lines files.
 
     Args:
         files (`Sequence[str]`): Files. Each line has a `text` and, for each placeholder of an image in it,
             rows of ids in `images`.
         processor ([`SVQVAEProcessor`]): Processor of the language model.
+        context (`int`): Largest number of tokens of a text with its images and its end.
 
     Raises:
-        ValueError: If a line is something else.
+        ValueError: If a line is something else, or too long.
     """
     texts = []
     for file in files:
-        lines = [*enumerate(Path(file).read_text("utf-8").split("\n"), start=1)]
-        for number, line in [each for each in lines if each[1].strip()] or lines[:1]:
-            try:
-                row = json.loads(line)
-                images = [processor.vocabulary.encode(torch.tensor(ids)) for ids in row.get("images", [])]
-                if (count := row["text"].count(processor.image_token)) != len(images):
-                    raise ValueError(f"it has {count} {processor.image_token} for {len(images)} images")
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                reason = f" ({error})" if isinstance(error, ValueError) else ""
-                message = f"line {number} of `{file}` must be a JSON object with a `text` and its `images`{reason}."
-                raise ValueError(message) from error
-            texts.append(row)
+        lines = Path(file).read_text("utf-8").split("\n")
+        is_empty = not any(line.strip() for line in lines)
+        for number, line in enumerate(lines, start=1):
+            if line.strip() or is_empty:
+                texts.append(_read_text(f"line {number} of `{file}`", line, processor, context))
     return texts
+
+
+def _read_text(place: str, line: str, processor: SVQVAEProcessor, context: int) -> dict[str, Any]:
+    """Object of a line. Raises ValueError with its place."""
+    try:
+        row = json.loads(line)
+        images = row.get("images", [])
+        for ids in images:
+            processor.vocabulary.encode(torch.tensor(ids))  # raises for ids that are not of the codebook
+        count = row["text"].count(processor.image_token)
+        if count != len(images):
+            raise ValueError(f"it has {count} {processor.image_token} for {len(images)} images")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f" ({error})" if isinstance(error, ValueError) else ""
+        raise ValueError(f"{place} must be a JSON object with a `text` and its `images`{reason}.") from error
+    length = len(text_tokens(processor, row))
+    if length > context:
+        raise ValueError(
+            f"{place} must fit the context of {context} tokens with its images, but takes {length}. Split the text."
+        )
+    return row

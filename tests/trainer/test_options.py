@@ -4,8 +4,8 @@ import shlex
 import pytest
 import yaml
 from conftest import ROOT
-from train_language_model import LanguageModelOptions
 from train_latent_diffusion import DiffusionOptions
+from train_llamagen import LlamaGenOptions
 from train_next_scale import NextScaleOptions
 from transformers import TrainingArguments
 
@@ -107,10 +107,10 @@ def test_invalid_values_are_refused(options, message):
 # Recipes
 
 OPTIONS = {"train": [TrainOptions], "train_latent_diffusion": [DiffusionOptions]}
-OPTIONS |= {"train_language_model": [LanguageModelOptions, TrainingArguments], "train_next_scale": [NextScaleOptions]}
+OPTIONS |= {"train_llamagen": [LlamaGenOptions, TrainingArguments], "train_next_scale": [NextScaleOptions]}
 
 
-ON_CPU = {"train_language_model": ["--use_cpu"]}  # else bf16 is refused
+ON_CPU = {"train_llamagen": ["--use_cpu"]}  # else bf16 is refused
 COMMANDS = sorted((ROOT / "training" / "configs").glob("[!d]*.yaml"))  # not ddp.yaml, of accelerate
 
 

@@ -5,24 +5,41 @@ import json
 import math
 import os
 import runpy
+import shutil
 import signal
 import sys
 from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from cli_runner import svqvae
 from conftest import ROOT, make_tiny
-from language_trainer import CheckpointOnSignal, LanguageModelTrainer, ModalityLoss
+from language_trainer import (
+    OF_ADAMW,
+    OF_VALIDATIONS,
+    WITHOUT_EFFECT,
+    CheckpointOnSignal,
+    LanguageModelTrainer,
+    ModalityLoss,
+)
 from peft import PeftModel
 from PIL import Image
 from processes import start
 from tiny_language_models import FAMILIES, GRIDS, extended, load_extended
 from torch.optim.lr_scheduler import LambdaLR
 from train_language_model import LanguageModelOptions, main
-from transformers import AutoModelForCausalLM, AutoProcessor, DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainingArguments,
+)
 
 from svqvae_hf.language.extension import extend_language_model
 from svqvae_hf.language.grammar import ImageGrammar
@@ -129,7 +146,7 @@ def test_texts_with_images_are_learned_whole(tokens, tmp_path):
     rows = [{"text": "left <|image|> right <|image|>", "images": [ids, ids]}, {"text": "a text"}]
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     processor = load_extended("qwen")[1]
-    made = examples(None, read_texts([str(tmp_path / "texts.jsonl")], processor), text_fraction=1.0)
+    made = examples(None, read_texts([str(tmp_path / "texts.jsonl")], processor, 512), text_fraction=1.0)
     image = processor.image_text(torch.tensor(ids))
     known = [["", f"left {image} right {image}<|im_end|>"], ["", "a text<|im_end|>"]]
     assert sorted(learned(made[index]) for index in range(2)) == sorted(known)
@@ -151,7 +168,7 @@ def test_wrong_texts_are_refused_by_their_line(line, reason, tmp_path):
     file = tmp_path / "texts.jsonl"
     file.write_text(line and f'{{"text": "a \u2028 b"}}\n\n{line}\n')
     with pytest.raises(ValueError, match=f"^line {3 if line else 1} of `{file}` must be a JSON object with") as error:
-        read_texts([str(file)], load_extended("qwen")[1])
+        read_texts([str(file)], load_extended("qwen")[1], 512)
     assert reason in str(error.value)
 
 
@@ -277,7 +294,7 @@ def test_a_resumed_run_has_its_own_hyperparameters():
     optimizer = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)], lr=1.0)
     schedule, state = LambdaLR(optimizer, lambda step: 1 - step / 10), SimpleNamespace(global_step=4)
     arguments = SimpleNamespace(learning_rate=0.5, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.7)
-    CheckpointOnSignal(None, "").on_train_begin(arguments, state, None, lr_scheduler=schedule)
+    CheckpointOnSignal(None, None).on_train_begin(arguments, state, None, lr_scheduler=schedule)
     found = [[group[name] for name in ("lr", "weight_decay", "betas")] for group in optimizer.param_groups]
     assert found == [[pytest.approx(0.3), decay, (0.8, 0.7)] for decay in (0.1, 0.0)]
 
@@ -294,6 +311,102 @@ def test_a_finished_run_is_not_rewritten(train, tmp_path):
         train("done", resume="latest", max_steps=2)
     assert stop.value.code == 0
     assert files() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 7}, "The seed must be 42 as when the checkpoint was written, but is 7"),
+        ({"gradient_accumulation_steps": 2}, "`--gradient_accumulation_steps` and process count must be 8 as when"),
+        ({"optimizer": "soap"}, "The option `--optimizer` must be adamw as when"),
+        ({"lora_rank": 2}, "The option `--lora_rank` must be 0 as when"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+def test_a_run_is_not_resumed_with_other_rows_or_weights(train, changes, message):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    train("run", **options)
+    with pytest.raises(ValueError, match=message):
+        train("run", resume="latest", **(options | {"max_steps": 3} | changes))
+
+
+def test_changes_on_resume_are_told(train, capsys):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    train("run", **options)
+    capsys.readouterr()
+    train("run", resume="latest", **(options | {"max_steps": 3, "learning_rate": 1e-3}))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Changed on resume")]
+    assert told == [
+        "Changed on resume: --learning_rate from 0.004 to 0.001",
+        "Changed on resume: --max_steps from 2 to 3",
+    ]
+
+
+def test_the_loss_of_a_validation_does_not_depend_on_its_batches(train, tmp_path, monkeypatch):
+    texts = [{"text": "a cat"}, {"text": "a pear above a red key"}, {"text": "a"}]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    losses = []
+    for batch in (1, 2, 3):
+        model, processor = load_extended("qwen")
+        made = examples(None, read_texts([str(tmp_path / "texts.jsonl")], processor, 512), text_fraction=1.0)
+        rows = [made.text_example(row) for row in made.texts]
+        arguments = TrainingArguments(
+            str(tmp_path), per_device_eval_batch_size=batch, use_cpu=True, report_to="none", disable_tqdm=True
+        )
+        trainer = LanguageModelTrainer(
+            model,
+            arguments,
+            eval_dataset=rows,
+            data_collator=DataCollatorForSeq2Seq(processor.tokenizer),
+            loss=ModalityLoss(range(300, 364)),
+            scheduled_sampling=0.0,
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "`--label_smoothing_factor` has no effect, because the loss is the cross-"),
+        ({"data_seed": 3}, "`--data_seed` has no effect, because `--seed` decides the order of the examples"),
+        ({"train_sampling_strategy": "group_by_length"}, "`--train_sampling_strategy` has no effect"),
+        ({"num_train_epochs": 2}, "`--num_train_epochs` has no effect, because `--max_steps` decides the length"),
+        ({"optimizer": "soap", "adam_epsilon": 1e-6}, "`--adam_epsilon` has no effect with `--optimizer soap`"),
+        ({"eval_delay": 3}, "`--eval_delay` has no effect without `--validation_token_set`"),
+    ],
+)
+def test_arguments_without_effect_are_refused(train, changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train("wrong", **changes)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_arguments_without_effect_are_arguments():
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert {*WITHOUT_EFFECT, *OF_ADAMW, *OF_VALIDATIONS} <= names
+
+
+def test_captions_and_texts_longer_than_the_context_are_named_before_the_run(train, tokens, tmp_path):
+    long = tmp_path / "long"
+    shutil.copytree(tokens, long)
+    (file,) = long.rglob("*.parquet")
+    table = pq.read_table(file)
+    captions = ["a pear", "a cat", "a red key " * 200, "a sailboat"]
+    column = table.column_names.index("caption")
+    pq.write_table(table.set_column(column, table.schema.field(column), pa.array(captions)), file)
+    with pytest.raises(ValueError, match=r"row 2 \(`2.png`\), caption 'a red key.* must fit in 512 tokens, but takes"):
+        train("wrong", model="neox", token_set=str(long))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": "a cat"}) + "\n" + json.dumps({"text": "a red key " * 200}))
+    with pytest.raises(ValueError, match=f"line 2 of `{texts}` must fit the context of 512 tokens with its images"):
+        train("wrong", model="neox", token_set=None, text_files=[str(texts)], text_fraction=1.0)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_images_of_the_training_are_not_validated(train, tokens):
+    with pytest.raises(ValueError, match="must hold other images than `--token_set`, but `0.png` is in both sets"):
+        train("wrong", validation_token_set=str(tokens), eval_strategy="steps")
 
 
 @pytest.mark.slow
@@ -328,7 +441,7 @@ def test_lora_trains_new_rows_and_leaves_a_model_of_texts(train, family, tmp_pat
     ("changes", "message"),
     [
         ({"text_fraction": 0.5}, "`--text_files` must be given with `--text_fraction` 0.5"),
-        ({"vqvae_name_or_path": "other"}, "are for a new LlamaGen. Leave them out"),
+        ({"model_name_or_path": None}, "`--model_name_or_path` must be given. To train a LlamaGen, use"),
         ({"caption_column": "text"}, "`--caption_column` must hold texts or lists of texts, but 'text' holds None"),
         ({"caption_column": "height"}, "`--caption_column` must hold texts or lists of texts, but 'height' holds"),
         ({"model_name_or_path": "foreign"}, "the ids must be of the model's codebook"),

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline_parts import text_components
 from s3_server import make_bucket, s3_server
 from safetensors.torch import load_file
-from train_language_model import LanguageModelOptions, main
+from train_llamagen import LlamaGenOptions, main
 from training_runs import assert_no_private_path
 from transformers import TrainingArguments
 
@@ -48,8 +48,8 @@ pytestmark = [
 def train(**options) -> Path:
     """Trains, and returns the output folder."""
     options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"} | options
-    own = {name: options.pop(name) for name in list(options) if name in LanguageModelOptions.__dataclass_fields__}
-    main(LanguageModelOptions(**own), TrainingArguments(**options))
+    own = {name: options.pop(name) for name in list(options) if name in LlamaGenOptions.__dataclass_fields__}
+    main(LlamaGenOptions(**own), TrainingArguments(**options))
     return Path(options["output_dir"])
 
 
@@ -72,6 +72,7 @@ def parts(tmp_path_factory):
     vqvae.save_pretrained(folder / "vqvae")
     make_tiny(codebook_size=65).save_pretrained(folder / "other")
     (folder / "llamagen.json").write_text(json.dumps(LLAMAGEN))
+    (folder / "one_token.json").write_text(json.dumps(LLAMAGEN | {"num_condition_tokens": 1}))
     (folder / "typo.json").write_text(json.dumps(LLAMAGEN | {"hiden_size": 64}))
     (folder / "llama.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
     for component in text_components().values():
@@ -201,7 +202,7 @@ def test_commands_of_the_documentation_train_validate_and_draw(classes, parts, t
     options |= {"license": "mit", "use_cpu": True, "bf16": True, "report_to": "none", "optimizer": "soap"}
     options["disable_tqdm"] = True  # prints every log line, whatever the verbosity of transformers is
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    main(*read_options((LanguageModelOptions, TrainingArguments), flags))
+    main(*read_options((LlamaGenOptions, TrainingArguments), flags))
     shown = capsys.readouterr().out
     assert shown.count("'eval_bits_per_id'") == 4, "before the first step and after the last, too"
     assert shown.index("eval_loss_image") < shown.index("'loss_image'")
@@ -209,7 +210,7 @@ def test_commands_of_the_documentation_train_validate_and_draw(classes, parts, t
     assert_no_private_path(parts, folder)
     card = (folder / "README.md").read_text()
     assert "from svqvae_hf import SVQVAEAutoregressivePipeline" in card
-    for row in ("trained by | `training/train_language_model.py`", "classes | class0, class1", "token set | `tokens`"):
+    for row in ("trained by | `training/train_llamagen.py`", "classes | class0, class1", "token set | `tokens`"):
         assert row in card
     for row in ("steps | 20 of 3 examples", "| loss image |", "| eval bits per id |", "license: mit"):
         assert row in card
@@ -262,10 +263,14 @@ def test_a_pipeline_is_trained_further_with_its_own_classes(classes, parts):
         ({"label_column": None, "caption_column": "height"}, "must hold texts or lists of texts, but 'height' holds"),
         ({"label_column": None, "caption_column": "caption", "token_set": "captioned"}, "and only for one"),
         ({"label_column": None, "caption_column": "caption", "token_set": "no_captions"}, "has empty rows"),
+        (
+            {"label_column": None, "caption_column": "caption", "token_set": "captioned"}
+            | {"text_encoder_name_or_path": "t5", "model_config_name_or_path": "one_token.json"},
+            "`num_condition_tokens` of `one_token.json` must be the number of tokens of a caption",
+        ),
         ({"text_encoder_name_or_path": "t5"}, "`--caption_column` must be given for a LlamaGen with a text encoder"),
         ({"lora_rank": 2}, "`--lora_rank` must be left out"),
-        ({"text_files": ["texts.jsonl"], "text_fraction": 0.5}, "are for `--model_name_or_path`. Leave them out"),
-        ({"pipeline_name_or_path": "converted"}, "Pass one of `--model_name_or_path`, `--pipeline_name_or_path`"),
+        ({"pipeline_name_or_path": "converted"}, "Pass one of `--pipeline_name_or_path` and `--model_config_name_or"),
     ],
 )
 def test_wrong_inputs_are_one_error(classes, parts, changes, message, monkeypatch):

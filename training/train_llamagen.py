@@ -1,0 +1,214 @@
+"""Trains a LlamaGen on the classes or the captions of a token set, a new one or one of a pipeline.
+
+accelerate launch training/train_llamagen.py --model_config_name_or_path CONFIG --vqvae_name_or_path MODEL \
+    --token_set TOKENS --output_dir OUT --max_steps N
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from language_trainer import (
+    LanguageRun,
+    LanguageRunOptions,
+    add_lora,
+    language_model_card,
+    read_run_options,
+    save_adapter,
+)
+from torch.utils.data import default_collate
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+
+from svqvae_hf import SVQVAE, LlamaGenConfig, LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
+from svqvae_hf.hub.repositories import from_hub, public_name
+from svqvae_hf.pipelines.captions import encode_captions
+from svqvae_hf.pipelines.text_encoders import load_text_encoder
+from svqvae_hf.trainer.configs import check_keys
+from svqvae_hf.trainer.data.token_sequences import TokenSource
+from svqvae_hf.trainer.examples import LlamaGenExamples, Mix
+from svqvae_hf.trainer.options import option
+from svqvae_hf.trainer.pipeline_run import generator_card, open_token_sets
+from svqvae_hf.trainer.publishing import Result
+from svqvae_hf.trainer.scripts import one_line_errors
+
+SCRIPT = "training/train_llamagen.py"
+
+
+@dataclass
+class LlamaGenOptions(LanguageRunOptions):
+    """Options of the data and the model. All options of `transformers.TrainingArguments` can be given as well."""
+
+    pipeline_name_or_path: str | None = option(None, "Pipeline of LlamaGen to train further: folder or Hub id.")
+    model_config_name_or_path: str | None = option(None, "Config of a new LlamaGen: a config.json, its folder or id.")
+    vqvae_name_or_path: str | None = option(None, "SVQVAE of a new LlamaGen: folder or Hub id.")
+    text_encoder_name_or_path: str | None = option(None, "T5 encoder of the captions of a new LlamaGen.")
+    label_column: str | None = option(None, "Column of the classes.")
+
+    def faults(self) -> Iterator[str]:
+        """Yields what is wrong with the options of LlamaGen as well."""
+        yield from super().faults()
+        is_new = self.model_config_name_or_path is not None
+        if is_new == (self.pipeline_name_or_path is not None):
+            yield "Pass one of `--pipeline_name_or_path` and `--model_config_name_or_path`."
+        if is_new and (self.vqvae_name_or_path is None or self.lora_rank):
+            yield "A new LlamaGen needs `--vqvae_name_or_path`, and `--lora_rank` must be left out."
+        if not is_new and (self.vqvae_name_or_path or self.text_encoder_name_or_path):
+            yield "`--vqvae_name_or_path` and `--text_encoder_name_or_path` are for a new LlamaGen. Leave them out."
+        if self.token_set is None:
+            yield "`--token_set` must be given."
+
+
+@dataclass
+class Parts:
+    """Parts of the pipeline that are not trained.
+
+    Args:
+        vqvae ([`SVQVAE`]): Tokenizer of the images.
+        text_encoder (`T5EncoderModel`, *optional*): Text encoder of the captions.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer.
+    """
+
+    vqvae: SVQVAE
+    text_encoder: Any = None
+    tokenizer: Any = None
+
+    def pipeline(self, language_model: PreTrainedModel, class_names: Any) -> SVQVAEAutoregressivePipeline:
+        """Pipeline of these parts and a language model."""
+        return SVQVAEAutoregressivePipeline(
+            self.vqvae,
+            language_model,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            class_names=class_names,
+        )
+
+    def encode(self, captions: list[str], length: int) -> dict[str, torch.Tensor]:
+        """Features of captions, cut to a number of positions, as arguments of the model."""
+        features, mask = encode_captions(self.text_encoder, self.tokenizer, captions, length, truncate=True)
+        return {"prompt_embeds": features, "prompt_attention_mask": mask}
+
+
+def main(options: LlamaGenOptions, arguments: TrainingArguments) -> None:
+    """Trains a LlamaGen and saves its pipeline, or its LoRA adapter, in the output folder."""
+    run = LanguageRun(SCRIPT, options, arguments)
+    if options.pipeline_name_or_path is None:
+        parts, model, source, held_out_source = start_new(options)
+    else:
+        parts, model, source, held_out_source = start_from_pipeline(options)
+    check_fit(options, model.config, source)
+    parts.vqvae.register_to_config(
+        _name_or_path=public_name(str(options.vqvae_name_or_path or options.pipeline_name_or_path))
+    )
+    mix = Mix(
+        condition_dropout=options.condition_dropout,
+        first_caption_fraction=options.first_caption_fraction,
+        seed=arguments.seed,
+    )
+    examples = LlamaGenExamples(source, run.num_examples, mix)
+    held_out = None
+    if held_out_source is not None:
+        held_out = LlamaGenExamples(held_out_source, len(held_out_source.rows), Mix(seed=arguments.seed))
+    encode = None
+    if options.caption_column is not None:
+        parts.text_encoder.requires_grad_(False).to(arguments.device)
+        encode = partial(parts.encode, length=model.config.num_condition_tokens)
+    codes = range(model.config.codebook_size)
+    trained: Any = model
+    if options.lora_rank:
+        trained = add_lora(model, options.lora_rank)
+    trainer = run.train(trained, examples, held_out, default_collate, codes, encode)
+    if options.lora_rank:
+        base = str(options.pipeline_name_or_path)
+        save_lora = partial(save_adapter, base=base, subfolder="language_model")
+        run.publish(trainer, save_lora, partial(language_model_card, options, base, True))
+        return
+
+    def save(folder: Path) -> Path:
+        language_model = LlamaGenForCausalLM.from_pretrained(folder)
+        parts.pipeline(language_model, source.class_names).save_pretrained(folder / "pipeline")
+        return folder / "pipeline"
+
+    def make_card(result: Result, rows: dict[str, str]) -> str:
+        pipeline = parts.pipeline(model, source.class_names)
+        summary, call = pipeline.describe()
+        return generator_card(options, result, pipeline, rows, summary, call)
+
+    run.publish(trainer, save, make_card)
+
+
+Start = tuple[Parts, PreTrainedModel, TokenSource, TokenSource | None]  # with the token sets of training, validation
+
+
+def start_new(options: LlamaGenOptions) -> Start:
+    """Makes a new LlamaGen for a token set, and loads the parts of its pipeline."""
+    parts = Parts(SVQVAE.from_pretrained(options.vqvae_name_or_path))
+    if options.text_encoder_name_or_path is not None:
+        parts.text_encoder, parts.tokenizer = load_text_encoder(options.text_encoder_name_or_path)
+    source, held_out = open_token_sets(options, parts.vqvae)
+    model = new_llamagen(options, source, parts.text_encoder)
+    return parts, model, source, held_out
+
+
+def start_from_pipeline(options: LlamaGenOptions) -> Start:
+    """Loads a pipeline, whose LlamaGen is trained further in float32."""
+    pipeline = SVQVAEAutoregressivePipeline.from_pretrained(options.pipeline_name_or_path)
+    parts = Parts(pipeline.vqvae, pipeline.text_encoder, pipeline.tokenizer)
+    source, held_out = open_token_sets(options, parts.vqvae, pipeline.config["class_names"])
+    model = pipeline.language_model.float()
+    if options.attn_implementation is not None:
+        model.set_attn_implementation(options.attn_implementation)
+    return parts, model, source, held_out
+
+
+def new_llamagen(options: LlamaGenOptions, source: TokenSource, text_encoder: Any) -> PreTrainedModel:
+    """New LlamaGen of a config, for the codes, the classes or captions, and the size of a token set."""
+    name = str(options.model_config_name_or_path)
+    config = from_hub(AutoConfig.from_pretrained, name)
+    if not isinstance(config, LlamaGenConfig):
+        raise ValueError(
+            f"`--model_config_name_or_path` must be a config of type llamagen, but `{name}` is of type "
+            f"{config.model_type}. To train another language model, add image tokens with `svqvae extend-lm`."
+        )
+    check_keys(name, config.to_dict(), LlamaGenConfig().to_dict())
+    derived = {
+        "attn_implementation": options.attn_implementation,
+        "vocab_size": 0,  # computed
+        "codebook_size": source.settings.codebook_size,
+        "num_classes": source.num_classes,
+        "grid_size": source.grids[-1][0],
+        "num_condition_tokens": 1,
+        "caption_dim": None,
+        "codebook_fingerprint": source.settings.codebook_fingerprint,
+    }
+    if text_encoder is not None:
+        if config.num_condition_tokens < 2:
+            raise ValueError(
+                f"`num_condition_tokens` of `{name}` must be the number of tokens of a caption that the model reads, "
+                f"such as 120, got {config.num_condition_tokens}. Add it to the config."
+            )
+        derived["num_condition_tokens"] = config.num_condition_tokens
+        derived["caption_dim"] = text_encoder.config.d_model
+    new_config = LlamaGenConfig(**(config.to_diff_dict() | derived))
+    return AutoModelForCausalLM.from_config(new_config, dtype=torch.float32)
+
+
+def check_fit(options: LlamaGenOptions, config: LlamaGenConfig, source: TokenSource) -> None:
+    """Raises unless a LlamaGen reads the sequences of a token set."""
+    reads_captions = config.caption_dim is not None
+    if reads_captions != (options.caption_column is not None):
+        raise ValueError("`--caption_column` must be given for a LlamaGen with a text encoder, and only for one.")
+    if source.grids != [(config.grid_size, config.grid_size)] or source.num_classes != config.num_classes:
+        raise ValueError(
+            f"The token set must have one scale of {config.grid_size} x {config.grid_size} ids and "
+            f"{config.num_classes} classes, but has scales of {source.grids} ids and {source.num_classes} classes. "
+            "Tokenize square images at one scale, and name the column of the same classes or captions."
+        )
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(*read_run_options(LlamaGenOptions, sys.argv[1:]))
