@@ -19,5 +19,5 @@ def check_segments(sizes: Sequence[int], number: int, file_size: int) -> None:
         number (`int`): Number of tiles that the image needs.
         file_size (`int`): Bytes of the file.
     """
-    if len(sizes) < number or not 0 <= min(sizes) <= max(sizes) <= file_size:
+    if len(sizes) < number or min(sizes) < 0 or max(sizes) > file_size:
         raise ValueError("its tiles are missing, or larger than the file.")

@@ -31,10 +31,7 @@ def load_pickle(path: Path, safe_globals: Sequence[type] = ()) -> Any:
     """
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > path.stat().st_size:  # PyTorch does not compress
-                raise pickle.UnpicklingError(f"the archive unpacks to {unpacked} bytes")
+            _check_unpacked_size(path)
         with LOCK, torch.serialization.safe_globals(list(safe_globals)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns before it fails
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -42,3 +39,11 @@ def load_pickle(path: Path, safe_globals: Sequence[type] = ()) -> Any:
         if error.errno == errno.EINVAL:  # from a seek to before the start of the file
             raise pickle.UnpicklingError("the archive names positions outside the file") from error
         raise
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """Raises UnpicklingError for a compressed archive. PyTorch does not compress."""
+    with zipfile.ZipFile(path) as archive:
+        num_bytes = sum(entry.file_size for entry in archive.infolist())
+    if num_bytes > path.stat().st_size:
+        raise pickle.UnpicklingError(f"the archive unpacks to {num_bytes} bytes")

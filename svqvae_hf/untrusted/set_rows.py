@@ -18,7 +18,9 @@ def confine_row(source: Any, repository: str | None) -> Any:
     Returns:
         `source`, with a `"fault"` if its path leads outside, so that `read_image` raises before it opens the file.
     """
-    if repository is None or not isinstance(source, Mapping) or source["bytes"] is not None or source["path"] is None:
+    if repository is None or not isinstance(source, Mapping):
+        return source
+    if source["bytes"] is not None or source["path"] is None:
         return source
     if _is_in_repository(source["path"], repository):
         return source
@@ -30,9 +32,12 @@ def confine_row(source: Any, repository: str | None) -> Any:
 
 
 def _is_in_repository(path: str, repository: str) -> bool:
+    """Whether a path, such as `zip://a.png::hf://datasets/org/set@main/a.zip`, leads into the repository."""
     *archives, file = path.split("::")
-    match = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", file)
-    inside = "/" if match is None else posixpath.normpath(match[1])
-    if inside == ".." or inside.startswith(("../", "/")):
+    place = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", file)
+    if place is None:
+        return False
+    path_in_repository = posixpath.normpath(place[1])
+    if path_in_repository == ".." or path_in_repository.startswith(("../", "/")):
         return False
     return all(re.fullmatch(ARCHIVES, archive, re.DOTALL) for archive in archives)

@@ -5,10 +5,14 @@ from typing import Self
 
 MAX_MEMBER_BYTES = 1 << 29  # 512 MiB, because a member is read as a whole, and a compressed file can hold any size
 MAX_HEADER_BYTES = 1 << 20  # of an extended header, which holds names and is read as a whole
-EXTENDED = (
-    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
-    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+EXTENDED_TYPES = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
 )
+BLOCK_BYTES = 1 << 20
 
 
 class StrictTarInfo(tarfile.TarInfo):
@@ -29,16 +33,18 @@ class StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from error
 
     def _proc_member(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.type in EXTENDED and self.size > MAX_HEADER_BYTES:
+        if self.type in EXTENDED_TYPES and self.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {self.size} bytes at byte {tarfile_.offset}")
         return super()._proc_member(tarfile_)  # type: ignore[misc] # documented there as the place to extend
 
 
 def check_end(tar: tarfile.TarFile) -> None:
     """Raises ReadError if data follow the end, as after a member that was overwritten with zeros."""
-    while block := tar.fileobj.read(1 << 20):
+    block = tar.fileobj.read(BLOCK_BYTES)
+    while block:
         if block.strip(b"\0"):
             raise tarfile.ReadError(f"more data follow its end at byte {tar.offset}")
+        block = tar.fileobj.read(BLOCK_BYTES)
 
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
@@ -46,4 +52,6 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
     if member.issparse() or member.size > MAX_MEMBER_BYTES:
         return None
     file = tar.extractfile(member)
-    return None if file is None else file.read()
+    if file is None:  # a folder or a device
+        return None
+    return file.read()
