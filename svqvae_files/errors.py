@@ -10,7 +10,8 @@ LIBRARIES = ("botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "httpx", "
 
 def os_error(message: str, cause: Exception) -> OSError:
     """An error with this message alone and the error number of its cause. A missing file stays a missing file."""
-    error = FileNotFoundError(message) if isinstance(cause, FileNotFoundError) else OSError(message)
+    kind = FileNotFoundError if isinstance(cause, FileNotFoundError) else OSError
+    error = kind(message)
     error.errno = getattr(cause, "errno", None)
     return error
 
@@ -32,5 +33,14 @@ def explained(name: str | os.PathLike, done: str) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, OSError) and not type(error).__module__.startswith(LIBRARIES):
             raise
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise os_error(f"`{name}` cannot be {done}: {reason.removesuffix('.')}.", error) from error
+        reason = _reason(error).removesuffix(".")
+        raise os_error(f"`{name}` cannot be {done}: {reason}.", error) from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, on one line, or its type if it says nothing."""
+    message = getattr(error, "strerror", None) or str(error)
+    words = message.split()
+    if not words:
+        return type(error).__name__
+    return " ".join(words)

@@ -1,6 +1,5 @@
 """Folders that `fsspec` reaches, on a disk or in an object store. Each file in them is complete or absent."""
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from svqvae_files.errors import explained
+from svqvae_files.inputs import check_url
+from svqvae_files.json_files import parse_json_object
 from svqvae_files.outputs import new_file
 
 
@@ -22,11 +23,11 @@ class Folder:
         url (`str` or `os.PathLike`): Local path, or URL such as `s3://bucket/tokens`.
 
     Raises:
-        ValueError: `fsspec` does not know the scheme of the URL, or a package for it is missing.
+        ValueError: The URL names no bucket, `fsspec` does not know its scheme, or a package for it is missing.
     """
 
     def __init__(self, url: str | os.PathLike):
-        self.url = os.fspath(url).rstrip("/") or "/"
+        self.url = check_url(os.fspath(url)).rstrip("/") or "/"
         try:
             self.files, self.path = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
@@ -42,10 +43,9 @@ class Folder:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Object in a JSON file; `None` if it is absent. Raises ValueError if it is damaged."""
         content = self.read(name)
-        try:
-            return None if content is None else dict(json.loads(content))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"`{self._path(name)}` must hold a JSON object, but is damaged: {error}.") from error
+        if content is None:
+            return None
+        return parse_json_object(content, self._path(name))
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file, and its folder if necessary."""
@@ -69,14 +69,16 @@ class Folder:
         """Names of what is in a subfolder; none if it is absent."""
         with self._explained(subfolder, "read"), suppress(FileNotFoundError):
             self.files.invalidate_cache()  # others write there, too
-            return {path.rsplit("/", 1)[-1] for path in self.files.ls(self._path(subfolder), detail=False)}
+            paths = self.files.ls(self._path(subfolder), detail=False)
+            return {path.rsplit("/", 1)[-1] for path in paths}
         return set()
 
     def all_files(self, subfolder: str) -> list[str]:
         """Files in a subfolder and its subfolders, relative to this folder."""
         with self._explained(subfolder, "read"):
             self.files.invalidate_cache()
-            return [path[len(self.path) :].lstrip("/") for path in self.files.find(self._path(subfolder))]
+            paths = self.files.find(self._path(subfolder))
+        return [path[len(self.path) :].lstrip("/") for path in paths]
 
     def delete(self, name: str) -> None:
         """Deletes a file, or a subfolder with all that is in it, if it exists."""
@@ -87,4 +89,5 @@ class Folder:
         return f"{self.path.rstrip('/')}/{name}"
 
     def _explained(self, name: str, done: str) -> AbstractContextManager[None]:
-        return explained(self._path(name) if self.is_local else f"{self.url}/{name}", done)
+        shown = self._path(name) if self.is_local else f"{self.url}/{name}"
+        return explained(shown, done)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from svqvae_files.file_names import BUNDLED
 
+LOCAL_SCHEMES = ("file", "local", "memory")  # of URLs without a bucket or a server
+
 
 def find_bundled(name: str) -> str:
     """Folder of a bundled model by its name, `bundled` or `scenes`, unless a file or folder of that name exists."""
@@ -21,6 +23,15 @@ def check_local(name: str) -> str:
         raise ValueError(
             f"`{name}` must be a local path or a name on the Hub, because `{scheme[1]}://` is not supported. Mount it."
         )
+    return name
+
+
+def check_url(name: str) -> str:
+    """Returns a path, a name on the Hub or a URL. Raises for a URL without a bucket, such as `s3://` or `s3:///a`."""
+    scheme, separator, place = name.partition("://")
+    has_no_bucket = not place.strip("/") or place.startswith("/")
+    if separator and scheme not in LOCAL_SCHEMES and has_no_bucket:
+        raise ValueError(f"`{name}` must name a bucket or a server. If it is a shell variable, set it.")
     return name
 
 
