@@ -24,6 +24,7 @@ NO_CLASS = -1
 GUIDANCE = 3.0  # of generators without their own
 TOP_P = 0.95  # pipelines draw from the likeliest tokens that add up to this probability
 VISITORS = 4  # served at once
+MAX_SEED = 2**62
 EDITOR_PX = 512  # longer side of the picture to paint on
 PAPER = (128, 128, 128)  # colour of rows that are still to come
 BRUSH = "#ff2d6f"
@@ -73,6 +74,9 @@ class GeneratorPage:
     def generate(self, label: int, prompt: str, seed: float, guidance: float, **edited: Any) -> Iterator[list[Any]]:
         """Generates an image, and yields the values of the page's outputs after each step."""
         seed = int(seed or 0)
+        if abs(seed) > MAX_SEED:
+            yield _error_values(f"The seed must be at most {MAX_SEED}. Choose another.")
+            return
         options: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), **edited}
         facts = f"seed {seed}"
         if self.reads_prompts or label != NO_CLASS:

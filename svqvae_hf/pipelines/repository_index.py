@@ -50,6 +50,7 @@ def read_index(source: str | os.PathLike, **options: Any) -> dict[str, Any]:
 
     Raises:
         OSError: There is no index, or the Hub does not answer and the cache has none.
+        ValueError: The index is not a JSON object.
     """
     try:
         return from_hub(PipelineIndex.load_config, source, **options)
@@ -58,6 +59,8 @@ def read_index(source: str | os.PathLike, **options: Any) -> dict[str, Any]:
             index = from_hub(ModularIndex.load_config, source, **options)
         except OSError:
             raise error from None
+    if not isinstance(index, dict):
+        raise ValueError(f"the index of `{source}` must be a JSON object, got a {type(index).__name__}.")
     kind = str(index.get("_blocks_class_name")).removesuffix("TextBlocks").removesuffix("Blocks")
     return index | {"_class_name": PIPELINE_OF_BLOCKS.get(kind, index.get("_class_name"))}
 
