@@ -1,0 +1,21 @@
+"""A sample of the damages of `damage.py`, by chance. `python tests/damage/damage.py` runs all of them."""
+
+import random
+
+import pytest
+from damage import Checker, all_cases, check_cases, sample
+from workspaces import make_workspace
+
+SECONDS = 12
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_windows")
+def test_damaged_files_change_no_output_without_a_word(tmp_path):
+    seed = random.randrange(2**32)
+    cases = sample(all_cases(tmp_path, make_workspace(tmp_path)), seed)
+    faults = []
+    for case, fault in check_cases(Checker(tmp_path), cases, SECONDS):
+        if fault is not None:
+            faults.append(f"{case.command.words}, {case.file} {case.damage}: {fault}")
+    assert not faults, f"seed {seed}: {faults}"

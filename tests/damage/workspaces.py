@@ -1,0 +1,104 @@
+"""Folders of tiny models, token files, token sets and images, and the commands that read them."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from cli_runner import svqvae
+from conftest import ROOT, make_tiny
+from context_models import make_context_model
+from damage import Command
+from generators import make_autoregressive, make_next_scale
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from tiny_language_models import extended, make_language_model, save_language_model
+
+CLIP = (100, 100, 124, 116)
+
+
+def make_workspace(root: Path) -> list[Command]:
+    """Writes the folders, and returns the commands."""
+    _save_models(root)
+    _save_images(root)
+    model = "--model {root}/model"
+    for command in (
+        f"encode {root}/photos --output {root}/tokens --model {root}/model",
+        f"encode {root}/photos --output {root}/compressed --model {root}/model --compress",
+        f"tokenize {root}/photos {root}/set --model {root}/model --workers 0",
+    ):
+        code = svqvae(*command.split())
+        if code:
+            raise RuntimeError(f"`{command}` ended with exit code {code}")
+    models = {"model": "other_model"}
+    generators = {"llamagen": "other_llamagen", "lm": "other_lm", "adapter": "other_adapter", "scales": "other_scales"}
+    out = "--output {root}/out"
+    encode = f"encode {{root}}/photos {out} {model}"
+    decode_set = f"decode {{root}}/set {out} {model}"
+    draw = f"generate {{root}}/llamagen {out} --class 1"
+    draw_scales = f"generate {{root}}/scales {out} --class 1"
+    draw_by_lm = f"generate {{root}}/lm {out} --prompt red --grid 2x2"
+    caption = f"caption {{root}}/photos {out} --model {{root}}/lm --max-tokens 3"
+    return [
+        Command(encode, ("model",), {}),
+        Command(encode, ("model",), models, is_repeated=True),
+        Command(f"{encode} --compress", ("model",), models, is_repeated=True),
+        Command(f"reconstruct {{root}}/photos {out} {model}", ("model",), models, is_repeated=True),
+        Command(f"decode {{root}}/tokens {out} {model}", ("model",), models),
+        Command(f"decode {{root}}/tokens {out} {model}", ("tokens/a.safetensors",), {}),
+        Command(f"decode {{root}}/compressed {out} {model}", ("model", "compressed/a.svqz"), models),
+        Command(decode_set, ("set",), {}),
+        Command(decode_set, ("set", "model"), models, is_repeated=True),
+        Command("info {root}/set", ("set",), {}),
+        Command("info {root}/tokens/a.safetensors", ("tokens/a.safetensors",), {}),
+        Command("info {root}/compressed/a.svqz", ("compressed/a.svqz",), {}),
+        Command(draw, ("llamagen",), {}),
+        Command(draw, ("llamagen",), generators, is_repeated=True),
+        Command(draw_scales, ("scales",), {}),
+        Command(draw_scales, ("scales",), generators, is_repeated=True),
+        Command(draw_by_lm, ("lm",), {}),
+        Command(draw_by_lm, ("lm",), generators, is_repeated=True),
+        Command(f"{draw_by_lm} --adapter {{root}}/adapter", ("adapter",), {}),
+        Command(f"{draw_by_lm} --adapter {{root}}/adapter", ("adapter",), generators, is_repeated=True),
+        Command(caption, ("lm",), {}),
+        Command(caption, ("lm",), generators, is_repeated=True),
+        Command("extend-lm {root}/plain_lm {root}/out --vqvae {root}/model", ("plain_lm", "model"), {}),
+    ]
+
+
+def _save_models(root: Path) -> None:
+    """Each model has another one of the same kind."""
+    for name, seed in (("model", 0), ("other_model", 1)):
+        vqvae = _seeded(make_tiny(sample_size=16), seed)
+        vqvae.save_pretrained(root / name)
+        make_context_model(vqvae.codebook_fingerprint()).save_pretrained(root / name)
+    for name, seed in (("llamagen", 0), ("other_llamagen", 1)):
+        pipeline = make_autoregressive(class_names=["a", "b", "c"])
+        _seeded(pipeline.language_model, seed)
+        pipeline.save_pretrained(root / name)
+    for name, seed in (("scales", 0), ("other_scales", 1)):
+        pipeline = make_next_scale()
+        _seeded(pipeline.transformer, seed)
+        pipeline.save_pretrained(root / name)
+    shutil.copytree(extended("qwen"), root / "lm")
+    shutil.copytree(extended("llama"), root / "other_lm")
+    save_language_model(root / "plain_lm", "qwen")
+    for name, seed in (("adapter", 0), ("other_adapter", 1)):
+        language_model, _ = make_language_model("qwen")
+        adapted = get_peft_model(language_model, LoraConfig(r=2, target_modules=["q_proj"]))
+        _seeded(adapted, seed)
+        adapted.save_pretrained(root / name)
+
+
+def _seeded(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Changes the weights a little, by chance, for other seeds than 0."""
+    generator = torch.Generator().manual_seed(seed)
+    if seed:
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def _save_images(root: Path) -> None:
+    (root / "photos").mkdir()
+    with Image.open(ROOT / "docs" / "images" / "chelsea.png") as photo:
+        photo.convert("RGB").crop(CLIP).save(root / "photos" / "a.png")
