@@ -3,15 +3,17 @@
 import argparse
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from svqvae_files.inputs import find_bundled
+from svqvae_files.inputs import check_url, find_bundled
 
 SCALE_SOURCES = ("image", "latents")
 MAX_SCALE = 64
+MAX_SEED = 2**62  # of a first image, so that the seeds of the images after it fit in 64 bits
 DTYPES = ("float32", "bfloat16", "float16")
 TILES = "256 for images that would take more than 1 GiB as a whole, otherwise none"  # as in `SVQVAE.enable_tiling`
 
@@ -29,12 +31,25 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Raises for all options that the command does not have, before missing ones."""
-        names = [word.partition("=")[0] for word in args or () if word.startswith("--")]
-        known = [name for action in self._actions for name in action.option_strings]
-        unknown = [name for name in names if not any(each.startswith(name) for each in known)]
-        if unknown and self.get_default("parser") is self:  # a command
-            self.error(" ".join(f"There is no option `{name}`.{nearest(name, known)}" for name in unknown))
+        is_command = self.get_default("parser") is self
+        if is_command:
+            self._check_options(args or ())
         return super().parse_known_args(args, namespace)
+
+    def _check_options(self, words: Sequence[str]) -> None:
+        """Raises for options that the parser does not have. Like argparse, it takes a unique start for an option."""
+        options = []
+        for action in self._actions:
+            options += action.option_strings
+        faults = []
+        for word in words:
+            if word == "--":  # all words after it are inputs
+                break
+            name = word.partition("=")[0]
+            if name.startswith("--") and not any(option.startswith(name) for option in options):
+                faults.append(f"There is no option `{name}`.{nearest(name, options)}")
+        if faults:
+            self.error(" ".join(faults))
 
     def option(
         self, name: str, read: Callable[[str], Any], metavar: str | tuple[str, ...], help: str, **settings: Any
@@ -104,7 +119,7 @@ class Parser(argparse.ArgumentParser):
     def add_image_set(self) -> None:
         """Adds a set of images, local or on the Hub."""
         kinds = "images, tar or Parquet files, folders or patterns of these, also as URLs; or a set on the Hub"
-        self.option("data", not_empty, "DATA", kinds, nargs="+")
+        self.option("data", path_or_url, "DATA", kinds, nargs="+")
         self.option("--config", not_empty, "NAME", "configuration of the data set")
         self.option("--split", not_empty, "NAME", "split of the data set, required if it has several")
         help = "column of the images, or their suffix in tar files (default: by type)"
@@ -114,21 +129,30 @@ class Parser(argparse.ArgumentParser):
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """A question that names the most similar of some words, if one is similar."""
-    return "".join(f" Did you mean `{each}`?" for each in difflib.get_close_matches(word, words, 1))
+    for similar_word in difflib.get_close_matches(word, words, 1):
+        return f" Did you mean `{similar_word}`?"
+    return ""
 
 
 class _Scales(argparse.Action):
     """Stores scales. They must differ, because they name files."""
 
     def __call__(self, parser: argparse.ArgumentParser, args: argparse.Namespace, values: Any, _: Any = None) -> None:
-        if len({f"{value:g}" for value in values}) < len(values):
-            parser.error(f"--scales must differ within six digits, got {' '.join(map(str, values))}.")
+        names = {f"{value:g}" for value in values}
+        if len(names) < len(values):
+            shown = " ".join(str(value) for value in values)
+            parser.error(f"--scales must differ within six digits, got {shown}.")
         setattr(args, self.dest, values)
 
 
 def image_set_options(args: argparse.Namespace) -> dict[str, Any]:
     """Options of [`Parser.add_image_set`], as the readers of image sets take them."""
-    return {key: getattr(args, key) for key in ("config", "split", "image_column", "max_images")}
+    return {
+        "config": args.config,
+        "split": args.split,
+        "image_column": args.image_column,
+        "max_images": args.max_images,
+    }
 
 
 def forbid_options(args: argparse.Namespace, why: str, *names: str) -> None:
@@ -158,6 +182,14 @@ def model(text: str) -> str:
     return find_bundled(path_or_name(text))
 
 
+def path_or_url(text: str) -> str:
+    """Reads a path, a name on the Hub or a URL."""
+    try:
+        return check_url(not_empty(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def not_empty(text: str) -> str:
     """Reads a string that must not be empty, as an unset shell variable would be."""
     if not text:
@@ -167,10 +199,17 @@ def not_empty(text: str) -> str:
 
 def grid(text: str) -> tuple[int, int]:
     """Reads rows and columns of codes."""
-    rows, separator, columns = text.partition("x")
-    if not (separator and rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+    sides = re.fullmatch(r"0*([1-9][0-9]*)x0*([1-9][0-9]*)", text)
+    if sides is None:
         raise argparse.ArgumentTypeError(f"a grid must be rows x columns of codes, such as 16x24, got {text!r}.")
-    return int(rows), int(columns)
+    return int(sides[1]), int(sides[2])
+
+
+def seed(text: str) -> int:
+    """Reads the seed of a random generator."""
+    if not re.fullmatch("-?[0-9]+", text) or abs(int(text)) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"must be an integer of at most {MAX_SEED} (2**62), got {text!r}.")
+    return int(text)
 
 
 def scale(text: str) -> float:
@@ -186,6 +225,6 @@ def scale(text: str) -> float:
 
 def positive(text: str) -> int:
     """Reads an integer above 0."""
-    if not (text.isdecimal() and text.isascii() and int(text) > 0):
+    if not re.fullmatch("0*[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"must be an integer above 0, got {text!r}.")
     return int(text)

@@ -10,7 +10,8 @@ named and skipped. The same command resumes an interrupted run.
 import argparse
 
 from svqvae_cli.arguments import Parser, model, positive
-from svqvae_cli.files import find_images
+from svqvae_cli.errors import one_line
+from svqvae_cli.files import InputFile, find_images
 from svqvae_cli.runs import Run
 
 
@@ -26,18 +27,23 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes and prints a text for each image."""
-    with Run(args, {file: [file.target(args.output, ".txt")] for file in find_images(args)}, "texts") as work:
-        if not work.todo:
-            return
-        from svqvae_cli.loading import load_pretrained
-        from svqvae_files.outputs import write_file
-        from svqvae_hf.language.image_language_model import ImageLanguageModel
-        from svqvae_hf.models.image_files import load_image
+    targets = {file: [file.target(args.output, ".txt")] for file in find_images(args)}
+    with Run(args, targets, "texts") as work:
+        if work.todo:
+            _caption(args, work)
 
-        model = load_pretrained(ImageLanguageModel, args.model, args.device, args.dtype)
-        for file, image in work.read(load_image):
-            with work.attempt(file):
-                (text,) = model.caption([image], args.prompt, args.max_tokens)
-                (path,) = work.outputs(file)
-                write_file(path, f"{text}\n".encode())
-                print(f"{file.name}: {text}")
+
+def _caption(args: argparse.Namespace, work: Run[InputFile]) -> None:
+    from svqvae_cli.loading import load_pretrained
+    from svqvae_files.outputs import write_file
+    from svqvae_hf.language.image_language_model import ImageLanguageModel
+    from svqvae_hf.models.image_files import load_image
+
+    model = load_pretrained(ImageLanguageModel, args.model, args.device, args.dtype)
+    for file, image in work.read(load_image):
+        with work.attempt(file):
+            (text,) = model.caption([image], args.prompt, args.max_tokens)
+            (path,) = work.outputs(file)
+            write_file(path, f"{text}\n".encode())
+            name = one_line(str(file.name))
+            print(f"{name}: {text}")

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from typing import NoReturn
 
 from svqvae_cli.arguments import Parser, nearest
 from svqvae_cli.errors import SkippedError, one_line
@@ -27,6 +28,7 @@ COMMANDS = {
     "info": "describes a model, pipeline, LoRA adapter, checkpoint, token file or token set",
     "demo": "serves a web page that encodes and decodes photographs",
 }
+TRAINING = ("train", "training", "finetune", "fine-tune")  # what users try as commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,14 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes temporary files
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # from libraries, about code that is not the user's
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain any bytes
     try:
-        try:
-            args = parse(argv)
-            args.run(args)
-        finally:
-            sys.stdout.flush()  # a closed stdout raises here, also after --help, and not when the interpreter exits
+        _run(argv)
     except KeyboardInterrupt:
         print("svqvae: interrupted", file=sys.stderr)
         return 130
@@ -70,20 +69,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _run(argv: Sequence[str] | None) -> None:
+    try:
+        args = parse(argv)
+        args.run(args)
+    finally:
+        sys.stdout.flush()  # a closed stdout raises here, also after --help, and not when the interpreter exits
+
+
+def _open_closed_streams() -> None:
+    """Discards what is printed if the process was started without stdout or stderr, as by `>&-`."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # until the process ends
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line. The result's `run` is the body of the command.
 
     Raises:
         ValueError: If the command line is wrong.
     """
-    words = sys.argv[1:] if argv is None else [*argv]
-    parser = build_parser(*words[:1])
-    if words and words[0][:1] != "-" and words[0] not in COMMANDS:
-        parser.error(f"there is no command `{words[0]}`.{nearest(words[0], COMMANDS)}")
-    args, unknown = parser.parse_known_args(words)
-    if unknown:
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # names the command's own help
+    words = sys.argv[1:] if argv is None else list(argv)
+    command = words[0] if words else None
+    parser = build_parser(command)
+    if command is not None and not command.startswith("-") and command not in COMMANDS:
+        _refuse_command(parser, command)
+    args, unknown_words = parser.parse_known_args(words)
+    if unknown_words:
+        shown = " ".join(unknown_words)
+        args.parser.error(f"unrecognized arguments: {shown}")  # names the command's own help
     return args
+
+
+def _refuse_command(parser: Parser, command: str) -> NoReturn:
+    if command in TRAINING:
+        raise ValueError(
+            f"there is no command `{command}`, because models are trained by scripts of the repository, such as "
+            "`accelerate launch training/train.py training/configs/train_photos.yaml`. See docs/training.md."
+        )
+    parser.error(f"there is no command `{command}`.{nearest(command, COMMANDS)}")
 
 
 def build_parser(chosen: str | None = None) -> Parser:

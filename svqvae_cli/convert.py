@@ -41,13 +41,19 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Converts an original checkpoint to a Hub repository."""
-    of_tokenizers: dict[str, Any] = {"codebook_l2_norm": False} if args.no_codebook_l2_norm else {}
+    tokenizer_options: dict[str, Any] = {}
+    if args.no_codebook_l2_norm:
+        tokenizer_options["codebook_l2_norm"] = False
     if args.network_range is not None:
-        of_tokenizers["network_range"] = tuple(args.network_range)
-    of_generators = {name: getattr(args, name) for name in ("image_size", "num_attention_heads", "text_encoder")}
-    if args.tokenizer is None and any(value is not None for value in of_generators.values()):
+        tokenizer_options["network_range"] = tuple(args.network_range)
+    generator_options = {
+        "image_size": args.image_size,
+        "num_attention_heads": args.num_attention_heads,
+        "text_encoder": args.text_encoder,
+    }
+    if args.tokenizer is None and any(value is not None for value in generator_options.values()):
         raise ValueError("--image-size, --num-heads and --text-encoder are for generators, which need --tokenizer.")
-    if args.tokenizer is not None and of_tokenizers:
+    if args.tokenizer is not None and tokenizer_options:
         raise ValueError("--network-range and --no-codebook-l2-norm are for tokenizers. Convert --tokenizer first.")
     if not os.path.isfile(args.source) and not re.fullmatch(f"{REPO_ID}:.+", args.source):
         raise ValueError(f"There is no file `{args.source}`. Pass an existing one, or `org/repo:file` on the Hub.")
@@ -56,5 +62,16 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf.conversion.convert import convert
 
     hide_loading_bars()
-    shared = {name: getattr(args, name) for name in ("use_ema", "variant", "license", "standalone", "repo_id")}
-    print(convert(args.source, args.out, args.tokenizer, **shared, **of_generators, **of_tokenizers))
+    summary = convert(
+        args.source,
+        args.out,
+        args.tokenizer,
+        use_ema=args.use_ema,
+        variant=args.variant,
+        license=args.license,
+        standalone=args.standalone,
+        repo_id=args.repo_id,
+        **generator_options,
+        **tokenizer_options,
+    )
+    print(summary)

@@ -37,11 +37,12 @@ def run(args: argparse.Namespace) -> None:
 
     from svqvae_cli.loading import load_generator, load_model
 
-    if args.generator is not None:
+    if args.generator is None:
+        model = load_model(args.model, args.device, args.dtype)
+        blocks = build(Page(model))
+    else:  # an empty one is the bundled generator
         pipeline = load_generator(args.generator, args.device, args.dtype)
         blocks = generator_page.build(generator_page.GeneratorPage(pipeline))
-    else:
-        blocks = build(Page(load_model(args.model, args.device, args.dtype)))
     with serving(blocks, args.host, args.port) as address:
         print(f"{address} shows the page until Ctrl-C", flush=True)
         threading.Event().wait()

@@ -13,7 +13,7 @@ from typing import Any
 
 from svqvae_cli.arguments import Parser
 from svqvae_cli.errors import prefix_errors
-from svqvae_cli.files import find_images
+from svqvae_cli.files import InputFile, find_images
 from svqvae_cli.large import add_large, check_large, check_large_image
 from svqvae_cli.runs import Run
 from svqvae_files.file_names import IMAGE_SUFFIXES, TIFF_SUFFIXES, TOKEN_SUFFIXES
@@ -31,26 +31,50 @@ def run(args: argparse.Namespace) -> None:
     check_large(args)
     inputs = find_images(args, TIFF_SUFFIXES if args.large else IMAGE_SUFFIXES)
     suffix = TOKEN_SUFFIXES[args.compress]
-    with Run(args, {file: [file.target(args.output, suffix)] for file in inputs}, "token files") as work:
+    targets = {file: [file.target(args.output, suffix)] for file in inputs}
+    with Run(args, targets, "token files") as work:
         if not work.todo:
             return
-        from svqvae_cli.loading import load_encoder, require_context_model
-        from svqvae_hf.models.image_files import load_image
-        from svqvae_hf.tokens.image_tokens import choose_tiles, encode_image
-        from svqvae_hf.tokens.token_files import save_tokens
+        if args.large:
+            _encode_large(args, work)
+        else:
+            _encode(args, work)
 
-        model, tiles_asked = load_encoder(args), (args.tile_size, args.overlap)
-        context_model = require_context_model(model, args.model) if args.compress else None
-        read: Any = check_large_image if args.large else load_image
-        for file, image in work.read(read):
-            with work.attempt(file, ValueError):
-                if args.large:
-                    from svqvae_hf.large.large_images import encode_large
 
-                    tokens = encode_large(model, file.path, model.tiles_of_call(*tiles_asked))
-                else:
-                    with prefix_errors(file.path):
-                        tiles = choose_tiles(model, image.height, image.width, args.scales, *tiles_asked)
-                    tokens = encode_image(model, image, args.scales, args.scale_from, tiles)
-                (path,) = work.outputs(file)
-                save_tokens(path, tokens, context_model)
+def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:
+    from svqvae_cli.loading import load_encoder
+    from svqvae_hf.models.image_files import load_image
+    from svqvae_hf.tokens.image_tokens import choose_tiles, encode_image
+    from svqvae_hf.tokens.token_files import save_tokens
+
+    model = load_encoder(args)
+    context_model = _context_model(model, args)
+    for file, image in work.read(load_image):
+        with work.attempt(file, ValueError):
+            with prefix_errors(file.path):
+                tiles = choose_tiles(model, image.height, image.width, args.scales, args.tile_size, args.overlap)
+            tokens = encode_image(model, image, args.scales, args.scale_from, tiles)
+            (path,) = work.outputs(file)
+            save_tokens(path, tokens, context_model)
+
+
+def _encode_large(args: argparse.Namespace, work: Run[InputFile]) -> None:
+    """Encodes images that are read row by row of tiles."""
+    from svqvae_cli.loading import load_encoder
+    from svqvae_hf.large.large_images import encode_large
+    from svqvae_hf.tokens.token_files import save_tokens
+
+    model = load_encoder(args)
+    context_model = _context_model(model, args)
+    for file, _ in work.read(check_large_image):
+        with work.attempt(file, ValueError):
+            tokens = encode_large(model, file.path, model.tiles_of_call(args.tile_size, args.overlap))
+            (path,) = work.outputs(file)
+            save_tokens(path, tokens, context_model)
+
+
+def _context_model(model: Any, args: argparse.Namespace) -> Any:
+    """Context model that compresses the ids; `None` without `--compress`."""
+    from svqvae_cli.loading import require_context_model
+
+    return require_context_model(model, args.model) if args.compress else None

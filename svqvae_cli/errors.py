@@ -17,7 +17,10 @@ def check_none_skipped(skipped: int, total: int) -> None:
 
 def one_line(message: str) -> str:
     """A message on one line, without control characters of a broken file, which must not reach the terminal."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
+    letters = []
+    for letter in " ".join(message.split()):
+        letters.append(letter if letter.isprintable() else ascii(letter)[1:-1])
+    return "".join(letters)
 
 
 @contextmanager

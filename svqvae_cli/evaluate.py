@@ -11,6 +11,7 @@ On several GPUs:
 
 import argparse
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from svqvae_cli.arguments import Parser, forbid_options, image_set_options, model, path
@@ -19,6 +20,8 @@ from svqvae_cli.files import check_absent, check_data, check_output, check_sourc
 from svqvae_files.file_names import IMAGE_SUFFIXES
 
 CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.codecs`
+OPTIONS_OF_SVQVAES = ("scales", "scale_from", "tile_size", "overlap")
+OPTIONS_OF_MODELS = (*OPTIONS_OF_SVQVAES, "beside", "codecs", "lpips_weights", "lpips_net")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -45,24 +48,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures models or generated images on an image set, and writes numbers and a table."""
-    if args.generated:
-        names = ("beside", "scales", "scale_from", "codecs", "tile_size", "overlap", "lpips_weights", "lpips_net")
-        forbid_options(args, "is not for generated images", *names)
-        find_inputs([args.model], IMAGE_SUFFIXES, args.output)
-    else:
-        for source in (args.model, *(args.beside or [])):
-            check_source(source, subfolder=True)
-    for weights in filter(None, (args.lpips_weights, args.inception_weights)):
-        if not weights.is_file():
-            raise ValueError(f"there is no file `{weights}`. docs/evaluation.md says where the weights are.")
-    check_data(args.data)
-    check_output(args.output)
-    if not args.overwrite:
-        check_absent(args.output / "report.json")
+    _check(args)
     with require_extra("evaluate", "eval"):
         from svqvae_hf.data.image_sets import open_images
         from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
-        from svqvae_hf.evaluation.report_files import write_report
     from accelerate import PartialState
 
     from svqvae_cli.loading import find_device
@@ -70,52 +59,98 @@ def run(args: argparse.Namespace) -> None:
     state = PartialState(cpu=find_device(args.device).type == "cpu")
     if args.device is None:  # accelerate numbers CPUs, torch does not
         args.device = "cpu" if state.device.type == "cpu" else str(state.device)
-    networks = {
-        "lpips": load_lpips(args.lpips_net, args.lpips_weights) if args.lpips_weights else None,
-        "inception": load_inception(args.inception_weights) if args.inception_weights else None,
-    }
+    networks = {"lpips": None, "inception": None}
+    if args.lpips_weights is not None:
+        networks["lpips"] = load_lpips(args.lpips_net, args.lpips_weights)
+    if args.inception_weights is not None:
+        networks["inception"] = load_inception(args.inception_weights)
     images = open_images(args.data, results=args.output, **image_set_options(args))
-    report = (_judge if args.generated else _evaluate)(args, images, networks)
+    if args.generated:
+        report = _judge(args, images, networks)
+    else:
+        report = _evaluate(args, images, networks)
     if state.is_main_process:
-        report.settings |= {
-            "data": args.data,
-            **image_set_options(args),
-            "lpips_net": args.lpips_net,
-            "lpips_weights": args.lpips_weights and args.lpips_weights.name,
-            "inception_weights": args.inception_weights and args.inception_weights.name,
-        }
-        write_report(report, args.output)
-        skipped_line = [f"{len(report.skipped)} skipped: see the report."] if report.skipped else []
-        print("\n".join([*report.table(), "", *skipped_line, *report.notes]))
+        _write(args, report)
     state.destroy_process_group()
     if state.num_processes == 1:  # launchers take any other exit code than 0 for a crash
-        read = report.settings["images"] + report.settings.get("generated_images", 0)
-        check_none_skipped(len(report.skipped), len(report.skipped) + read)
+        num_read = report.settings["images"] + report.settings.get("generated_images", 0)
+        check_none_skipped(len(report.skipped), len(report.skipped) + num_read)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError for paths and options that are wrong, before anything slow is imported."""
+    if args.generated:
+        forbid_options(args, "is not for generated images", *OPTIONS_OF_MODELS)
+        find_inputs([args.model], IMAGE_SUFFIXES, args.output)
+    else:
+        for source in _models(args):
+            check_source(source, subfolder=True)
+    for weights in (args.lpips_weights, args.inception_weights):
+        if weights is not None and not weights.is_file():
+            raise ValueError(f"there is no file `{weights}`. docs/evaluation.md says where the weights are.")
+    check_data(args.data)
+    check_output(args.output)
+    if not args.overwrite:
+        check_absent(args.output / "report.json")
+
+
+def _models(args: argparse.Namespace) -> list[str]:
+    """All models to be measured."""
+    return [args.model, *(args.beside or [])]
+
+
+def _write(args: argparse.Namespace, report: Any) -> None:
+    """Writes the report and prints its table."""
+    report.settings["data"] = args.data
+    report.settings |= image_set_options(args)
+    report.settings["lpips_net"] = args.lpips_net
+    report.settings["lpips_weights"] = args.lpips_weights and args.lpips_weights.name
+    report.settings["inception_weights"] = args.inception_weights and args.inception_weights.name
+    report.write(args.output)
+    lines = [*report.table(), ""]
+    if report.skipped:
+        lines.append(f"{len(report.skipped)} skipped: see the report.")
+    lines += report.notes
+    print("\n".join(lines))
 
 
 def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> Any:
     """Measures one SVQVAE at the sizes of its scales, or several tokenizers at the size of the images."""
     from svqvae_cli.loading import explain_loading
-    from svqvae_hf.evaluation.codecs import CODECS, QUALITIES, CodecTokenizer
     from svqvae_hf.evaluation.evaluate import evaluate
     from svqvae_hf.evaluation.tokenizers.auto import class_name, load_tokenizers, tokenizer_titles
 
-    sources, tokenizers = [args.model, *(args.beside or [])], []
-    names = ("scales", "scale_from", "tile_size", "overlap")
+    sources = _models(args)
     titles = tokenizer_titles(sources)
+    options = {name: getattr(args, name) for name in OPTIONS_OF_SVQVAES}
+    tokenizers = []
+    class_names = []
     for source, title in zip(sources, titles, strict=True):
         with explain_loading(source):
-            options = {name: getattr(args, name) for name in names}
+            class_names.append(class_name(source))
             tokenizers += load_tokenizers(source, args.device, title=title, **options)
-    if "SVQVAE" not in map(class_name, sources):
-        forbid_options(args, "is for SVQVAEs", *names)
-    alone = args.beside is None and args.codecs is None and class_name(args.model) == "SVQVAE"
-    chosen = [] if alone else CODEC_NAMES if args.codecs is None else args.codecs
-    tokenizers += [CodecTokenizer(name, each) for name in CODECS if name.lower() in chosen for each in QUALITIES]
-    options = {"own_size": alone, "resolution": args.resolution, "device": args.device}
-    report = evaluate(tokenizers, images, **options, **networks)
-    report.settings |= {"models": titles} | {name: getattr(args, name) for name in names}
+    if "SVQVAE" not in class_names:
+        forbid_options(args, "is for SVQVAEs", *OPTIONS_OF_SVQVAES)
+    is_alone = args.beside is None and args.codecs is None and class_names == ["SVQVAE"]
+    if not is_alone:
+        tokenizers += _codec_tokenizers(CODEC_NAMES if args.codecs is None else args.codecs)
+    report = evaluate(
+        tokenizers, images, own_size=is_alone, resolution=args.resolution, device=args.device, **networks
+    )
+    report.settings |= {"models": titles, **options}
     return report
+
+
+def _codec_tokenizers(names: Sequence[str]) -> list[Any]:
+    """Image files at several qualities, which are compared with tokenizers."""
+    from svqvae_hf.evaluation.codecs import CODECS, QUALITIES, CodecTokenizer
+
+    tokenizers = []
+    for codec in CODECS:
+        if codec.lower() in names:
+            for quality in QUALITIES:
+                tokenizers.append(CodecTokenizer(codec, quality))
+    return tokenizers
 
 
 def _judge(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> Any:
@@ -124,11 +159,12 @@ def _judge(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> A
     from svqvae_hf.data.image_sets import open_images
     from svqvae_hf.evaluation.generated import TokenizerFeatures, compare_generated
 
-    features = TokenizerFeatures(load_model(None, args.device, "float32"))
-    named = {features.title: features}
+    bundled = TokenizerFeatures(load_model(None, args.device, "float32"))
+    features = {bundled.title: bundled}
     if networks["inception"] is not None:
-        named["Inception (FID)"] = networks["inception"].to(args.device)
+        features["Inception (FID)"] = networks["inception"].to(args.device)
     files = [os.fspath(file.path) for file in find_inputs([args.model], IMAGE_SUFFIXES, args.output)]
-    report = compare_generated(open_images(files), images, named, resolution=args.resolution, device=args.device)
+    generated = open_images(files)
+    report = compare_generated(generated, images, features, resolution=args.resolution, device=args.device)
     report.settings["generated"] = args.model
     return report

@@ -28,4 +28,5 @@ def run(args: argparse.Namespace) -> None:
         from svqvae_hf.export.export import export_graphs
     from svqvae_cli.loading import load_model
 
-    print(export_graphs(load_model(args.model, "cpu", "float32"), args.output))
+    model = load_model(args.model, "cpu", "float32")
+    print(export_graphs(model, args.output))

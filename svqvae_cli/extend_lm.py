@@ -9,7 +9,7 @@ the old tokens stay as they are.
 
 import argparse
 
-from svqvae_cli.arguments import Parser, grid, model, not_empty, path
+from svqvae_cli.arguments import Parser, grid, model, not_empty, path, seed
 from svqvae_cli.files import check_source
 from svqvae_files.outputs import check_new_folder
 
@@ -21,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
     parser.option("--vqvae", model, "MODEL", "image tokenizer: folder or Hub id", required=True)
     parser.option("--grids", grid, "ROWSxCOLUMNS", "sizes of images in codes (default: the tokenizer's)", nargs="+")
     parser.option("--license", not_empty, "ID", "licence for the card (default: from the sources' cards)")
-    parser.option("--seed", int, "S", "seed of the new rows (default: 0)", default=0)
+    parser.option("--seed", seed, "S", "seed of the new rows (default: 0)", default=0)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -29,10 +29,12 @@ def run(args: argparse.Namespace) -> None:
     for source in (args.lm, args.vqvae):
         check_source(source)
     check_new_folder(args.out)
-    from svqvae_cli.loading import explain_loading
+    from svqvae_cli.loading import explain_loading, load_model
     from svqvae_hf.language.extension import extend_language_model
 
+    load_model(args.vqvae, "cpu", "float32")  # an error about it would name the language model otherwise
     with explain_loading(args.lm):
         vocabulary = extend_language_model(args.lm, args.out, args.vqvae, args.grids, args.seed, args.license)
     grids = ", ".join(f"{rows} x {columns}" for rows, columns in vocabulary.grids)
-    print(f"written  {args.out} (image tokens {vocabulary.first_token} to {vocabulary.stop - 1}, grids {grids})")
+    tokens = f"image tokens {vocabulary.first_token} to {vocabulary.stop - 1}"
+    print(f"written  {args.out} ({tokens}, grids {grids})")

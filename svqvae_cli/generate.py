@@ -9,10 +9,11 @@ interrupted run.
 import argparse
 import re
 import sys
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from svqvae_cli.arguments import Parser, grid, model, not_empty, path_or_name, positive
+from svqvae_cli.arguments import Parser, grid, model, not_empty, path_or_name, positive, seed
 from svqvae_cli.files import check_source
 from svqvae_cli.runs import Run
 from svqvae_files.file_names import DEFAULT_GENERATOR
@@ -42,7 +43,7 @@ def add_arguments(parser: Parser) -> None:
     parser.option("--temperature", float, "T", "temperature; 0 takes the likeliest ids (default: the model's, or 1)")
     parser.option("--top-k", int, "K", "sample from the K likeliest ids (default: the model's, or all)")
     parser.option("--top-p", float, "P", "sample from the likeliest ids of probability P (default: the model's, or 1)")
-    parser.option("--seed", int, "S", "seed of the first image; image i has S + i (default: 0)", default=0)
+    parser.option("--seed", seed, "S", "seed of the first image; image i has S + i (default: 0)", default=0)
     parser.add_device()
     parser.add_dtype()
 
@@ -51,58 +52,89 @@ def run(args: argparse.Namespace) -> None:
     """Generates images in batches, and writes each to a file."""
     check_source(args.model)
     check_source(args.adapter)
-    stems = [f"{name}_{index}" for name in _row_names(args) for index in range(args.num_images)]
-    with Run(args, {stem: [args.output / f"{stem}.png"] for stem in stems}, "images", DEFAULT_GENERATOR) as work:
+    rows: dict[str, int] = {}  # by the name of the file without its suffix
+    for row, name in enumerate(_row_names(args)):
+        for index in range(args.num_images):
+            rows[f"{name}_{index}"] = row
+    targets = {stem: [args.output / f"{stem}.png"] for stem in rows}
+    with Run(args, targets, "images", DEFAULT_GENERATOR) as work:
         if work.todo:
-            _generate(args, work)
+            _generate(args, work, rows)
 
 
 def _row_names(args: argparse.Namespace) -> list[str]:
     """Starts of the file names of each class or caption."""
     if args.prompt:
         return [f"prompt_{index}" for index in range(len(args.prompt))]
-    classes = args.class_labels or []
-    names = ["class_" + re.sub(r"\W+", "-", text).strip("-") for text in classes] or ["image"]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--class must name each class once, got {' '.join(classes)}. For more, use --num-images.")
+    if not args.class_labels:
+        return ["image"]
+    if len(set(args.class_labels)) < len(args.class_labels):
+        shown = " ".join(args.class_labels)
+        raise ValueError(f"--class must name each class once, got {shown}. For more, use --num-images.")
+    names: list[str] = []
+    for label in args.class_labels:
+        name = "class_" + re.sub(r"\W+", "-", label).strip("-")
+        if name in names:  # such as C++ after C#
+            name += f"-{len(names)}"
+        names.append(name)
     return names
 
 
-def _generate(args: argparse.Namespace, work: Run[str]) -> None:
+def _generate(args: argparse.Namespace, work: Run[str], rows: Mapping[str, int]) -> None:
     import torch
 
     from svqvae_cli.loading import load_generator
     from svqvae_files.outputs import save_png
-    from svqvae_hf.pipelines.captions import keep_known_words, say_unknown, unknown_words
 
     pipeline = load_generator(args.model, args.device, args.dtype, args.adapter)
     _check_options(pipeline, args)
-    leaves_out = args.prompt and pipeline.tokenizer and not hasattr(pipeline, "text_encoder")  # T5 reads any word
-    if leaves_out and keep_known_words(pipeline.tokenizer, args.prompt) != args.prompt:
-        print(f"svqvae: {say_unknown(unknown_words(pipeline.tokenizer, args.prompt))}", file=sys.stderr)
-    numbers = {stem: number for number, stem in enumerate(work.targets)}
+    _warn_of_unknown_words(pipeline, args.prompt or [])
+    seeds = {stem: args.seed + number for number, stem in enumerate(work.targets)}
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    stems = work.files()
-    while batch := list(islice(stems, args.batch_size)):
-        generator = [torch.Generator().manual_seed(args.seed + numbers[stem]) for stem in batch]
-        rows = [numbers[stem] // args.num_images for stem in batch]
-        images = _sample(pipeline, args, rows, generator=generator, **sampling)
+    for batch in _batches(work.files(), args.batch_size):
+        generators = [torch.Generator().manual_seed(seeds[stem]) for stem in batch]
+        rows_of_batch = [rows[stem] for stem in batch]
+        images = _sample(pipeline, args, rows_of_batch, generator=generators, **sampling)
         for stem, image in zip(batch, images, strict=True):
             with work.attempt(stem):
-                save_png(image, *work.outputs(stem))
+                (path,) = work.outputs(stem)
+                save_png(image, path)
+
+
+def _batches(stems: Iterator[str], size: int) -> Iterator[list[str]]:
+    batch = list(islice(stems, size))
+    while batch:
+        yield batch
+        batch = list(islice(stems, size))
+
+
+def _warn_of_unknown_words(pipeline: Any, prompts: list[str]) -> None:
+    """Says on stderr which words of captions a tokenizer of whole words leaves out. T5 reads any word."""
+    from svqvae_hf.pipelines.captions import keep_known_words, say_unknown, unknown_words
+
+    if not prompts or pipeline.tokenizer is None or hasattr(pipeline, "text_encoder"):
+        return
+    if keep_known_words(pipeline.tokenizer, prompts) != prompts:
+        message = say_unknown(unknown_words(pipeline.tokenizer, prompts))
+        print(f"svqvae: {message}", file=sys.stderr)
 
 
 def _check_options(pipeline: Any, args: argparse.Namespace) -> None:
     """Raises for an option of another kind of generator."""
-    draws, by_scale = hasattr(pipeline, "draw"), hasattr(pipeline, "trained_schedule")
-    foreign = {"--class": draws and args.class_labels, "--grid": not draws and args.grid}
-    foreign |= {"--steps": not by_scale and args.steps}
+    draws = hasattr(pipeline, "draw")
+    has_scales = hasattr(pipeline, "trained_schedule")
+    foreign_options = []
+    if draws and args.class_labels:
+        foreign_options.append("--class")
+    if not draws and args.grid:
+        foreign_options.append("--grid")
+    if not has_scales and args.steps:
+        foreign_options.append("--steps")
     kind = type(pipeline).__name__
-    for option, given in foreign.items():
-        if given:
-            raise ValueError(f"{option} does not apply to MODEL, whose class is {kind}. Leave it out.")
+    for option in foreign_options:
+        raise ValueError(f"{option} does not apply to MODEL, whose class is {kind}. Leave it out.")
     if args.class_labels:
-        _class_labels(pipeline, args.class_labels)  # raises for an unknown one
+        _class_numbers(pipeline, args.class_labels)  # raises for an unknown one
 
 
 def _sample(pipeline: Any, args: argparse.Namespace, rows: list[int], **sampling: Any) -> list[Any]:
@@ -117,14 +149,17 @@ def _sample(pipeline: Any, args: argparse.Namespace, rows: list[int], **sampling
         return pipeline(prompt=prompts, **sampling).images
     if not args.class_labels:
         return pipeline(num_images_per_prompt=len(rows), **sampling).images
-    labels = _class_labels(pipeline, args.class_labels)
-    return pipeline(class_labels=[labels[row] for row in rows], **sampling).images
+    numbers = _class_numbers(pipeline, args.class_labels)
+    return pipeline(class_labels=[numbers[row] for row in rows], **sampling).images
 
 
-def _class_labels(pipeline: Any, texts: list[str]) -> list[int]:
-    """Numbers of classes, given by name or number; a name that is a number counts as a name."""
+def _class_numbers(pipeline: Any, texts: list[str]) -> list[int]:
+    """Numbers of classes, which are called by name or by number. A name that is a number counts as a name."""
     from svqvae_hf.pipelines.labels import encode_labels
 
-    names = pipeline.config["class_names"] or []
-    labels = [int(text) if text not in names and text.removeprefix("-").isdecimal() else text for text in texts]
-    return encode_labels(labels, pipeline.num_classes, pipeline.config["class_names"]).tolist()
+    class_names = pipeline.config["class_names"]
+    labels: list[int | str] = []
+    for text in texts:
+        is_number = text.removeprefix("-").isdecimal() and text not in (class_names or [])
+        labels.append(int(text) if is_number else text)
+    return encode_labels(labels, pipeline.num_classes, class_names).tolist()

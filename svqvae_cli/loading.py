@@ -5,6 +5,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,18 @@ from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, PIPELINES, SVQVAE
 from svqvae_hf.hub.repositories import hub_reason
 from svqvae_hf.pipelines.repository_index import read_index
 from svqvae_hf.tokens.context_model import ContextModel, find_context_model
+from svqvae_hf.tokens.image_tokens import is_out_of_memory
 
+FILE_ERRORS = (
+    AttributeError,
+    ImportError,
+    JSONDecodeError,
+    KeyError,
+    OSError,
+    SafetensorError,
+    TypeError,
+    UnicodeDecodeError,
+)
 DEVICES = ("cuda", "mps", "xpu")  # besides the CPU; the first that is available is the default
 
 
@@ -51,34 +63,46 @@ def load_encoder(args: argparse.Namespace) -> SVQVAE:
 
 def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **options: Any) -> Any:
     """Loads a model or a pipeline of class `cls`, as [`load_model`] does."""
-    found_device = find_device(device)
+    torch_device = find_device(device)
     with explain_loading(source):
         model = cls.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, **options)
-    return model if found_device.type == "cpu" else model.to(found_device)  # diffusers' `to` imports all its hooks
+    if torch_device.type == "cpu":
+        return model  # already there; diffusers' `to` would import all its hooks
+    return model.to(torch_device)
 
 
 @functools.lru_cache(maxsize=1)
 def require_context_model(model: SVQVAE, source: str | None) -> ContextModel:
     """Context model of an SVQVAE, which compresses its ids. See [`load_model`] for `source`."""
-    found = find_context_model(source or DEFAULT_MODEL, model.codebook_fingerprint())
-    if found is None:
+    context_model = find_context_model(source or DEFAULT_MODEL, model.codebook_fingerprint())
+    if context_model is None:
         raise ValueError(
             "the model must have a context model for its codebook, `context_model.safetensors`, but "
             f"`{source or DEFAULT_MODEL}` has none. Train one with training/train_context.py."
         )
-    return found
+    return context_model
 
 
 @contextmanager
 def explain_loading(source: str) -> Iterator[None]:
-    """Names the model and the real cause in an error of loading it."""
+    """Names the model and the real cause in an error of loading it, whatever its type in the libraries."""
     for name in ("diffusers", "huggingface_hub", "transformers"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the error below says what they would log
     hide_loading_bars()
     try:
         yield
-    except (ImportError, OSError, TypeError) as error:
+    except Exception as error:
+        if not _is_of_files(error):
+            raise
         raise OSError(f"could not load the model `{source}`: {_find_cause(error)}") from error
+
+
+def _is_of_files(error: Exception) -> bool:
+    """Whether libraries raise such an error for files that are absent, damaged or of another model."""
+    if isinstance(error, RuntimeError):
+        return not is_out_of_memory(error)
+    is_of_tokenizers = type(error) is Exception  # from Rust, where errors have no types
+    return is_of_tokenizers or isinstance(error, FILE_ERRORS)
 
 
 def hide_loading_bars() -> None:
@@ -94,21 +118,28 @@ def load_generator(source: str | None, device: str | None, dtype: str, adapter: 
         cls = _generator_class(source)
     pipeline = load_pretrained(cls, source, device, dtype)
     if adapter is not None:
-        with require_extra("--adapter", "train"):
-            import peft  # noqa: F401
-        from svqvae_hf.loaders.adapters import load_adapter
-
-        if not hasattr(pipeline, "language_model"):
-            raise ValueError(f"--adapter does not apply to MODEL, whose class is {cls.__name__}. Leave it out.")
-        subfolder = "language_model" if cls.__name__ in PIPELINES else ""
-        try:
-            with explain_loading(adapter):
-                adapted = load_adapter(pipeline.language_model, adapter, source, subfolder)
-        except (IndexError, KeyError, RuntimeError, ValueError) as error:
-            message = f"`{adapter}` must be a LoRA adapter for the language model of MODEL: {error!s:.300}"
-            raise ValueError(message) from error
-        pipeline.language_model = adapted.merge_and_unload()
+        _merge_adapter(pipeline, adapter, source)
     return pipeline
+
+
+def _merge_adapter(pipeline: Any, adapter: str, base: str) -> None:
+    """Merges a LoRA adapter into the language model of a generator, which was loaded from `base`."""
+    with require_extra("--adapter", "train"):
+        import peft  # noqa: F401
+    from svqvae_hf.loaders.adapters import load_adapter
+
+    kind = type(pipeline).__name__
+    if not hasattr(pipeline, "language_model"):
+        raise ValueError(f"--adapter does not apply to MODEL, whose class is {kind}. Leave it out.")
+    subfolder = "language_model" if kind in PIPELINES else ""
+    try:
+        adapted = load_adapter(pipeline.language_model, adapter, base, subfolder)
+    except Exception as error:
+        if not _is_of_files(error) and not isinstance(error, IndexError | ValueError):
+            raise
+        message = f"`{adapter}` must be a LoRA adapter for the language model of MODEL: {_find_cause(error):.300}"
+        raise ValueError(message) from error
+    pipeline.language_model = adapted.merge_and_unload()
 
 
 def _generator_class(source: str) -> Any:
@@ -117,14 +148,21 @@ def _generator_class(source: str) -> Any:
 
     if ImageLanguageModel.is_at(source):
         return ImageLanguageModel
-    if Path(source).is_dir() and not [*Path(source).glob("*model_index.json")]:
-        is_adapter = Path(source, "adapter_config.json").is_file()
-        hint = "Pass its base as MODEL and it as --adapter" if is_adapter else "`svqvae extend-lm` adds image tokens"
-        raise ValueError(f"`{source}` must be a pipeline or a language model with image tokens. {hint}.")
-    found = read_index(source)["_class_name"]
-    if found not in PIPELINES:
-        raise ValueError(f"the pipeline `{source}` must be one of {', '.join(PIPELINES)}, but is a {found}.")
-    return getattr(svqvae_hf, found)
+    folder = Path(source)
+    if folder.is_dir() and not list(folder.glob("*model_index.json")):
+        raise ValueError(
+            f"`{source}` must be a pipeline or a language model with image tokens. {_advice_for_no_generator(folder)}"
+        )
+    class_name = read_index(source).get("_class_name")
+    if class_name not in PIPELINES:
+        raise ValueError(f"the pipeline `{source}` must be one of {', '.join(PIPELINES)}, but is a {class_name}.")
+    return getattr(svqvae_hf, class_name)
+
+
+def _advice_for_no_generator(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return "Pass its base as MODEL and it as --adapter."
+    return "`svqvae extend-lm` adds image tokens."
 
 
 def _find_cause(error: Exception) -> str:
@@ -136,7 +174,10 @@ def _find_cause(error: Exception) -> str:
         if isinstance(cause, RepositoryNotFoundError | LocalEntryNotFoundError):
             return hub_reason(cause)
         cause = cause.__context__
-    return str(error)
+    message = f"{error!s:.500}"
+    if isinstance(error, AttributeError | KeyError | TypeError | ValueError):
+        return f"one of its files is damaged or of another model ({type(error).__name__}: {message})."
+    return message
 
 
 def find_device(name: str | None) -> torch.device:
@@ -145,8 +186,16 @@ def find_device(name: str | None) -> torch.device:
     Raises:
         ValueError: If torch does not find the device on this machine.
     """
-    found = [*(f"{kind}:{index}" for kind in DEVICES for index in range(getattr(torch, kind).device_count())), "cpu"]
-    usable = dict.fromkeys(name for device in found for name in (device.partition(":")[0], device))
-    if name is not None and name not in usable:
-        raise ValueError(f"--device must be one that torch finds here, {', '.join(usable)}, got `{name}`.")
-    return torch.device(name or next(iter(usable)))
+    names = []
+    for kind in DEVICES:
+        count = getattr(torch, kind).device_count()
+        if count:
+            names.append(kind)
+        for index in range(count):
+            names.append(f"{kind}:{index}")
+    names.append("cpu")
+    if name is None:
+        return torch.device(names[0])
+    if name not in names:
+        raise ValueError(f"--device must be one that torch finds here, {', '.join(names)}, got `{name}`.")
+    return torch.device(name)

@@ -13,6 +13,7 @@ are named and skipped. The same command resumes an interrupted run.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -32,9 +33,11 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes the reconstruction of each image at each scale, and prints how close it is."""
     endings = [f"_x{scale:g}.png" for scale in args.scales]
-    endings += ["_side_by_side.png"] * args.side_by_side
-    inputs = find_images(args)
-    targets = {file: [file.target(args.output, ending) for ending in endings] for file in inputs}
+    if args.side_by_side:
+        endings.append("_side_by_side.png")
+    targets = {}
+    for file in find_images(args):
+        targets[file] = [file.target(args.output, ending) for ending in endings]
     with Run(args, targets, "images") as work:
         if work.todo:
             _reconstruct(args, work)
@@ -43,35 +46,64 @@ def run(args: argparse.Namespace) -> None:
 def _reconstruct(args: argparse.Namespace, work: Run[InputFile]) -> None:
     from svqvae_cli.loading import load_encoder
     from svqvae_files.outputs import save_png
-    from svqvae_hf.evaluation import reconstruction_table as table
+    from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions, side_by_side
     from svqvae_hf.models.image_files import load_image
     from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image, encode_image
 
     model = load_encoder(args)
-    width = max(map(len, ["1,000 images", *(one_line(str(file.name)) for file in work.targets)]))
-
-    def write_row(name: str, figures: Sequence[Any]) -> None:
-        tqdm.write(table.table_row(width, name, figures, model.config["codebook_size"]))  # above the progress bars
-
-    measured: list[list[Any]] = []  # per image, one per scale
+    table = _Table([file.name for file in work.targets], model.config["codebook_size"])
     try:
         for file, original in work.read(load_image):
             with work.attempt(file, ValueError):
+                size = (original.height, original.width)
                 with prefix_errors(file.path):
-                    asked = args.scales, args.tile_size, args.overlap
-                    tiles = choose_tiles(model, original.height, original.width, *asked)
+                    tiles = choose_tiles(model, *size, args.scales, args.tile_size, args.overlap)
                 tokens = encode_image(model, original, args.scales, args.scale_from, tiles)
                 images = decode_image(model, tokens, tiles=tiles)
-                figures = table.measure_reconstructions(original, tokens, images)
-                sheet = [table.side_by_side(original, images, figures)] if args.side_by_side else []
-                for image, path in zip([*images, *sheet], work.outputs(file), strict=True):
+                figures = measure_reconstructions(original, tokens, images)
+                if args.side_by_side:
+                    images = [*images, side_by_side(original, images, figures)]
+                for image, path in zip(images, work.outputs(file), strict=True):
                     save_png(image, path)
-                if not measured:
-                    tqdm.write(table.table_header(width))
-                measured.append(figures)
-                for each in figures:
-                    write_row(one_line(str(file.name)), [each])
+                table.add(file.name, figures)
     finally:  # also if the run is interrupted
-        if len(measured) > 1:
-            for at_scale in zip(*measured, strict=True):
-                write_row(f"{len(measured):,} images", at_scale)
+        table.print_totals()
+
+
+class _Table:
+    """The table of a run, printed row by row above the progress bar.
+
+    Args:
+        names (`Sequence[Path]`): Names of all images, which set the width of the first column.
+        codebook_size (`int`): Number of codes.
+    """
+
+    def __init__(self, names: Sequence[Path], codebook_size: int):
+        labels = ["1,000 images"]
+        for name in names:
+            labels.append(one_line(str(name)))
+        self.width = max(len(label) for label in labels)
+        self.codebook_size = codebook_size
+        self.figures: list[Sequence[Any]] = []  # per image, one per scale
+
+    def add(self, name: Path, figures: Sequence[Any]) -> None:
+        """Prints the rows of an image, one per scale."""
+        from svqvae_hf.evaluation.reconstruction_table import table_header
+
+        if not self.figures:
+            tqdm.write(table_header(self.width))
+        self.figures.append(figures)
+        for figures_at_scale in figures:
+            self._print_row(one_line(str(name)), [figures_at_scale])
+
+    def print_totals(self) -> None:
+        """Prints a row per scale about all images, if there are several."""
+        if len(self.figures) < 2:
+            return
+        for figures_at_scale in zip(*self.figures, strict=True):
+            self._print_row(f"{len(self.figures):,} images", figures_at_scale)
+
+    def _print_row(self, label: str, figures: Sequence[Any]) -> None:
+        from svqvae_hf.evaluation.reconstruction_table import table_row
+
+        tqdm.write(table_row(self.width, label, figures, self.codebook_size))

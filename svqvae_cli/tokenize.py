@@ -9,24 +9,28 @@ command resumes a run that was interrupted. On many machines, each makes a part.
 import argparse
 import math
 import os
+import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from svqvae_cli.arguments import Parser, image_set_options, not_empty, positive
+from svqvae_cli.arguments import Parser, image_set_options, not_empty, path_or_url, positive
 from svqvae_cli.errors import check_none_skipped
 from svqvae_cli.files import check_data, check_source, check_tiles
+from svqvae_files.file_names import DEFAULT_MODEL
 from svqvae_files.outputs import check_new_folder
 
 CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # as in `svqvae_hf.token_sets.crops`
-# Of `tokenize_set`, under the same names
-OPTIONS = ("scales", "scale_from", "crops", "resolution", "batch_size", "overwrite", "license", "tile_size", "overlap")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+MAX_WORKERS = 4  # that read images, by default
 
 
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     parser.add_image_set()
-    parser.option("out", not_empty, "OUT", "folder or URL to write to")
+    parser.option("out", path_or_url, "OUT", "folder or URL to write to")
     parser.add_scales([1.0])
     parser.option("--sides", positive, "IDS", "scales of square crops by their sides in ids", nargs="+")
     parser.add_compress()
@@ -47,53 +51,119 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Encodes an image set to a token set."""
-    if args.sides and args.resolution is None:
-        raise ValueError("--sides needs square crops of one size. Add --crops centre --resolution PIXELS.")
-    if args.sides and args.scales != [1.0]:
-        raise ValueError("--sides stands for the scales. Leave out --sides or --scales.")
-    if args.resolution is None and not args.crops.startswith("whole"):
-        raise ValueError(f"--crops {args.crops} needs --resolution PIXELS.")
-    if args.overwrite and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("--overwrite deletes all parts, so one process must make them. Or delete the folder first.")
-    check_source(args.model)
-    check_tiles(args.model, args.tile_size)
-    check_data(args.data)
-    if os.path.isfile(args.out):
-        check_new_folder(Path(args.out))
+    process = _read_process()
+    _check(args, process)
     from svqvae_cli.loading import find_device, load_model, require_context_model
-    from svqvae_hf import DEFAULT_MODEL
     from svqvae_hf.data.image_sets import open_images
     from svqvae_hf.token_sets.cards import public_names
-    from svqvae_hf.token_sets.parts import describe_state
     from svqvae_hf.token_sets.writer import check_out, count_parts, tokenize_set
 
     check_out(args.out)
     images = open_images(args.data, columns=args.keep, results=args.out, **image_set_options(args))
     num_parts = count_parts(images, args.num_parts)
-    rank, local_rank, world_size = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    own = range(num_parts)[int(rank or 0) :: int(world_size or 1)]  # of this process under torchrun or accelerate
-    device = find_device(args.device)
-    is_numbered = local_rank is not None and args.device is None and device.type != "cpu"
-    model = load_model(args.model, f"{device}:{local_rank}" if is_numbered else args.device, args.dtype)
+    parts = range(num_parts)[process.rank :: process.world_size] if args.part is None else [args.part]
+    device = args.device
+    if device is None and process.local_rank is not None:
+        default_device = find_device(None)
+        if default_device.type != "cpu":  # CPUs have no numbers
+            device = f"{default_device.type}:{process.local_rank}"
+    model = load_model(args.model, device, args.dtype)
+    scales = args.scales
     if args.sides:
-        args.scales = [side / math.ceil(args.resolution / model.f) for side in args.sides]
-    try:
+        side = math.ceil(args.resolution / model.f)  # of the crops in ids
+        scales = [ids / side for ids in args.sides]
+    num_workers = args.workers
+    if num_workers is None:
+        num_workers = min(MAX_WORKERS, os.cpu_count() or 1)
+    with _explained_interruption(args.out):
         report = tokenize_set(
             model,
             images,
             args.out,
             **public_names(args.data, args.model or DEFAULT_MODEL),
             context_model=require_context_model(model, args.model) if args.compress else None,
-            parts=own if args.part is None else [args.part],
+            parts=parts,
             num_parts=num_parts,
-            num_workers=min(4, os.cpu_count() or 1) if args.workers is None else args.workers,
-            **{name: getattr(args, name) for name in OPTIONS},
+            num_workers=num_workers,
+            scales=scales,
+            scale_from=args.scale_from,
+            crops=args.crops,
+            resolution=args.resolution,
+            batch_size=args.batch_size,
+            overwrite=args.overwrite,
+            license=args.license,
+            tile_size=args.tile_size,
+            overlap=args.overlap,
         )
-    except (KeyboardInterrupt, SystemExit, OSError):  # of a full disk or an image that cannot be fetched
-        with suppress(ValueError, OSError):  # it was not started yet
-            print(f"parts    {describe_state(args.out)['parts']}")
-            print(f"svqvae: `{args.out}` is not complete. Run the same command again to resume.", file=sys.stderr)
-        raise
     print(report)
-    if rank is None and args.part is None:  # schedulers take any other exit code than 0 for a crash
+    if not process.is_launched and args.part is None:  # schedulers take any other exit code than 0 for a crash
         check_none_skipped(report.skipped, report.images)
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that `torchrun` or `accelerate launch` has started.
+
+    Args:
+        is_launched (`bool`): Whether one of them has started it.
+        rank (`int`): Its number.
+        world_size (`int`): Number of processes.
+        local_rank (`int`, *optional*): Its number on this machine.
+    """
+
+    is_launched: bool
+    rank: int
+    world_size: int
+    local_rank: int | None
+
+
+def _read_process() -> Process:
+    """Reads the environment of this process."""
+    numbers = {}
+    for name in LAUNCHER_VARIABLES:
+        text = os.environ.get(name)
+        if text is not None and not re.fullmatch("[0-9]+", text):
+            raise ValueError(f"the environment variable {name} must be a number, got {text!r}. Unset it.")
+        numbers[name] = None if text is None else int(text)
+    rank = numbers["RANK"]
+    world_size = numbers["WORLD_SIZE"]
+    if rank is None and world_size in (None, 1):
+        return Process(False, 0, 1, numbers["LOCAL_RANK"])
+    if rank is None or world_size is None or rank >= world_size:
+        raise ValueError(
+            "the environment variables RANK and WORLD_SIZE must be the number of this process and the number of "
+            f"processes, got {rank} and {world_size}. Start with `accelerate launch`, or unset both."
+        )
+    return Process(True, rank, world_size, numbers["LOCAL_RANK"])
+
+
+def _check(args: argparse.Namespace, process: Process) -> None:
+    """Raises ValueError for paths and options that are wrong, before anything slow is imported."""
+    if args.sides and args.resolution is None:
+        raise ValueError("--sides needs square crops of one size. Add --crops centre --resolution PIXELS.")
+    if args.sides and args.scales != [1.0]:
+        raise ValueError("--sides stands for the scales. Leave out --sides or --scales.")
+    if args.resolution is None and not args.crops.startswith("whole"):
+        raise ValueError(f"--crops {args.crops} needs --resolution PIXELS.")
+    if args.overwrite and process.world_size > 1:
+        raise ValueError("--overwrite deletes all parts, so one process must make them. Or delete the folder first.")
+    check_source(args.model)
+    check_tiles(args.model, args.tile_size)
+    check_data(args.data)
+    if os.path.isfile(args.out):
+        check_new_folder(Path(args.out))
+
+
+@contextmanager
+def _explained_interruption(out: str) -> Iterator[None]:
+    """Says which parts are finished if the block is interrupted, or ends with a full disk or a network error."""
+    from svqvae_hf.token_sets.parts import describe_state
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, OSError):
+        with suppress(ValueError, OSError):  # it was not started yet
+            state = describe_state(out)
+            print(f"parts    {state['parts']}")
+            print(f"svqvae: `{out}` is not complete. Run the same command again to resume.", file=sys.stderr)
+        raise

@@ -27,6 +27,13 @@ def test_a_text_for_each_image_in_the_folders_of_the_images(two_images, tmp_path
     assert "resumed: 1 of 3 were there" in capsys.readouterr().out
 
 
+def test_control_characters_of_names_are_not_printed(photo, tmp_path, capsys):
+    photo.crop((0, 0, 16, 16)).save(tmp_path / "\x1b[31m.png")
+    words = ["--output", tmp_path / "out", "--model", extended("qwen"), "--max-tokens", 2]
+    assert svqvae("caption", tmp_path / "\x1b[31m.png", *words) == 0
+    assert capsys.readouterr().out.startswith("\\x1b[31m.png: ")
+
+
 def test_generate_draws_with_a_language_model(tmp_path, capsys):
     out, model = tmp_path / "out", extended("qwen")
     arguments = ["--prompt", "a cat", "a key", "--grid", "2x3", "--num-images", 2, "--guidance-scale", 2]

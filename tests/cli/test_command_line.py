@@ -11,8 +11,10 @@ import torch
 from cli_runner import fails, names, svqvae, visible
 from conftest import ROOT, make_tiny
 
+from svqvae_cli import main
 from svqvae_cli.arguments import TILES
 from svqvae_cli.command_line import COMMANDS, build_parser, parse
+from svqvae_files.folders import Folder
 from svqvae_hf.conversion import convert
 from svqvae_hf.evaluation import codecs, perceptual
 from svqvae_hf.token_sets.crops import CROPS
@@ -160,6 +162,66 @@ def test_urls_are_refused_where_local_paths_are_needed(tmp_path, capsys, monkeyp
     ):
         assert f"`{url}` must be a local path or a name on the Hub, because URLs are not" in fails(capsys, *argv)
     assert names(tmp_path) == []
+
+
+def test_urls_without_a_bucket_are_refused(two_images, tmp_path, capsys, monkeypatch):
+    """As of an unset variable in `s3://$BUCKET`. It would be the name of a local folder otherwise."""
+    monkeypatch.chdir(tmp_path)
+    for argv in (["tokenize", two_images, "s3://"], ["tokenize", "s3:///a", "out"], ["info", "gs://"]):
+        assert "must name a bucket or a server. If it is a shell variable, set it." in fails(capsys, *argv)
+    with pytest.raises(ValueError, match="`s3://` must name a bucket"):
+        Folder("s3://")
+    assert names(tmp_path) == ["two_images"]
+
+
+def test_train_names_the_script(capsys):
+    assert "no command `train`, because models are trained by scripts" in fails(capsys, "train", "photos")
+
+
+def test_words_after_two_dashes_are_inputs(photo, tmp_path, saved_model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo.crop((0, 0, 8, 8)).save("--weird.png")
+    assert svqvae("encode", "--output", "out", "--model", saved_model, "--", "--weird.png") == 0
+    assert visible(tmp_path / "out") == ["--weird.safetensors"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("closed", "command", "code"), [(">&-", ["info", "bundled"], 0), ("2>&-", ["info", "no"], 2)])
+def test_a_process_without_stdout_or_stderr_ends_without_a_traceback(closed, command, code, tmp_path):
+    words = f'"{sys.executable}" -m svqvae_cli {" ".join(command)} {closed}'
+    run = subprocess.run(["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (code, "", "")
+
+
+@pytest.mark.parametrize("command", ["encode", "reconstruct"])
+def test_names_that_are_not_utf_8(command, photo, tmp_path, saved_model, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    name = os.fsdecode(b"gr\xfcn")
+    photo.crop((0, 0, 8, 8)).save(photos / f"{name}.png")
+    words = ["--output", tmp_path / "out", "--model", saved_model]
+    for _ in range(2):
+        assert main([command, os.fsdecode(photos), *map(str, words)]) == 0
+    assert "resumed: 1 of 1" in capsys.readouterr().out
+    if command == "encode":
+        assert main(["decode", str(tmp_path / "out" / f"{name}.safetensors"), *map(str, words)]) == 0
+        assert (tmp_path / "out" / f"{name}_x1.png").is_file()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '"a"', "{"])
+def test_json_files_without_an_object_are_errors_that_name_the_file(content, two_images, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "adapter").mkdir()
+    for path in ("model/config.json", "adapter/adapter_config.json"):
+        (tmp_path / path).write_text(content)
+    for argv in (
+        ["encode", two_images, "--output", tmp_path / "out", "--model", tmp_path / "model", "--tile-size", 64],
+        ["encode", two_images, "--output", tmp_path / "out", "--model", tmp_path / "model"],
+        ["info", tmp_path / "model"],
+        ["info", tmp_path / "adapter"],
+        ["generate", tmp_path / "adapter", "--output", tmp_path / "out"],
+    ):
+        assert f"`{tmp_path}/" in fails(capsys, *argv)
 
 
 def test_no_error_but_out_of_memory_is_hidden(two_images, saved_model, tmp_path, capsys, monkeypatch):

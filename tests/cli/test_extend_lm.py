@@ -1,4 +1,6 @@
-from cli_runner import names, svqvae
+import shutil
+
+from cli_runner import fails, names, svqvae
 from tiny_language_models import save_language_model
 from transformers import AutoProcessor
 
@@ -9,3 +11,17 @@ def test_extends_a_language_model(tmp_path, capsys, saved_model):
     assert capsys.readouterr().out == f"written  {out} (image tokens 300 to 368, grids 2 x 2, 2 x 3)\n"
     assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "vqvae"} < {*names(out)}
     assert AutoProcessor.from_pretrained(out).vocabulary.grids == ((2, 2), (2, 3))
+
+
+def test_a_cut_tokenizer_is_named_and_not_the_language_model(tmp_path, capsys, saved_model):
+    lm = save_language_model(tmp_path / "lm", "qwen")
+    vqvae = shutil.copytree(saved_model, tmp_path / "vqvae")
+    weights = vqvae / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    error = fails(capsys, "extend-lm", lm, tmp_path / "out", "--vqvae", vqvae)
+    assert f"could not load the model `{vqvae}`: its weight file is empty, cut short" in error
+    shutil.copy(f"{saved_model}/{weights.name}", weights)
+    (lm / "model.safetensors").write_bytes(b"")
+    error = fails(capsys, "extend-lm", lm, tmp_path / "out", "--vqvae", vqvae)
+    assert f"could not load the model `{lm}`: its weight file is empty, cut short" in error
+    assert not (tmp_path / "out").exists()

@@ -30,6 +30,17 @@ def test_each_file_is_found_once(tmp_path):
     assert find_files([f"{tmp_path}/*.png"], (".png",)) == found[:1]
 
 
+def test_a_pattern_stands_for_files_and_folders_as_its_matches_would(tmp_path):
+    for name in ("a.png", "sub/b.png", "sub/deep/c.png", "out/d.png", "empty/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    inputs = find_inputs([f"{tmp_path}/*"], (".png",), tmp_path / "out")
+    assert [str(file.name) for file in inputs] == ["a.png", "b.png", "deep/c.png"]
+    assert inputs[2].folder == tmp_path / "sub"
+    with pytest.raises(ValueError, match="matches only folders without a file that ends in .png"):
+        find_inputs([f"{tmp_path}/em*"], (".png",))
+
+
 def test_folders_are_searched_with_their_subfolders_but_not_the_output(tmp_path):
     for name in ("b.png", "a/d.png", "a/c/e.png", "a/out/b_x1.png", ".hidden/f.png", "z.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -112,3 +112,15 @@ def test_an_adapter_is_merged(saved, saved_next_scale, tmp_path, capsys):
 def test_mistakes_are_one_line(arguments, message, saved, tmp_path, capsys):
     assert message in fails(capsys, "generate", saved, *arguments, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_classes_whose_names_differ_in_signs_alone_have_files_of_their_own(tmp_path):
+    make_autoregressive(class_names=["C++", "C#", "C"]).save_pretrained(tmp_path / "pipeline")
+    assert svqvae("generate", tmp_path / "pipeline", "--class", "C++", "C#", "C", "--output", tmp_path / "out") == 0
+    assert visible(tmp_path / "out") == ["class_C-1_0.png", "class_C-2_0.png", "class_C_0.png"]
+
+
+def test_seeds_fit_in_64_bits(saved, tmp_path, capsys):
+    error = fails(capsys, "generate", saved, "--output", tmp_path / "out", "--seed", 10**20)
+    assert "argument --seed: must be an integer of at most" in error
+    assert svqvae("generate", saved, "--output", tmp_path / "out", "--seed", 2**62, "--num-images", 2) == 0

@@ -57,7 +57,7 @@ WRONG = {  # words on the command line, and a part of the message
     "generate": [
         ("empty --output out", "`empty` must be a pipeline or a language model with image tokens"),
         ("adapter --output out", "image tokens. Pass its base as MODEL and it as --adapter."),
-        ("{model} --output out --seed x", "argument --seed: invalid int value: 'x'"),
+        ("{model} --output out --seed x", "argument --seed: must be an integer of at most"),
     ],
     "caption": [
         ("two_images --output out", "the following arguments are required: --model"),
