@@ -120,10 +120,8 @@ def check(command: str, name: str, content: bytes, model: str, folder: Path) -> 
     photos.mkdir(parents=True)
     (photos / f"odd.{name.rpartition('.')[2]}").write_bytes(content)
     Image.new("RGB", (24, 24), "teal").save(photos / "photo.png")
-    place = [str(out)] if command == "tokenize" else ["--output", str(out)]
-    data = [model, str(photos)] if command == "evaluate" else [str(photos)]
-    options = [] if command == "evaluate" else ["--model", model]
-    argv = [command, *data, *place, *options, *OPTIONS.get(command, [])]
+    argv = [command, str(photos), "--model", model, "--output", str(out)]
+    argv += OPTIONS.get(command, [])
     process = context.Process(target=run_command, args=(argv, output))
     process.start()
     process.join()

@@ -1,6 +1,6 @@
 """Runs `svqvae convert` in a checkout.
 
-python conversion/convert.py SOURCE OUT
+python conversion/convert.py SOURCE --output OUT
 """
 
 import sys

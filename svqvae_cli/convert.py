@@ -3,9 +3,9 @@
 Reads checkpoints of SVQVAE, LlamaGen, FlexVAR, multi-scale Lightning training,
 taming-transformers and JanusVQVAE. Writes model card, config and safetensors,
 and verifies them. With --tokenizer, SOURCE is FlexVAR's transformer or
-LlamaGen's language model, and OUT a pipeline that holds both.
+LlamaGen's language model, and the output a pipeline that holds both.
 
-  svqvae convert vq_ds8_c2i.pt llamagen-f8 --license mit --variant fp16
+  svqvae convert vq_ds8_c2i.pt --output llamagen-f8 --license mit --variant fp16
 """
 
 import argparse
@@ -13,7 +13,7 @@ import os
 import re
 from typing import Any
 
-from svqvae_cli.arguments import Parser, model, not_empty, path, path_or_name
+from svqvae_cli.arguments import Parser, model, not_empty, path_or_name
 from svqvae_files.file_names import REPO_ID
 from svqvae_files.outputs import check_new_folder
 
@@ -21,7 +21,7 @@ from svqvae_files.outputs import check_new_folder
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     parser.option("source", path_or_name, "SOURCE", "checkpoint file, or org/repo:file on the Hub")
-    parser.option("out", path, "OUT", "folder to create")
+    parser.add_output("folder to create")
     help = "tokenizer of a generator: file, org/repo:file, folder or Hub id"
     parser.option("--tokenizer", model, "MODEL", help)
     parser.option("--image-size", int, "PIXELS", "side of the training images of a generator; LlamaGen needs it")
@@ -36,7 +36,7 @@ def add_arguments(parser: Parser) -> None:
     help = "licence for the card, by its id on the Hub (default: from the sources' cards)"
     parser.option("--license", not_empty, "ID", help)
     parser.flag("--standalone", "also write the code of the models, for use without svqvae-hf")
-    parser.option("--repo-id", not_empty, "ORG/NAME", "name on the Hub, for the card (default: the name of OUT)")
+    parser.option("--repo-id", not_empty, "ORG/NAME", "name on the Hub, for the card (default: the name of DIR)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -57,14 +57,14 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--network-range and --no-codebook-l2-norm are for tokenizers. Convert --tokenizer first.")
     if not os.path.isfile(args.source) and not re.fullmatch(f"{REPO_ID}:.+", args.source):
         raise ValueError(f"There is no file `{args.source}`. Pass an existing one, or `org/repo:file` on the Hub.")
-    check_new_folder(args.out)
+    check_new_folder(args.output)
     from svqvae_cli.loading import hide_loading_bars
     from svqvae_hf.conversion.convert import convert
 
     hide_loading_bars()
     summary = convert(
         args.source,
-        args.out,
+        args.output,
         args.tokenizer,
         use_ema=args.use_ema,
         variant=args.variant,

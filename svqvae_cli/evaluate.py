@@ -4,9 +4,9 @@ Writes report.json and report.md. With --beside, --codecs or a MODEL
 of another class, all tokenizers are compared at the size of the images. With
 --generated, writes how far the generated images are from DATA.
 On several GPUs:
-  accelerate launch -m svqvae_cli evaluate MODEL DATA --output DIR
+  accelerate launch -m svqvae_cli evaluate DATA --model MODEL --output DIR
 
-  svqvae evaluate org/svqvae photos --output report --scales 1 0.5 0.25
+  svqvae evaluate photos --model org/svqvae --output report --scales 1 0.5 0.25
 """
 
 import argparse
@@ -14,22 +14,23 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from svqvae_cli.arguments import Parser, forbid_options, image_set_options, model, path
+from svqvae_cli.arguments import Parser, forbid_options, image_set_options, model, path, path_or_name
 from svqvae_cli.errors import check_none_skipped, require_extra
 from svqvae_cli.files import check_absent, check_data, check_output, check_source, find_inputs
-from svqvae_files.file_names import IMAGE_SUFFIXES
+from svqvae_files.file_names import DEFAULT_MODEL, IMAGE_SUFFIXES
 
 CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.codecs`
 OPTIONS_OF_SVQVAES = ("scales", "scale_from", "tile_size", "overlap")
-OPTIONS_OF_MODELS = (*OPTIONS_OF_SVQVAES, "beside", "codecs", "lpips_weights", "lpips_net")
+OPTIONS_OF_MODELS = (*OPTIONS_OF_SVQVAES, "model", "beside", "codecs", "lpips_weights", "lpips_net")
 
 
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
-    parser.option("model", model, "MODEL", "folder or Hub id: SVQVAE, or VQModel or AutoencoderKL of diffusers")
-    parser.flag("--generated", "MODEL is a folder of generated images, to be compared with DATA")
     parser.add_image_set()
+    help = "folder or Hub id: SVQVAE, or VQModel or AutoencoderKL of diffusers (default: bundled)"
+    parser.option("--model", model, "MODEL", help)
     parser.add_output()
+    parser.option("--generated", path_or_name, "DIR", "compare DATA with the generated images in this folder instead")
     parser.flag("--overwrite", "replace an existing report (default: an error)")
     parser.option("--beside", model, "OTHER", "also measure further models and image files", nargs="*")
     help = "resize the shorter side and crop the centre (default: images as they are)"
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     if args.inception_weights is not None:
         networks["inception"] = load_inception(args.inception_weights)
     images = open_images(args.data, results=args.output, **image_set_options(args))
-    if args.generated:
+    if args.generated is not None:
         report = _judge(args, images, networks)
     else:
         report = _evaluate(args, images, networks)
@@ -79,9 +80,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises ValueError for paths and options that are wrong, before anything slow is imported."""
-    if args.generated:
+    if args.generated is not None:
         forbid_options(args, "is not for generated images", *OPTIONS_OF_MODELS)
-        find_inputs([args.model], IMAGE_SUFFIXES, args.output)
+        find_inputs([args.generated], IMAGE_SUFFIXES, args.output)
     else:
         for source in _models(args):
             check_source(source, subfolder=True)
@@ -96,7 +97,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _models(args: argparse.Namespace) -> list[str]:
     """All models to be measured."""
-    return [args.model, *(args.beside or [])]
+    return [args.model or DEFAULT_MODEL, *(args.beside or [])]
 
 
 def _write(args: argparse.Namespace, report: Any) -> None:
@@ -163,8 +164,8 @@ def _judge(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> A
     features = {bundled.title: bundled}
     if networks["inception"] is not None:
         features["Inception (FID)"] = networks["inception"].to(args.device)
-    files = [os.fspath(file.path) for file in find_inputs([args.model], IMAGE_SUFFIXES, args.output)]
+    files = [os.fspath(file.path) for file in find_inputs([args.generated], IMAGE_SUFFIXES, args.output)]
     generated = open_images(files)
     report = compare_generated(generated, images, features, resolution=args.resolution, device=args.device)
-    report.settings["generated"] = args.model
+    report.settings["generated"] = args.generated
     return report

@@ -4,12 +4,12 @@ Writes a folder with the language model, its tokenizer and chat template, a
 processor for texts and images, and the image tokenizer in vqvae/. The rows of
 the old tokens stay as they are.
 
-  svqvae extend-lm org/lm lm-with-images --vqvae org/svqvae --grids 16x16 16x24
+  svqvae extend-lm org/lm --vqvae org/svqvae --output lm-with-images
 """
 
 import argparse
 
-from svqvae_cli.arguments import Parser, grid, model, not_empty, path, seed
+from svqvae_cli.arguments import Parser, grid, model, not_empty, seed
 from svqvae_cli.files import check_source
 from svqvae_files.outputs import check_new_folder
 
@@ -17,8 +17,8 @@ from svqvae_files.outputs import check_new_folder
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     parser.option("lm", model, "LM", "causal language model: folder or Hub id")
-    parser.option("out", path, "OUT", "folder to create")
     parser.option("--vqvae", model, "MODEL", "image tokenizer: folder or Hub id", required=True)
+    parser.add_output("folder to create")
     parser.option("--grids", grid, "ROWSxCOLUMNS", "sizes of images in codes (default: the tokenizer's)", nargs="+")
     parser.option("--license", not_empty, "ID", "licence for the card (default: from the sources' cards)")
     parser.option("--seed", seed, "S", "seed of the new rows (default: 0)", default=0)
@@ -28,13 +28,13 @@ def run(args: argparse.Namespace) -> None:
     """Extends a language model."""
     for source in (args.lm, args.vqvae):
         check_source(source)
-    check_new_folder(args.out)
+    check_new_folder(args.output)
     from svqvae_cli.loading import explain_loading, load_model
     from svqvae_hf.language.extension import extend_language_model
 
     load_model(args.vqvae, "cpu", "float32")  # an error about it would name the language model otherwise
     with explain_loading(args.lm):
-        vocabulary = extend_language_model(args.lm, args.out, args.vqvae, args.grids, args.seed, args.license)
+        vocabulary = extend_language_model(args.lm, args.output, args.vqvae, args.grids, args.seed, args.license)
     grids = ", ".join(f"{rows} x {columns}" for rows, columns in vocabulary.grids)
     tokens = f"image tokens {vocabulary.first_token} to {vocabulary.stop - 1}"
-    print(f"written  {args.out} ({tokens}, grids {grids})")
+    print(f"written  {args.output} ({tokens}, grids {grids})")

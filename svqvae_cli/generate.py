@@ -24,7 +24,7 @@ SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # arguments that
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     help = "folder or Hub id of the generator (default: the bundled language model, which draws scenes of emoji)"
-    parser.option("model", model, "MODEL", help, nargs="?")
+    parser.option("--model", model, "MODEL", help)
     parser.add_output()
     parser.flag("--overwrite", "generate existing images again (default: keep them)")
     parser.option("--adapter", path_or_name, "LORA", "folder or Hub id of a LoRA adapter of the language model")
@@ -132,7 +132,8 @@ def _check_options(pipeline: Any, args: argparse.Namespace) -> None:
         foreign_options.append("--steps")
     kind = type(pipeline).__name__
     for option in foreign_options:
-        raise ValueError(f"{option} does not apply to MODEL, whose class is {kind}. Leave it out.")
+        name = "the bundled model" if args.model is None else f"`{args.model}`"
+        raise ValueError(f"{option} does not apply to {name}, whose class is {kind}. Leave it out, or change --model.")
     if args.class_labels:
         _class_numbers(pipeline, args.class_labels)  # raises for an unknown one
 

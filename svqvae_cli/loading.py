@@ -130,14 +130,14 @@ def _merge_adapter(pipeline: Any, adapter: str, base: str) -> None:
 
     kind = type(pipeline).__name__
     if not hasattr(pipeline, "language_model"):
-        raise ValueError(f"--adapter does not apply to MODEL, whose class is {kind}. Leave it out.")
+        raise ValueError(f"--adapter does not apply to --model, whose class is {kind}. Leave it out.")
     subfolder = "language_model" if kind in PIPELINES else ""
     try:
         adapted = load_adapter(pipeline.language_model, adapter, base, subfolder)
     except Exception as error:
         if not _is_of_files(error) and not isinstance(error, IndexError | ValueError):
             raise
-        message = f"`{adapter}` must be a LoRA adapter for the language model of MODEL: {_find_cause(error):.300}"
+        message = f"`{adapter}` must be a LoRA adapter for the language model of --model: {_find_cause(error):.300}"
         raise ValueError(message) from error
     pipeline.language_model = adapted.merge_and_unload()
 
@@ -161,7 +161,7 @@ def _generator_class(source: str) -> Any:
 
 def _advice_for_no_generator(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
-        return "Pass its base as MODEL and it as --adapter."
+        return "Pass its base as --model and it as --adapter."
     return "`svqvae extend-lm` adds image tokens."
 
 

@@ -3,7 +3,7 @@
 Writes the ids of all images as Parquet files, which `datasets` loads. The same
 command resumes a run that was interrupted. On many machines, each makes a part.
 
-  svqvae tokenize photos tokens --crops centre --resolution 256 --scales 0.5 1
+  svqvae tokenize photos --output tokens --crops centre --resolution 256 --scales 0.5 1
 """
 
 import argparse
@@ -30,7 +30,8 @@ MAX_WORKERS = 4  # that read images, by default
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     parser.add_image_set()
-    parser.option("out", path_or_url, "OUT", "folder or URL to write to")
+    parser.add_model()
+    parser.option("--output", path_or_url, "OUT", "folder or URL to write to", required=True)
     parser.add_scales([1.0])
     parser.option("--sides", positive, "IDS", "scales of square crops by their sides in ids", nargs="+")
     parser.add_compress()
@@ -45,7 +46,6 @@ def add_arguments(parser: Parser) -> None:
     parser.option("--num-parts", int, "N", "number of parts (default: one per 10,000 images or file, at most 1,000)")
     parser.option("--workers", int, "N", "processes that read images (default: one per core, at most 4)")
     parser.option("--license", not_empty, "ID", "licence of the images for the card, by its id on the Hub")
-    parser.add_model()
     parser.add_tiles()
 
 
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf.token_sets.cards import public_names
     from svqvae_hf.token_sets.writer import check_out, count_parts, tokenize_set
 
-    check_out(args.out)
-    images = open_images(args.data, columns=args.keep, results=args.out, **image_set_options(args))
+    check_out(args.output)
+    images = open_images(args.data, columns=args.keep, results=args.output, **image_set_options(args))
     num_parts = count_parts(images, args.num_parts)
     parts = range(num_parts)[process.rank :: process.world_size] if args.part is None else [args.part]
     device = args.device
@@ -75,11 +75,11 @@ def run(args: argparse.Namespace) -> None:
     num_workers = args.workers
     if num_workers is None:
         num_workers = min(MAX_WORKERS, os.cpu_count() or 1)
-    with _explained_interruption(args.out):
+    with _explained_interruption(args.output):
         report = tokenize_set(
             model,
             images,
-            args.out,
+            args.output,
             **public_names(args.data, args.model or DEFAULT_MODEL),
             context_model=require_context_model(model, args.model) if args.compress else None,
             parts=parts,
@@ -150,8 +150,8 @@ def _check(args: argparse.Namespace, process: Process) -> None:
     check_source(args.model)
     check_tiles(args.model, args.tile_size)
     check_data(args.data)
-    if os.path.isfile(args.out):
-        check_new_folder(Path(args.out))
+    if os.path.isfile(args.output):
+        check_new_folder(Path(args.output))
 
 
 @contextmanager

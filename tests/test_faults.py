@@ -45,9 +45,8 @@ TRAINING |= {"warmup_steps": 0, "logging_steps": 1, "save_total_limit": 1, "save
 def command(work: Path, name: str, out: Path) -> None:
     """Runs a command. Raises its error."""
     source, _, options = COMMANDS[name]
-    target = [out] if name == "tokenize" else ["--output", out]
     with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()):
-        code = svqvae(name.split()[0], work / source, *target, "--model", work / "model", "--device", "cpu", *options)
+        code = svqvae(name.split()[0], work / source, "--output", out, "--model", work / "model", *options)
     if code:
         raise ValueError(stderr.getvalue())
 

@@ -68,8 +68,8 @@ WRONG = {  # words on the command line, and a part of the message
         ("empty {golden}", "must be a checkpoint of a language model of LlamaGen"),
     ],
     "conversion/convert.py": [
-        ("broken.json out", "`broken.json` must be a whole PyTorch checkpoint"),
-        ("{golden} two_images", "`two_images` must be a new or empty folder, but it is not empty"),
+        ("broken.json --output out", "`broken.json` must be a whole PyTorch checkpoint"),
+        ("{golden} --output two_images", "`two_images` must be a new or empty folder, but it is not empty"),
     ],
 }
 

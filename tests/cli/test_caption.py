@@ -37,18 +37,18 @@ def test_control_characters_of_names_are_not_printed(photo, tmp_path, capsys):
 def test_generate_draws_with_a_language_model(tmp_path, capsys):
     out, model = tmp_path / "out", extended("qwen")
     arguments = ["--prompt", "a cat", "a key", "--grid", "2x3", "--num-images", 2, "--guidance-scale", 2]
-    assert svqvae("generate", model, *arguments, "--output", out) == 0
+    assert svqvae("generate", "--model", model, *arguments, "--output", out) == 0
     files = {f"prompt_{row}_{index}.png" for row in range(2) for index in range(2)}
     assert {*visible(out)} == files
     with Image.open(out / "prompt_1_1.png") as image:
         assert image.size == (12, 8)
-    assert svqvae("generate", model, "--num-images", 2, "--output", tmp_path / "plain") == 0
+    assert svqvae("generate", "--model", model, "--num-images", 2, "--output", tmp_path / "plain") == 0
     assert "image_1.png" in visible(tmp_path / "plain")
     capsys.readouterr()
     for option, message in [
-        (["--steps", "5"], "--steps does not apply to MODEL, whose class is ImageLanguageModel. Leave it out"),
-        (["--class", "1"], "--class does not apply to MODEL"),
+        (["--steps", "5"], "`, whose class is ImageLanguageModel. Leave it out"),
+        (["--class", "1"], "--class does not apply to `"),
         (["--top-p", "2"], "`top_p` must be above 0 and at most 1, got 2.0"),
         (["--grid", "9x9"], "`grid` must be one of the rows x columns of codes that the model knows"),
     ]:
-        assert message in fails(capsys, "generate", model, *option, "--output", tmp_path / "wrong")
+        assert message in fails(capsys, "generate", "--model", model, *option, "--output", tmp_path / "wrong")

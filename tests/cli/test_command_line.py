@@ -52,23 +52,23 @@ for argv in (
     ["encode", "a", "--dtype", "x"],
     ["encod", images],
     ["encode", images, "--output", "new", "--tile-size", "100"],
-    ["tokenize", images, "new", "--crops", "centre"],
-    ["convert", ".", "new"],
+    ["tokenize", images, "--output", "new", "--crops", "centre"],
+    ["convert", ".", "--output", "new"],
     ["info", images],
     *(["encode", images, "--scales", scale, "--output", "new"] for scale in ("0", "nan", "1e9", "half")),
     ["reconstruct", images, "--scales", "1", "1", "--output", "new"],
     *([name, "nothere", "--output", "new"] for name in ("encode", "decode", "reconstruct")),
     ["encode", images, "--output", made],
     ["encode", images, "--output", "new", "--model", "./nothere"],
-    ["evaluate", "./nothere", images, "--output", "new"],
-    ["evaluate", ".", images, "--output", made],
+    ["evaluate", images, "--model", "./nothere", "--output", "new"],
+    ["evaluate", images, "--model", ".", "--output", made],
     ["demo", "--model", "./nothere"],
-    ["tokenize", "./nothere", "new"],
-    ["tokenize", images, "new", "--model", "./nothere"],
-    ["convert", "nothere.pt", "new"],
+    ["tokenize", "./nothere", "--output", "new"],
+    ["tokenize", images, "--output", "new", "--model", "./nothere"],
+    ["convert", "nothere.pt", "--output", "new"],
     ["export", ".", "--output", made],
-    ["extend-lm", ".", made, "--vqvae", "."],
-    ["generate", "./nothere", "--output", "new"],
+    ["extend-lm", ".", "--output", made, "--vqvae", "."],
+    ["generate", "--model", "./nothere", "--output", "new"],
     ["info", "./nothere"],
 ):
     try:
@@ -155,9 +155,10 @@ def test_urls_are_refused_where_local_paths_are_needed(tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     url = "s3://bucket/x"
     for argv in (
-        *([name, url, "--output", "out"] for name in ("reconstruct", "encode", "export", "generate")),
+        *([name, url, "--output", "out"] for name in ("reconstruct", "encode", "export")),
+        ["generate", "--model", url, "--output", "out"],
         ["decode", "in", "--output", url],
-        ["convert", GOLDEN, url],
+        ["convert", GOLDEN, "--output", url],
         ["demo", "--model", url],
     ):
         assert f"`{url}` must be a local path or a name on the Hub, because URLs are not" in fails(capsys, *argv)
@@ -167,7 +168,11 @@ def test_urls_are_refused_where_local_paths_are_needed(tmp_path, capsys, monkeyp
 def test_urls_without_a_bucket_are_refused(two_images, tmp_path, capsys, monkeypatch):
     """As of an unset variable in `s3://$BUCKET`. It would be the name of a local folder otherwise."""
     monkeypatch.chdir(tmp_path)
-    for argv in (["tokenize", two_images, "s3://"], ["tokenize", "s3:///a", "out"], ["info", "gs://"]):
+    for argv in (
+        ["tokenize", two_images, "--output", "s3://"],
+        ["tokenize", "s3:///a", "--output", "out"],
+        ["info", "gs://"],
+    ):
         assert "must name a bucket or a server. If it is a shell variable, set it." in fails(capsys, *argv)
     with pytest.raises(ValueError, match="`s3://` must name a bucket"):
         Folder("s3://")
@@ -219,7 +224,7 @@ def test_json_files_without_an_object_are_errors_that_name_the_file(content, two
         ["encode", two_images, "--output", tmp_path / "out", "--model", tmp_path / "model"],
         ["info", tmp_path / "model"],
         ["info", tmp_path / "adapter"],
-        ["generate", tmp_path / "adapter", "--output", tmp_path / "out"],
+        ["generate", "--model", tmp_path / "adapter", "--output", tmp_path / "out"],
     ):
         assert f"`{tmp_path}/" in fails(capsys, *argv)
 

@@ -16,7 +16,7 @@ def read_facts(capsys):
 
 def test_convert_and_info(tmp_path, capsys):
     repo = tmp_path / "repo"
-    assert svqvae("convert", GOLDEN, repo, "--variant", "fp16", "--license", "mit") == 0
+    assert svqvae("convert", GOLDEN, "--output", repo, "--variant", "fp16", "--license", "mit") == 0
     assert "svqvae" in capsys.readouterr().out
     assert {"README.md", "config.json", "diffusion_pytorch_model.fp16.safetensors"} <= set(names(repo))
     assert svqvae("info", repo) == 0
@@ -48,7 +48,7 @@ def test_info_of_a_token_file(two_images, tmp_path, saved_model, capsys):
 def test_info_of_a_token_set(two_images, tmp_path, saved_model, capsys):
     argv = ["--model", saved_model, "--workers", "0", "--crops", "centre", "--resolution", "16", "--num-parts", "1"]
     argv += ["--tile-size", "32", "--overlap", "8", "--scale-from", "latents"]
-    svqvae("tokenize", two_images, tmp_path / "set", *argv)
+    svqvae("tokenize", two_images, "--output", tmp_path / "set", *argv)
     capsys.readouterr()
     assert svqvae("info", tmp_path / "set") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -61,7 +61,7 @@ def test_info_of_a_token_set(two_images, tmp_path, saved_model, capsys):
 
 def test_info_of_a_token_set_that_is_not_complete(two_images, tmp_path, saved_model, capsys):
     argv = ["--model", saved_model, "--workers", "0", "--num-parts", "2", "--part", "1"]
-    svqvae("tokenize", two_images, tmp_path / "set", *argv)
+    svqvae("tokenize", two_images, "--output", tmp_path / "set", *argv)
     capsys.readouterr()
     assert svqvae("info", f"file://{tmp_path / 'set'}") == 0
     assert read_facts(capsys) == {"kind": "token set", "parts": "2 (not complete; finished: 1)", "missing": "0"}
@@ -92,7 +92,7 @@ def test_info_of_pipelines_and_their_generators(tmp_path, capsys):
 def test_a_converted_file_is_not_converted_again(tmp_path, saved_model, capsys):
     file = f"{saved_model}/diffusion_pytorch_model.safetensors"
     message = f"`{file}` is already converted. Load its folder, `{saved_model}`, with `from_pretrained`."
-    assert message in fails(capsys, "convert", file, tmp_path / "out")
+    assert message in fails(capsys, "convert", file, "--output", tmp_path / "out")
     assert message in fails(capsys, "info", file)
 
 
@@ -103,6 +103,6 @@ def test_source_that_is_not_a_checkpoint_is_an_error(tmp_path, capsys, source):
     (tmp_path / "cut.safetensors").write_bytes(GOLDEN.read_bytes()[:1000])
     (tmp_path / "folder").mkdir()
     before = names(tmp_path)
-    assert source in fails(capsys, "convert", tmp_path / source, tmp_path / "repo")
+    assert source in fails(capsys, "convert", tmp_path / source, "--output", tmp_path / "repo")
     assert source in fails(capsys, "info", tmp_path / source)
     assert names(tmp_path) == before

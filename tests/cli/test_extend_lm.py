@@ -7,7 +7,7 @@ from transformers import AutoProcessor
 
 def test_extends_a_language_model(tmp_path, capsys, saved_model):
     lm, out = save_language_model(tmp_path / "lm", "qwen"), tmp_path / "out"
-    assert svqvae("extend-lm", lm, out, "--vqvae", saved_model, "--grids", "2x2", "2x3") == 0
+    assert svqvae("extend-lm", lm, "--output", out, "--vqvae", saved_model, "--grids", "2x2", "2x3") == 0
     assert capsys.readouterr().out == f"written  {out} (image tokens 300 to 368, grids 2 x 2, 2 x 3)\n"
     assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "vqvae"} < {*names(out)}
     assert AutoProcessor.from_pretrained(out).vocabulary.grids == ((2, 2), (2, 3))
@@ -18,10 +18,10 @@ def test_a_cut_tokenizer_is_named_and_not_the_language_model(tmp_path, capsys, s
     vqvae = shutil.copytree(saved_model, tmp_path / "vqvae")
     weights = vqvae / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    error = fails(capsys, "extend-lm", lm, tmp_path / "out", "--vqvae", vqvae)
+    error = fails(capsys, "extend-lm", lm, "--output", tmp_path / "out", "--vqvae", vqvae)
     assert f"could not load the model `{vqvae}`: its weight file is empty, cut short" in error
     shutil.copy(f"{saved_model}/{weights.name}", weights)
     (lm / "model.safetensors").write_bytes(b"")
-    error = fails(capsys, "extend-lm", lm, tmp_path / "out", "--vqvae", vqvae)
+    error = fails(capsys, "extend-lm", lm, "--output", tmp_path / "out", "--vqvae", vqvae)
     assert f"could not load the model `{lm}`: its weight file is empty, cut short" in error
     assert not (tmp_path / "out").exists()

@@ -41,7 +41,7 @@ def is_picture(file, image):
 def test_images_of_classes(saved, pipeline, tmp_path, capsys):
     arguments = ["--class", "1", "0", "--num-images", "3", "--seed", "7", "--top-k", "9", "--batch-size", "2"]
     arguments += ["--guidance-scale", "2", "--temperature", "0.9", "--top-p", "0.8"]
-    assert svqvae("generate", saved, *arguments, "--output", tmp_path) == 0
+    assert svqvae("generate", "--model", saved, *arguments, "--output", tmp_path) == 0
     assert {*visible(tmp_path)} == {f"class_{name}_{index}.png" for name in "10" for index in range(3)}
     assert capsys.readouterr().out == f"written  {tmp_path} (images: 6)\n"
     call = {"top_k": 9, "guidance_scale": 2.0, "temperature": 0.9, "top_p": 0.8}
@@ -51,7 +51,7 @@ def test_images_of_classes(saved, pipeline, tmp_path, capsys):
 
 def test_names_of_classes_name_files(saved, pipeline, tmp_path):
     classes = ["../up", "tench, Tinca", "1", "0"]  # "1" is a name, "0" a number
-    assert svqvae("generate", saved, "--class", *classes, "--output", tmp_path) == 0
+    assert svqvae("generate", "--model", saved, "--class", *classes, "--output", tmp_path) == 0
     files = [f"class_{name}_0.png" for name in ("up", "tench-Tinca", "1", "0")]
     assert {*visible(tmp_path)} == {*files}
     images = pipeline([1, 0, 2, 0], generator=[seeded(index) for index in range(4)]).images
@@ -61,7 +61,16 @@ def test_names_of_classes_name_files(saved, pipeline, tmp_path):
 def test_a_row_of_images_per_caption(tmp_path, capsys):
     pipeline = make_llamagen("t2i", **text_components())
     pipeline.save_pretrained(tmp_path / "pipeline")
-    call = ("generate", tmp_path / "pipeline", "--output", tmp_path / "out", "--prompt", "the cat", "a roof")
+    call = (
+        "generate",
+        "--model",
+        tmp_path / "pipeline",
+        "--output",
+        tmp_path / "out",
+        "--prompt",
+        "the cat",
+        "a roof",
+    )
     assert svqvae(*call, "--num-images", 2, "--guidance-scale", 2) == 0
     files = [f"prompt_{caption}_{index}.png" for caption in range(2) for index in range(2)]
     assert visible(tmp_path / "out") == files
@@ -72,7 +81,7 @@ def test_a_row_of_images_per_caption(tmp_path, capsys):
 
 
 def test_steps_of_a_next_scale_pipeline(saved_next_scale, tmp_path):
-    assert svqvae("generate", saved_next_scale, "--class", "0", "--steps", "2", "--output", tmp_path) == 0
+    assert svqvae("generate", "--model", saved_next_scale, "--class", "0", "--steps", "2", "--output", tmp_path) == 0
     (image,) = make_next_scale()(0, num_inference_steps=2, generator=[seeded(0)]).images
     assert is_picture(tmp_path / "class_0_0.png", image)
 
@@ -84,7 +93,7 @@ def test_an_adapter_is_merged(saved, saved_next_scale, tmp_path, capsys):
     adapter = get_peft_model(pipeline.language_model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     adapter.save_pretrained(tmp_path / "adapter")
     arguments = ["--class", "0", "--temperature", "0", "--output"]
-    assert svqvae("generate", saved, "--adapter", tmp_path / "adapter", *arguments, tmp_path / "out") == 0
+    assert svqvae("generate", "--model", saved, "--adapter", tmp_path / "adapter", *arguments, tmp_path / "out") == 0
     pipeline.language_model = adapter.merge_and_unload()
     (adapted,) = pipeline(0, temperature=0).images
     assert is_picture(tmp_path / "out" / "class_0_0.png", adapted)
@@ -95,7 +104,7 @@ def test_an_adapter_is_merged(saved, saved_next_scale, tmp_path, capsys):
         (saved_next_scale, tmp_path / "adapter", "--adapter does not apply to MODEL, whose class is SVQVAENextScale"),
         (saved, "nowhere", "there is no file or folder `nowhere`"),
     ):
-        assert message in fails(capsys, "generate", model, "--adapter", other, *arguments, tmp_path / "new")
+        assert message in fails(capsys, "generate", "--model", model, "--adapter", other, *arguments, tmp_path / "new")
 
 
 @pytest.mark.parametrize(
@@ -110,17 +119,18 @@ def test_an_adapter_is_merged(saved, saved_next_scale, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_one_line(arguments, message, saved, tmp_path, capsys):
-    assert message in fails(capsys, "generate", saved, *arguments, "--output", tmp_path / "out")
+    assert message in fails(capsys, "generate", "--model", saved, *arguments, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_classes_whose_names_differ_in_signs_alone_have_files_of_their_own(tmp_path):
     make_autoregressive(class_names=["C++", "C#", "C"]).save_pretrained(tmp_path / "pipeline")
-    assert svqvae("generate", tmp_path / "pipeline", "--class", "C++", "C#", "C", "--output", tmp_path / "out") == 0
+    words = ["generate", "--model", tmp_path / "pipeline", "--class", "C++", "C#", "C"]
+    assert svqvae(*words, "--output", tmp_path / "out") == 0
     assert visible(tmp_path / "out") == ["class_C-1_0.png", "class_C-2_0.png", "class_C_0.png"]
 
 
 def test_seeds_fit_in_64_bits(saved, tmp_path, capsys):
-    error = fails(capsys, "generate", saved, "--output", tmp_path / "out", "--seed", 10**20)
+    error = fails(capsys, "generate", "--model", saved, "--output", tmp_path / "out", "--seed", 10**20)
     assert "argument --seed: must be an integer of at most" in error
-    assert svqvae("generate", saved, "--output", tmp_path / "out", "--seed", 2**62, "--num-images", 2) == 0
+    assert svqvae("generate", "--model", saved, "--output", tmp_path / "out", "--seed", 2**62, "--num-images", 2) == 0

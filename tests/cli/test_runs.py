@@ -37,10 +37,10 @@ def argv(photos, tmp_path, saved_model):
 
     def words(command, output, *options):
         if command == "tokenize":
-            return [command, photos, output, "--model", saved_model, *TOKENIZE]
+            return [command, photos, "--model", saved_model, "--output", output, *TOKENIZE]
         if command == "generate":
             make_autoregressive().save_pretrained(tmp_path / "pipeline")
-            return [command, tmp_path / "pipeline", "--output", output, *GENERATE]
+            return [command, "--model", tmp_path / "pipeline", "--output", output, *GENERATE]
         source = photos
         if command == "decode":
             source = tmp_path / "tokens"
@@ -169,7 +169,7 @@ def test_what_other_inputs_made_is_not_replaced(command, photos, tmp_path, saved
         images = sources
         sources = [tmp_path / "set", tmp_path / "other_set"]
         for folder, out, height in zip(images, sources, (16, 12), strict=True):
-            svqvae("tokenize", folder, out, "--model", saved_model, *TOKENIZE[:-1], height)
+            svqvae("tokenize", folder, "--model", saved_model, "--output", out, *TOKENIZE[:-1], height)
     words, others = ([command, each, "--output", tmp_path / "out", "--model", saved_model] for each in sources)
     assert svqvae(*words) == 0
     before = contents(tmp_path / "out")
@@ -267,7 +267,7 @@ def test_outputs_of_a_folder_that_is_gone_stay(photos, tmp_path, saved_model):
 
 def test_a_smaller_token_set_leaves_no_image_of_the_one_before(photos, tmp_path, saved_model):
     words = ["decode", tmp_path / "set", "--output", tmp_path / "out", "--model", saved_model]
-    tokenize = ["tokenize", photos, tmp_path / "set", "--model", saved_model, "--workers", 0]
+    tokenize = ["tokenize", photos, "--model", saved_model, "--output", tmp_path / "set", "--workers", 0]
     assert svqvae(*tokenize) == 0
     assert svqvae(*words) == 0
     assert len(contents(tmp_path / "out")) == 5

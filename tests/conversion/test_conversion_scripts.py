@@ -38,5 +38,5 @@ def test_different_models_fail(change, run, golden_dir, tmp_path, photo, capsys)
 
 
 def test_convert_script_is_the_command(run, golden_dir, tmp_path):
-    assert run("convert.py", golden_dir / "svqvae_tiny.safetensors", tmp_path / "out") in (None, 0)
+    assert run("convert.py", golden_dir / "svqvae_tiny.safetensors", "--output", tmp_path / "out") in (None, 0)
     assert (tmp_path / "out" / "README.md").exists()

@@ -39,7 +39,8 @@ def assert_no_path_is_told(folder, *paths):
 def converted(parts):
     """Repository of a model of classes in two precisions, made by the command."""
     options = ("--image-size", 16, "--num-heads", 4, "--variant", "bf16", "--license", "mit")
-    assert svqvae("convert", CLASSES, parts / "new" / "out", "--tokenizer", parts / "tokenizer", *options) == 0
+    options += ("--tokenizer", parts / "tokenizer", "--output", parts / "new" / "out")
+    assert svqvae("convert", CLASSES, *options) == 0
     return parts / "new" / "out"
 
 

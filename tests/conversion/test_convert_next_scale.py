@@ -68,12 +68,12 @@ def test_wrong_arguments_leave_nothing(tokenizer, tmp_path, arguments, message):
 
 def test_the_command(tokenizer, tmp_path, capsys):
     options = ("--tokenizer", tokenizer, "--image-size", 16, "--variant", "bf16")
-    assert svqvae("convert", GOLDEN, tmp_path / "out", *options) == 0
+    assert svqvae("convert", GOLDEN, "--output", tmp_path / "out", *options) == 0
     assert "(flexvar-transformer, sha256 " in capsys.readouterr().out
-    assert "with `--tokenizer`" in fails(capsys, "convert", GOLDEN, tmp_path / "new")
-    assert "need --tokenizer" in fails(capsys, "convert", GOLDEN, tmp_path / "new", "--image-size", 16)
-    with_range = ("convert", GOLDEN, tmp_path / "new", "--tokenizer", tokenizer, "--network-range", 0, 1)
-    assert "are for tokenizers" in fails(capsys, *with_range)
+    words = ("convert", GOLDEN, "--output", tmp_path / "new")
+    assert "with `--tokenizer`" in fails(capsys, *words)
+    assert "need --tokenizer" in fails(capsys, *words, "--image-size", 16)
+    assert "are for tokenizers" in fails(capsys, *words, "--tokenizer", tokenizer, "--network-range", 0, 1)
     assert names(tmp_path) == ["out"]
     full = SVQVAENextScalePipeline.from_pretrained(tmp_path / "out")
     half = SVQVAENextScalePipeline.from_pretrained(tmp_path / "out", variant="bf16", torch_dtype=torch.bfloat16)

@@ -24,7 +24,7 @@ def make_workspace(root: Path) -> list[Command]:
     for command in (
         f"encode {root}/photos --output {root}/tokens --model {root}/model",
         f"encode {root}/photos --output {root}/compressed --model {root}/model --compress",
-        f"tokenize {root}/photos {root}/set --model {root}/model --workers 0",
+        f"tokenize {root}/photos --model {root}/model --output {root}/set --workers 0",
     ):
         code = svqvae(*command.split())
         if code:
@@ -34,9 +34,9 @@ def make_workspace(root: Path) -> list[Command]:
     out = "--output {root}/out"
     encode = f"encode {{root}}/photos {out} {model}"
     decode_set = f"decode {{root}}/set {out} {model}"
-    draw = f"generate {{root}}/llamagen {out} --class 1"
-    draw_scales = f"generate {{root}}/scales {out} --class 1"
-    draw_by_lm = f"generate {{root}}/lm {out} --prompt red --grid 2x2"
+    draw = f"generate --model {{root}}/llamagen {out} --class 1"
+    draw_scales = f"generate --model {{root}}/scales {out} --class 1"
+    draw_by_lm = f"generate --model {{root}}/lm {out} --prompt red --grid 2x2"
     caption = f"caption {{root}}/photos {out} --model {{root}}/lm --max-tokens 3"
     return [
         Command(encode, ("model",), {}),
@@ -61,7 +61,7 @@ def make_workspace(root: Path) -> list[Command]:
         Command(f"{draw_by_lm} --adapter {{root}}/adapter", ("adapter",), generators, is_repeated=True),
         Command(caption, ("lm",), {}),
         Command(caption, ("lm",), generators, is_repeated=True),
-        Command("extend-lm {root}/plain_lm {root}/out --vqvae {root}/model", ("plain_lm", "model"), {}),
+        Command(f"extend-lm {{root}}/plain_lm --vqvae {{root}}/model {out}", ("plain_lm", "model"), {}),
     ]
 
 

@@ -88,7 +88,7 @@ def test_a_folder_at_a_url_has_the_images_of_the_local_one(tmp_path):
 def test_zip_files_hold_images(tmp_path):
     save(numbered(0), tmp_path / "photos" / "cat" / "0.png")
     shutil.make_archive(str(tmp_path / "dog" / "packed"), "zip", tmp_path / "photos")
-    assert svqvae("tokenize", tmp_path / "dog" / "*.zip", tmp_path / "tokens") == 0
+    assert svqvae("tokenize", tmp_path / "dog" / "*.zip", "--output", tmp_path / "tokens") == 0
     for scheme in ("", "file://"):  # without a label, which would be the folder of the archive
         assert [row.values for row in open_images([f"{scheme}{tmp_path}/dog/packed.zip"])] == [{}]
     shutil.copy(tmp_path / "dog" / "packed.zip", tmp_path / "dog" / "training_photos.zip")

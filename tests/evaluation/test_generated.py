@@ -58,7 +58,7 @@ def test_command(images, tmp_path, capsys):
         for index, image in enumerate(images):
             image.save(tmp_path / folder / f"{index}.png")
     out = tmp_path / "out"
-    assert svqvae("evaluate", tmp_path / "generated", tmp_path / "photos", "--generated", "--output", out) == 0
+    assert svqvae("evaluate", tmp_path / "photos", "--generated", tmp_path / "generated", "--output", out) == 0
     assert sorted(path.name for path in out.iterdir()) == ["report.json", "report.md"]
     report = json.loads((out / "report.json").read_text())
     assert [row["title"] for row in report["rows"]] == ["latents of the tokenizer"]

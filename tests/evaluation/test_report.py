@@ -52,7 +52,7 @@ def photos(photo, tmp_path):
 
 def test_command_writes_the_report_once(saved_model, photos, tmp_path, capsys):
     out = tmp_path / "new" / "out"
-    argv = ["evaluate", saved_model, photos, "--output", out, "--scales", "1", "0.5", "--max-images", "3"]
+    argv = ["evaluate", photos, "--model", saved_model, "--output", out, "--scales", "1", "0.5", "--max-images", "3"]
     argv += ["--device", "cpu", "--tile-size", "32", "--overlap", "8"]
     assert svqvae(*argv) == 1
     captured = capsys.readouterr()

@@ -230,7 +230,7 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     make_tokenizer("AutoencoderKL").save_pretrained(tmp_path / "AutoencoderKL")
     out = tmp_path / "out"
     (two_images / "c.png").write_bytes(b"")
-    argv = ["evaluate", saved_model, two_images, "--output", out, "--scales", "1", "0.5"]
+    argv = ["evaluate", two_images, "--model", saved_model, "--output", out, "--scales", "1", "0.5"]
     argv += ["--beside", tmp_path / "AutoencoderKL", "--codecs", "webp"]
     assert svqvae(*argv, "--resolution", "32") == 1  # one is skipped
     report = json.loads((out / "report.json").read_text())
@@ -250,7 +250,7 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
 
 def test_one_model_of_another_class_is_compared(tmp_path, two_images, capsys):
     make_tokenizer("VQModel").save_pretrained(tmp_path / "vq")
-    argv = ["evaluate", tmp_path / "vq", two_images, "--output", tmp_path / "out"]
+    argv = ["evaluate", two_images, "--model", tmp_path / "vq", "--output", tmp_path / "out"]
     assert "--scales is for SVQVAEs. Leave it out." in fails(capsys, *argv, "--scales", "0.5")
     assert svqvae(*argv, "--codecs") == 0
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())["rows"]) == 1

@@ -48,8 +48,8 @@ def test_commands_say_so(command, two_images, tmp_path, capsys):
     argv = {
         "info": ["org/gone"],
         "encode": [two_images, "--model", "org/gone", "--output", tmp_path / "out"],
-        "generate": ["org/gone", "--output", tmp_path / "out"],
-        "tokenize": [two_images, tmp_path / "out", "--model", "org/gone"],
+        "generate": ["--model", "org/gone", "--output", tmp_path / "out"],
+        "tokenize": [two_images, "--output", tmp_path / "out", "--model", "org/gone"],
     }[command]
     line = fails(capsys, command, *argv)
     assert line.startswith("svqvae: error: could not load the model `org/gone`: the Hub cannot be reached")

@@ -61,4 +61,6 @@ def test_capitals_and_punctuation_are_ignored_and_unknown_words_left_out_with_on
 
 @pytest.mark.parametrize("option", [["--class", "3"], ["--steps", "1"]])
 def test_options_of_pipelines_are_refused(option, tmp_path, capsys):
-    assert f"{option[0]} does not apply to MODEL" in fails(capsys, "generate", *option, "--output", tmp_path / "out")
+    assert f"{option[0]} does not apply to the bundled model" in fails(
+        capsys, "generate", *option, "--output", tmp_path / "out"
+    )

@@ -20,13 +20,13 @@ def run(*words):
 {UPLOADS}
 """
 PARTS = f"""
-run("tokenize", "{PHOTOS}", "{TOKENS}", "--num-parts", "2", "--part", "1", "--workers", "0")
+run("tokenize", "{PHOTOS}", "--output", "{TOKENS}", "--num-parts", "2", "--part", "1", "--workers", "0")
 run("info", "{TOKENS}")
-run("tokenize", "{PHOTOS}", "{TOKENS}", "--num-parts", "2", "--part", "0", "--workers", "0")
+run("tokenize", "{PHOTOS}", "--output", "{TOKENS}", "--num-parts", "2", "--part", "0", "--workers", "0")
 run("decode", "{TOKENS}", "--output", sys.argv[1])
 """
 REPLACED = f"""
-code = svqvae_cli.main(["tokenize", "{PHOTOS}", "{TOKENS}", "--num-parts", "2", "--workers", "0"])
+code = svqvae_cli.main(["tokenize", "{PHOTOS}", "--output", "{TOKENS}", "--num-parts", "2", "--workers", "0"])
 assert code == 2, code
 """
 
@@ -36,7 +36,7 @@ def test_a_token_set_in_a_bucket_equals_a_local_one(tmp_path):
     bucket.mkdir(parents=True)
     photos = save_photos(bucket / "photos")
     (photos / "2b.png").unlink()  # the broken one
-    assert svqvae("tokenize", photos, tmp_path / "local", "--num-parts", "2", "--workers", "0") == 0
+    assert svqvae("tokenize", photos, "--output", tmp_path / "local", "--num-parts", "2", "--workers", "0") == 0
     assert svqvae("decode", tmp_path / "local", "--output", tmp_path / "decoded") == 0
     with serve_buckets(tmp_path) as env:
         output = run_python(RUN + PARTS, env, tmp_path / "from-bucket")

@@ -44,7 +44,7 @@ def test_commands(photos, tmp_path, capsys):
     argv = ["--model", tmp_path / "model"]
     options = [*argv, "--scales", "0.5", "1", "--workers", "0"]
     for name, compress in (("plain", []), ("compressed", ["--compress"])):
-        svqvae("tokenize", photos, tmp_path / name, *options, *compress)
+        svqvae("tokenize", photos, "--output", tmp_path / name, *options, *compress)
         assert svqvae("decode", tmp_path / name, "--output", tmp_path / f"{name}_out", *argv) == 0
     for path in (tmp_path / "plain_out").glob("*.png"):
         with Image.open(path) as image, Image.open(tmp_path / "compressed_out" / path.name) as other:

@@ -23,7 +23,8 @@ def test_tasks_of_datatrove_make_the_files_of_the_command_by_default(tmp_path, m
     for _ in range(2):  # the second run finds all tasks done
         LocalPipelineExecutor([step], tasks=3, workers=1, logging_dir=str(tmp_path / "logs")).run()
     assert len(list((tmp_path / "logs" / "completions").iterdir())) == 3
-    command = ["tokenize", photos, tmp_path / "alone" / "out", "--model", tmp_path / "tiny", "--num-parts", "3"]
+    command = ["tokenize", photos, "--output", tmp_path / "alone" / "out"]
+    command += ["--model", tmp_path / "tiny", "--num-parts", "3"]
     assert svqvae(*command) == 1  # skips an image
     assert content(tmp_path / "fleet" / "out") == content(tmp_path / "alone" / "out")
 

@@ -50,7 +50,7 @@ def test_user_text_cannot_break_the_card():
 @pytest.mark.parametrize("model", [[], ["--model", DEFAULT_MODEL]])
 def test_command_on_the_card_decodes_a_set_of_the_bundled_model(model, two_images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert svqvae("tokenize", two_images / "a.png", "tokens", *model) == 0
+    assert svqvae("tokenize", two_images / "a.png", "--output", "tokens", *model) == 0
     command = re.search(r"`svqvae (decode .*?)`", (tmp_path / "tokens" / "README.md").read_text())[1]
     assert svqvae(*shlex.split(command)) == 0
     assert len(list((tmp_path / "DIR").glob("*.png"))) == 1

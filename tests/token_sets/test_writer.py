@@ -220,7 +220,8 @@ def test_tokenize_and_decode(photos, tmp_path, capsys):
     out, images = tmp_path / "tokens", tmp_path / "images"
     model = ["--model", tmp_path / "models" / "tiny"]
     crops = ["--crops", "centre", "--resolution", "16", "--scales", "0.5", "1", "--max-images", "4"]
-    assert svqvae("tokenize", photos, out, *crops, *model, "--tile-size", "32", "--overlap", "8") == 1
+    tokenize = ["tokenize", photos, "--output", out, *model]
+    assert svqvae(*tokenize, *crops, "--tile-size", "32", "--overlap", "8") == 1
     written, error = capsys.readouterr()
     assert error == "svqvae: 1 of 4 inputs were skipped\n"
     skipped = f"skipped  {out / 'skipped.jsonl'} (unreadable images: 1)\n"
@@ -228,13 +229,16 @@ def test_tokenize_and_decode(photos, tmp_path, capsys):
     assert svqvae("decode", out, "--output", images, *model) == 0
     assert capsys.readouterr().out == f"written  {images} (images: 6)\n"
     (images / "00000001_x0.5.png").write_bytes(b"cut")
+    error = fails(capsys, "decode", out, "--output", images, *model)
+    assert "00000001_x0.5.png` has changed since it was written" in error
+    (images / "00000001_x0.5.png").unlink()
     assert svqvae("decode", out, "--output", images, *model) == 0
     written = f"resumed: 4 of 6 images were there\nwritten  {images} (images: 2)\n"
     assert capsys.readouterr().out == written
     assert svqvae("decode", out, "--output", images, *model, "--overwrite", "--max-images", "1") == 0
     assert capsys.readouterr().out == f"written  {images} (images: 2)\n"
     assert sorted(path.name for path in images.glob("*.png")) == ["00000000_x0.5.png", "00000000_x1.png"]
-    assert "`scales` was [0.5, 1.0] and is now [1.0]" in fails(capsys, "tokenize", photos, out, *model)
+    assert "`scales` was [0.5, 1.0] and is now [1.0]" in fails(capsys, *tokenize)
     bundled = fails(capsys, "decode", out, "--output", tmp_path / "new")  # the bundled model has another codebook
     assert "the ids must be of the model's codebook" in bundled
     assert not (tmp_path / "new").exists()

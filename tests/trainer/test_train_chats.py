@@ -61,7 +61,7 @@ def parts(folder):
     (folder / "images" / "metadata.jsonl").write_text("\n".join(rows))
     vqvae = extended("qwen") / "vqvae"
     crops = ["--crops", "centre", "--resolution", 16]
-    assert svqvae("tokenize", folder / "images", folder / "tokens", "--model", vqvae, *crops) == 0
+    assert svqvae("tokenize", folder / "images", "--output", folder / "tokens", "--model", vqvae, *crops) == 0
     return folder / "tokens"
 
 

@@ -216,7 +216,7 @@ def test_commands_of_the_documentation_train_validate_and_draw(classes, parts, t
         assert row in card
     assert load(folder).config.class_names[:2] == ["class0", "class1"]
     call = ["--class", "class1", "1", "--num-images", "3", "--guidance-scale", "2", "--device", "cpu"]
-    assert svqvae_cli.main(["generate", str(folder), *call, "--output", str(tmp_path / "new")]) == 0
+    assert svqvae_cli.main(["generate", "--model", str(folder), *call, "--output", str(tmp_path / "new")]) == 0
     assert len([*(tmp_path / "new").glob("*.png")]) == 2 * 3
 
 

@@ -58,7 +58,8 @@ def parts(tmp_path_factory):
         "halves": ["--scales", "0.5", "1"],
     }.items():
         images = str(folder / "others") if name == "held_out" else photos
-        assert svqvae_cli.main(["tokenize", images, str(folder / name), *scales, *crops, *model]) == 0
+        output = ["--output", str(folder / name)]
+        assert svqvae_cli.main(["tokenize", images, *output, *scales, *crops, *model]) == 0
     return folder
 
 

@@ -83,7 +83,7 @@ def test_no_command_runs_code(tmp_path, capsys, photo, command):
     photo.crop((0, 0, 9, 9)).save(tmp_path / "a.png")
     save_tokens(tmp_path / "a.safetensors", encode_image(make_tiny(), photo.crop((0, 0, 9, 9)), [1.0]))
     out = tmp_path / "out"
-    inputs = {"info": [folder], "convert": [file, out], "decode": [tmp_path / "a.safetensors"]}
+    inputs = {"info": [folder], "convert": [file, "--output", out], "decode": [tmp_path / "a.safetensors"]}
     options = [] if command in ("info", "convert") else ["--output", out, "--model", folder]
     fails(capsys, command, *inputs.get(command, [tmp_path / "a.png"]), *options)
     assert not (tmp_path / "ran").exists()

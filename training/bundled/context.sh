@@ -12,7 +12,7 @@ if [ ! -d "$work/some_drawings" ]; then
     find "$work/drawings/train" -type f | sort | awk 'NR % 16 == 1' | xargs cp -lt "$work/some_drawings.partial"
     mv "$work/some_drawings.partial" "$work/some_drawings"
 fi
-tokenize() { svqvae tokenize "$1" "$work/tokens/$2" --model "$model" --scales 0.25 0.5 1; }
+tokenize() { svqvae tokenize "$1" --output "$work/tokens/$2" --model "$model" --scales 0.25 0.5 1; }
 tokenize "$work/photos/train" photos
 tokenize "$work/some_drawings" drawings
 tokenize "$work/photos/validation" validation

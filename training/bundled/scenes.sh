@@ -38,11 +38,11 @@ run=(accelerate launch --cpu --num_processes 1 --num_machines 1 --num_cpu_thread
     --mixed_precision bf16 --save_steps 300 --save_total_limit 1 --resume_from_checkpoint latest
 
 # All sides, as next-scale generation needs them; a language model takes the last.
-svqvae tokenize "$work/scenes/train.parquet" "$work/tokens" --model "$work/tokenizer" --crops centre --resolution 96 --sides $(seq 12) \
+svqvae tokenize "$work/scenes/train.parquet" --output "$work/tokens" --model "$work/tokenizer" --crops centre --resolution 96 --sides $(seq 12) \
     --scale-from latents --keep short_caption
 
 [ -d "$work/words" ] || python training/bundled/make_scene_words.py "$work/words"
-[ -d "$work/extended" ] || svqvae extend-lm "$work/words" "$work/extended" --vqvae "$work/tokenizer"
+[ -d "$work/extended" ] || svqvae extend-lm "$work/words" --output "$work/extended" --vqvae "$work/tokenizer"
 
 # A language model, in 7.7 hours on the same core: plain captions and others mixed, then plain ones alone, then mostly others.
 train_words() {
@@ -108,7 +108,7 @@ PY
     mv "$work/new_scenes.partial" "$work/new_scenes"
 fi
 for part in 1 2 3; do
-    svqvae tokenize "$work/new_scenes/part_$part.parquet" "$work/new_tokens_$part" --model "$work/tokenizer" --crops centre --resolution 96 \
+    svqvae tokenize "$work/new_scenes/part_$part.parquet" --output "$work/new_tokens_$part" --model "$work/tokenizer" --crops centre --resolution 96 \
         --sides 12 --scale-from latents --keep short_caption
 done
 train_new() {

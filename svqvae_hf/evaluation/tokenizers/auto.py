@@ -161,7 +161,7 @@ def _hint(folder: Path) -> str:
     if (folder / "vqvae" / "config.json").is_file():
         return f" It is a generator. Pass its tokenizer, `{folder / 'vqvae'}`."
     if any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir()):
-        return " It holds images. Pass --generated to compare them with the image set."
+        return " It holds images. Pass it as --generated to compare them with the image set."
     return ""
 
 
