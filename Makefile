@@ -3,7 +3,7 @@ BIN := .venv/bin
 EXTRA ?= dev
 PYTEST := pytest --numprocesses auto --dist worksteal --durations 15
 
-.PHONY: install reconstruct generate browser test quick lowest lint docs gpu dist
+.PHONY: install reconstruct generate browser test quick lowest lint damage docs gpu dist
 
 # `EXTRA=lint` is enough for a typo. `EXTRA=ci` adds an S3 server and a driver of the browser for a few tests.
 install: .venv/installed-$(EXTRA)
@@ -44,6 +44,10 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# All cases of tests/damage, a sample of which is in `make test`. SEED and NUMBER choose some by chance.
+damage: install
+	$(BIN)/python tests/damage/damage.py $(if $(SEED),--seed $(SEED)) $(if $(NUMBER),--number $(NUMBER))
 
 # The site, in site/.
 docs: install

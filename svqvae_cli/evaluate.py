@@ -102,12 +102,14 @@ def _models(args: argparse.Namespace) -> list[str]:
 
 def _write(args: argparse.Namespace, report: Any) -> None:
     """Writes the report and prints its table."""
+    from svqvae_hf.evaluation.report_files import write_report
+
     report.settings["data"] = args.data
     report.settings |= image_set_options(args)
     report.settings["lpips_net"] = args.lpips_net
     report.settings["lpips_weights"] = args.lpips_weights and args.lpips_weights.name
     report.settings["inception_weights"] = args.inception_weights and args.inception_weights.name
-    report.write(args.output)
+    write_report(report, args.output)
     lines = [*report.table(), ""]
     if report.skipped:
         lines.append(f"{len(report.skipped)} skipped: see the report.")

@@ -22,7 +22,8 @@ class Source:
     """What an output is made from.
 
     Args:
-        folder (`str`): Folder in which the input was found, relative to the output folder.
+        folder (`str`): Folder in which the input was found, relative to the output folder; empty if the input is no
+            file, such as a caption.
         input ([`InputIdentity`]): The input, by its path below that folder.
     """
 
@@ -52,12 +53,14 @@ class OutputFolder:
         if not self.overwrite:
             self.record.check_options(self.options)
         self._is_started = False
+        self._real_path = os.path.realpath(self.path)
+        self._relative_folders: dict[Path, str] = {}  # of inputs
 
     def source(self, folder: Path, identity: InputIdentity) -> Source:
         """What an output is made from, as it is recorded."""
-        real_folder = os.path.realpath(folder)
-        real_output = os.path.realpath(self.path)
-        return Source(os.path.relpath(real_folder, real_output), identity)
+        if folder not in self._relative_folders:
+            self._relative_folders[folder] = os.path.relpath(os.path.realpath(folder), self._real_path)
+        return Source(self._relative_folders[folder], identity)
 
     def holds(self, outputs: Iterable[Path], source: Source) -> bool:
         """Whether all outputs of an input are finished and were made from it as it is now.
@@ -186,13 +189,13 @@ class OutputFolder:
 
     def _path_of(self, source: Source) -> str:
         """Path of an input. Links are not resolved, as they are not in its name."""
-        return os.path.normpath(os.path.join(os.path.realpath(self.path), source.folder, source.input.name))
+        return os.path.normpath(os.path.join(self._real_path, source.folder, source.input.name))
 
     def _is_gone(self, source: Source) -> bool:
-        """Whether an input was deleted from its folder. Its name is empty if it is no file."""
-        if not source.input.name:
+        """Whether an input was deleted from its folder. An input that is no file in a folder is never gone."""
+        if not source.folder or not source.input.name:
             return False
-        folder = os.path.join(os.path.realpath(self.path), source.folder)
+        folder = os.path.join(self._real_path, source.folder)
         return os.path.isdir(folder) and not os.path.lexists(self._path_of(source))
 
     def _name(self, output: Path) -> str:

@@ -61,14 +61,15 @@ class Run(Generic[Item]):
 
     def _check_clashes(self) -> None:
         """Raises if an output is an input, or is written for two inputs."""
+        real_folders: dict[Path, Path] = {}
         input_paths = set()
         for item in self.targets:
             if isinstance(item, InputFile):
-                input_paths.add(item.path.resolve())
+                input_paths.add(_place(item.path, real_folders))
         writers: dict[Path, Item] = {}
         for item, outputs in self.targets.items():
             for output in outputs:
-                if output.resolve() in input_paths:
+                if _place(output, real_folders) in input_paths:
                     raise ValueError(f"the input `{output}` would be overwritten. Use another --output.")
                 if output in writers and writers[output] != item:
                     first_writer = _name(writers[output])
@@ -174,6 +175,14 @@ def print_deleted(files: Sequence[Path]) -> None:
     """Says which outputs of earlier runs were deleted."""
     if files:
         print(f"deleted  {len(files):,} outputs of earlier inputs, such as {one_line(str(files[0]))}")
+
+
+def _place(path: Path, real_folders: dict[Path, Path]) -> Path:
+    """Path in a folder without links. Files are replaced and links among them not followed, so they may be links."""
+    folder = path.parent
+    if folder not in real_folders:
+        real_folders[folder] = folder.resolve()
+    return real_folders[folder] / path.name
 
 
 def _name(item: Any) -> str:

@@ -3,7 +3,7 @@
 Writes the ids of all images as Parquet files, which `datasets` loads. The same
 command resumes a run that was interrupted. On many machines, each makes a part.
 
-  svqvae tokenize photos --output tokens --crops centre --resolution 256 --scales 0.5 1
+  svqvae tokenize photos --output tokens --crops centre --resolution 256
 """
 
 import argparse

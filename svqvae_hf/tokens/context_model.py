@@ -25,7 +25,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from svqvae_files.outputs import write_file
-from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.hub.repositories import from_hub, hub_reason
 
 FILE = "context_model.safetensors"  # in the folder of a model
 
@@ -179,7 +179,7 @@ def _download(source: str, file: str, options: Mapping[str, Any]) -> str:
     except OSError as error:
         if try_to_load_from_cache(source, file, revision=options.get("revision")) is _CACHED_NO_EXIST:  # seen online
             raise FileNotFoundError(file) from error
-        raise
+        raise OSError(f"could not look for `{file}`, the context model of `{source}`: {hub_reason(error)}") from error
 
 
 def find_context_model(source: str | os.PathLike, codebook_fingerprint: str, **options: Any) -> ContextModel | None:

@@ -18,6 +18,7 @@ def test_a_cut_tokenizer_is_named_and_not_the_language_model(tmp_path, capsys, s
     vqvae = shutil.copytree(saved_model, tmp_path / "vqvae")
     weights = vqvae / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
+    capsys.readouterr()
     error = fails(capsys, "extend-lm", lm, "--output", tmp_path / "out", "--vqvae", vqvae)
     assert f"could not load the model `{vqvae}`: its weight file is empty, cut short" in error
     shutil.copy(f"{saved_model}/{weights.name}", weights)

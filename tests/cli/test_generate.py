@@ -90,7 +90,9 @@ def test_steps_of_a_next_scale_pipeline(saved_next_scale, tmp_path):
 def test_an_adapter_is_merged(saved, saved_next_scale, tmp_path, capsys):
     pipeline = make_autoregressive()
     (plain,) = pipeline(0, temperature=0).images
-    adapter = get_peft_model(pipeline.language_model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapter = get_peft_model(
+        pipeline.language_model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False, lora_alpha=64)
+    )
     adapter.save_pretrained(tmp_path / "adapter")
     arguments = ["--class", "0", "--temperature", "0", "--output"]
     assert svqvae("generate", "--model", saved, "--adapter", tmp_path / "adapter", *arguments, tmp_path / "out") == 0
@@ -100,8 +102,12 @@ def test_an_adapter_is_merged(saved, saved_next_scale, tmp_path, capsys):
     assert not np.array_equal(adapted, plain)
     capsys.readouterr()
     for model, other, message in (
-        (saved, saved, "must be a LoRA adapter for the language model of MODEL"),
-        (saved_next_scale, tmp_path / "adapter", "--adapter does not apply to MODEL, whose class is SVQVAENextScale"),
+        (saved, saved, "must be a LoRA adapter for the language model of --model"),
+        (
+            saved_next_scale,
+            tmp_path / "adapter",
+            "--adapter does not apply to --model, whose class is SVQVAENextScale",
+        ),
         (saved, "nowhere", "there is no file or folder `nowhere`"),
     ):
         assert message in fails(capsys, "generate", "--model", model, "--adapter", other, *arguments, tmp_path / "new")
@@ -113,8 +119,8 @@ def test_an_adapter_is_merged(saved, saved_next_scale, tmp_path, capsys):
         (["--class", "3"], "`class_labels` must be in [0, 3), got [3]"),
         (["--class", "cat"], "`class_labels` must be numbers in [0, 3) or names of classes, ['tench, Tinca'"),
         (["--class", "1", "2", "1"], "--class must name each class once, got 1 2 1. For more, use --num-images"),
-        (["--steps", "3"], "--steps does not apply to MODEL, whose class is SVQVAEAutoregressivePipeline"),
-        (["--grid", "4x4"], "--grid does not apply to MODEL"),
+        (["--steps", "3"], "pipeline`, whose class is SVQVAEAutoregressivePipeline. Leave it out"),
+        (["--grid", "4x4"], "--grid does not apply to `"),
         (["--batch-size", "0"], "argument --batch-size: must be an integer above 0, got '0'"),
     ],
 )

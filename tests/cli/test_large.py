@@ -35,6 +35,9 @@ def test_to_tokens_and_back(options, name, tiff, tmp_path, capsys):
     (expected,) = decode_image(in_memory, encode_image(in_memory, Image.open(tiff), [1.0]))
     assert np.array_equal(tifffile.imread(out / "photo_x1.tif"), expected)
     (out / "photo_x1.tif").write_bytes((out / "photo_x1.tif").read_bytes()[:-1])
+    error = fails(capsys, "decode", out / name, "--large", "--output", out, *model)
+    assert "photo_x1.tif` has changed since it was written" in error
+    (out / "photo_x1.tif").unlink()
     assert svqvae("decode", out / name, "--large", "--output", out, *model) == 0
     assert "resumed" not in capsys.readouterr().out
     assert svqvae("decode", out / name, "--large", "--output", out, *model) == 0

@@ -92,9 +92,11 @@ def class_name(source: str) -> str:
     for known_class in CLASSES:
         if name == known_class:
             return known_class
+    advice = " Convert an original checkpoint with `svqvae convert`, or write an adapter."
+    if folder.is_dir():
+        advice = _hint(folder) or advice
     raise ValueError(
-        f"the config.json of `{source}` must name one of {', '.join(CLASSES)}, got {name or 'no class'!s:.80}. "
-        "Convert an original checkpoint with `svqvae convert`, or write an adapter."
+        f"the config.json of `{source}` must name one of {', '.join(CLASSES)}, got {name or 'no class'!s:.80}.{advice}"
     )
 
 
