@@ -24,5 +24,5 @@ def test_a_cut_tokenizer_is_named_and_not_the_language_model(tmp_path, capsys, s
     shutil.copy(f"{saved_model}/{weights.name}", weights)
     (lm / "model.safetensors").write_bytes(b"")
     error = fails(capsys, "extend-lm", lm, "--output", tmp_path / "out", "--vqvae", vqvae)
-    assert f"could not load the model `{lm}`: its weight file is empty, cut short" in error
+    assert f"`{lm}/model.safetensors` must be a safetensors file" in error
     assert not (tmp_path / "out").exists()

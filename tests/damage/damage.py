@@ -164,7 +164,7 @@ class Checker:
 
     def __init__(self, root: Path):
         self.root = root
-        self.outcomes: dict[Command, Outcome] = {}
+        self.outcomes: dict[str, Outcome] = {}  # without damage, by the command line
 
     def check(self, case: Case) -> str | None:
         """Runs a case. Returns its fault, or `None`."""
@@ -179,15 +179,15 @@ class Checker:
 
     def _run_whole(self, command: Command) -> Outcome:
         """What the command does without damage."""
-        if command not in self.outcomes:
+        if command.words not in self.outcomes:
             with tempfile.TemporaryDirectory() as folder:
                 copy = Path(folder, "root")
                 shutil.copytree(self.root, copy, symlinks=True)
                 outcome = run(command.words, copy)
             if outcome.exit_code != 0:
                 raise RuntimeError(f"`{command.words}` must work without damage, but: {outcome.stderr}")
-            self.outcomes[command] = outcome
-        return self.outcomes[command]
+            self.outcomes[command.words] = outcome
+        return self.outcomes[command.words]
 
 
 def fault_of(outcome: Outcome, whole: Outcome, root: Path) -> str | None:
