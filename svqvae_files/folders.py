@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from svqvae_files.errors import explained
 from svqvae_files.inputs import check_url
 from svqvae_files.json_files import parse_json_object
-from svqvae_files.outputs import new_file
+from svqvae_files.outputs import new_file, temporary_path
 
 
 class Folder:
@@ -52,6 +52,23 @@ class Folder:
         with self.new_file(name) as path:
             path.write_bytes(content)
 
+    def create(self, name: str, content: bytes) -> None:
+        """Writes a file unless it exists. On a disk with links, one of several processes at once succeeds."""
+        if self.read(name) is not None:
+            return
+        if not self.is_local:
+            self.write(name, content)
+            return
+        path = Path(self._path(name))
+        with self._explained(name, "written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_path(path)
+            try:
+                temporary.write_bytes(content)
+                _move_unless_exists(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
     @contextmanager
     def new_file(self, name: str) -> Iterator[Path]:
         """Yields the path of a local file to write, which becomes the file `name` if the block raises nothing."""
@@ -73,12 +90,21 @@ class Folder:
             return {path.rsplit("/", 1)[-1] for path in paths}
         return set()
 
-    def all_files(self, subfolder: str) -> list[str]:
-        """Files in a subfolder and its subfolders, relative to this folder."""
+    def sizes(self, subfolder: str) -> dict[str, int]:
+        """Bytes of each file in a subfolder and its subfolders, by names relative to this folder."""
         with self._explained(subfolder, "read"):
             self.files.invalidate_cache()
-            paths = self.files.find(self._path(subfolder))
-        return [path[len(self.path) :].lstrip("/") for path in paths]
+            listed = self.files.find(self._path(subfolder), detail=True)
+        sizes = {}
+        for path, info in listed.items():
+            sizes[path[len(self.path) :].lstrip("/")] = info["size"]
+        return sizes
+
+    def delete_empty(self, subfolder: str) -> None:
+        """Deletes a subfolder of a disk if it is empty. Object stores have no empty ones."""
+        if self.is_local:
+            with suppress(OSError):
+                os.rmdir(self._path(subfolder))
 
     def delete(self, name: str) -> None:
         """Deletes a file, or a subfolder with all that is in it, if it exists."""
@@ -91,3 +117,12 @@ class Folder:
     def _explained(self, name: str, done: str) -> AbstractContextManager[None]:
         shown = self._path(name) if self.is_local else f"{self.url}/{name}"
         return explained(shown, done)
+
+
+def _move_unless_exists(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # some file systems have no links
+        temporary.replace(path)

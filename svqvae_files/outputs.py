@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{8}\.tmp")  # of what [`temporary_path`] returns
+
+
+def temporary_path(path: Path) -> Path:
+    """A new hidden name beside a file. It is short, because the name of the file may have the maximum length."""
+    return path.with_name(f".{secrets.token_hex(4)}.tmp")
+
+
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yields a temporary file beside `path`, which becomes `path` at the end, so that it is complete or absent.
@@ -25,7 +34,7 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The file cannot be written.
     """
-    temporary = path.with_name(f".{secrets.token_hex(4)}.tmp")  # short, because the name may have the maximum length
+    temporary = temporary_path(path)
     try:
         with explained(path, "written"):
             yield temporary
