@@ -1,7 +1,8 @@
 """Decodes token files or a token set to images.
 
 Writes one image per scale: NAME_x1.png and so on, in the subfolder that the
-token file was found in, or 00000000_x1.png for the first row of a token set.
+token file was found in, or that the image of a row had. Rows without a name
+of their own have their number, 00000012_x1.png.
 The model must have the codebook that they were encoded with. Token files that
 cannot be read, that do not fit the model or the tiles, or whose images are
 too large for memory, are named and skipped. The same command resumes an
@@ -55,16 +56,14 @@ def _decode_set(args: argparse.Namespace) -> None:
     (name,) = args.inputs
 
     from svqvae_cli.loading import load_model, require_context_model
-    from svqvae_files.outputs import scale_endings
     from svqvae_hf.models.checks import check_same_codebook
-    from svqvae_hf.token_sets.decoding import detokenize_set
+    from svqvae_hf.token_sets.decoding import detokenize_set, first_images
     from svqvae_hf.token_sets.settings import read_settings
 
     settings = read_settings(name)  # fails before the model is loaded
     folder = OutputFolder(args)
     source = _source_of_set(name, folder)
-    first_images = [args.output / f"00000000{ending}" for ending in scale_endings(settings.scales)]
-    folder.holds(first_images, source)  # raises if they are there, but not from this set
+    folder.holds(first_images(name, args.output), source)  # raises if they are there, but not from this set
     model = load_model(args.model, args.device, args.dtype)
     context_model = None
     if settings.context_model is not None:
@@ -89,7 +88,7 @@ def _decode_set(args: argparse.Namespace) -> None:
 def _source_of_set(name: str, folder: OutputFolder) -> Source:
     """A token set as the source of images: its place and the digest of its settings and its files."""
     from svqvae_files.identity import value_digest
-    from svqvae_hf.token_sets.parts import MANIFEST_FILE
+    from svqvae_hf.token_sets.manifest import MANIFEST_FILE
     from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_set_file
 
     contents = []

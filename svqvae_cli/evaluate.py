@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         networks["lpips"] = load_lpips(args.lpips_net, args.lpips_weights)
     if args.inception_weights is not None:
         networks["inception"] = load_inception(args.inception_weights)
-    images = open_images(args.data, results=args.output, **image_set_options(args))
+    images = open_images(args.data, keep_labels=False, results=args.output, **image_set_options(args))
     if args.generated is not None:
         report = _judge(args, images, networks)
     else:

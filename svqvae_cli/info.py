@@ -132,8 +132,9 @@ def _set_facts(source: str) -> dict[str, Any]:
     from svqvae_hf.token_sets.settings import read_settings
 
     folder = Folder(source)
+    state = describe_state(source)  # raises if a file is missing, cut or foreign
     if folder.read(TOKEN_SET_FILE) is None:
-        return {"kind": "token set", **describe_state(source)}
+        return {"kind": "token set", **state}
     settings = read_settings(source)
     totals = read_totals(folder) or {}
     return {

@@ -26,8 +26,8 @@ from PIL import Image
 from training_runs import forget_accelerate, run
 
 from svqvae_hf import SVQVAE, ContextModel, load_tokens
+from svqvae_hf.token_sets.manifest import load_rows
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.token_sets.shards import load_rows
 from svqvae_hf.trainer.train_options import TrainOptions
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_windows")]

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from svqvae_hf import SVQVAE
+from svqvae_hf.token_sets.manifest import TokenSet
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.token_sets.shards import load_rows
 from svqvae_hf.tokens.context_model import (
     COARSE,
     FILE,
@@ -164,7 +164,7 @@ def read_pyramids(token_set: str, model: SVQVAE) -> list[Pyramid]:
     if settings.codebook_fingerprint != model.codebook_fingerprint():
         raise ValueError(f"`{token_set}` must hold ids of MODEL, but has others. Make it with `svqvae tokenize`.")
     pyramids = []
-    for row in load_rows(token_set, streaming=True):
+    for row in TokenSet(token_set).rows():
         grids = sorted((ids.numpy() for ids in row_tokens(row, settings).ids), key=np.size)
         pyramids.append([pad_ids(ids, settings.codebook_size) for ids in grids])
     return pyramids

@@ -11,8 +11,9 @@ from tqdm import tqdm
 from svqvae_files.outputs import save_png, scale_endings
 from svqvae_hf.models.checks import check_same_codebook
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.token_sets.shards import load_rows
+from svqvae_hf.token_sets.manifest import TokenSet
+from svqvae_hf.token_sets.row_names import RowNames
+from svqvae_hf.token_sets.settings import row_tokens
 from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image
 
@@ -27,7 +28,10 @@ def detokenize_set(
     writing: Callable[[list[Path]], AbstractContextManager[None]] = nullcontext,
     context_model: ContextModel | None = None,
 ) -> tuple[int, int]:
-    """Decodes the rows of a token set to image files; row 12 at scale 1 becomes `00000012_x1.png`.
+    """Decodes the rows of a token set to image files.
+
+    The row of `cat/0.png` at scale 1 becomes `cat/0_x1.png`. A row without a name, or with the name of a row before
+    it, has its number: `00000012_x1.png`.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode with the codebook of the set.
@@ -45,20 +49,24 @@ def detokenize_set(
 
     Raises:
         OSError: The set cannot be reached, or `output` cannot be written.
-        ValueError: The set has another codebook, a row does not match the settings, or a row needs more memory than is
-            available.
+        ValueError: The set has another codebook; a file of it is missing, cut or foreign; a row does not match the
+            settings, or needs more memory than is available.
     """
-    name = os.fspath(data)
-    settings = read_settings(name)
+    token_set = TokenSet(data)
+    settings = token_set.settings
     check_same_codebook(model, settings)
-    rows = islice(enumerate(load_rows(name, streaming=True)), max_images)
+    token_set.check_files()
+    endings = scale_endings(settings.scales)
+    names = RowNames()
     written = kept = 0
-    for index, row in tqdm(rows, unit="image", disable=None):
-        tokens = row_tokens(row, settings, context_model)
-        paths = [Path(output, f"{index:08}{ending}") for ending in scale_endings(tokens.scales)]
+    rows = enumerate(islice(token_set.rows(), max_images))
+    for number, row in tqdm(rows, total=token_set.num_rows, unit="image", disable=None):
+        name = names.next_name(number, row)
+        paths = [Path(output, f"{name}{ending}") for ending in endings]
         if keep(paths):
             kept += len(paths)
             continue
+        tokens = row_tokens(row, settings, context_model)
         tiles = choose_tiles(model, tokens.height, tokens.width, tokens.scales, settings.tile_size, settings.overlap)
         images = decode_image(model, tokens, tiles=tiles)
         with writing(paths):
@@ -66,3 +74,15 @@ def detokenize_set(
                 save_png(image, path)
         written += len(paths)
     return written, kept
+
+
+def first_images(data: str | os.PathLike, output: str | os.PathLike) -> list[Path]:
+    """Paths of the images that [`detokenize_set`] writes for the first row.
+
+    Args:
+        data (`str` or `os.PathLike`): Folder of the set, its URL for `fsspec`, or its name on the Hub.
+        output (`str` or `os.PathLike`): Folder to write to.
+    """
+    token_set = TokenSet(data)
+    name = RowNames().next_name(0, next(token_set.rows()))
+    return [Path(output, f"{name}{ending}") for ending in scale_endings(token_set.settings.scales)]

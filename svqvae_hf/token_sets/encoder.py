@@ -11,7 +11,7 @@ import torch
 from svqvae_hf.models.loading import execution_device
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.crops import CROPS, CroppedImage
-from svqvae_hf.token_sets.parts import PartRecord
+from svqvae_hf.token_sets.manifest import PartRecord
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import choose_tiles, image_tokens
@@ -21,7 +21,23 @@ BATCH_CROPS = 64  # crops of a batch by default, if they are small
 BATCH_PIXELS = 2**20  # pixels of a batch by default, at most, unless one crop has more
 WAITING_PIXELS = 2**25  # pixels of crops that wait until their batches are full, at most: 96 MiB
 
-Crop = tuple[torch.Tensor, dict[str, Any]]  # (3, height, width), uint8; and its row
+
+@dataclass
+class Crop:
+    """A crop that becomes a row.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(3, height, width)`, uint8): The crop.
+        row (`dict[str, Any]`): Its row, which lacks its ids at first.
+    """
+
+    pixels: torch.Tensor
+    row: dict[str, Any]
+
+    @property
+    def num_pixels(self) -> int:
+        """Pixels of the crop."""
+        return self.row["height"] * self.row["width"]
 
 
 @dataclass
@@ -43,7 +59,8 @@ class RowEncoder:
     context_model: ContextModel | None = None
 
     def __post_init__(self) -> None:
-        self.device, self.dtype = execution_device(self.model), self.model.dtype  # each look-up visits all modules
+        self.device = execution_device(self.model)  # each look-up visits all modules
+        self.dtype = self.model.dtype
         self.black, self.white = self.model.config["pixel_range"]
         self.tiles: dict[tuple[int, ...], tuple[int, int] | None] = {}  # of batches by their shape
 
@@ -61,25 +78,32 @@ class RowEncoder:
             OSError: An image could not be fetched.
             ValueError: A crop needs more memory than is available.
         """
+        first_column = self.settings.id_columns[0]
         queue: deque[dict[str, Any]] = deque()  # rows in order, complete once they have ids
-        waiting: dict[torch.Size, list[Crop]] = defaultdict(list)
+        batches: dict[torch.Size, list[Crop]] = defaultdict(list)  # crops that wait, by their shape
         waiting_pixels = 0
-        for pixels, row in self._crops(images, record, on_image):
-            batch = waiting[pixels.shape]
-            batch.append((pixels, row))
-            queue.append(row)
-            size = row["height"] * row["width"]
-            waiting_pixels += size
-            if len(batch) >= (self.batch_size or min(BATCH_CROPS, BATCH_PIXELS // size)):
-                waiting_pixels -= len(batch) * size
-                self._encode_batch(waiting.pop(pixels.shape))
+        for crop in self._crops(images, record, on_image):
+            shape = crop.pixels.shape
+            batches[shape].append(crop)
+            queue.append(crop.row)
+            waiting_pixels += crop.num_pixels
+            if len(batches[shape]) >= self._full_batch(crop):
+                batch = batches.pop(shape)
+                waiting_pixels -= len(batch) * crop.num_pixels
+                self._encode_batch(batch)
             elif waiting_pixels > WAITING_PIXELS:
-                self._encode_all(waiting)
+                self._encode_all(batches)
                 waiting_pixels = 0
-            while queue and self.settings.id_columns[0] in queue[0]:
+            while queue and first_column in queue[0]:
                 yield queue.popleft()
-        self._encode_all(waiting)
+        self._encode_all(batches)
         yield from queue
+
+    def _full_batch(self, crop: Crop) -> int:
+        """Number of crops like this one that are encoded together."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return min(BATCH_CROPS, BATCH_PIXELS // crop.num_pixels)
 
     def _crops(
         self, images: Iterable[CroppedImage], record: PartRecord, on_image: Callable[[], object]
@@ -93,48 +117,63 @@ class RowEncoder:
             record.enlarged += image.enlarged
             if image.crops is None:
                 record.skipped.append({"key": image.key, "reason": str(image.fault)})
-            else:
-                height, width = image.crops.shape[-2:]
-                values = self.features.encode_example(image.values) if image.values else {}
+                on_image()
+                continue
+            height, width = image.crops.shape[-2:]
+            values = {}
+            if image.values:
+                values = self.features.encode_example(image.values)
+            for name, pixels in zip(names, torch.from_numpy(image.crops), strict=True):
                 row = {"height": height, "width": width, "key": image.key, **values}
-                for name, pixels in zip(names, torch.from_numpy(image.crops), strict=True):
-                    yield pixels, row if len(names) == 1 else {**row, "crop": name}
+                if len(names) > 1:
+                    row["crop"] = name
+                yield Crop(pixels, row)
             on_image()
 
-    def _encode_all(self, waiting: dict[torch.Size, list[Crop]]) -> None:
-        for batch in waiting.values():
+    def _encode_all(self, batches: dict[torch.Size, list[Crop]]) -> None:
+        for batch in batches.values():
             self._encode_batch(batch)
-        waiting.clear()
+        batches.clear()
 
     @torch.inference_mode()
     def _encode_batch(self, crops: list[Crop]) -> None:
         """Adds ids to the rows of crops of one size."""
-        pixels = torch.stack([pixels for pixels, _ in crops])
         settings = self.settings
-        tiles = self._tiles(pixels.shape, crops[0][1]["key"])
+        pixels = torch.stack([crop.pixels for crop in crops])  # (B, 3, height, width)
+        tiles = self._tiles(pixels.shape, crops[0].row["key"])
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
         unit = pixels.to(self.device, non_blocking=True).float().div_(255)
         sample = unit.mul_(self.white - self.black).add_(self.black)  # as the image processor, with fewer copies
         encoded = self.model.encode_tokens(sample.to(self.dtype), settings.scales, settings.scale_from, *(tiles or ()))
-        grids = [grid.cpu() for grid in encoded]
-        for number, (_, row) in enumerate(crops):
+        grids = [grid.cpu() for grid in encoded]  # (B, h, w) for each scale
+        for number, crop in enumerate(crops):
             ids = [grid[number] for grid in grids]
             if self.context_model is None:
-                stored = [grid.flatten().numpy().astype(settings.id_dtype) for grid in ids]
-                row |= dict(zip(settings.id_columns, stored, strict=True))
+                self._store_ids(crop.row, ids)
             else:
-                size = row["height"], row["width"]
-                tokens = image_tokens(self.model, ids, *size, settings.scales, settings.scale_from, tiles)
-                row["tokens"] = token_file_content(tokens, self.context_model)
+                self._store_compressed(crop.row, ids, tiles)
+
+    def _store_ids(self, row: dict[str, Any], ids: list[torch.Tensor]) -> None:
+        for column, grid in zip(self.settings.id_columns, ids, strict=True):
+            row[column] = grid.flatten().numpy().astype(self.settings.id_dtype)
+
+    def _store_compressed(self, row: dict[str, Any], ids: list[torch.Tensor], tiles: tuple[int, int] | None) -> None:
+        settings = self.settings
+        tokens = image_tokens(
+            self.model, ids, row["height"], row["width"], settings.scales, settings.scale_from, tiles
+        )
+        row["tokens"] = token_file_content(tokens, self.context_model)
 
     def _tiles(self, shape: torch.Size, key: str) -> tuple[int, int] | None:
         """Tiles of a batch. Raises if it needs more memory than is available."""
-        count, _, height, width = shape
         if shape not in self.tiles:
-            asked = self.settings.tile_size, self.settings.overlap
+            settings = self.settings
+            count, _, height, width = shape
             try:
-                self.tiles[shape] = choose_tiles(self.model, height, width, self.settings.scales, *asked, count)
+                self.tiles[shape] = choose_tiles(
+                    self.model, height, width, settings.scales, settings.tile_size, settings.overlap, count
+                )
             except ValueError as error:
                 raise ValueError(f"`{key}`: {error}") from error
         return self.tiles[shape]

@@ -1,50 +1,38 @@
 """Parts of a token set: the files of a finished part, which parts are finished, and the set that all of them complete.
 
 A part is a pure function of the image set, the options and its number. It is finished when its record exists, which
-is written last. Two processes that make the same part write the same files.
+is written last, and its files are as the record says. Two processes that make the same part write the same files.
 """
 
+import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from svqvae_files.folders import Folder
+from svqvae_files.identity import value_digest
+from svqvae_files.json_files import parse_json_object
+from svqvae_files.outputs import TEMPORARY_NAME
+from svqvae_hf.token_sets.manifest import (
+    DATA,
+    MANIFEST_CHECKSUM,
+    MANIFEST_FILE,
+    PartRecord,
+    TokenFile,
+    TokenSet,
+    check_foreign,
+)
 from svqvae_hf.token_sets.settings import SETTINGS_FILE
-from svqvae_hf.token_sets.shards import DATA
 
 RECORDS = "parts"
 OPTIONS_FILE = f"{RECORDS}/options.json"
-MANIFEST_FILE = "manifest.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
 CARD_FILE = "README.md"
-
-
-@dataclass
-class PartRecord:
-    """Facts of a part. They are the same each time that the part is made.
-
-    Args:
-        part (`int`): Number of the part.
-        read (`list[str]`): Files, or the range of images, that were read.
-        images (`int`): Images that were read, including the skipped ones.
-        rows (`int`): Rows that were written.
-        ids (`int`): Ids in them, of all scales.
-        enlarged (`int`): Images that are smaller than their crops.
-        skipped (`list[dict[str, str]]`): `key` and `reason` of each image that could not be read.
-        files (`list[dict[str, Any]]`): `name` and `rows` of each Parquet file.
-    """
-
-    part: int
-    read: list[str]
-    images: int = 0
-    rows: int = 0
-    ids: int = 0
-    enlarged: int = 0
-    skipped: list[dict[str, str]] = field(default_factory=list)
-    files: list[dict[str, Any]] = field(default_factory=list)
+RECORD_NAME = re.compile(r"(\d{7})\.json")
+SHARD_NAME = re.compile(DATA + r"/\d{4}-\d{4}/train-(\d{7})-\d{5}\.parquet")
 
 
 def describe_state(out: str | os.PathLike) -> dict[str, str]:
@@ -55,18 +43,64 @@ def describe_state(out: str | os.PathLike) -> dict[str, str]:
 
     Raises:
         OSError: The folder cannot be read.
-        ValueError: It is not a token set.
+        ValueError: It is not a token set; or a file of a complete set is missing, cut or foreign.
     """
     folder = Folder(out)
     options = read_options(folder)
-    if "parts" not in options:
+    if options is None or "parts" not in options:
         raise ValueError(f"`{folder.url}` must be a token set, but has no record of one. Start it: svqvae tokenize.")
     num_parts = options["parts"]
-    finished = {*range(num_parts)} if read_totals(folder) is not None else finished_parts(folder)
-    missing = [part for part in range(num_parts) if part not in finished]
-    state = "not complete" if missing else "complete"
-    facts = {"parts": f"{num_parts} ({state}; finished: {num_parts - len(missing)})"}
-    return facts | ({"missing": _ranges(missing)} if missing else {})
+    if is_complete(folder):
+        TokenSet(folder.url).check_files()
+        return {"parts": f"{num_parts} (complete; finished: {num_parts})"}
+    records = read_records(folder, options)
+    missing = [part for part in range(num_parts) if part not in records]
+    facts = {"parts": f"{num_parts} (not complete; finished: {num_parts - len(missing)})"}
+    if missing:
+        facts["missing"] = _ranges(missing)
+    return facts
+
+
+# Options
+
+
+def read_options(folder: Folder) -> dict[str, Any] | None:
+    """Reads the options that a token set was started with; `None` if there is no token set."""
+    options = _read_object(folder, OPTIONS_FILE)  # first, because it is deleted after the settings are written
+    if options is not None:
+        return options
+    settings = _read_object(folder, SETTINGS_FILE)
+    if settings is None:
+        return None
+    return settings.get("options", {})
+
+
+def start_set(folder: Folder, options: Mapping[str, Any]) -> None:
+    """Starts a token set, or raises ValueError if it was started with other options, even a moment ago."""
+    if read_options(folder) is None:
+        folder.create(OPTIONS_FILE, json.dumps(options, indent=2).encode())
+    check_options(folder, options)
+
+
+def check_options(folder: Folder, options: Mapping[str, Any]) -> None:
+    """Raises ValueError if a token set was started with other options."""
+    recorded = read_options(folder)
+    if recorded is None:
+        raise ValueError(f"`{folder.url}` was deleted while this process worked on it. Run the command again.")
+    for name in {**recorded, **options}:
+        before, now = recorded.get(name), options.get(name)
+        if before == now:
+            continue
+        reason = "it was made otherwise"
+        if name in ("images", "image_set", "image_files"):
+            reason = "the images have changed since"
+        raise ValueError(
+            f"`{folder.url}` must be continued with the same images and options, but {reason}: `{name}` was "
+            f"{before!r:.80} and is now {now!r:.80}. Pass --overwrite to start over, or choose another folder."
+        )
+
+
+# Records of finished parts
 
 
 def record_name(part: int) -> str:
@@ -74,53 +108,103 @@ def record_name(part: int) -> str:
     return f"{RECORDS}/{part:07}.json"
 
 
-def is_finished(folder: Folder, part: int) -> bool:
-    """Whether a part is finished."""
-    return folder.read(record_name(part)) is not None or read_totals(folder) is not None
+def write_record(folder: Folder, record: PartRecord) -> None:
+    """Records a part, which marks it as finished."""
+    folder.write(record_name(record.part), json.dumps(record.to_entry()).encode())
 
 
-def finished_parts(folder: Folder) -> set[int]:
-    """Numbers of the parts that are finished, of a set that is not complete."""
-    return {int(name[:7]) for name in folder.names(RECORDS) if name[:7].isdecimal()}
+def unfinished_parts(folder: Folder, options: Mapping[str, Any], parts: Iterable[int]) -> Iterator[int]:
+    """Yields each part that is not finished when its turn comes.
+
+    Raises:
+        ValueError: A record is damaged or was made with other options; or the set is complete, and one of its files is
+            missing, cut or foreign.
+    """
+    if is_complete(folder):
+        TokenSet(folder.url).check_files()
+        return
+    for part in parts:
+        if not is_finished(folder, options, part):
+            yield part
+
+
+def is_finished(folder: Folder, options: Mapping[str, Any], part: int) -> bool:
+    """Whether a part is finished, and its files are there and whole.
+
+    Raises:
+        ValueError: The record of the part is damaged or was made with other options.
+    """
+    if is_complete(folder):
+        return True
+    record = _read_record(folder, options, part)
+    if record is None:
+        return False
+    return _has_files(record, folder.sizes(DATA))
+
+
+def read_records(folder: Folder, options: Mapping[str, Any]) -> dict[int, PartRecord]:
+    """Reads the records of the parts that are finished, and whose files are there and whole.
+
+    Raises:
+        ValueError: A record is damaged, or was made with other options.
+    """
+    records = {}
+    sizes = folder.sizes(DATA)
+    for part in sorted(_recorded_parts(folder)):
+        record = _read_record(folder, options, part)
+        if record is not None and _has_files(record, sizes):
+            records[part] = record
+    return records
+
+
+def _recorded_parts(folder: Folder) -> set[int]:
+    parts = set()
+    for name in folder.names(RECORDS):
+        match = RECORD_NAME.fullmatch(name)
+        if match is not None:
+            parts.add(int(match[1]))
+    return parts
+
+
+def _read_record(folder: Folder, options: Mapping[str, Any], part: int) -> PartRecord | None:
+    name = record_name(part)
+    entry = _read_object(folder, name)
+    if entry is None:
+        return None
+    record = PartRecord.from_entry(entry, f"{folder.url}/{name}")
+    if (record.part, record.options) != (part, value_digest(options)):
+        raise ValueError(
+            f"`{folder.url}/{name}` must be the record of part {part} of this set, but is of part {record.part}, or "
+            "of other images or options. Delete it, and the part is made again."
+        )
+    return record
+
+
+def _has_files(record: PartRecord, sizes: Mapping[str, int]) -> bool:
+    return all(sizes.get(file.name) == file.size for file in record.files)
+
+
+# The complete set
+
+
+def is_complete(folder: Folder) -> bool:
+    """Whether a token set is complete."""
+    return read_totals(folder) is not None
 
 
 def read_totals(folder: Folder) -> dict[str, int] | None:
     """Reads the numbers of images, rows, ids, skipped images and files; `None` if the set is not complete."""
-    return (folder.read_json(SETTINGS_FILE) or {}).get("totals")
-
-
-def read_options(folder: Folder) -> dict[str, Any]:
-    """Reads the options that a token set was started with. Returns an empty dict if there is no token set."""
-    complete = folder.read_json(SETTINGS_FILE)
-    return (folder.read_json(OPTIONS_FILE) or {}) if complete is None else complete.get("options", {})
-
-
-def start_set(folder: Folder, options: Mapping[str, Any]) -> None:
-    """Starts a token set, or raises if parts of it were made with other options."""
-    recorded = read_options(folder)
-    for name in {**recorded, **options}:
-        before, now = recorded.get(name), options.get(name)
-        if before != now and (finished_parts(folder) or read_totals(folder) is not None):
-            reason = "the images have changed since" if name in ("images", "image_set") else "it was made otherwise"
-            raise ValueError(
-                f"`{folder.url}` must be continued with the same images and options, but {reason}: `{name}` was "
-                f"{before!r:.80} and is now {now!r:.80}. Pass --overwrite to start over, or choose another folder."
-            )
-    if recorded != options:
-        folder.write(OPTIONS_FILE, json.dumps(options, indent=2).encode())
-
-
-def delete_set(folder: Folder) -> None:
-    """Deletes all files of a token set."""
-    for name in (SETTINGS_FILE, MANIFEST_FILE, SKIPPED_FILE, CARD_FILE, RECORDS, DATA):
-        folder.delete(name)
+    settings = _read_object(folder, SETTINGS_FILE)
+    if settings is None:
+        return None
+    return settings.get("totals")
 
 
 def complete_set(folder: Folder, settings: dict[str, Any], card: Callable[..., str]) -> dict[str, int] | None:
-    """Completes a token set if all its parts are finished. Deletes files that belong to no part.
+    """Completes a token set if all its parts are finished.
 
-    The settings are written last: they mark the set as complete. Then the records are deleted. No
-    Parquet file is opened.
+    The settings are written last: they mark the set as complete. Then the records are deleted. No Parquet file is
+    opened.
 
     Args:
         folder ([`Folder`]): Folder of the set.
@@ -132,41 +216,126 @@ def complete_set(folder: Folder, settings: dict[str, Any], card: Callable[..., s
         complete.
 
     Raises:
-        ValueError: No image could be read.
+        ValueError: No image could be read; parts were made with other options; or there is a foreign file.
     """
-    num_parts, totals = settings["options"]["parts"], read_totals(folder)
+    options = settings["options"]
+    totals = read_totals(folder)
     if totals is None:
-        if len(finished_parts(folder)) < num_parts:
+        if len(_recorded_parts(folder)) < options["parts"]:
             return None
-        contents = [folder.read_json(record_name(part)) for part in range(num_parts)]
-        if None in contents:  # another process has completed the set at the same time
+        records = read_records(folder, options)
+        if len(records) < options["parts"]:  # a file was lost; or another process has just completed the set
             return read_totals(folder)
-        records = [PartRecord(**content) for content in contents if content]
-        skipped = [image for record in records for image in record.skipped]
-        totals = add_up(records)
-        if not totals["rows"]:
-            first = f" The first, `{skipped[0]['key']}`: {skipped[0]['reason']}" if skipped else ""
-            raise ValueError(f"at least one image must be readable, but none of {totals['images']} is.{first}")
-        files = {file["name"] for record in records for file in record.files}
-        for name in set(folder.all_files(DATA)) - files:  # left by processes that were killed
-            folder.delete(name)
-        lines = [asdict(record) | {"skipped": len(record.skipped)} for record in records]
-        for name, rows in ((MANIFEST_FILE, lines), (SKIPPED_FILE, skipped)):
-            folder.write(name, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        folder.write(CARD_FILE, card(totals=totals).encode())
-        folder.write(SETTINGS_FILE, (json.dumps(settings | {"totals": totals}, indent=2) + "\n").encode())
-    folder.delete(RECORDS)
+        totals = _write_set(folder, settings, [records[part] for part in range(options["parts"])], card)
+    _delete_records(folder)
+    return totals
+
+
+def _write_set(
+    folder: Folder, settings: dict[str, Any], records: Sequence[PartRecord], card: Callable[..., str]
+) -> dict[str, int]:
+    """Writes what a complete set has besides the files of its parts."""
+    files: list[TokenFile] = []
+    skipped: list[dict[str, str]] = []
+    lines = []
+    for record in records:
+        files += record.files
+        skipped += record.skipped
+        lines.append(record.to_entry() | {"skipped": len(record.skipped)})
+    totals = add_up(records)
+    if not totals["rows"]:
+        first = ""
+        if skipped:
+            first = f" The first, `{skipped[0]['key']}`: {skipped[0]['reason']}"
+        raise ValueError(f"at least one image must be readable, but none of {totals['images']} is.{first}")
+    check_foreign(files, folder.sizes(DATA), folder.url)
+    _delete_temporary_files(folder)
+    manifest = _json_lines(lines)
+    folder.write(MANIFEST_FILE, manifest)
+    folder.write(SKIPPED_FILE, _json_lines(skipped))
+    folder.write(CARD_FILE, card(totals=totals).encode())
+    check_options(folder, settings["options"])  # another process may have started over
+    content = settings | {"totals": totals, MANIFEST_CHECKSUM: hashlib.sha256(manifest).hexdigest()}
+    folder.write(SETTINGS_FILE, f"{json.dumps(content, indent=2)}\n".encode())
     return totals
 
 
 def add_up(records: Sequence[PartRecord]) -> dict[str, int]:
     """Numbers of images, rows, ids, skipped images and files of some parts."""
-    sums = {name: sum(getattr(one, name) for one in records) for name in ("images", "rows", "ids", "enlarged")}
-    return sums | {name: sum(len(getattr(one, name)) for one in records) for name in ("skipped", "files")}
+    totals = dict.fromkeys(("images", "rows", "ids", "enlarged", "skipped", "files"), 0)
+    for record in records:
+        totals["images"] += record.images
+        totals["rows"] += record.rows
+        totals["ids"] += record.ids
+        totals["enlarged"] += record.enlarged
+        totals["skipped"] += len(record.skipped)
+        totals["files"] += len(record.files)
+    return totals
 
 
-def _ranges(numbers: list[int]) -> str:
+def delete_set(folder: Folder) -> None:
+    """Deletes all files of a token set, and nothing else.
+
+    Raises:
+        ValueError: There is a Parquet file that the set does not have.
+    """
+    options = read_options(folder)
+    if options is None:
+        return
+    names = []
+    for name in folder.sizes(DATA):
+        match = SHARD_NAME.fullmatch(name)
+        if match is not None and int(match[1]) < options.get("parts", 0):
+            names.append(name)
+    check_foreign([TokenFile(name, 0, 0, "") for name in names], folder.sizes(DATA), folder.url)
+    for name in (SETTINGS_FILE, MANIFEST_FILE, SKIPPED_FILE, CARD_FILE, *names):
+        folder.delete(name)
+    _delete_temporary_files(folder)
+    _delete_records(folder)
+    for name in sorted({os.path.dirname(name) for name in names}):
+        folder.delete_empty(name)
+    folder.delete_empty(DATA)
+
+
+def _delete_records(folder: Folder) -> None:
+    for part in sorted(_recorded_parts(folder)):
+        folder.delete(record_name(part))
+    folder.delete(OPTIONS_FILE)
+    for name in folder.names(RECORDS):
+        if TEMPORARY_NAME.fullmatch(name):
+            folder.delete(f"{RECORDS}/{name}")
+    folder.delete_empty(RECORDS)
+
+
+def _delete_temporary_files(folder: Folder) -> None:
+    """Deletes what processes that were killed have left."""
+    for name in folder.sizes(DATA):
+        if TEMPORARY_NAME.fullmatch(os.path.basename(name)):
+            folder.delete(name)
+    for name in folder.names(""):
+        if TEMPORARY_NAME.fullmatch(name):
+            folder.delete(name)
+
+
+def _read_object(folder: Folder, name: str) -> dict[str, Any] | None:
+    content = folder.read(name)
+    if content is None:
+        return None
+    return parse_json_object(content, f"{folder.url}/{name}")
+
+
+def _json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    lines = [f"{json.dumps(row)}\n" for row in rows]
+    return "".join(lines).encode()
+
+
+def _ranges(numbers: Sequence[int]) -> str:
     """Numbers as SLURM's `--array` takes them: `3-5,9`."""
-    grouped = itertools.groupby(enumerate(numbers), lambda each: each[1] - each[0])
-    runs = [[number for _, number in group] for _, group in grouped]
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    texts = []
+    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        if len(run) == 1:
+            texts.append(f"{run[0]}")
+        else:
+            texts.append(f"{run[0]}-{run[-1]}")
+    return ",".join(texts)

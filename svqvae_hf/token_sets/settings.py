@@ -52,21 +52,23 @@ class TokenSettings(Encoding):
         super().__post_init__()
         if not is_whole(self.crops):
             check_integers({"resolution": self.resolution})
-        valid = {
-            "model": isinstance(self.model, str),
-            "scales": len(self.scales) > 0,
-            "crops": self.crops in tuple(CROPS),
-            "resolution": self.resolution is None or not is_whole(self.crops),
-            "context_model": self.context_model is None or FINGERPRINT.fullmatch(str(self.context_model)) is not None,
-        }
-        for name, is_valid in valid.items():
-            if not is_valid:
-                raise ValueError(f"`{name}` of a token set is out of range, got {getattr(self, name)!r:.80}.")
+        if not isinstance(self.model, str):
+            raise _out_of_range("model", self.model)
+        if len(self.scales) == 0:
+            raise _out_of_range("scales", self.scales)
+        if self.crops not in tuple(CROPS):
+            raise _out_of_range("crops", self.crops)
+        if self.resolution is not None and is_whole(self.crops):
+            raise _out_of_range("resolution", self.resolution)
+        if self.context_model is not None and not FINGERPRINT.fullmatch(str(self.context_model)):
+            raise _out_of_range("context_model", self.context_model)
 
     @property
     def id_dtype(self) -> str:
         """Type of the ids in the columns: 16 bits if the codebook is small enough."""
-        return "uint16" if self.codebook_size <= UINT16_CODES else "int32"
+        if self.codebook_size <= UINT16_CODES:
+            return "uint16"
+        return "int32"
 
     @property
     def id_columns(self) -> list[str]:
@@ -82,6 +84,10 @@ class TokenSettings(Encoding):
     def to_json(self) -> str:
         """Formats the settings as [`read_settings`] reads them."""
         return json.dumps(self.to_record(), indent=2) + "\n"
+
+
+def _out_of_range(name: str, value: Any) -> ValueError:
+    return ValueError(f"`{name}` of a token set is out of range, got {value!r:.80}.")
 
 
 def read_settings(path: str | os.PathLike) -> TokenSettings:
@@ -101,16 +107,39 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
             f"a token set must be a folder with {SETTINGS_FILE} or a set on the Hub, but `{name}` is neither. Make "
             "one with `svqvae tokenize`, which writes that file last."
         )
+    return parse_settings(content, name)
+
+
+def parse_settings(content: bytes, name: str) -> TokenSettings:
+    """Reads settings from the content of a file.
+
+    Args:
+        content (`bytes`): JSON.
+        name (`str`): Folder, URL or name of the set, for the error.
+
+    Raises:
+        ValueError: The content is damaged, or has another format version.
+    """
     try:
         return TokenSettings.from_record(json.loads(content))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"`{name}` is not a token set of this version: {error}") from error
 
 
+def is_token_set_on_hub(name: str) -> bool:
+    """Whether `name` is the name of a token set on the Hub, where it always has an owner."""
+    return is_hub_set(name) and "/" in name
+
+
+def download_set_file(name: str, file: str) -> Path:
+    """Downloads a file of a token set on the Hub to the cache."""
+    return download_file(name, file, name, repo_type="dataset")
+
+
 def read_set_file(name: str, file: str) -> bytes | None:
     """Content of a file of a token set on a disk, at a URL or on the Hub; `None` if it is absent."""
-    if is_hub_set(name) and "/" in name:  # token sets always have an owner on the Hub
-        return download_file(name, file, name, repo_type="dataset").read_bytes()
+    if is_token_set_on_hub(name):
+        return download_set_file(name, file).read_bytes()
     if "://" in name or Path(name).is_dir():
         return Folder(name).read(file)
     return None
@@ -141,18 +170,20 @@ def row_tokens(
         height, width = operator.index(row["height"]), operator.index(row["width"])
         columns = [np.asarray(row[name]).astype(np.int64, casting="safe") for name in names]
     except (KeyError, TypeError, ValueError) as error:
-        found = ", ".join(f"{name} = {row.get(name)!r:.40}" for name in ("height", "width", *names))
+        values = [f"{name} = {row.get(name)!r:.40}" for name in ("height", "width", *names)]
         raise ValueError(
-            f"a row must have integers as height, width, {', '.join(names)} to match its settings, but has {found}. "
+            f"a row must have integers as height, width, {', '.join(names)} to match its settings, but has "
+            f"{', '.join(values)}. "
             "Make the set again with `svqvae tokenize`."
         ) from error
     grids = []
-    for ids, scale in zip(map(torch.as_tensor, columns), settings.scales, strict=True):
+    for column, scale in zip(columns, settings.scales, strict=True):
+        ids = torch.as_tensor(column)
         shape = settings.grid(scale, height, width)
         if ids.shape != (math.prod(shape),):
             raise ValueError(
                 f"a row of {height} x {width} pixels has {math.prod(shape)} ids at scale {scale:g}, not {ids.numel()}."
             )
-        grids.append(ids.view(shape))
+        grids.append(ids.view(shape))  # (h, w)
     encoding = {field.name: getattr(settings, field.name) for field in fields(Encoding)}
     return ImageTokens(grids, height, width, **encoding)

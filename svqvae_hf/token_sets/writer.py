@@ -1,19 +1,22 @@
 """Makes a token set from an image set, part by part: ids in Parquet files, which `datasets` reads."""
 
-import dataclasses
 import hashlib
-import itertools
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import datasets
+import torch
 from tqdm import tqdm
 
 from svqvae_files.folders import Folder
+from svqvae_files.identity import value_digest
 from svqvae_files.outputs import check_new_folder, scale_endings
 from svqvae_hf.data.image_sets import ImageSet
 from svqvae_hf.hub.origin import find_origin
@@ -21,17 +24,19 @@ from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.cards import token_set_card
 from svqvae_hf.token_sets.crops import CROPS, is_whole, read_crops
 from svqvae_hf.token_sets.encoder import RowEncoder
+from svqvae_hf.token_sets.manifest import PartRecord
 from svqvae_hf.token_sets.parts import (
     RECORDS,
     SKIPPED_FILE,
-    PartRecord,
     add_up,
+    check_options,
     complete_set,
     delete_set,
     is_finished,
     read_options,
-    record_name,
     start_set,
+    unfinished_parts,
+    write_record,
 )
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.token_sets.shards import row_features, write_shards
@@ -71,7 +76,9 @@ class TokenizeReport:
     enlarged: int
 
     def __str__(self) -> str:
-        lines = [f"resumed: {self.resumed:,} of {self.parts:,} parts were there"] if self.resumed else []
+        lines = []
+        if self.resumed:
+            lines.append(f"resumed: {self.resumed:,} of {self.parts:,} parts were there")
         lines.append(f"written  {self.out} (images: {self.images}, rows: {self.rows}, files: {self.files})")
         if self.enlarged:
             lines.append(f"enlarged {self.out} (images smaller than their crops: {self.enlarged})")
@@ -82,39 +89,11 @@ class TokenizeReport:
         return "\n".join(lines)
 
 
-def tokenize_set(
-    model: SVQVAE,
-    images: ImageSet,
-    out: str | os.PathLike,
-    *,
-    model_name: str,
-    source_set: str | None = None,
-    scales: Sequence[float] = (1.0,),
-    scale_from: str = "image",
-    context_model: ContextModel | None = None,
-    crops: str = "whole",
-    resolution: int | None = None,
-    batch_size: int | None = None,
-    parts: Sequence[int] | None = None,
-    num_parts: int | None = None,
-    num_workers: int = 0,
-    overwrite: bool = False,
-    license: str | None = None,
-    tile_size: int | None = None,
-    overlap: int | None = None,
-) -> TokenizeReport:
-    """Makes a token set from an image set, or some parts of it.
-
-    Each part is a function of the image set, the options and its number, so any process on any machine may make it. A
-    part that is finished is skipped; one that was interrupted is made again. The process that finishes the last part
-    completes the set. On devices of one kind, the files are the same however many processes took part.
+@dataclass(frozen=True, kw_only=True)
+class TokenizeOptions:
+    """Options of [`tokenize_set`].
 
     Args:
-        model ([`SVQVAE`]): Model in evaluation mode, on its device.
-        images ([`ImageSet`]): Images from [`~svqvae_hf.data.image_sets.open_images`]. Unreadable ones are skipped and
-            listed.
-        out (`str` or `os.PathLike`): Folder to create, or its URL for `fsspec`, such as `s3://bucket/tokens`. It must
-            be absent, empty, or a token set that was started with the same options.
         model_name (`str`): Hub id of the model, or the name of its folder, for the settings and the card.
         source_set (`str`, *optional*): Name of the image set on the Hub, for the card.
         scales (`Sequence[float]`, defaults to `(1.0,)`): Output side over input side, one column of ids each.
@@ -135,86 +114,222 @@ def tokenize_set(
             [`~svqvae_hf.tokens.image_tokens.choose_tiles`].
         overlap (`int`, *optional*): Overlap for all images.
 
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    model_name: str
+    source_set: str | None = None
+    scales: Sequence[float] = (1.0,)
+    scale_from: str = "image"
+    context_model: ContextModel | None = None
+    crops: str = "whole"
+    resolution: int | None = None
+    batch_size: int | None = None
+    parts: Sequence[int] | None = None
+    num_parts: int | None = None
+    num_workers: int = 0
+    overwrite: bool = False
+    license: str | None = None
+    tile_size: int | None = None
+    overlap: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_least("batch_size", self.batch_size, 1)
+        _check_least("num_workers", self.num_workers, 0)
+        _check_least("resolution", self.resolution, 1)
+        if self.crops not in CROPS:
+            raise ValueError(f"`crops` must be one of {', '.join(CROPS)}, got {self.crops!r}.")
+        got = f"got {self.resolution} for `crops` {self.crops!r}"
+        must_be = f"`resolution` must be the side of the crops in pixels, {got}."
+        if self.resolution is None and not is_whole(self.crops):
+            raise ValueError(f"{must_be} Pass it, or choose other crops.")
+        if self.resolution is not None and is_whole(self.crops):
+            raise ValueError(f"{must_be} Leave it out, or choose other crops.")
+        scale_endings(self.scales)  # `detokenize_set` names files by them
+
+
+def _check_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+
+def tokenize_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, **options: Any) -> TokenizeReport:
+    """Makes a token set from an image set, or some parts of it.
+
+    Each part is a function of the image set, the options and its number, so any process on any machine may make it. A
+    part that is finished is skipped; one that was interrupted is made again. The process that finishes the last part
+    completes the set. On devices of one kind, the files are the same however many processes took part.
+
+    Args:
+        model ([`SVQVAE`]): Model in evaluation mode, on its device.
+        images ([`ImageSet`]): Images from [`~svqvae_hf.data.image_sets.open_images`]. Unreadable ones are skipped and
+            listed.
+        out (`str` or `os.PathLike`): Folder to create, or its URL for `fsspec`, such as `s3://bucket/tokens`. It must
+            be absent, empty, or a token set that was started with the same options.
+        **options: Fields of [`TokenizeOptions`], of which `model_name` is required.
+
     Returns:
         [`TokenizeReport`]: Numbers of images, rows and files.
 
     Raises:
         OSError: `out` cannot be written, or an image cannot be fetched.
-        ValueError: An option is out of range, or differs from the options that the set was started with; no image can
-            be read; or an image needs more memory than is available.
+        ValueError: An option is out of range, or differs from the options that the set was started with; a file of the
+            set is damaged; no image can be read; or an image needs more memory than is available.
     """
-    license = find_origin({}, {"image set": source_set}, license).license
-    _check_options(crops, resolution, batch_size, num_workers)
-    num_parts = count_parts(images, num_parts)
-    parts = range(num_parts) if parts is None else parts
-    if not all(0 <= part < num_parts for part in parts):
-        raise ValueError(f"A part (`--part`) must be in [0, {num_parts - 1}], got {[*parts]!r:.80}.")
+    plan = plan_set(model, images, out, TokenizeOptions(**options))
+    if plan.request.overwrite:
+        delete_set(plan.folder)
+    start_set(plan.folder, plan.options)
+    encoder = RowEncoder(
+        model, plan.settings, images.features, plan.request.batch_size, context_model=plan.request.context_model
+    )
+    records = []
+    total = None
+    if len(plan.parts) == plan.num_parts:
+        total = images.length
+    with tqdm(total=total, unit="image", disable=None) as bar:
+        for part in unfinished_parts(plan.folder, plan.options, plan.parts):
+            records.append(make_part(plan, images, encoder, part, bar.update))
+    totals = finish_set(plan)
+    return TokenizeReport(
+        out=plan.folder.url,
+        complete=totals is not None,
+        parts=plan.num_parts,
+        resumed=len(plan.parts) - len(records),
+        **(totals or add_up(records)),
+    )
+
+
+@dataclass(frozen=True)
+class SetPlan:
+    """What a run makes.
+
+    Args:
+        request ([`TokenizeOptions`]): What was asked for.
+        folder ([`Folder`]): Folder of the set.
+        settings ([`TokenSettings`]): What all rows share.
+        features (`datasets.Features`): Columns of the set.
+        options (`dict[str, Any]`): All on which the files depend, as JSON holds it.
+        num_parts (`int`): Number of parts of the set.
+        parts (`Sequence[int]`): Numbers of the parts that this run makes.
+        license (`str`, *optional*): Licence of the images.
+    """
+
+    request: TokenizeOptions
+    folder: Folder
+    settings: TokenSettings
+    features: datasets.Features
+    options: dict[str, Any]
+    num_parts: int
+    parts: Sequence[int]
+    license: str | None
+
+
+def plan_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, request: TokenizeOptions) -> SetPlan:
+    """Plans a run, and writes nothing.
+
+    Raises:
+        OSError: `out` cannot be reached.
+        ValueError: An option is out of range, or `out` has something else in it.
+    """
+    license = find_origin({}, {"image set": request.source_set}, request.license).license
+    num_parts = count_parts(images, request.num_parts)
+    parts = range(num_parts) if request.parts is None else request.parts
+    for part in parts:
+        if not 0 <= part < num_parts:
+            raise ValueError(f"A part (`--part`) must be in [0, {num_parts - 1}], got {list(parts)!r:.80}.")
+    if request.overwrite and len(parts) < num_parts:
+        raise ValueError("--overwrite deletes all parts, so one process must make them. Or delete the folder first.")
     folder = check_out(out)
-    scale_endings(scales)  # `detokenize_set` names files by them
+    scales = [float(scale) for scale in request.scales]
+    tiles = model.tiles_of_call(request.tile_size, request.overlap)
     settings = TokenSettings(
-        model=model_name,
-        crops=crops,
-        resolution=resolution,
-        context_model=None if context_model is None else context_model.fingerprint,
-        **encoding_of(model, [*map(float, scales)], scale_from, model.tiles_of_call(tile_size, overlap)),
+        model=request.model_name,
+        crops=request.crops,
+        resolution=request.resolution,
+        context_model=None if request.context_model is None else request.context_model.fingerprint,
+        **encoding_of(model, scales, request.scale_from, tiles),
     )
     features = row_features(settings, images.features)
-    stored = json.loads(settings.to_json())
-    options = stored | {  # on which the files depend
+    options = settings.to_record() | {
         "columns": features.to_dict(),
         "images": images.length,
         "image_set": images.fingerprint,
+        "image_files": images.files_digest,
         "parts": num_parts,
-        "batch_size": batch_size,
+        "batch_size": request.batch_size,
         "dtype": str(model.dtype),
         "device": model.device.type,
-        "encoder": _digest_of_encoder(model),
+        "encoder": encoder_digest(model),
     }
-    if overwrite and len(parts) < num_parts:
-        raise ValueError("--overwrite deletes all parts, so one process must make them. Or delete the folder first.")
-    if overwrite:
-        delete_set(folder)
-    start_set(folder, options)
-    encoder = RowEncoder(model, settings, images.features, batch_size, context_model)
-    made: list[PartRecord] = []
-    with tqdm(total=images.length if len(parts) == num_parts else None, unit="image", disable=None) as bar:
-        for part in parts:
-            if is_finished(folder, part):
-                continue
-            shards = images.part(part, num_parts)
-            rows = itertools.chain.from_iterable(shard.read() for shard in shards)
-            read = read_crops(rows, crops, resolution, num_workers)
-            record = PartRecord(part, [shard.name for shard in shards])
-            encoded = encoder.encode(read, record, bar.update)
-            try:
-                _write_part(folder, options, record, write_shards(folder, part, encoded, settings, features))
-            except OSError:
-                if not is_finished(folder, part):  # otherwise another process has made it and tidied up
-                    raise
-            made.append(record)
-    name = folder.path.rpartition("/")[2]
+    options = json.loads(json.dumps(options))
+    return SetPlan(request, folder, settings, features, options, num_parts, parts, license)
+
+
+def make_part(
+    plan: SetPlan, images: ImageSet, encoder: RowEncoder, part: int, on_image: Callable[[], object]
+) -> PartRecord:
+    """Writes the files of a part, and then its record, which marks it as finished.
+
+    Args:
+        plan ([`SetPlan`]): The set.
+        images ([`ImageSet`]): Its images.
+        encoder ([`RowEncoder`]): Makes the rows.
+        part (`int`): Number of the part.
+        on_image (`Callable`): Called after each image.
+
+    Raises:
+        OSError: A file cannot be written, or an image cannot be fetched.
+        ValueError: Another process has meanwhile started the set anew with other options; or an image needs more
+            memory than is available.
+    """
+    shards = images.part(part, plan.num_parts)
+    record = PartRecord(part, value_digest(plan.options), [shard.name for shard in shards])
+    rows = chain.from_iterable(shard.read() for shard in shards)
+    crops = read_crops(rows, plan.request.crops, plan.request.resolution, plan.request.num_workers)
+    encoded = encoder.encode(crops, record, on_image)
+    try:
+        for written in write_shards(plan.folder, part, encoded, plan.settings, plan.features):
+            record.files.append(written.file)
+            record.rows += written.file.rows
+            record.ids += written.num_ids
+        check_options(plan.folder, plan.options)
+        write_record(plan.folder, record)
+    except OSError:
+        if not is_finished(plan.folder, plan.options, part):
+            raise
+        # Another process has made the same part, completed the set and deleted the temporary files of this one.
+    return record
+
+
+def finish_set(plan: SetPlan) -> dict[str, int] | None:
+    """Completes a set if all its parts are finished. Returns its totals, or `None` if it is not complete."""
     card = partial(
-        token_set_card, repo_id=name, settings=settings, columns=features, license=license, source_set=source_set
+        token_set_card,
+        repo_id=plan.folder.path.rpartition("/")[2],
+        settings=plan.settings,
+        columns=plan.features,
+        license=plan.license,
+        source_set=plan.request.source_set,
     )
-    totals = complete_set(folder, stored | {"options": options}, card)
-    resumed = len(parts) - len(made)
-    return TokenizeReport(folder.url, totals is not None, num_parts, resumed, **totals or add_up(made))
+    content = json.loads(plan.settings.to_json()) | {"options": plan.options}
+    return complete_set(plan.folder, content, card)
 
 
-def _digest_of_encoder(model: SVQVAE) -> str:
-    """SHA-256 in hexadecimal of the weights that make latents. Models of one name and codebook may differ in them."""
-    weights = (each for part in (model.encoder, model.quant_conv) for each in part.parameters() if not each.is_meta)
-    return hashlib.sha256(b"".join(each.detach().float().cpu().numpy().tobytes() for each in weights)).hexdigest()
+def encoder_digest(model: SVQVAE) -> str:
+    """SHA-256 in hexadecimal of the config and the weights that make latents.
 
-
-def _write_part(folder: Folder, options: dict[str, Any], record: PartRecord, files: Iterable[dict[str, Any]]) -> None:
-    """Writes the files of a part, and its record last, which marks it as finished."""
-    for file in files:
-        record.rows += file["rows"]
-        record.ids += file.pop("ids")
-        record.files.append(file)
-    start_set(folder, options)  # raises if another process has meanwhile finished a part with others
-    folder.write(record_name(record.part), json.dumps(dataclasses.asdict(record)).encode())
+    Models of one name and codebook may differ in them.
+    """
+    digest = hashlib.sha256()
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    digest.update(value_digest(config).encode())
+    for module in (model.encoder, model.quant_conv):
+        for weight in module.parameters():
+            if not weight.is_meta:
+                digest.update(weight.detach().to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def count_parts(images: ImageSet, num_parts: int | None = None) -> int:
@@ -229,8 +344,9 @@ def count_parts(images: ImageSet, num_parts: int | None = None) -> int:
         ValueError: There cannot be so many parts.
     """
     if num_parts is None:
-        least = 1 if images.rows is None else IMAGES_PER_PART
-        return min(MAX_PARTS, -(-images.max_parts // least))
+        if images.rows is None:
+            return min(MAX_PARTS, images.max_parts)
+        return min(MAX_PARTS, math.ceil(images.max_parts / IMAGES_PER_PART))
     if not 1 <= num_parts <= images.max_parts:
         unit = "files" if images.rows is None else "images"
         raise ValueError(f"`num_parts` must be in [1, {images.max_parts}], the number of {unit}, got {num_parts}.")
@@ -252,8 +368,9 @@ def check_out(out: str | os.PathLike) -> Folder:
     """
     folder = Folder(out)
     names = folder.names("")
-    is_starting = names == {RECORDS} and all(name[0] == "." for name in folder.names(RECORDS))  # in another process
-    if is_starting or (names and read_options(folder)):
+    if names and read_options(folder) is not None:
+        return folder
+    if names == {RECORDS} and _has_only_hidden_files(folder, RECORDS):  # another process starts the set
         return folder
     if folder.is_local:
         check_new_folder(Path(folder.url.removeprefix("file://")))
@@ -262,15 +379,5 @@ def check_out(out: str | os.PathLike) -> Folder:
     return folder
 
 
-def _check_options(crops: str, resolution: int | None, batch_size: int | None, num_workers: int) -> None:
-    least = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "resolution": (resolution, 1)}
-    for name, (value, lowest) in least.items():
-        if value is not None and value < lowest:
-            raise ValueError(f"`{name}` must be at least {lowest}, got {value}.")
-    if crops not in CROPS:
-        raise ValueError(f"`crops` must be one of {', '.join(CROPS)}, got {crops!r}.")
-    if is_whole(crops) != (resolution is None):
-        raise ValueError(
-            f"`resolution` must be the side of the crops in pixels, got {resolution} for `crops` {crops!r}. "
-            f"{'Pass it' if resolution is None else 'Leave it out'}, or choose other crops."
-        )
+def _has_only_hidden_files(folder: Folder, subfolder: str) -> bool:
+    return all(name.startswith(".") for name in folder.names(subfolder))

@@ -189,7 +189,7 @@ def test_token_set_is_made_from_a_set_on_the_hub_and_decoded_there(hub, seen):
     pushed = folder / "hub" / "org" / "tokens" / "main"
     assert content(pushed) == content(folder / "out-tokens")
     assert "source_datasets:\n- org/photos" in (pushed / "README.md").read_text()
-    assert (folder / "images" / "00000000_x1.png").exists()
+    assert (folder / "images" / "cat" / "0_x1.png").exists()
 
 
 def test_errors_are_one_line(seen):

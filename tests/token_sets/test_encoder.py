@@ -15,7 +15,7 @@ from svqvae_hf.data.image_rows import ImageRow
 from svqvae_hf.token_sets import crops, encoder
 from svqvae_hf.token_sets.crops import CroppedImage, read_crops
 from svqvae_hf.token_sets.encoder import RowEncoder
-from svqvae_hf.token_sets.parts import PartRecord
+from svqvae_hf.token_sets.manifest import PartRecord
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokens.encoding import encoding_of
 
@@ -26,7 +26,7 @@ def settings():
 
 
 def encode(model, settings, images, batch_size=None):
-    counts = PartRecord(0, [])
+    counts = PartRecord(0, "", [])
     rows = RowEncoder(model, settings, datasets.Features(), batch_size).encode(images, counts, lambda: None)
     return [dict(row) for row in rows], counts  # each as it comes, because the writer writes it at once
 

@@ -1,0 +1,280 @@
+"""The manifest of a token set, and reading the set through it."""
+
+import dataclasses
+import glob
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow.dataset import ParquetFragmentScanOptions
+
+from svqvae_files.folders import Folder
+from svqvae_files.json_files import parse_json_object
+from svqvae_hf.data.set_errors import explained_set
+from svqvae_hf.token_sets.settings import (
+    SETTINGS_FILE,
+    download_set_file,
+    is_token_set_on_hub,
+    parse_settings,
+    read_set_file,
+)
+from svqvae_hf.tokens.token_files import METADATA_KEY
+
+DATA = "data"
+MANIFEST_FILE = "manifest.jsonl"
+MANIFEST_CHECKSUM = "manifest"  # key in the settings
+CHECKED = ParquetFragmentScanOptions(page_checksum_verification=True)
+ROWS_AT_A_TIME = 256
+REMEDY = "Copy the set again, or make it again with `svqvae tokenize --overwrite`."
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A Parquet file of a token set.
+
+    Args:
+        name (`str`): Path below the folder of the set.
+        rows (`int`): Rows in it.
+        size (`int`): Bytes.
+        checksum (`str`): SHA-256 in hexadecimal.
+    """
+
+    name: str
+    rows: int
+    size: int
+    checksum: str
+
+
+@dataclass
+class PartRecord:
+    """Facts of a part. They are the same each time that the part is made.
+
+    Args:
+        part (`int`): Number of the part.
+        options (`str`): Digest of the options of the set: its image set, its model and how it is encoded.
+        read (`list[str]`): Files, or the range of images, that were read.
+        images (`int`): Images that were read, including the skipped ones.
+        rows (`int`): Rows that were written.
+        ids (`int`): Ids in them, of all scales.
+        enlarged (`int`): Images that are smaller than their crops.
+        skipped (`list[dict[str, str]]`): `key` and `reason` of each image that could not be read.
+        files (`list[TokenFile]`): Parquet files.
+    """
+
+    part: int
+    options: str
+    read: list[str]
+    images: int = 0
+    rows: int = 0
+    ids: int = 0
+    enlarged: int = 0
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    files: list[TokenFile] = field(default_factory=list)
+
+    def to_entry(self) -> dict[str, Any]:
+        """The record as JSON holds it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any], name: str) -> "PartRecord":
+        """Reads a record from JSON.
+
+        Args:
+            entry (`Mapping[str, Any]`): Content.
+            name (`str`): Path or URL of the file, for the error.
+
+        Raises:
+            ValueError: The record is damaged.
+        """
+        try:
+            files = [TokenFile(**file) for file in entry["files"]]
+            record = cls(**{**entry, "files": files})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"`{name}` must be the record of a part, but is damaged: {error}.") from error
+        for attribute, type_ in RECORD_TYPES.items():
+            if not isinstance(getattr(record, attribute), type_):
+                raise ValueError(f"`{name}` must be the record of a part, but its `{attribute}` is damaged.")
+        return record
+
+
+RECORD_TYPES = {"part": int, "options": str, "read": list, "images": int, "rows": int, "ids": int, "skipped": list}
+
+
+def check_sizes(files: Sequence[TokenFile], sizes: Mapping[str, int], place: str) -> None:
+    """Raises unless all files of a set are there and whole, and no others.
+
+    Args:
+        files (`Sequence[TokenFile]`): Files that the manifest names.
+        sizes (`Mapping[str, int]`): Bytes of the files that are there.
+        place (`str`): Folder or URL of the set.
+
+    Raises:
+        ValueError: A file is missing, cut or foreign.
+    """
+    for file in files:
+        size = sizes.get(file.name)
+        if size is None:
+            raise ValueError(f"`{place}/{file.name}` is missing, although the manifest of the set names it. {REMEDY}")
+        if size != file.size:
+            raise ValueError(
+                f"`{place}/{file.name}` must have {file.size:,} bytes, as the manifest of the set says, but has "
+                f"{size:,}. {REMEDY}"
+            )
+    check_foreign(files, sizes, place)
+
+
+def check_foreign(files: Sequence[TokenFile], names: Iterable[str], place: str) -> None:
+    """Raises ValueError if there is a Parquet file that the set does not have. `datasets` would read it as rows."""
+    set_names = {file.name for file in files}
+    for name in sorted(names):
+        if name.endswith(".parquet") and name not in set_names:
+            raise ValueError(f"`{place}/{name}` must not be there, because the token set has no such file. Move it.")
+
+
+class TokenSet:
+    """A complete token set. Only files that its manifest names are read, and each is compared with it.
+
+    Args:
+        name (`str`): Folder of the set, its URL for `fsspec`, or its name on the Hub.
+
+    Attributes:
+        settings ([`TokenSettings`]): What all rows share.
+        options (`dict[str, Any]`): Options that the set was made with.
+        totals (`dict[str, int]`): Numbers of images, rows, ids, skipped images and files.
+        files (`list[TokenFile]`): Parquet files in the order of the rows.
+        digest (`str`): Checksum of the manifest, which names the content of all files.
+
+    Raises:
+        OSError: The set does not exist or cannot be reached.
+        ValueError: It is not a token set, or its manifest is damaged.
+    """
+
+    def __init__(self, name: str | os.PathLike):
+        self.name = os.fspath(name).rstrip("/")
+        content = read_set_file(self.name, SETTINGS_FILE)
+        if content is None:
+            raise FileNotFoundError(
+                f"a token set must be a folder with {SETTINGS_FILE} or a set on the Hub, but `{self.name}` is neither."
+                " Make one with `svqvae tokenize`, which writes that file last."
+            )
+        self.settings = parse_settings(content, self.name)
+        entry = parse_json_object(content, f"{self.name}/{SETTINGS_FILE}")
+        self.options: dict[str, Any] = entry.get("options", {})
+        self.totals: dict[str, int] = entry.get("totals", {})
+        self.files = self._read_manifest(entry.get(MANIFEST_CHECKSUM))
+        self.digest: str = entry[MANIFEST_CHECKSUM]
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return sum(file.rows for file in self.files)
+
+    def check_files(self) -> None:
+        """Raises ValueError unless all files are there and have their sizes, and no others are there."""
+        if is_token_set_on_hub(self.name):
+            return  # its files are compared when they are read
+        check_sizes(self.files, Folder(self.name).sizes(DATA), self.name)
+
+    def read_file(self, file: TokenFile) -> bytes:
+        """Reads a file.
+
+        Raises:
+            ValueError: The file is missing, or is not the one that the manifest names.
+        """
+        content = read_set_file(self.name, file.name)
+        if content is None:
+            raise ValueError(f"`{self.name}/{file.name}` is missing, although the manifest names it. {REMEDY}")
+        checksum = hashlib.sha256(content).hexdigest()
+        if (len(content), checksum) != (file.size, file.checksum):
+            raise ValueError(
+                f"`{self.name}/{file.name}` must be the file that the manifest of the set names, but has other "
+                f"content. {REMEDY}"
+            )
+        return content
+
+    def read_columns(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Yields the values of some columns of all rows, in their order."""
+        for file in self.files:
+            table = self._open(file)
+            for batch in table.iter_batches(ROWS_AT_A_TIME, columns=list(columns)):
+                yield from batch.to_pylist()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yields all rows in their order. Only one file is in memory at a time."""
+        for file in self.files:
+            table = self._open(file)
+            for batch in table.iter_batches(ROWS_AT_A_TIME):
+                yield from batch.to_pylist()
+
+    def load(self) -> datasets.Dataset:
+        """Copies all rows to the cache of `datasets`, unless they are there.
+
+        Raises:
+            OSError: The set cannot be reached.
+            ValueError: A file is missing, cut or foreign, or was replaced since the copy.
+        """
+        self.check_files()
+        paths = [self._path(file) for file in self.files]
+        with explained_set(self.name, "token"):
+            patterns = {"train": [_pattern_of(path) for path in paths]}
+            builder = datasets.load_dataset_builder("parquet", data_files=patterns, fragment_scan_options=CHECKED)
+        if not os.path.exists(builder.cache_dir):
+            for file in self.files:
+                self.read_file(file)
+        with explained_set(self.name, "token"):
+            builder.download_and_prepare()
+            rows = builder.as_dataset("train")
+        if len(rows) != self.num_rows:
+            raise ValueError(f"`{self.name}` must have {self.num_rows:,} rows, but has {len(rows):,}. {REMEDY}")
+        return rows
+
+    def _path(self, file: TokenFile) -> str:
+        """Local path or URL of a file."""
+        if is_token_set_on_hub(self.name):
+            return str(download_set_file(self.name, file.name))
+        return f"{self.name}/{file.name}"
+
+    def _open(self, file: TokenFile) -> pq.ParquetFile:
+        content = self.read_file(file)
+        try:
+            table = pq.ParquetFile(io.BytesIO(content))
+            settings = (table.schema_arrow.metadata or {}).get(METADATA_KEY.encode())
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"`{self.name}/{file.name}` must be a Parquet file, but is damaged: {error}.") from error
+        if settings is None or parse_settings(settings, f"{self.name}/{file.name}") != self.settings:
+            raise ValueError(f"`{self.name}/{file.name}` must have the settings of the set, but has others. {REMEDY}")
+        return table
+
+    def _read_manifest(self, checksum: str | None) -> list[TokenFile]:
+        name = f"{self.name}/{MANIFEST_FILE}"
+        content = read_set_file(self.name, MANIFEST_FILE)
+        if content is None:
+            raise ValueError(f"`{name}` is missing, which names the files of the set. {REMEDY}")
+        if hashlib.sha256(content).hexdigest() != checksum:
+            raise ValueError(f"`{name}` must be the manifest that {SETTINGS_FILE} names, but has changed. {REMEDY}")
+        files: list[TokenFile] = []
+        for line in content.splitlines():
+            files += PartRecord.from_entry({**parse_json_object(line, name), "skipped": []}, name).files
+        return files
+
+
+def load_rows(name: str | os.PathLike) -> datasets.Dataset:
+    """Loads the rows of a token set by `datasets`, see [`TokenSet.load`].
+
+    Args:
+        name (`str` or `os.PathLike`): Folder of the set, its URL for `fsspec`, or its name on the Hub.
+    """
+    return TokenSet(name).load()
+
+
+def _pattern_of(path: str) -> str:
+    """Pattern that stands for one file, because `datasets` reads names as patterns."""
+    if "://" in path:
+        return path.replace("[", "[[]")
+    return glob.escape(path)
