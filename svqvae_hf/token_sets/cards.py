@@ -34,7 +34,10 @@ def public_names(data: Sequence[str], model: str) -> dict[str, Any]:
         `dict[str, Any]`: `model_name`, a Hub id or the name of the folder; and `source_set`, a Hub
         id, or `None` if the images are not a set on the Hub.
     """
-    return {"model_name": public_name(model), "source_set": data[0] if len(data) == 1 and is_hub_set(*data) else None}
+    source_set = None
+    if len(data) == 1 and is_hub_set(data[0]):
+        source_set = data[0]
+    return {"model_name": public_name(model), "source_set": source_set}
 
 
 def token_set_card(
@@ -59,24 +62,16 @@ def token_set_card(
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
-    scales = ", ".join(f"{scale:g}" for scale in settings.scales)
-    facts = {
-        "images, rows": f"{totals['images']}, {totals['rows']}",
-        "image set": source_set or "not on the Hub",
-        "model": settings.model,
-        "codebook": f"{settings.codebook_size} codes, sha256 `{settings.codebook_fingerprint}`",
-        "f, pixels per side of an id": settings.f,
-        "scales, output side over input side": scales,
-        "scales made from": f"the {settings.scale_from}",
-        "crops": settings.crops + (f", {settings.resolution} pixels" if settings.resolution else ""),
-        "tiles": f"{settings.tile_size} pixels, overlap {settings.overlap}" if settings.tile_size else "none",
-    }
-    ids = {f"ids_{index}": f"ids at scale {scale:g}, row by row" for index, scale in enumerate(settings.scales)}
-    meanings = COLUMNS | ids
-    sources = [source_set] if source_set else None
     command = shlex.join(["svqvae", "decode", repo_id, "--model", settings.model, "--output", "DIR"])
+    facts = {"images, rows": f"{totals['images']}, {totals['rows']}"} | _facts(settings, source_set)
+    meanings = dict(COLUMNS)
+    for index, scale in enumerate(settings.scales):
+        meanings[f"ids_{index}"] = f"ids at scale {scale:g}, row by row"
+    card_data = DatasetCardData(license=license or "unknown", tags=TAGS)
+    if source_set is not None:
+        card_data.source_datasets = [source_set]
     card = DatasetCard.from_template(
-        DatasetCardData(license=license or "unknown", tags=TAGS, source_datasets=sources),
+        card_data,
         template_path=str(TEMPLATE),
         name=one_line(repo_id.rpartition("/")[2]),
         repo_id=quote(repo_id),
@@ -87,3 +82,24 @@ def token_set_card(
         licence=one_line(license or "Not stated: ask the authors of the images before you use or share it."),
     )
     return f"{card}\n"
+
+
+def _facts(settings: TokenSettings, source_set: str | None) -> dict[str, Any]:
+    """Rows of the table of a card."""
+    scales = [f"{scale:g}" for scale in settings.scales]
+    crops = settings.crops
+    if settings.resolution is not None:
+        crops = f"{settings.crops}, {settings.resolution} pixels"
+    tiles = "none"
+    if settings.tile_size is not None:
+        tiles = f"{settings.tile_size} pixels, overlap {settings.overlap}"
+    return {
+        "image set": source_set or "not on the Hub",
+        "model": settings.model,
+        "codebook": f"{settings.codebook_size} codes, sha256 `{settings.codebook_fingerprint}`",
+        "f, pixels per side of an id": settings.f,
+        "scales, output side over input side": ", ".join(scales),
+        "scales made from": f"the {settings.scale_from}",
+        "crops": crops,
+        "tiles": tiles,
+    }

@@ -24,10 +24,21 @@ CROP_POSITIONS = {  # (x, y): 0 is left or top, 1 is right or bottom
 }
 CROPS = {  # names of the crops of an image, in the order of the rows
     "whole": ("whole",),
-    "whole-flip": ("whole", f"whole{FLIPPED}"),
+    "whole-flip": ("whole", "whole-flipped"),
     "centre": ("centre",),
-    "centre-flip": ("centre", f"centre{FLIPPED}"),
-    "ten-crop": tuple(f"{position}{ending}" for position in CROP_POSITIONS for ending in ("", FLIPPED)),
+    "centre-flip": ("centre", "centre-flipped"),
+    "ten-crop": (
+        "centre",
+        "centre-flipped",
+        "top-left",
+        "top-left-flipped",
+        "top-right",
+        "top-right-flipped",
+        "bottom-left",
+        "bottom-left-flipped",
+        "bottom-right",
+        "bottom-right-flipped",
+    ),
 }
 IMAGES_PER_TASK = 16  # of a worker, because each transfer has a cost
 WHOLE_PER_TASK = 4  # fewer, because whole images can be large
@@ -53,17 +64,22 @@ def make_crops(image: Image.Image, crops: str, resolution: int | None) -> list[I
         `list[PIL.Image.Image]`: One crop per name in `CROPS[crops]`, all of one size.
     """
     if resolution is not None:
-        side = round(TEN_CROP_MARGIN * resolution) if crops == "ten-crop" else resolution
+        side = resolution
+        if crops == "ten-crop":
+            side = round(TEN_CROP_MARGIN * resolution)
         image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
-    made = []
+    images = []
     for name in CROPS[crops]:
         crop = image
         if resolution is not None:
             x, y = CROP_POSITIONS[name.removesuffix(FLIPPED)]
-            left, top = round(x * (image.width - resolution)), round(y * (image.height - resolution))
+            left = round(x * (image.width - resolution))
+            top = round(y * (image.height - resolution))
             crop = image.crop((left, top, left + resolution, top + resolution))
-        made.append(ImageOps.mirror(crop) if name.endswith(FLIPPED) else crop)
-    return made
+        if name.endswith(FLIPPED):
+            crop = ImageOps.mirror(crop)
+        images.append(crop)
+    return images
 
 
 class CroppedImage(NamedTuple):
@@ -98,22 +114,28 @@ def read_crops(
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
         num_workers (`int`): Worker processes; with 0, this process reads.
     """
+    images_per_task = IMAGES_PER_TASK
+    if resolution is None:
+        images_per_task = WHOLE_PER_TASK
     tasks = DataLoader(
         _CropReader(crops, resolution),
-        batch_sampler=_tasks(images, WHOLE_PER_TASK if resolution is None else IMAGES_PER_TASK),
+        batch_sampler=_tasks(images, images_per_task),
         num_workers=num_workers,
         collate_fn=list,  # by default, the loader would make tensors of all arrays
         generator=torch.Generator(),  # otherwise the loader draws from the global one
         worker_init_fn=_start_worker,
     )
-    return itertools.chain.from_iterable(tasks)
+    for task in tasks:
+        yield from task
 
 
 def _tasks(images: Iterable[ImageRow], size: int) -> Iterator[list[ImageRow]]:
     """Yields tasks of workers. Only this process reads the set, so that no worker reads files of another."""
     rows = iter(images)
-    while task := list(itertools.islice(rows, size)):
+    task = list(itertools.islice(rows, size))
+    while task:
         yield task
+        task = list(itertools.islice(rows, size))
 
 
 class _CropReader(Dataset):
@@ -124,15 +146,20 @@ class _CropReader(Dataset):
         self.resolution = resolution
 
     def __getitem__(self, row: ImageRow) -> CroppedImage:
-        key, source, values = row
         try:
-            image = read_image(source)
-        except (OSError, ValueError) as error:
-            is_remote = isinstance(source, Mapping) and "://" in (source["path"] or "")
-            return CroppedImage(key, values, None, fault_of(error), is_remote and isinstance(error, OSError))
-        pixels = [np.asarray(crop) for crop in make_crops(image, self.crops, self.resolution)]
-        enlarged = min(image.size) < (self.resolution or 0)
-        return CroppedImage(key, values, np.stack(pixels).transpose(0, 3, 1, 2), enlarged=enlarged)
+            image = read_image(row)
+        except OSError as error:
+            return CroppedImage(row.key, row.values, None, fault_of(error), unreachable=_is_remote(row))
+        except ValueError as error:
+            return CroppedImage(row.key, row.values, None, fault_of(error))
+        crops = [np.asarray(crop) for crop in make_crops(image, self.crops, self.resolution)]
+        pixels = np.stack(crops).transpose(0, 3, 1, 2)  # (crops, 3, height, width)
+        is_enlarged = self.resolution is not None and min(image.size) < self.resolution
+        return CroppedImage(row.key, row.values, pixels, enlarged=is_enlarged)
+
+
+def _is_remote(row: ImageRow) -> bool:
+    return isinstance(row.source, Mapping) and "://" in (row.source["path"] or "")
 
 
 def _start_worker(worker: int) -> None:

@@ -41,8 +41,11 @@ class TokenizeImages(PipelineStep):
         **options: Any,
     ):
         super().__init__()
-        self.data, self.out, self.model = data, out, model
-        self.device, self.dtype = device, dtype
+        self.data = data
+        self.out = out
+        self.model = model
+        self.device = device
+        self.dtype = dtype
         self.images = dict(images or {})
         self.options = {**public_names(self.data, model), **options}
 
