@@ -234,7 +234,7 @@ def load_validation_sets(options: TrainOptions, images: ImageSource) -> Validati
     """Centre crops of the images of each `--validation_data_dir`, in batches: `validation`, `validation_2`, ..."""
     sets = {}
     for number, folder in enumerate(options.validation_data_dir, 1):
-        held_out = open_images([folder])
+        held_out = open_images([folder], keep_labels=False)
         for trained in (images.images, images.mixed):
             check_held_out(held_out, trained)
         crops = centre_crops(held_out, options.num_validation_images, options.resolution, images.pixel_range)

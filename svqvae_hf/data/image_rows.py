@@ -4,7 +4,6 @@ import io
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -36,9 +35,10 @@ class ImageRow(NamedTuple):
     values: dict[str, Any]
 
 
-def check_columns(asked: Sequence[str], names: Sequence[str]) -> None:
+def check_columns(columns: Sequence[str], names: Sequence[str]) -> None:
     """Raises unless all columns that are asked for are among `names`."""
-    if missing := sorted(set(asked) - set(names)):
+    missing = sorted(set(columns) - set(names))
+    if missing:
         raise ValueError(f"columns must be among {', '.join(names)}, got {', '.join(missing)}.")
 
 
@@ -84,16 +84,25 @@ def read_bytes(path: str) -> bytes:
     """Reads a file of this machine, or at a URL."""
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
         raise ValueError("it must be a file, but is something else.")
-    is_url = "://" in path and "::/" not in path  # not in an archive on this machine
-    place = explained(path, "read") if is_url else nullcontext()
     try:
-        with place, fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
-            content = file.read(MAX_MEMBER_BYTES + 1)
+        content = _read_start(path)
     except (BadZipFile, zlib.error) as error:
         raise ValueError(f"its archive is damaged: {error}.") from error
     if len(content) > MAX_MEMBER_BYTES:
         raise ValueError(f"it must have at most {MAX_MEMBER_BYTES:,} bytes, but has more.")
     return content
+
+
+def _read_start(path: str) -> bytes:
+    """Reads one byte more than an image may have."""
+    if "://" not in path:
+        with open(path, "rb") as file:
+            return file.read(MAX_MEMBER_BYTES + 1)
+    if "::/" in path:  # in an archive on this machine
+        with fsspec.open(path, "rb") as file:
+            return file.read(MAX_MEMBER_BYTES + 1)
+    with explained(path, "read"), fsspec.open(path, "rb") as file:
+        return file.read(MAX_MEMBER_BYTES + 1)
 
 
 def fault_of(error: Exception) -> str:
@@ -105,5 +114,9 @@ def image_name(source: ImageSource | ImageRow, index: int) -> str:
     """Key of a row, name of an image's file, or its index in the set if it has neither."""
     if isinstance(source, ImageRow):
         return source.key
-    path = source.get("path") if isinstance(source, Mapping) else source
-    return Path(path).name if path and isinstance(path, str | Path) else f"image {index}"
+    path: Any = source
+    if isinstance(source, Mapping):
+        path = source.get("path")
+    if path and isinstance(path, str | Path):
+        return Path(path).name
+    return f"image {index}"

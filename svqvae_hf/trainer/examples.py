@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from svqvae_files.identity import value_digest
 from svqvae_hf.loaders.pretrained_models import SVQVAEProcessor
 from svqvae_hf.models.checks import check_same_codebook
+from svqvae_hf.token_sets.manifest import TokenSet
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.token_sets.shards import load_rows
-from svqvae_hf.trainer.data.sample_order import digest_of, row_at
+from svqvae_hf.trainer.data.sample_order import row_at
 from svqvae_hf.trainer.data.token_sequences import TokenSource, check_captions
 
 IGNORED = -100  # label that the loss skips
@@ -65,7 +66,7 @@ class LlamaGenExamples(Dataset):
         self.source = source
         self.count = count
         self.mix = mix
-        self.digest = digest_of([source.rows])
+        self.digest = source.digest
 
     def __len__(self) -> int:
         return self.count
@@ -111,12 +112,15 @@ class ChatExamples(Dataset):
 
     def __post_init__(self) -> None:
         self.pairs: Any = []
+        token_set_digest = None
         if self.token_set is not None:
             self.settings = read_settings(self.token_set)
             check_same_codebook(self.processor.vqvae, self.settings)
-            self.pairs = load_rows(self.token_set)
+            token_set = TokenSet(self.token_set)
+            token_set_digest = token_set.digest
+            self.pairs = token_set.load()
             check_captions(self.pairs, self.caption_column)
-        self.digest = digest_of([self.pairs, self.texts])
+        self.digest = value_digest([token_set_digest, list(self.texts)])
 
     def __len__(self) -> int:
         return len(self.pairs) if self.count is None else self.count

@@ -31,7 +31,7 @@ def test_resumed_loader_continues_exactly(sets, kind, num_workers, share):
     mixed = policy(sides=(16, 8), random_flip=True, resize_range=(0.5, 2))
 
     def make_loader(num_workers):
-        mixture = (open_set(sets["webdataset", "broken"]).rows, 0.4)
+        mixture = (open_set(sets["webdataset", "broken"]), 0.4)
         return crop_loader(open_set(sets[kind, "broken"]), mixed, share, num_workers=num_workers, mixture=mixture)
 
     loader = make_loader(num_workers)
@@ -54,7 +54,7 @@ def crops_of_steps(images, shares, state=None):
     steps = [[] for _ in range(12)]
     for share in shares:
         options = {"sides": (16, 8, 4), "random_flip": True, "resize_range": (0.5, 2)}
-        loader = crop_loader(images, policy(**options), share, mixture=(images.rows, 0.4))
+        loader = crop_loader(images, policy(**options), share, mixture=(images, 0.4))
         if state is not None:
             loader.load_state_dict(state)
         for batch in loader:
@@ -66,7 +66,7 @@ def test_a_mixture_takes_the_place_of_its_fraction_and_is_part_of_the_set(sets, 
     images, mixtures = open_set(sets["folder", "whole"]), [()]
     for number in (200, 201):
         write_set(tmp_path / str(number), "folder", [encode(numbered(number))])
-        mixtures.append((open_set(tmp_path / str(number)).rows, 0.25))
+        mixtures.append((open_set(tmp_path / str(number)), 0.25))
     plain, mixed, other = (crop_loader(images, num_steps=200, mixture=mixture) for mixture in mixtures)
     pairs = [pair for batch in zip(plain, mixed, strict=True) for pair in zip(*map(numbers, batch), strict=True)]
     assert all(number in (before, 200) for before, number in pairs)
@@ -83,7 +83,7 @@ def test_a_step_holds_the_same_crops_for_any_division_into_batches_and_processes
     images = open_set(sets["folder", "broken"])
     whole = crops_of_steps(images, [(4,)])
     assert crops_of_steps(images, shares) == whole
-    saved = crop_loader(images, None, (2, 1, 1, 2), mixture=(images.rows, 0.4))
+    saved = crop_loader(images, None, (2, 1, 1, 2), mixture=(images, 0.4))
     list(itertools.islice(saved, 5))
     assert crops_of_steps(images, shares, saved.state_dict()) == [[]] * 5 + whole[5:]
     assert {sum(map(len, step)) for step in whole} == {4 * 4 * 3 * 16 * 16}, "float32 pixels of each step"
@@ -123,6 +123,25 @@ def test_states_of_another_order_are_refused(sets, tmp_path, other, message):
     name = other.pop("images", ("parquet", "whole"))
     with pytest.raises(ValueError, match=message):
         crop_loader(open_set(folders[name]), **other).load_state_dict(state)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_set_of_which_one_file_was_replaced_is_refused(tmp_path, kind, copy):
+    """By an older one of the same size, which is no file that a sample of the set would meet."""
+    write_set(tmp_path / "set", kind, [encode(numbered(number)) for number in range(NUM_IMAGES)])
+
+    def make_loader():
+        return crop_loader(open_images([str(tmp_path / "set")], copy=copy))
+
+    state = make_loader().state_dict()
+    make_loader().load_state_dict(state)
+    file = sorted((tmp_path / "set").iterdir())[1]
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(
+        ValueError, match="The digest of the set must be .* as when the checkpoint was written"
+    ):
+        make_loader().load_state_dict(state)
 
 
 # Streams

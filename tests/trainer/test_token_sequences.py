@@ -1,5 +1,7 @@
 """Token sets as batches of sequences."""
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -54,3 +56,28 @@ def test_every_epoch_has_each_row_once_for_any_number_of_processes(tokens, monke
     assert sum(resumed, []) == order[4:]
     with pytest.raises(ValueError, match="The product of .* must be 4 as when the checkpoint was written, but is 8"):
         SequenceLoader(source, Share(4, 1, 0, 2), 3, 7).load_state_dict(resumed.state_dict())
+
+
+def test_the_state_of_a_loader_is_of_the_whole_token_set(tokens, tmp_path):
+    state = SequenceLoader(TokenSource(str(tokens), None), Share(4), 3, 7).state_dict()
+    shutil.copytree(tokens, tmp_path / "copy")
+    SequenceLoader(TokenSource(str(tmp_path / "copy"), None), Share(4), 3, 7).load_state_dict(state)
+    images = open_images([str(tokens.parent / "photos")])
+    tokenize_set(make_tiny(), images, tmp_path / "other", model_name="vqvae", scales=(0.5, 1.0))
+    with pytest.raises(ValueError, match="The digest of the set must be .* as when the checkpoint was written"):
+        SequenceLoader(TokenSource(str(tmp_path / "other"), None), Share(4), 3, 7).load_state_dict(state)
+
+
+def test_other_crops_of_the_same_images_are_not_held_out(tokens, tmp_path):
+    photos = tokens.parent / "photos"
+    crops = {"model_name": "vqvae", "resolution": 16, "scales": (1.0,)}
+    tokenize_set(make_tiny(), open_images([str(photos)]), tmp_path / "ten", crops="ten-crop", **crops)
+    tokenize_set(make_tiny(), open_images([str(photos)], max_images=2), tmp_path / "centre", crops="centre", **crops)
+    shutil.copytree(photos, tmp_path / "other" / "photos", copy_function=shutil.copyfile)
+    for path in (tmp_path / "other").rglob("*.png"):
+        Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(path)  # other images of the same names
+    tokenize_set(make_tiny(), open_images([f"{tmp_path}/other/photos"]), tmp_path / "new", crops="centre", **crops)
+    trained, centre, new = (TokenSource(str(tmp_path / name), None) for name in ("ten", "centre", "new"))
+    assert trained.shared_key(centre) == "cat/0.png"
+    assert trained.shared_key(new) is None
+    assert new.shared_key(new) == "cat/0.png"

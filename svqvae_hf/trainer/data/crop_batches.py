@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from svqvae_hf.data.image_parts import IndexedRows
 from svqvae_hf.data.image_rows import ImageRow, fault_of, read_image
+from svqvae_hf.data.image_sets import ImageSet
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.trainer.data.crops import CropPolicy
 from svqvae_hf.trainer.data.sample_order import Share
@@ -35,6 +36,25 @@ class CropBatch(NamedTuple):
     enlarged: int
 
 
+@dataclass(frozen=True)
+class _Crop:
+    """A crop.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(3, side, side)`): The crop in the cutter's `pixel_range`.
+        label: Label of its image.
+        is_enlarged (`bool`): Whether the image is smaller than the crop.
+    """
+
+    pixels: torch.Tensor
+    label: Any
+    is_enlarged: bool
+
+
+class _SkippedError(ValueError):
+    """An image of which no crop can be cut."""
+
+
 @dataclass
 class CropCutter:
     """Cuts the crops of a batch. All crops of a step have one side.
@@ -46,7 +66,7 @@ class CropCutter:
         num_steps (`int`): Number of steps.
         seed (`int`): Seed of the sides, the positions, the factors and the flips.
         label_column (`str`, *optional*): Column of the labels.
-        mixed ([`~svqvae_hf.data.image_parts.IndexedRows`], *optional*): Other images that are mixed in.
+        mixed ([`~svqvae_hf.data.image_sets.ImageSet`], *optional*): Other images that are mixed in.
         mix_fraction (`float`, defaults to 0.0): Fraction of the crops that are cut from them.
     """
 
@@ -56,7 +76,7 @@ class CropCutter:
     num_steps: int
     seed: int
     label_column: str | None = None
-    mixed: IndexedRows | None = None
+    mixed: ImageSet | None = None
     mix_fraction: float = 0.0
 
     def __post_init__(self) -> None:
@@ -76,40 +96,68 @@ class CropCutter:
             ValueError: If 1000 images in a row are unreadable.
         """
         step = batch // self.share.batches
-        crops: list[tuple[torch.Tensor, Any, bool]] = []
+        crops: list[_Crop] = []
         skipped: list[tuple[str, str]] = []
         for number in self.share.numbers(batch, int(self.times[step])):
-            for image in islice(self._mixed(step, number) or images_for(number), MAX_IN_A_ROW):
-                crop = self._cut(image, int(self.sides[step]), (CROP, self.seed, step, number))
-                if not isinstance(crop, str):
-                    crops.append(crop)
-                    break
-                skipped.append((image.key, crop))
-            else:
-                name, reason = skipped[-1]
-                raise ValueError(f"{MAX_IN_A_ROW} images in a row are not readable, the last one `{name}`: {reason}")
-        pixels, labels, enlarged = zip(*crops, strict=True)
-        return CropBatch(torch.stack(pixels), [*labels], skipped, sum(enlarged))
+            images = images_for(number)
+            if self._is_mixed(step, number):
+                images = self._mixed_images(step, number)
+            crops.append(self._first_crop(images, step, number, skipped))
+        return CropBatch(
+            sample=torch.stack([crop.pixels for crop in crops]),
+            labels=[crop.label for crop in crops],
+            skipped=skipped,
+            enlarged=sum(crop.is_enlarged for crop in crops),
+        )
 
-    def _mixed(self, step: int, number: int) -> Iterator[ImageRow] | None:
-        """Random images of the other set for a number of a step, or None if its image is of the set itself."""
-        rng, rows = np.random.default_rng((MIXED, self.seed, step, number)), self.mixed
-        if rows is None or rng.random() >= self.mix_fraction:
-            return None
-        return (rows[int(rng.integers(len(rows)))] for _ in count())
+    def _is_mixed(self, step: int, number: int) -> bool:
+        """Whether a number of a step has an image of the other set."""
+        if self.mixed is None:
+            return False
+        rng = np.random.default_rng((MIXED, self.seed, step, number))
+        return rng.random() < self.mix_fraction
 
-    def _cut(self, row: ImageRow, side: int, seed: tuple[int, ...]) -> tuple[torch.Tensor, Any, bool] | str:
-        """Returns a crop, its label and whether the image is smaller than the crop, or the reason without one."""
-        label = None if self.label_column is None else row.values[self.label_column]
-        synthetic, enlarged = np.random.default_rng((SYNTHETIC, *seed)), False
-        if self.policy.synthetic_fraction and synthetic.random() < self.policy.synthetic_fraction:
-            crop: Any = synthetic_crop(side, synthetic)
+    def _mixed_images(self, step: int, number: int) -> Iterator[ImageRow]:
+        """Random images of the other set, without an end."""
+        rows = self._mixed_rows()
+        rng = np.random.default_rng((MIXED, self.seed, step, number))
+        rng.random()  # decided that the image is mixed in
+        while True:
+            yield rows[int(rng.integers(len(rows)))]
+
+    def _mixed_rows(self) -> IndexedRows:
+        rows = None if self.mixed is None else self.mixed.rows
+        if rows is None:
+            raise ValueError("Images that are mixed in must have random access. Open them with `copy=True`.")
+        return rows
+
+    def _first_crop(self, images: Iterator[ImageRow], step: int, number: int, skipped: list[tuple[str, str]]) -> _Crop:
+        """Cuts the first image that is readable, and adds those before it to `skipped`."""
+        for image in islice(images, MAX_IN_A_ROW):
+            try:
+                return self._cut(image, int(self.sides[step]), (CROP, self.seed, step, number))
+            except _SkippedError as error:
+                skipped.append((image.key, str(error)))
+        key, reason = skipped[-1]
+        raise ValueError(f"{MAX_IN_A_ROW} images in a row are not readable, the last one `{key}`: {reason}")
+
+    def _cut(self, row: ImageRow, side: int, seed: tuple[int, ...]) -> _Crop:
+        """Cuts a crop. Raises `_SkippedError` if the image cannot be read or has no label."""
+        label = None
+        if self.label_column is not None:
+            label = row.values[self.label_column]
+        is_enlarged = False
+        rng = np.random.default_rng((SYNTHETIC, *seed))
+        if self.policy.synthetic_fraction and rng.random() < self.policy.synthetic_fraction:
+            crop: Any = synthetic_crop(side, rng)
         else:
             try:
                 image = read_image(row)
             except (OSError, ValueError) as error:
-                return fault_of(error)
+                raise _SkippedError(fault_of(error)) from error
             if label is None and self.label_column is not None:
-                return "it has no label."
-            crop, enlarged = self.policy.cut(image, side, seed), min(image.size) < side
-        return self.processor.preprocess(crop)["pixel_values"][0], label, enlarged
+                raise _SkippedError("it has no label.")
+            crop = self.policy.cut(image, side, seed)
+            is_enlarged = min(image.size) < side
+        pixels = self.processor.preprocess(crop)["pixel_values"][0]
+        return _Crop(pixels, label, is_enlarged)

@@ -3,7 +3,6 @@
 import itertools
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +10,14 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
+from svqvae_files.identity import value_digest
 from svqvae_hf.data.image_parts import IndexedRows
-from svqvae_hf.data.image_rows import ImageRow, read_image
+from svqvae_hf.data.image_rows import ImageRow
 from svqvae_hf.data.image_sets import ImageSet
 from svqvae_hf.data.workers import end_with_parent
 from svqvae_hf.trainer.data.crop_batches import CropBatch, CropCutter
 from svqvae_hf.trainer.data.crop_stream import CropStream, Place
-from svqvae_hf.trainer.data.sample_order import OrderedLoader, row_at, spread
+from svqvae_hf.trainer.data.sample_order import OrderedLoader, row_at
 
 
 @dataclass
@@ -34,13 +34,15 @@ class CropRows(Dataset[CropBatch]):
 
     def __getitem__(self, batch: int) -> CropBatch:
         """Cuts a batch, in any process."""
-        cutter, step = self.cutter, batch // self.cutter.share.batches
-        first, size = (int(each[step]) * cutter.share.step_size for each in (cutter.first, cutter.times))
+        cutter = self.cutter
+        step = batch // cutter.share.batches
+        first_position = int(cutter.first[step]) * cutter.share.step_size
+        num_crops = int(cutter.times[step]) * cutter.share.step_size  # of the step
 
         def images_for(number: int) -> Iterator[ImageRow]:
             """Images with this number in this step, and in later ones as if they were equally large."""
-            positions = itertools.count(first + number, size)
-            return (self.rows[row_at(position, len(self.rows), cutter.seed)] for position in positions)
+            for position in itertools.count(first_position + number, num_crops):
+                yield self.rows[row_at(position, len(self.rows), cutter.seed)]
 
         return cutter.cut_batch(batch, images_for)
 
@@ -68,20 +70,29 @@ class CropLoader(OrderedLoader):
     """
 
     def __init__(self, images: ImageSet, cutter: CropCutter, num_workers: int, shuffle_buffer: int = 1000):
-        self.rows, self.shards, self.cutter = images.rows, images.parts, cutter
-        self.num_workers, self.shuffle_buffer = num_workers, shuffle_buffer
-        self.places = [Place()] * max(1, num_workers)
-        count, processes, workers = images.max_parts, cutter.share.num_processes, len(self.places)
+        self.images = images
+        self.rows = images.rows
+        self.cutter = cutter
+        self.num_workers = num_workers
+        self.shuffle_buffer = shuffle_buffer
+        self.places = [Place()] * max(1, num_workers)  # of the readers of a stream
+        settings = {"seed": cutter.seed}
         if self.rows is not None:
-            super().__init__(cutter.share, f"{count:,} images", {"seed": cutter.seed, "number of images": count})
+            settings["number of images"] = len(self.rows)
+            super().__init__(cutter.share, f"{len(self.rows):,} images", settings)
             return
-        settings = {"number of processes": processes, "number of workers": workers, "shuffle buffer": shuffle_buffer}
-        settings |= {"seed": cutter.seed, "number of shards": count}
-        super().__init__(cutter.share, f"images of {count:,} shards", settings)
-        if count < processes * workers:
+        num_shards = len(images.parts)
+        num_processes = cutter.share.num_processes
+        settings["number of processes"] = num_processes
+        settings["number of workers"] = len(self.places)
+        settings["shuffle buffer"] = shuffle_buffer
+        settings["number of shards"] = num_shards
+        super().__init__(cutter.share, f"images of {num_shards:,} shards", settings)
+        if num_shards < num_processes * len(self.places):
             raise ValueError(
-                f"A stream must have a shard per worker, but has {count} for `--dataloader_num_workers` {workers} x "
-                f"{processes} processes. Start fewer, make more shards, or leave out `--streaming`."
+                f"A stream must have a shard per worker, but has {num_shards} for `--dataloader_num_workers` "
+                f"{len(self.places)} x {num_processes} processes. Start fewer, make more shards, or leave out "
+                "`--streaming`."
             )
 
     def __iter__(self) -> Iterator[CropBatch]:
@@ -91,36 +102,44 @@ class CropLoader(OrderedLoader):
             ValueError: If 1000 images in a row are unreadable.
         """
         batches = range(self.batch, self.cutter.num_steps * self.share.batches)
-        stream = CropStream(self.shards, self.cutter, batches, [*self.places], self.shuffle_buffer)
-        loader: DataLoader[Any] = DataLoader(
-            stream if self.rows is None else CropRows(self.rows, self.cutter),
+        if self.rows is None:
+            yield from self._stream(batches)
+            return
+        for crops in self._load(CropRows(self.rows, self.cutter), batches):
+            self.batch += 1
+            yield crops
+
+    def _stream(self, batches: range) -> Iterator[CropBatch]:
+        stream = CropStream(self.images.parts, self.cutter, batches, list(self.places), self.shuffle_buffer)
+        for place, crops in self._load(stream, None):
+            self.places[self.batch % len(self.places)] = place
+            self.batch += 1
+            yield crops
+
+    def _load(self, dataset: Dataset, batches: range | None) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
             batch_size=None,
-            sampler=None if self.rows is None else batches,
+            sampler=batches,
             num_workers=self.num_workers,
             generator=torch.Generator(),  # not the global one
             worker_init_fn=_prepare_worker,
             pin_memory=torch.cuda.is_available(),
         )
-        for crops in loader:
-            if self.rows is None:
-                self.places[self.batch % len(self.places)], crops = crops
-            self.batch += 1
-            yield crops
 
-    def samples(self) -> Iterator[bytes]:
-        """Yields some images as bytes, each with its key, or the names of a stream's shards."""
-        if self.rows is None:
-            yield from (shard.name.encode() for shard in self.shards)
-        for rows in (rows for rows in (self.rows, self.cutter.mixed) if rows is not None):
-            for row in [rows[number] for number in spread(len(rows))]:
-                yield row.key.encode()
-                with suppress(OSError, ValueError):  # unreadable
-                    yield read_image(row).resize((8, 8)).tobytes()
+    def identity(self) -> str:
+        """Digest of the image set, and of the one that is mixed in."""
+        if self.cutter.mixed is None:
+            return value_digest([self.images.fingerprint])
+        return value_digest([self.images.fingerprint, self.cutter.mixed.fingerprint])
 
     def state_dict(self) -> dict[str, Any]:
         """State that is equal on all processes. For a stream, all of them must call it."""
         state = super().state_dict()
-        return state if self.rows is not None else state | {"places": gather_object([[*map(tuple, self.places)]])}
+        if self.rows is not None:
+            return state
+        places = [tuple(place) for place in self.places]
+        return state | {"places": gather_object([places])}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets the step at which iteration continues.

@@ -49,11 +49,17 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
 
     def __iter__(self) -> Iterator[tuple[Place, CropBatch]]:
         """Yields the batches of this worker. Readers take turns, also after a resume."""
-        worker, share, count = get_worker_info(), self.cutter.share, len(self.places)
-        first = self.batches.start + (worker.id if worker else 0)
-        self.place = self.places[first % count]
-        images = self._read(share.process * count + first % count, share.num_processes * count)
-        for batch in range(first, self.batches.stop, count):
+        worker = get_worker_info()
+        worker_number = 0
+        if worker is not None:
+            worker_number = worker.id
+        num_readers = len(self.places)  # of this process
+        first_batch = self.batches.start + worker_number
+        number = first_batch % num_readers
+        self.place = self.places[number]
+        share = self.cutter.share
+        images = self._read(share.process * num_readers + number, share.num_processes * num_readers)
+        for batch in range(first_batch, self.batches.stop, num_readers):
             crops = self.cutter.cut_batch(batch, lambda _: images)
             yield self.place, crops
 
@@ -61,24 +67,42 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
         """Reads images from the place on, without an end, and moves it."""
         while True:
             epoch = self.place.epoch
-            order = row_order(len(self.shards), self.cutter.seed, epoch)[reader::num_readers]
-            unread = self._unread([self.shards[shard] for shard in order])
-            while buffer := list(islice(unread, self.buffer_size)):
-                start = self.place
-                seed = (SHUFFLE, self.cutter.seed, reader, *start[:3])
-                shuffled = np.random.default_rng(seed).permutation(len(buffer))
-                for used in range(start.used, len(buffer)):
-                    self.place = start._replace(used=used + 1)
-                    yield buffer[shuffled[used]][1]
-                self.place = Place(epoch, *buffer[-1][0])
+            order = row_order(len(self.shards), self.cutter.seed, epoch)
+            shards = [self.shards[shard] for shard in order[reader::num_readers]]
+            unread = self._unread(shards)
+            buffer = list(islice(unread, self.buffer_size))
+            while buffer:
+                yield from self._shuffled(buffer, reader)
+                self.place = Place(epoch, buffer[-1].shard, buffer[-1].row)
+                buffer = list(islice(unread, self.buffer_size))
             if self.place == Place(epoch):
                 raise ValueError("Each shard of a stream must hold images, but some hold none. Remove them.")
             self.place = Place(epoch + 1)
 
-    def _unread(self, shards: Sequence[ImagePart]) -> Iterator[tuple[tuple[int, int], ImageRow]]:
-        """Images of an epoch from the start of the buffer on, each with its shard and the row after it."""
+    def _shuffled(self, buffer: "Sequence[_ReadImage]", reader: int) -> Iterator[ImageRow]:
+        """Yields the images of a buffer in a random order, from the place on."""
+        start = self.place
+        seed = (SHUFFLE, self.cutter.seed, reader, start.epoch, start.shard, start.row)
+        order = np.random.default_rng(seed).permutation(len(buffer))
+        for used in range(start.used, len(buffer)):
+            self.place = start._replace(used=used + 1)
+            yield buffer[order[used]].image
+
+    def _unread(self, shards: Sequence[ImagePart]) -> "Iterator[_ReadImage]":
+        """Images of an epoch, from the start of the buffer on."""
         start = self.place
         for shard in range(start.shard, len(shards)):
-            images = enumerate(shards[shard].read(), start=1)
-            for row, image in islice(images, start.row if shard == start.shard else 0, None):
-                yield (shard, row), image
+            num_read = 0
+            if shard == start.shard:
+                num_read = start.row
+            for row, image in enumerate(shards[shard].read(), start=1):
+                if row > num_read:
+                    yield _ReadImage(shard, row, image)
+
+
+class _ReadImage(NamedTuple):
+    """An image, its shard among those of the reader, and the row after it."""
+
+    shard: int
+    row: int
+    image: ImageRow

@@ -47,9 +47,15 @@ class CropPolicy:
         """Cuts a crop of an image, at random as the seed says."""
         rng = np.random.default_rng(seed)
         low, high = self.resize_range
-        factor, origin, flip = rng.uniform(low, high), rng.random(2).tolist(), rng.random() < 0.5
-        crop = _crop(image, side, factor, CENTRE if self.center_crop else origin)
-        return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and self.random_flip else crop
+        factor = rng.uniform(low, high)
+        origin = rng.random(2).tolist()
+        is_flipped = self.random_flip and rng.random() < 0.5
+        if self.center_crop:
+            origin = CENTRE
+        crop = _crop(image, side, factor, origin)
+        if is_flipped:
+            return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return crop
 
 
 def centre_crops(images: Iterable[ImageRow], count: int, side: int, pixel_range: tuple[float, float]) -> torch.Tensor:
@@ -80,9 +86,13 @@ def centre_crops(images: Iterable[ImageRow], count: int, side: int, pixel_range:
 
 def _crop(image: Image.Image, side: int, factor: float, origin: Sequence[float]) -> Image.Image:
     """Cuts a square of an image resized by `factor`, at `origin`: 0 is left or top, 1 is right or bottom."""
-    span = min(side / factor, *image.size)  # pixels of the image that the crop covers
+    x, y = origin
+    span = min(side / factor, image.width, image.height)  # pixels of the image that the crop covers
     if span == side:
-        left, top = (math.floor(at * (length - side + 1)) for at, length in zip(origin, image.size, strict=True))
+        left = math.floor(x * (image.width - side + 1))
+        top = math.floor(y * (image.height - side + 1))
         return image.crop((left, top, left + side, top + side))
-    x, y = (at * (length - span) for at, length in zip(origin, image.size, strict=True))
-    return image.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + span, y + span))
+    left_edge = x * (image.width - span)
+    top_edge = y * (image.height - span)
+    box = (left_edge, top_edge, left_edge + span, top_edge + span)
+    return image.resize((side, side), Image.Resampling.BICUBIC, box=box)

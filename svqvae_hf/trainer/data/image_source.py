@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.data.image_sets import ImageSet, open_images
 from svqvae_hf.trainer.data.crop_batches import CropBatch, CropCutter
 from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy
@@ -40,8 +40,10 @@ class ImageSource:
     synthetic_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        options, label_column = self.options, self.label_column
-        columns = [] if label_column is None else [label_column]
+        options = self.options
+        columns = []
+        if self.label_column is not None:
+            columns.append(self.label_column)
         self.images = open_images(
             [options.train_data_dir or options.dataset_name or ""],
             config=options.dataset_config_name,
@@ -53,26 +55,36 @@ class ImageSource:
             copy=not options.streaming,
             results=options.output_dir,
         )
-        mix = options.mix_data_dir
-        self.mixed = (
-            open_images([mix], columns=columns, keep_labels=False, copy=True, results=options.output_dir)
-            if mix
-            else None
-        )
-        self.label_feature: Any = None if label_column is None else self.images.features[label_column]
-        if self.mixed and label_column and self.mixed.features[label_column] != self.label_feature:
-            raise ValueError("`--mix_data_dir` must have the classes of the training images, but has others.")
-        self.named: list[str] = []  # keys of skipped images
-        self.num_crops, self.has_warned = 0, False
+        self.mixed: ImageSet | None = None
+        if options.mix_data_dir is not None:
+            self.mixed = open_images(
+                [options.mix_data_dir], columns=columns, keep_labels=False, copy=True, results=options.output_dir
+            )
+        self.label_feature: Any = None
+        if self.label_column is not None:
+            self.label_feature = self.images.features[self.label_column]
+            if self.mixed is not None and self.mixed.features[self.label_column] != self.label_feature:
+                raise ValueError("`--mix_data_dir` must have the classes of the training images, but has others.")
+        self.named_keys: list[str] = []  # of skipped images
+        self.num_crops = 0
+        self.has_warned = False
 
     def loader(self, sides: list[int], num_steps: int, seed: int, batches_per_step: int = 1) -> CropLoader:
         """Makes a loader of this process's crops, cut as [`CropPolicy`] says; the seed decides which they are."""
         options = self.options
-        share = replace(Share.of(options, self.accelerator), batches=batches_per_step)
-        cuts = options.center_crop, options.random_flip, options.resize_range
-        policy = CropPolicy(sides, *cuts, self.synthetic_fraction)
-        mixture = self.mixed.rows if self.mixed else None, options.mix_fraction
-        cutter = CropCutter(policy, self.pixel_range, share, num_steps, seed, self.label_column, *mixture)
+        policy = CropPolicy(
+            sides, options.center_crop, options.random_flip, options.resize_range, self.synthetic_fraction
+        )
+        cutter = CropCutter(
+            policy,
+            self.pixel_range,
+            replace(Share.of(options, self.accelerator), batches=batches_per_step),
+            num_steps,
+            seed,
+            self.label_column,
+            self.mixed,
+            options.mix_fraction,
+        )
         return CropLoader(self.images, cutter, options.dataloader_num_workers, options.shuffle_buffer)
 
     def fresh_crops(self, sides: list[int], num_batches: int, step: int = 0) -> Iterator[torch.Tensor]:
@@ -91,12 +103,15 @@ class ImageSource:
     def to_device(self, batch: CropBatch) -> torch.Tensor:
         """Moves the crops of a batch to the device. Logs once which images are skipped, and that some are small."""
         for key, reason in batch.skipped:
-            if key not in self.named:
-                self.named.append(key)
+            if key not in self.named_keys:
+                self.named_keys.append(key)
                 logger.warning(f"Skipped `{key}`: {reason}", main_process_only=False)
         self.num_crops += len(batch.sample)
         if batch.enlarged and not self.has_warned:
             self.has_warned = True
-            count, side = f"{batch.enlarged} of the first {self.num_crops}", batch.sample.shape[-1]
-            logger.warning(f"{count} images are smaller than their crops of {side} pixels, and are enlarged.")
+            side = batch.sample.shape[-1]
+            logger.warning(
+                f"{batch.enlarged} of the first {self.num_crops} images are smaller than their crops of {side} pixels,"
+                " and are enlarged."
+            )
         return batch.sample.to(self.accelerator.device, non_blocking=True)

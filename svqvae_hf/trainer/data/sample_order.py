@@ -1,7 +1,7 @@
 """Order and randomness of the samples of a run: functions of the seed and the step, for any number of processes."""
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -78,17 +78,6 @@ class Share:
         return range(first + self.process, first + size, self.num_processes)
 
 
-def spread(num_rows: int) -> list[int]:
-    """Up to 16 row numbers, from the first to the last."""
-    return [round(at) for at in np.linspace(0, num_rows - 1, min(num_rows, 16))]
-
-
-def digest_of(sets: Iterable[Sequence[Any]]) -> str:
-    """Hash by which other sets of rows are known, from some rows of each."""
-    samples = [[len(rows), *(rows[number] for number in spread(len(rows)))] for rows in sets]
-    return hashlib.sha256(str(samples).encode()).hexdigest()[:16]
-
-
 def check_same(name: str, saved: Any, now: Any) -> None:
     """Raises ValueError unless a setting is as when a checkpoint was written."""
     if saved != now:
@@ -98,7 +87,7 @@ def check_same(name: str, saved: Any, now: Any) -> None:
         )
 
 
-class OrderedLoader:
+class OrderedLoader(ABC):
     """A loader whose samples are a function of the seed and the step.
 
     Iteration continues after the last batch yielded, also after `load_state_dict`.
@@ -112,17 +101,18 @@ class OrderedLoader:
     batch = 0  # batches yielded
 
     def __init__(self, share: Share, contents: str, settings: dict[str, int]):
-        self.share, self.contents = share, f"{contents}, {share.step_size} per step"
+        self.share = share
+        self.contents = f"{contents}, {share.step_size} per step"
         self.settings = settings | {SAMPLES_PER_STEP: share.step_size}
 
-    def samples(self) -> Iterator[bytes]:
-        """Yields what tells the set from others, as bytes."""
-        yield from ()
+    @abstractmethod
+    def identity(self) -> str:
+        """Digest of the set."""
 
     @cached_property
     def digest(self) -> str:
-        """Hash by which another set of equal size is known."""
-        return hashlib.sha256(b"".join(self.samples())).hexdigest()[:16]
+        """Digest of the set, which is computed once, because it reads the properties of all files."""
+        return self.identity()
 
     def state_dict(self) -> dict[str, Any]:
         """Steps done, the settings, and the digest of the set; equal on all processes."""

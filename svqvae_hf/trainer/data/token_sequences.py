@@ -10,9 +10,8 @@ import pyarrow.compute as pc
 import torch
 
 from svqvae_hf.models.resizing import grid_shape
-from svqvae_hf.token_sets.settings import read_settings
-from svqvae_hf.token_sets.shards import load_rows
-from svqvae_hf.trainer.data.sample_order import OrderedLoader, Share, row_at, spread
+from svqvae_hf.token_sets.manifest import TokenSet
+from svqvae_hf.trainer.data.sample_order import OrderedLoader, Share, row_at
 
 
 class TokenBatch(NamedTuple):
@@ -30,8 +29,10 @@ class TokenBatch(NamedTuple):
 
     def draw_captions(self, draws: torch.Tensor) -> list[str]:
         """One caption of each row, the one at the row's number in [0, 1) of `draws`."""
-        rows = zip(draws.tolist(), self.captions or [], strict=True)
-        return [captions[int(draw * len(captions))] for draw, captions in rows]
+        drawn = []
+        for draw, captions in zip(draws.tolist(), self.captions or [], strict=True):
+            drawn.append(captions[int(draw * len(captions))])
+        return drawn
 
 
 class TokenSource:
@@ -49,66 +50,93 @@ class TokenSource:
 
     Raises:
         OSError: If there is no such set, or it cannot be reached.
-        ValueError: If its rows have several sizes or each a scale of its own, its labels are not classes, or its
-            captions are not texts or are missing.
+        ValueError: If a file of it is missing, cut or foreign, its rows have several sizes or each a scale of its own,
+            its labels are not classes, or its captions are not texts or are missing.
     """
 
     def __init__(self, data: str, label_column: str | None, caption_column: str | None = None):
-        self.settings = read_settings(data)
+        token_set = TokenSet(data)
+        self.settings = token_set.settings
+        self.digest = token_set.digest
+        self.image_files = token_set.options.get("image_files")
         if self.settings.context_model is not None:
             raise ValueError(
                 "The rows of the token set must not be compressed, because training reads them many times. Make it "
                 "again with `svqvae tokenize` without --compress."
             )
-        self.rows = load_rows(data)
-        order = np.argsort(self.settings.scales)  # columns need not go from coarse to fine
-        self.id_columns = [f"ids_{index}" for index in order]
-        self.label_column, self.caption_column = label_column, caption_column
-        feature = self.rows.features.get(label_column)
-        self.class_names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-        self.num_classes = 0 if label_column is None else self._num_classes(label_column)
+        self.rows = token_set.load()
+        self.label_column = label_column
+        self.caption_column = caption_column
+        self.class_names: list[str] | None = None
+        self.num_classes = 0
+        if label_column is not None:
+            feature = self.rows.features.get(label_column)
+            if isinstance(feature, datasets.ClassLabel):
+                self.class_names = feature.names
+            self.num_classes = self._count_classes(label_column)
         if caption_column is not None:
             check_captions(self.rows, caption_column)
             self.num_classes = 1
-        columns = [*self.id_columns, *(each for each in (label_column, caption_column) if each is not None)]
+        height = self._only("height")
+        width = self._only("width")
+        self.id_columns = []
+        self.grids = []
+        for index in np.argsort(self.settings.scales):  # columns need not go from coarse to fine
+            self.id_columns.append(f"ids_{index}")
+            self.grids.append(grid_shape(height, width, self.settings.f, self.settings.scales[index]))
+        columns = list(self.id_columns)
+        for column in (label_column, caption_column):
+            if column is not None:
+                columns.append(column)
         self.tables = self.rows.select_columns(columns).with_format("arrow")
-        height, width = self._only("height"), self._only("width")
-        scales = [self.settings.scales[index] for index in order]
-        self.grids = [grid_shape(height, width, self.settings.f, scale) for scale in scales]
 
     def batch(self, rows: Sequence[int]) -> TokenBatch:
         """Ids of some rows."""
         table = self.tables[list(rows)]
-        ids = [
-            torch.from_numpy(np.stack(table[column].to_numpy()).astype(np.int64)).unflatten(1, grid)
-            for column, grid in zip(self.id_columns, self.grids, strict=True)
-        ]
-        captions, labels = None, torch.full((len(rows),), self.num_classes)
+        ids = []
+        for column, grid in zip(self.id_columns, self.grids, strict=True):
+            flat_ids = np.stack(table[column].to_numpy()).astype(np.int64)  # (B, h * w)
+            ids.append(torch.from_numpy(flat_ids).unflatten(1, grid))  # (B, h, w)
         if self.caption_column is not None:
-            captions, labels = self._captions(table), torch.zeros_like(labels)
-        elif self.label_column is not None:
-            labels = torch.from_numpy(table[self.label_column].to_numpy().astype(np.int64))
-        return TokenBatch(ids, labels, captions)
+            return TokenBatch(ids, torch.zeros(len(rows), dtype=torch.int64), self._captions(table))
+        if self.label_column is None:
+            return TokenBatch(ids, torch.full((len(rows),), self.num_classes), None)
+        labels = table[self.label_column].to_numpy().astype(np.int64)
+        return TokenBatch(ids, torch.from_numpy(labels), None)
 
     def captions(self, count: int | None = None) -> list[list[str]]:
         """Captions of each of the first rows, up to `count`, by default of all."""
         return self._captions(self.tables.select_columns([self.caption_column])[:count])
 
-    def shared_key(self, other: "TokenSource") -> str | None:
-        """Key of an image that both sets hold with the same ids at the largest scale, or None."""
-        keys, other_keys = (each.rows.data.column("key") for each in (self, other))
-        rows = np.flatnonzero(pc.is_in(keys, value_set=pc.unique(other_keys)).to_numpy())
-        if not len(rows):
+    def shared_key(self, held_out: "TokenSource") -> str | None:
+        """Key of an image that both sets hold, or `None`.
+
+        Sets of the same image files share an image if they share its key, however it was cropped. Sets of other files
+        may use the same names for other images, so the ids at the largest scale must be equal, too.
+        """
+        keys = self.rows.data.column("key")
+        other_keys = held_out.rows.data.column("key")
+        shared_rows = np.flatnonzero(pc.is_in(keys, value_set=pc.unique(other_keys)).to_numpy())
+        if len(shared_rows) == 0:
             return None
+        if self.image_files is not None and self.image_files == held_out.image_files:
+            return keys[int(shared_rows[0])].as_py()
         column = self.id_columns[-1]
-        known = {(row["key"], tuple(row[column])) for row in other.rows.select_columns(["key", column])}
-        for row in self.rows.select_columns(["key", column]).select(rows):
-            if (row["key"], tuple(row[column])) in known:
+        if column not in held_out.rows.features:
+            return None
+        other_images = set()
+        for row in held_out.rows.select_columns(["key", column]):
+            other_images.add((row["key"], tuple(row[column])))
+        for row in self.rows.select_columns(["key", column]).select(shared_rows):
+            if (row["key"], tuple(row[column])) in other_images:
                 return row["key"]
         return None
 
     def _captions(self, table: pa.Table) -> list[list[str]]:
-        return [[each] if isinstance(each, str) else each for each in table[self.caption_column].to_pylist()]
+        captions = []
+        for value in table[self.caption_column].to_pylist():
+            captions.append([value] if isinstance(value, str) else value)
+        return captions
 
     def _only(self, column: str) -> int:
         least, most = pc.min_max(self.rows.data.column(column)).as_py().values()
@@ -119,10 +147,11 @@ class TokenSource:
             )
         return int(least)
 
-    def _num_classes(self, column: str) -> int:
+    def _count_classes(self, column: str) -> int:
         feature = self.rows.features.get(column)
         has_names = isinstance(feature, datasets.ClassLabel)
-        if has_names or (isinstance(feature, datasets.Value) and "int" in feature.dtype):
+        has_integers = isinstance(feature, datasets.Value) and "int" in feature.dtype
+        if has_names or has_integers:
             labels = self.rows.data.column(column)
             least, most = pc.min_max(labels).as_py().values()
             if least >= 0 and not labels.null_count:
@@ -143,9 +172,13 @@ def check_captions(rows: datasets.Dataset, column: str) -> None:
             f"are {', '.join(rows.features)}."
         )
     captions = rows.data.column(column)
-    texts = captions if inner is feature else pc.list_flatten(captions)
-    lengths = [pc.utf8_length(texts)] + ([] if inner is feature else [pc.list_value_length(captions)])
-    if captions.null_count or texts.null_count or any(pc.min(each).as_py() == 0 for each in lengths):
+    texts = captions
+    has_empty_lists = False
+    if inner is not feature:
+        texts = pc.list_flatten(captions)
+        has_empty_lists = pc.min(pc.list_value_length(captions)).as_py() == 0
+    has_empty_texts = pc.min(pc.utf8_length(texts)).as_py() == 0
+    if captions.null_count or texts.null_count or has_empty_lists or has_empty_texts:
         raise ValueError(f"`--caption_column` must hold captions, but {column!r} has empty rows. Remove them.")
 
 
@@ -162,18 +195,23 @@ class SequenceLoader(OrderedLoader):
     """
 
     def __init__(self, source: TokenSource, share: Share, num_steps: int, seed: int):
-        self.source, self.num_steps, self.seed, self.num_rows = source, num_steps, seed, len(source.rows)
+        self.source = source
+        self.num_steps = num_steps
+        self.seed = seed
+        self.num_rows = len(source.rows)
         settings = {"seed": seed, "number of rows of ids": self.num_rows}
         super().__init__(share, f"{self.num_rows:,} rows of ids", settings)
 
-    def samples(self) -> Iterator[bytes]:
-        """Yields some rows as bytes."""
-        yield str(self.source.rows[spread(self.num_rows)]).encode()
+    def identity(self) -> str:
+        """Digest of the token set."""
+        return self.source.digest
 
     def __iter__(self) -> Iterator[TokenBatch]:
         """Yields the remaining batches."""
         while self.batch < self.num_steps * self.share.batches:
-            first = self.batch // self.share.batches * self.share.step_size
-            rows = [row_at(first + number, self.num_rows, self.seed) for number in self.share.numbers(self.batch)]
+            first_position = self.batch // self.share.batches * self.share.step_size
+            rows = []
+            for number in self.share.numbers(self.batch):
+                rows.append(row_at(first_position + number, self.num_rows, self.seed))
             self.batch += 1
             yield self.source.batch(rows)
