@@ -138,9 +138,7 @@ def test_a_set_of_which_one_file_was_replaced_is_refused(tmp_path, kind, copy):
     make_loader().load_state_dict(state)
     file = sorted((tmp_path / "set").iterdir())[1]
     os.utime(file, ns=(1, 1))
-    with pytest.raises(
-        ValueError, match="The digest of the set must be .* as when the checkpoint was written"
-    ):
+    with pytest.raises(ValueError, match="The digest of the set must be .* as when the checkpoint was written"):
         make_loader().load_state_dict(state)
 
 
