@@ -2,45 +2,152 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 POSITIVE_INTEGERS = (
-    *("in_channels", "out_channels", "base_channels", "num_res_blocks", "norm_num_groups", "z_channels"),
-    *("codebook_size", "codebook_embed_dim", "sample_size"),
+    "in_channels",
+    "out_channels",
+    "base_channels",
+    "num_res_blocks",
+    "norm_num_groups",
+    "z_channels",
+    "codebook_size",
+    "codebook_embed_dim",
+    "sample_size",
 )
 INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 INTEGER_LIMIT = 2**31  # sizes, sides and ids fit in 32 bits
 RANGE_TOLERANCE = 0.25  # share of `pixel_range` by which resized images may overshoot it
+USUAL_RANGES = ((0, 1), (-1, 1), (0, 255))  # of samples, the narrowest first
 SCALE_SOURCES = ("latents", "image")  # values of `scale_from`
 MOST = {"levels": 16, "residual blocks per level": 64, "layers": 256}  # far above every real model
 CHANNEL_MULTIPLIERS = ("encoder_ch_mult", "decoder_ch_mult")
 
 
+# Numbers and choices
+
+
+def check_number(
+    name: str, value: Any, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
+) -> None:
+    """Raises unless a value is a finite number in a range.
+
+    Args:
+        name (`str`): Name of the argument, for the error.
+        value: Number of Python or NumPy.
+        least (`float`, *optional*): Lowest value.
+        above (`float`, *optional*): Bound that the value must exceed, in place of `least`.
+        most (`float`, *optional*): Highest value.
+
+    Raises:
+        ValueError: The value is not a number, out of the range, infinite or NaN.
+    """
+    if isinstance(value, Real) and not isinstance(value, bool):
+        in_range = least <= value <= most and value > above
+        if in_range and math.isfinite(value):
+            return
+    raise ValueError(f"`{name}` must be {_describe_range(least, above, most)}, got {value!r:.80}.")
+
+
+def _describe_range(least: float, above: float, most: float) -> str:
+    """Words for a range, such as `in [0, 1]` or `above 0`."""
+    if least > -math.inf and most < math.inf:
+        return f"in [{least:g}, {most:g}]"
+    if least > -math.inf:
+        return f"at least {least:g}"
+    if above > -math.inf and most < math.inf:
+        return f"above {above:g} and at most {most:g}"
+    if above > -math.inf:
+        return f"above {above:g}"
+    if most < math.inf:
+        return f"at most {most:g}"
+    return "a finite number"
+
+
+def check_integer(name: str, value: Any, least: int = 1) -> None:
+    """Raises unless a value is an integer from `least` to 2**31 - 1.
+
+    Args:
+        name (`str`): Name of the argument or config value, for the error.
+        value: Integer of Python or NumPy.
+        least (`int`, defaults to 1): Lowest value.
+
+    Raises:
+        ValueError: The value is not such an integer.
+    """
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or not least <= value < INTEGER_LIMIT:
+        raise ValueError(f"`{name}` must be an integer of at least {least} and under 2**31, got {value!r:.80}.")
+
+
+def check_integers(numbers: Mapping[str, Any], least: int = 1) -> None:
+    """Raises ValueError unless all values are an `int` in range, see [`check_json_integer`]."""
+    for name, value in numbers.items():
+        check_json_integer(name, value, least)
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raises ValueError unless a value is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r:.80}.")
+
+
+def check_range(name: str, bounds: Any) -> None:
+    """Raises ValueError unless a range is two finite numbers, the lower one first."""
+    is_pair = isinstance(bounds, list | tuple) and len(bounds) == 2
+    if is_pair and all(isinstance(bound, int | float) for bound in bounds):
+        low, high = bounds
+        if -math.inf < low < high < math.inf:
+            return
+    raise ValueError(f"`{name}` must be two finite numbers (low, high) with low < high, got {bounds!r}.")
+
+
+# Configs
+
+
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raises if config values are wrong or do not fit each other."""
-    check_integers({key: config[key] for key in POSITIVE_INTEGERS})
+    """Raises ValueError if config values are wrong or do not fit each other."""
+    for key in POSITIVE_INTEGERS:
+        check_json_integer(key, config[key])
     for key in CHANNEL_MULTIPLIERS:
-        mults = config[key]
-        if not isinstance(mults, list | tuple) or not all(type(mult) is int and mult > 0 for mult in mults):
-            raise ValueError(f"`{key}` must be a list of integers above 0, got {mults!r}.")
-    encoder_levels, decoder_levels = (len(config[key]) for key in CHANNEL_MULTIPLIERS)
+        check_multipliers(key, config[key])
+    encoder_levels = len(config["encoder_ch_mult"])
+    decoder_levels = len(config["decoder_ch_mult"])
     if encoder_levels != decoder_levels:
         raise ValueError(
             "`encoder_ch_mult` and `decoder_ch_mult` must have equally many levels, so that both have the same f, "
             f"got {encoder_levels} and {decoder_levels}."
         )
     check_depth("The config", {"levels": encoder_levels, "residual blocks per level": config["num_res_blocks"]})
-    groups, base = config["norm_num_groups"], config["base_channels"]
-    if base % groups:
-        raise ValueError(f"`norm_num_groups` must divide `base_channels`, but {groups} does not divide {base}.")
+    groups = config["norm_num_groups"]
+    channels = config["base_channels"]
+    if channels % groups:
+        raise ValueError(f"`norm_num_groups` must divide `base_channels`, but {groups} does not divide {channels}.")
     if not isinstance(config["codebook_l2_norm"], bool):
         raise ValueError(f"`codebook_l2_norm` must be True or False, got {config['codebook_l2_norm']!r}.")
-    for key in ("pixel_range", "network_range"):
-        check_range(key, config[key])
+    check_number("dropout_p", config["dropout_p"], least=0, most=1)
+    for key in ("commit_loss_beta", "entropy_loss_ratio", "scaling_factor"):
+        check_number(key, config[key])
+    check_range("pixel_range", config["pixel_range"])
+    check_range("network_range", config["network_range"])
+
+
+def check_json_integer(name: str, value: Any, least: int = 1) -> None:
+    """Raises ValueError unless a value is an `int` in range, because JSON holds no integers of NumPy."""
+    if type(value) is not int:
+        raise ValueError(f"`{name}` must be an integer of at least {least} and under 2**31, got {value!r:.80}.")
+    check_integer(name, value, least)
+
+
+def check_multipliers(name: str, multipliers: Any) -> None:
+    """Raises ValueError unless a config value is a list of integers above 0."""
+    is_list = isinstance(multipliers, list | tuple)
+    if not is_list or not all(type(multiplier) is int and multiplier > 0 for multiplier in multipliers):
+        raise ValueError(f"`{name}` must be a list of integers above 0, got {multipliers!r}.")
 
 
 def check_depth(name: str, counts: Mapping[str, int]) -> None:
@@ -53,23 +160,12 @@ def check_depth(name: str, counts: Mapping[str, int]) -> None:
     Raises:
         ValueError: A number is too large.
     """
-    for what, count in counts.items():
-        if count > MOST[what]:
-            raise ValueError(f"{name} must have at most {MOST[what]} {what}, got {count}.")
+    for part, count in counts.items():
+        if count > MOST[part]:
+            raise ValueError(f"{name} must have at most {MOST[part]} {part}, got {count}.")
 
 
-def check_integers(numbers: Mapping[str, Any], least: int = 1) -> None:
-    """Raises unless all values are integers from `least` to 2**31 - 1."""
-    for key, value in numbers.items():
-        if type(value) is not int or not least <= value < INTEGER_LIMIT:
-            raise ValueError(f"`{key}` must be an integer of at least {least} and under 2**31, got {value!r:.80}.")
-
-
-def check_range(key: str, bounds: Any) -> None:
-    """Raises unless a range is two finite numbers, the lower one first."""
-    are_numbers = isinstance(bounds, list | tuple) and all(isinstance(bound, int | float) for bound in bounds)
-    if not are_numbers or len(bounds) != 2 or not -math.inf < bounds[0] < bounds[1] < math.inf:
-        raise ValueError(f"`{key}` must be two finite numbers (low, high) with low < high, got {bounds!r}.")
+# Samples, latents and ids
 
 
 def check_sample(sample: torch.Tensor, config: Mapping[str, Any], dtype: torch.dtype, training: bool) -> None:
@@ -78,41 +174,66 @@ def check_sample(sample: torch.Tensor, config: Mapping[str, Any], dtype: torch.d
     Warns about values far outside `pixel_range`. In training it does not, because each step would wait for the GPU.
     """
     if not isinstance(sample, torch.Tensor) or not sample.is_floating_point():
-        kind = sample.dtype if isinstance(sample, torch.Tensor) else type(sample).__name__
         raise TypeError(
             f"`sample` must be a floating-point tensor with values in {tuple(config['pixel_range'])} (`pixel_range`), "
-            f"got {kind}. Prepare images with SVQVAEImageProcessor."
+            f"got {type_name(sample)}. Prepare images with SVQVAEImageProcessor."
         )
     if sample.dtype != dtype and not torch.is_autocast_enabled(sample.device.type):
         raise TypeError(f"`sample` must be {dtype} like the model, got {sample.dtype}. Pass `sample.to(model.dtype)`.")
-    advice = " Prepare images with SVQVAEImageProcessor." if config["in_channels"] == 3 else ""
-    if sample.ndim != 4 or sample.shape[1] != config["in_channels"] or 0 in sample.shape:
+    channels = config["in_channels"]
+    if sample.ndim != 4 or sample.shape[1] != channels or 0 in sample.shape:
+        advice = ""
+        if channels == 3:
+            advice = " Prepare images with SVQVAEImageProcessor."
         raise ValueError(
-            f"`sample` must have shape (batch, {config['in_channels']}, height, width) with no side of 0, got "
+            f"`sample` must have shape (batch, {channels}, height, width) with no side of 0, got "
             f"{tuple(sample.shape)}.{advice}"
         )
     if not training and not sample.is_meta and not torch.compiler.is_compiling():
         _warn_outside_range(sample, config["pixel_range"])
 
 
+def type_name(value: Any) -> str:
+    """Name of the type of a value, or of its elements if it is a tensor."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype)
+    return type(value).__name__
+
+
 def _warn_outside_range(sample: torch.Tensor, pixel_range: Sequence[float]) -> None:
-    (low, high), (lowest, highest) = pixel_range, sample.aminmax()
-    tolerance = RANGE_TOLERANCE * (high - low)
-    fault = ""
-    if not (low - tolerance <= lowest and highest <= high + tolerance):  # also when they are NaN
+    """Warns if values are far outside `pixel_range`, or if it reaches below 0 and no value does."""
+    low, high = pixel_range
+    lowest, highest = sample.aminmax()
+    if not _fits_range(lowest, highest, pixel_range):
         fault = f"has values far outside {tuple(pixel_range)} (`pixel_range`), so its ids will be wrong"
+        advice = _advise_range(lowest, highest, pixel_range)
     elif low < 0 <= lowest < highest <= 1:
         fault = f"has no value below 0, where `pixel_range` is {tuple(pixel_range)}. Images in [0, 1] get wrong ids"
-    if fault:
-        warnings.warn(
-            f"`sample` {fault}. Prepare images with `SVQVAEImageProcessor.from_model(vqvae)`, or load the model with "
-            "the range of your images, as in `from_pretrained(..., pixel_range=(0, 1))`.",
-            stacklevel=2,
-        )
+        advice = "load the model with the range of your images: `from_pretrained(..., pixel_range=(0, 1))`"
+    else:
+        return
+    preparation = "Prepare images with `SVQVAEImageProcessor.from_model(vqvae)`"
+    warnings.warn(f"`sample` {fault}. {preparation}, or {advice}.", stacklevel=2)
+
+
+def _fits_range(lowest: torch.Tensor, highest: torch.Tensor, bounds: Sequence[float]) -> bool:
+    """Whether values from `lowest` to `highest` lie in a range, or overshoot it a little. NaN never does."""
+    low, high = bounds
+    tolerance = RANGE_TOLERANCE * (high - low)
+    return bool(low - tolerance <= lowest) and bool(highest <= high + tolerance)
+
+
+def _advise_range(lowest: torch.Tensor, highest: torch.Tensor, pixel_range: Sequence[float]) -> str:
+    """Advice for samples outside `pixel_range`: the usual range that they lie in and fill, if there is one."""
+    for usual in USUAL_RANGES:
+        fills_range = highest > usual[1] / 2
+        if fills_range and _fits_range(lowest, highest, usual):
+            return f"load the model with the range of your images: `from_pretrained(..., pixel_range={usual})`"
+    return f"scale them to {tuple(pixel_range)}"
 
 
 def check_latents(latents: torch.Tensor, config: Mapping[str, Any]) -> None:
-    """Raises if latents are not `(batch, codebook_embed_dim, h, w)`."""
+    """Raises ValueError if latents are not `(batch, codebook_embed_dim, h, w)`."""
     dim = config["codebook_embed_dim"]
     if latents.ndim != 4 or latents.shape[1] != dim or 0 in latents.shape:
         raise ValueError(
@@ -138,69 +259,99 @@ def check_ids(ids: torch.Tensor, config: Mapping[str, Any], shape: Sequence[int]
         config (`Mapping[str, Any]`): Config of the model.
         shape (`tuple[int, int, int, int]`, *optional*): `(batch, h, w, codebook_embed_dim)`.
     """
-    kind = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
-    if kind not in INTEGERS:
+    if not isinstance(ids, torch.Tensor) or ids.dtype not in INTEGERS:
         advice = "Pass its `.latents`." if hasattr(ids, "latents") else "Only `decode` takes latents."
-        raise TypeError(f"Ids must be a tensor of an integer type, got {kind}. {advice}")
-    dim, size = config["codebook_embed_dim"], config["codebook_size"]
+        raise TypeError(f"Ids must be a tensor of an integer type, got {type_name(ids)}. {advice}")
+    dim = config["codebook_embed_dim"]
     if shape is None:
         if ids.ndim != 3 or not ids.numel():
             raise ValueError(
                 f"Ids must have shape (batch, h, w), not empty, got {tuple(ids.shape)}. Reshape them, or pass `shape`."
             )
-        shape = (*ids.shape, dim)
-    if not ids.numel() or len(shape) != 4 or math.prod(shape[:-1]) != ids.numel() or shape[-1] != dim:
+    elif not ids.numel() or len(shape) != 4 or math.prod(shape[:-1]) != ids.numel() or shape[-1] != dim:
         raise ValueError(
             f"`shape` must be (batch, h, w, {dim}) for as many ids as there are, at least one, got {tuple(shape)} for "
             f"{ids.numel()}. Reshape them to the grid."
         )
     # Skipped when compiling: a data-dependent check would break the graph.
     if not torch.compiler.is_compiling():
-        low, high = ids.long().aminmax()
-        if not 0 <= low <= high < size:
-            raise ValueError(
-                f"Ids must lie in [0, {size}) (`codebook_size`), but lie in [{low}, {high}]. Pass ids of this "
-                "codebook, without special tokens."
-            )
+        _check_ids_in_codebook(ids, config["codebook_size"])
 
 
-def check_scales(scales: float | Iterable[float], name: str = "`scales`") -> list[float]:
-    """Raises if scales are not finite numbers above 0. Returns them as a list."""
-    is_list = isinstance(scales, Iterable) and getattr(scales, "ndim", None) != 0
-    checked: list[Any] = list(cast(Iterable[float], scales)) if is_list else [scales]
-    if not all(isinstance(scale, Real) and not isinstance(scale, bool) for scale in checked):
-        raise TypeError(f"{name} must be a number or a list of numbers, got {scales!r}.")
-    if not checked:
+def _check_ids_in_codebook(ids: torch.Tensor, codebook_size: int) -> None:
+    lowest, highest = ids.long().aminmax()
+    if lowest < 0 or highest >= codebook_size:
+        raise ValueError(
+            f"Ids must lie in [0, {codebook_size}) (`codebook_size`), but lie in [{lowest}, {highest}]. Pass ids of "
+            "this codebook, without special tokens."
+        )
+
+
+# Scales and tiles
+
+
+def is_list_of_scales(scales: Any) -> bool:
+    """Whether scales are several, even if the list has one, in contrast to a number or an array without dimensions."""
+    return isinstance(scales, Iterable) and getattr(scales, "ndim", None) != 0
+
+
+def check_scales(scales: Any, name: str = "`scales`") -> list[float]:
+    """Checks scales, and returns them as a list.
+
+    Args:
+        scales (`float` or `Sequence[float]`): One scale or several.
+        name (`str`): Name of the argument, for errors.
+
+    Raises:
+        TypeError: A scale is not a number.
+        ValueError: There is no scale, or one is not finite and above 0.
+    """
+    listed: list[Any] = list(scales) if is_list_of_scales(scales) else [scales]
+    if not listed:
         raise ValueError(f"{name} must have at least one scale, got none. Pass `[1]`, or leave them out.")
-    for scale in checked:
-        if not 0 < scale < float("inf"):
+    checked: list[float] = []
+    for scale in listed:
+        if getattr(scale, "ndim", None) == 0:  # an array or a tensor that holds one number
+            scale = scale.item()
+        if not isinstance(scale, Real) or isinstance(scale, bool):
+            raise TypeError(f"{name} must be a number or a list of numbers, got {scales!r}.")
+        if not 0 < scale < math.inf:
             raise ValueError(f"{name} must be finite and above 0, got {scale}.")
-    return [scale if isinstance(scale, int) else float(scale) for scale in checked]
+        checked.append(scale if isinstance(scale, int) else float(scale))
+    return checked
 
 
 def check_scale_from(scale_from: str) -> None:
-    """Raises if `scale_from` is not one of `SCALE_SOURCES`."""
-    if scale_from not in SCALE_SOURCES:
-        raise ValueError(f"`scale_from` must be one of {', '.join(SCALE_SOURCES)}, got {scale_from!r:.80}.")
+    """Raises ValueError if `scale_from` is not one of `SCALE_SOURCES`."""
+    check_choice("scale_from", scale_from, SCALE_SOURCES)
 
 
 def check_tiles(f: int, tile_size: int, overlap: int | None) -> None:
-    """Raises if a tile or its overlap, both in pixels, does not fit latents of `f` pixels."""
-    for name, value in {"tile_size": tile_size, "overlap": 0 if overlap is None else overlap}.items():
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            raise ValueError(f"`{name}` must be an integer number of pixels, got {value!r}.")
+    """Raises ValueError if a tile or its overlap, both in pixels, does not fit latents of `f` pixels."""
+    _check_pixels("tile_size", tile_size)
     if tile_size % f or tile_size < f:
         nearest = max(1, round(tile_size / f)) * f
         raise ValueError(
             f"`tile_size` must be a positive multiple of f = {f}, got {tile_size}. The nearest is {nearest}."
         )
+    if overlap is None:
+        return
+    _check_pixels("overlap", overlap)
     largest = (tile_size // f - 1) // 2 * f
-    if overlap is not None and (overlap % f or not 0 <= overlap <= largest):
+    if overlap % f or not 0 <= overlap <= largest:
         nearest = min(max(0, round(overlap / f) * f), largest)
         raise ValueError(
             f"`overlap` must be a multiple of f = {f} and less than half of `tile_size` = {tile_size}, got {overlap}. "
             f"The nearest is {nearest}."
         )
+
+
+def _check_pixels(name: str, value: Any) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"`{name}` must be an integer number of pixels, got {value!r}.")
+
+
+# Codebooks
 
 
 def check_same_codebook(model: Any, tokens: Any) -> None:
@@ -213,10 +364,11 @@ def check_same_codebook(model: Any, tokens: Any) -> None:
     Raises:
         ValueError: The codebook's fingerprint or size differs, or the model's f.
     """
-    for fact, expected, found in (
-        ("of the model's codebook, with fingerprint", model.codebook_fingerprint(), tokens.codebook_fingerprint),
-        ("of a model with f =", model.f, tokens.f),
-        ("of a codebook with this number of codes:", model.config["codebook_size"], tokens.codebook_size),
-    ):
-        if found != expected:
-            raise ValueError(f"the ids must be {fact} {expected}, got {found}. Use the model that encoded them.")
+    _check_fact("of the model's codebook, with fingerprint", model.codebook_fingerprint(), tokens.codebook_fingerprint)
+    _check_fact("of a model with f =", model.f, tokens.f)
+    _check_fact("of a codebook with this number of codes:", model.config["codebook_size"], tokens.codebook_size)
+
+
+def _check_fact(fact: str, expected: Any, value: Any) -> None:
+    if value != expected:
+        raise ValueError(f"the ids must be {fact} {expected}, got {value}. Use the model that encoded them.")

@@ -1,9 +1,12 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_tiny
+
+from svqvae_hf.models.checks import check_integer, check_number
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 
@@ -18,6 +21,9 @@ pytestmark = pytest.mark.usefixtures("few_windows")
         ({"base_channels": "eight"}, "`base_channels` must be an integer of at least 1 and .*, got 'eight'"),
         ({"encoder_ch_mult": None}, "`encoder_ch_mult` .* got None"),
         ({"encoder_ch_mult": (1, 0, 2)}, r"`encoder_ch_mult` .* got \(1, 0, 2\)"),
+        ({"dropout_p": "a little"}, r"`dropout_p` must be in \[0, 1\], got 'a little'"),
+        ({"commit_loss_beta": None}, "`commit_loss_beta` must be a finite number, got None"),
+        ({"scaling_factor": [1]}, r"`scaling_factor` must be a finite number, got \[1\]"),
         ({"num_res_blocks": 10**9}, "at most 64 residual blocks per level"),
         ({"encoder_ch_mult": (1,) * 999, "decoder_ch_mult": (1,) * 999}, "at most 16 levels"),
     ],
@@ -81,6 +87,55 @@ def test_samples_in_another_range_warn_once(pixel_range, no_grad):
             model.encode(low + wrong * (high - low))
     assert len(found) == 1
     model.train()(low + 2 * unit * (high - low))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "advice"),
+    [
+        (-1, 1, r"`from_pretrained\(..., pixel_range=\(-1, 1\)\)`"),
+        (0, 255, r"`from_pretrained\(..., pixel_range=\(0, 255\)\)`"),
+        (-2.1, 2.6, r"scale them to \(0.0, 1.0\)"),  # normalised by ImageNet's mean and deviation
+    ],
+)
+def test_the_warning_advises_the_range_of_the_sample(tiny_model, no_grad, low, high, advice):
+    with pytest.warns(UserWarning, match=advice):
+        tiny_model.encode(torch.linspace(low, high, 192).view(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("limits", "value", "message"),
+    [
+        ({"least": 0, "most": 1}, 1.5, r"`x` must be in \[0, 1\], got 1.5"),
+        ({"least": 0, "most": 1}, math.nan, r"in \[0, 1\], got nan"),
+        ({"above": 0, "most": 1}, 0, "above 0 and at most 1, got 0"),
+        ({"above": 0}, -1, "above 0, got -1"),
+        ({"least": 1}, 0, "at least 1, got 0"),
+        ({"most": 8}, 9, "at most 8, got 9"),
+        ({}, "2", "a finite number, got '2'"),
+        ({}, math.inf, "a finite number, got inf"),
+        ({"least": 0}, True, "at least 0, got True"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(limits, value, message):
+    with pytest.raises(ValueError, match=message):
+        check_number("x", value, **limits)
+
+
+def test_numbers_of_numpy_are_numbers():
+    check_number("x", np.float32(0.5), above=0, most=1)
+    check_number("x", np.int64(5), least=5)
+    check_integer("x", np.int64(5), least=5)
+    with pytest.raises(ValueError, match="`x` must be an integer of at least 6 and under"):
+        check_integer("x", np.int64(5), least=6)
+    with pytest.raises(ValueError, match="`x` must be an integer .* got 5.0"):
+        check_integer("x", 5.0)
+
+
+@pytest.mark.parametrize("scales", [np.array(0.5), np.float32(0.5), torch.tensor(0.5)])
+def test_a_scale_may_be_an_array_without_dimensions(tiny_model, scales):
+    sample = torch.rand(1, 3, 16, 16)
+    assert torch.equal(tiny_model.encode_tokens(sample, scales), tiny_model.encode_tokens(sample, 0.5))
+    assert torch.equal(tiny_model(sample, scales).sample, tiny_model(sample, 0.5).sample)
 
 
 @pytest.mark.usefixtures("no_grad")
