@@ -4,7 +4,7 @@ Sources: VQ-VAE (arXiv 1711.00937), and LlamaGen (arXiv 2406.06525, section 3.1)
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ class VQLosses(NamedTuple):
 class Codebook(nn.Module):
     """Code vectors, kept in float32.
 
-    Everything that reads the weight goes through `forward`, because hooks that offload weights load them only there.
+    All methods read the weight by calling the module, because hooks that offload weights load them only for a call.
 
     Args:
         size (`int`): Number of codes.
@@ -53,17 +53,27 @@ class Codebook(nn.Module):
         self.weight = nn.Parameter(torch.randn(size, dim))  # uniform on the sphere once normalised
         self.l2_norm = l2_norm
 
-    def forward(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Calls an operation with the weight `(size, dim)`."""
-        return operation(self.weight)
+    def forward(self) -> torch.Tensor:
+        """Returns a copy of all codes as stored, not normalised, `(size, dim)`.
+
+        The weight itself would not do, because hooks move it elsewhere after the call.
+        """
+        return self.weight.clone()
 
     def table(self) -> torch.Tensor:
-        """Copies all codes as stored, not normalised, `(size, dim)`."""
-        return self(torch.clone)
+        """All codes as stored, not normalised, `(size, dim)`."""
+        return self()
+
+    def codes(self) -> torch.Tensor:
+        """All codes as they are compared, `(size, dim)` in float32, at unit length if `l2_norm`."""
+        codes = self.table().float()
+        if self.l2_norm:
+            return F.normalize(codes, dim=-1)
+        return codes
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Codes `(*ids.shape, dim)` in float32, at unit length if `l2_norm`, of ids of any shape and integer type."""
-        return self(lambda weight: F.embedding(ids, self._normalise(weight)))
+        return F.embedding(ids, self.codes())
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """Ids `(n,)` in int64 of the nearest codes, the lowest on a tie, without gradients.
@@ -71,28 +81,37 @@ class Codebook(nn.Module):
         Args:
             latents (`torch.Tensor` of shape `(n, dim)`): Latents in float32, normalised if the codes are.
         """
-        return self(lambda weight: find_nearest(latents.detach(), self._normalise(weight.detach()), self.l2_norm))
-
-    def _normalise(self, weight: torch.Tensor) -> torch.Tensor:
-        return F.normalize(weight.float(), dim=-1) if self.l2_norm else weight.float()
+        return find_nearest(latents.detach(), self.codes().detach(), self.l2_norm)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Codebook":
         """Follows the model's device but stays float32, because rounding the codes would change the ids."""
-        return super()._apply(
-            lambda tensor: moved if (moved := fn(tensor)).dtype == tensor.dtype else tensor.to(moved.device), recurse
-        )
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype:
+                return moved
+            return tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
 
 def find_nearest(latents: torch.Tensor, codes: torch.Tensor, l2_norm: bool) -> torch.Tensor:
-    """Ids `(n,)` of the codes `(size, dim)` nearest to latents `(n, dim)`, in chunks that bound the memory."""
-    # |z - e|^2 = |z|^2 - 2 (z e - |e|^2 / 2): the nearest code has the largest bracket, for unit vectors z e.
-    offset = None if l2_norm else codes.square().sum(-1) / 2
-    rows = max(1, (SEARCH_SCORES if latents.device.type == "cpu" else SEARCH_SCORES_GPU) // codes.shape[0])
-    ids = []
+    """Ids `(n,)` of the codes `(size, dim)` nearest to latents `(n, dim)`, in chunks that bound the memory.
+
+    |z - e|^2 = |z|^2 - 2 (z e - |e|^2 / 2), so the nearest code has the largest z e - |e|^2 / 2. Among unit vectors it
+    has the largest z e.
+    """
+    scores_at_once = SEARCH_SCORES if latents.device.type == "cpu" else SEARCH_SCORES_GPU
+    rows = max(1, scores_at_once // len(codes))
     # Chunks of equal size: a small remainder would use another kernel and round differently.
-    for chunk in latents.tensor_split(-(-latents.shape[0] // rows)):
-        scores = chunk @ codes.T
-        ids.append((scores if offset is None else scores - offset).argmax(-1))
+    num_chunks = -(-len(latents) // rows)
+    half_squares = codes.square().sum(-1) / 2  # (size,)
+    ids = []
+    for chunk in latents.tensor_split(num_chunks):
+        scores = chunk @ codes.T  # (rows, size)
+        if not l2_norm:
+            scores = scores - half_squares
+        ids.append(scores.argmax(-1))
     return torch.cat(ids)
 
 
@@ -109,8 +128,10 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, size: int, dim: int, commit_loss_beta: float, entropy_loss_ratio: float, l2_norm: bool):
         super().__init__()
-        self.size, self.l2_norm = size, l2_norm
-        self.commit_loss_beta, self.entropy_loss_ratio = commit_loss_beta, entropy_loss_ratio
+        self.size = size
+        self.l2_norm = l2_norm
+        self.commit_loss_beta = commit_loss_beta
+        self.entropy_loss_ratio = entropy_loss_ratio
         self.embedding = Codebook(size, dim, l2_norm)
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, VQLosses, tuple[None, None, torch.Tensor]]:
@@ -130,7 +151,8 @@ class VectorQuantizer(nn.Module):
             entropy=self._entropy_loss(flat),
         )
         quantized = codes.detach() + (flat - flat.detach())  # exactly the codes, because the difference is 0
-        quantized = quantized.view(latents.shape[0], *latents.shape[-2:], -1).permute(0, 3, 1, 2)
+        batch, _, height, width = latents.shape
+        quantized = quantized.view(batch, height, width, -1).permute(0, 3, 1, 2)  # (batch, dim, h, w)
         return quantized.to(latents.dtype).contiguous(), losses, (None, None, ids)
 
     def search(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -139,11 +161,11 @@ class VectorQuantizer(nn.Module):
         Returns:
             `tuple`: The latents as they are compared, their ids and their codes, one row per latent.
         """
-        device = latents.device.type  # meta tensors have no autocast
-        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        with _without_autocast(latents.device.type):
             flat = flatten_latents(self.normalise(latents.float()))
             ids = self.embedding.nearest(flat)
-            return flat, ids, self.embedding.lookup(ids)
+            codes = self.embedding.lookup(ids)
+        return flat, ids, codes
 
     def nearest_ids(self, latents: torch.Tensor) -> torch.Tensor:
         """Finds the nearest code of each latent.
@@ -159,7 +181,9 @@ class VectorQuantizer(nn.Module):
                 graph does not check.
         """
         check_finite(latents)
-        return self.search(latents)[1].view(latents.shape[0], *latents.shape[-2:])
+        _, ids, _ = self.search(latents)
+        batch, _, height, width = latents.shape
+        return ids.view(batch, height, width)
 
     def get_codebook_entry(self, ids: torch.Tensor, shape: tuple[int, int, int, int] | None = None) -> torch.Tensor:
         """Looks up codes.
@@ -173,7 +197,9 @@ class VectorQuantizer(nn.Module):
             codebook_embed_dim)` without.
         """
         codes = self.embedding.lookup(ids)
-        return codes if shape is None else codes.view(shape).permute(0, 3, 1, 2).contiguous()
+        if shape is None:
+            return codes
+        return codes.view(shape).permute(0, 3, 1, 2).contiguous()
 
     def usage(self, ids: torch.Tensor) -> float:
         """Fraction of the codebook that occurs in ids of any shape."""
@@ -181,7 +207,9 @@ class VectorQuantizer(nn.Module):
 
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(batch, codebook_embed_dim, h, w)` at unit length if codes are, not quantised."""
-        return F.normalize(latents.float(), dim=1).to(latents.dtype) if self.l2_norm else latents
+        if not self.l2_norm:
+            return latents
+        return F.normalize(latents.float(), dim=1).to(latents.dtype)
 
     def _entropy_loss(self, flat: torch.Tensor) -> torch.Tensor:
         """Rewards a low entropy of each latent's soft assignment and a high entropy of their mean.
@@ -191,18 +219,27 @@ class VectorQuantizer(nn.Module):
         """
         if self.entropy_loss_ratio == 0 or not self.training:
             return flat.new_zeros(())
-        codes = self.embedding.lookup(torch.arange(self.size, device=flat.device))
-        log_probs = F.log_softmax(-torch.cdist(flat, codes).square() / ENTROPY_TEMPERATURE, dim=-1)
+        all_ids = torch.arange(self.size, device=flat.device)
+        distances = torch.cdist(flat, self.embedding.lookup(all_ids)).square()  # (latents, size)
+        log_probs = F.log_softmax(-distances / ENTROPY_TEMPERATURE, dim=-1)
         probs = log_probs.exp()
         mean_probs = _mean_over_processes(probs.mean(0))
         entropy = -(probs * log_probs).sum(-1).mean()
-        log_mean_probs = mean_probs.clamp(min=torch.finfo(mean_probs.dtype).tiny).log()  # finite for unused codes, too
-        return self.entropy_loss_ratio * (entropy + (mean_probs * log_mean_probs).sum())
+        smallest = torch.finfo(mean_probs.dtype).tiny
+        log_mean_probs = mean_probs.clamp(min=smallest).log()  # finite for unused codes, too
+        negative_entropy_of_mean = (mean_probs * log_mean_probs).sum()
+        return self.entropy_loss_ratio * (entropy + negative_entropy_of_mean)
 
 
 def flatten_latents(latents: torch.Tensor) -> torch.Tensor:
     """`(batch, channels, h, w)` -> one row per latent, `(batch * h * w, channels)`."""
     return latents.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    if device_type == "meta":  # meta tensors have no autocast
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _mean_over_processes(value: torch.Tensor) -> torch.Tensor:
