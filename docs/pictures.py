@@ -18,7 +18,7 @@ from svqvae_hf.evaluation.pictures import Panel, contact_sheet
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.models.image_files import load_image
 from svqvae_hf.models.layers import TileContext
-from svqvae_hf.models.tiling import map_tiles, sample_windows, tile_axis
+from svqvae_hf.models.tiling import TiledRun, map_tiles, sample_windows, tile_axis
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training" / "bundled"))
@@ -145,7 +145,7 @@ def _context_windows(size: list[int]) -> list[tuple[slice, slice]]:
         windows.append((rows, columns))
         return torch.zeros(1, 1, rows.stop - rows.start, columns.stop - columns.start)
 
-    sample_windows(lambda windows, shared: windows, read, size, TILE, input_stride=1)
+    sample_windows(TiledRun(lambda windows, shared: windows, read, (size[0], size[1]), TILE, HALO))
     return windows
 
 

@@ -14,9 +14,10 @@ from svqvae_hf.large.tiff_reader import open_large_image
 from svqvae_hf.large.tiff_writer import TiffWriter
 from svqvae_hf.models.checks import check_same_codebook, check_tiles
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.models.layers import Area
 from svqvae_hf.models.loading import execution_device
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.models.tiling import Read, RunWindow, run_tiles, tile_axis
+from svqvae_hf.models.tiling import Read, RunWindow, TiledRun, run_tiles, tile_axis
 from svqvae_hf.tokens.image_tokens import image_tokens
 from svqvae_hf.tokens.token_files import ImageTokens
 
@@ -50,8 +51,8 @@ def encode_large(model: SVQVAE, source: Path, tiles: tuple[int, int] | None = No
             sample = processor(pixels)["pixel_values"].to(device, model.dtype)
             return F.pad(sample, (0, right, 0, bottom), mode="replicate")
 
-        for rows, columns, latents in _run_tiles(model, model.encode_window, read, ids.shape, model.f, tiles):
-            ids[rows, columns] = model.quantize.nearest_ids(latents)[0].to("cpu", ids.dtype)
+        for area, latents in _run_tiles(model, model.encode_window, read, ids.shape, model.f, tiles):
+            ids[area.rows, area.columns] = model.quantize.nearest_ids(latents)[0].to("cpu", ids.dtype)
         return image_tokens(model, [ids.long()], image.height, image.width, [1.0], tiles=tiles)
 
 
@@ -86,20 +87,21 @@ def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path, tiles: tuple[
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with new_file(target) as partial, TiffWriter(partial, tokens.height, tokens.width) as output:
-        for rows, columns, decoded in _run_tiles(model, model.decode_window, read, ids.shape, 1, tiles):
-            top, left = rows.start * f, columns.start * f
+        for area, decoded in _run_tiles(model, model.decode_window, read, ids.shape, 1, tiles):
+            top, left = area.rows.start * f, area.columns.start * f
             (image,) = processor.postprocess(decoded[..., : tokens.height - top, : tokens.width - left])
             output.write(top, left, np.asarray(image))
 
 
 def _run_tiles(
     model: SVQVAE, run: RunWindow, read: Read, size: torch.Size, input_stride: int, tiles: tuple[int, int]
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+) -> Iterator[tuple[Area, torch.Tensor]]:
     hook = getattr(model, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(model)  # loads offloaded weights, as `encode` and `decode` do
     check_tiles(model.f, *tiles)
-    tile, overlap = tiles[0] // model.f, tiles[1] // model.f
-    total = math.prod(len(tile_axis(side, tile, overlap)) for side in size)
-    results = run_tiles(run, read, size, tile, overlap, input_stride)
+    height, width = size
+    tiled = TiledRun(run, read, (height, width), tiles[0] // model.f, tiles[1] // model.f, input_stride)
+    total = math.prod(len(tile_axis(side, tiled.tile, tiled.overlap)) for side in size)
+    results = run_tiles(tiled)
     return iter(tqdm(results, total=total, unit="tile", leave=False, delay=1, disable=None))

@@ -1,7 +1,8 @@
 """Norm and convolutions of the networks, for whole images and for tiles, and the context that tiles share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,75 @@ from torch import nn
 
 NORM_EPS = 1e-6
 
-Core = tuple[slice, slice]  # rows and columns of a window
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Area:
+    """Rows and columns of an image, of its latents or of a window.
+
+    Args:
+        rows (`slice`): Rows, with a start and a stop.
+        columns (`slice`): Columns, with a start and a stop.
+    """
+
+    rows: slice
+    columns: slice
+
+    @classmethod
+    def of_size(cls, size: Sequence[int]) -> "Area":
+        """The whole area of a height and a width."""
+        height, width = size
+        return cls(slice(0, height), slice(0, width))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    def scaled(self, stride: int) -> "Area":
+        """The same area of an image with `stride` positions for each position of this one."""
+        return Area(
+            slice(self.rows.start * stride, self.rows.stop * stride),
+            slice(self.columns.start * stride, self.columns.stop * stride),
+        )
+
+    def within(self, window: "Area") -> "Area":
+        """The same area, counted from the top and left of a window."""
+        top = window.rows.start
+        left = window.columns.start
+        return Area(
+            slice(self.rows.start - top, self.rows.stop - top),
+            slice(self.columns.start - left, self.columns.stop - left),
+        )
+
+    def widened(self, margin: int, size: Sequence[int]) -> "Area":
+        """The area and a margin around it, as far as an image of this height and width reaches."""
+        height, width = size
+        return Area(
+            slice(max(0, self.rows.start - margin), min(height, self.rows.stop + margin)),
+            slice(max(0, self.columns.start - margin), min(width, self.columns.stop + margin)),
+        )
+
+
+class CutSides(NamedTuple):
+    """Whether a window is cut from its image at each side, instead of lying at the border of the image."""
+
+    top: bool
+    bottom: bool
+    left: bool
+    right: bool
+
+    @classmethod
+    def of(cls, window: Area, size: Sequence[int]) -> "CutSides":
+        """Sides on which an image of this height and width goes on beyond a window."""
+        height, width = size
+        return cls(
+            top=window.rows.start > 0,
+            bottom=window.rows.stop < height,
+            left=window.columns.start > 0,
+            right=window.columns.stop < width,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +91,7 @@ class TileContext:
 
     Args:
         size (`tuple[int, int]`): Height and width of the window, in latents.
-        core (`tuple[slice, slice]`): Rows and columns of the window that count, in latents. Those around them are
-            next to a cut.
+        core ([`Area`]): Part of the window that counts, in latents. The positions around it are next to a cut.
         cuts (`torch.Tensor` of shape `(4, windows, 1, 1, 1)`, *optional*): 1 where a window is cut from its image, 0
             at a border of the image: at the top, bottom, left and right. `None` if no window is cut.
         moments (`dict`): Variance and mean `(images, groups)` of the input of each norm.
@@ -32,7 +99,7 @@ class TileContext:
     """
 
     size: tuple[int, int]
-    core: Core
+    core: Area
     cuts: torch.Tensor | None
     moments: dict[nn.Module, Pair] = field(default_factory=dict)
     attended: dict[nn.Module, Pair] = field(default_factory=dict)
@@ -47,7 +114,8 @@ class TileContext:
 
     def core_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Crops features of any resolution to the core of the tile."""
-        return hidden[..., *self._scaled_core(hidden)]
+        rows, columns = self._scaled_core(hidden)
+        return hidden[..., rows, columns]
 
     def crop(self, hidden: torch.Tensor, margin: int) -> tuple[torch.Tensor, Self]:
         """Crops features to the core and `margin` positions around it. Returns them with their context.
@@ -56,17 +124,22 @@ class TileContext:
         """
         if torch.compiler.is_compiling():
             return hidden, self
-        (y, x), (height, width) = self._scaled_core(hidden), hidden.shape[-2:]
-        rows = slice(max(0, y.start - margin), min(height, y.stop + margin))
-        columns = slice(max(0, x.start - margin), min(width, x.stop + margin))
-        core = move(y, -rows.start), move(x, -columns.start)
-        cropped = replace(self, size=(rows.stop - rows.start, columns.stop - columns.start), core=core)
-        return fast_layout(hidden[..., rows, columns]), cropped
+        rows, columns = self._scaled_core(hidden)
+        core = Area(rows, columns)
+        window = core.widened(margin, hidden.shape[-2:])
+        cropped = hidden[..., window.rows, window.columns]
+        return fast_layout(cropped), replace(self, size=window.size, core=core.within(window))
 
-    def _scaled_core(self, hidden: torch.Tensor) -> Core:
-        spans = zip(self.core, hidden.shape[-2:], self.size, strict=True)
-        rows, columns = (slice(span.start * side // of, span.stop * side // of) for span, side, of in spans)
-        return rows, columns
+    def _scaled_core(self, hidden: torch.Tensor) -> tuple[slice, slice]:
+        """Rows and columns of the core in positions of features, which may be more or fewer than the latents."""
+        height, width = self.size  # in latents
+        hidden_height, hidden_width = hidden.shape[-2:]
+        rows = self.core.rows
+        columns = self.core.columns
+        return (
+            slice(rows.start * hidden_height // height, rows.stop * hidden_height // height),
+            slice(columns.start * hidden_width // width, columns.stop * hidden_width // width),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +154,10 @@ class WindowSample(TileContext):
 
     def moments_of(self, norm: "GroupNorm", hidden: torch.Tensor) -> Pair:
         """Computes and keeps variance and mean of a norm's input over the windows of each image."""
-        by_group = self.core_of(hidden).unflatten(0, (self.images, -1)).unflatten(2, (norm.num_groups, -1))
-        by_group = by_group.to(torch.promote_types(hidden.dtype, torch.float32))
+        core = self.core_of(hidden)  # (images * windows, channels, h, w)
+        core = core.to(torch.promote_types(core.dtype, torch.float32))
+        by_image = core.unflatten(0, (self.images, -1))
+        by_group = by_image.unflatten(2, (norm.num_groups, -1))  # (images, windows, groups, channels, h, w)
         self.moments[norm] = torch.var_mean(by_group, dim=(1, 3, 4, 5), correction=0)
         return self.moments[norm]
 
@@ -91,28 +166,25 @@ class WindowSample(TileContext):
         self.attended[attention] = attention.keys_and_values(self.core_of(normed), self.images)  # type: ignore[operator]
         return self.attended[attention]
 
-    def tile(self, window: torch.Tensor, core: Core, input_stride: int) -> TileContext:
+    def tile(self, window: torch.Tensor, core: Area, input_stride: int) -> TileContext:
         """Context of one tile, which is cut on the sides that its core does not reach.
 
         Args:
             window (`torch.Tensor`): Input at the tile.
-            core (`tuple[slice, slice]`): Rows and columns to keep, in latents.
+            core ([`Area`]): Part of the tile to keep, in latents.
             input_stride (`int`): Input positions per latent along each side.
         """
-        (y, x), (height, width) = core, (side // input_stride for side in window.shape[-2:])
-        sides = [(y.start > 0, y.stop < height, x.start > 0, x.stop < width)]
-        cuts = make_cuts(sides, window) if any(sides[0]) else None
-        return TileContext((height, width), core, cuts, self.moments, self.attended)
+        height, width = window.shape[-2:]
+        size = (height // input_stride, width // input_stride)
+        sides = CutSides.of(core, size)
+        cuts = make_cuts([sides], window) if any(sides) else None
+        return TileContext(size, core, cuts, self.moments, self.attended)
 
 
-def move(span: slice, by: int) -> slice:
-    """Moves a slice along its axis."""
-    return slice(span.start + by, span.stop + by)
-
-
-def make_cuts(sides: list[tuple[bool, bool, bool, bool]], like: torch.Tensor) -> torch.Tensor:
-    """`cuts` of a [`TileContext`], from whether each window is cut at its top, bottom, left and right."""
-    return torch.tensor(sides, dtype=like.dtype, device=like.device).T[..., None, None, None]
+def make_cuts(sides: Sequence[Sequence[bool]], like: torch.Tensor) -> torch.Tensor:
+    """`cuts` of a [`TileContext`], from the [`CutSides`] of each window."""
+    by_side = torch.tensor(sides, dtype=like.dtype, device=like.device).T  # (4, windows)
+    return by_side[..., None, None, None]
 
 
 def fast_layout(hidden: torch.Tensor) -> torch.Tensor:
@@ -143,9 +215,11 @@ class AttentionProcessor:
     def __init__(self, backend: AttentionBackendName | None = None):
         self._attention_backend = backend  # diffusers sets it
 
-    def __call__(self, *query_key_value: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
+    ) -> torch.Tensor:
         """Attends with a query, key and value `(batch, positions, heads, channels)`."""
-        return dispatch_attention_fn(*query_key_value, scale=scale, backend=self._attention_backend)
+        return dispatch_attention_fn(query, key, value, scale=scale, backend=self._attention_backend)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -160,10 +234,12 @@ class GroupNorm(nn.GroupNorm):
             hidden = hidden.contiguous()  # in channels_last the backward pass takes half of a training step on CPU
         if shared is None:  # not `F.group_norm`, which raises for a 1 x 1 image with one value per group
             return torch.group_norm(hidden, self.num_groups, self.weight, self.bias, self.eps)
-        variance, mean = shared.moments_of(self, hidden)
-        per_group = hidden.shape[1] // self.num_groups
-        variance, mean = (each.repeat_interleave(per_group, dim=1) for each in (variance, mean))
-        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        variance, mean = shared.moments_of(self, hidden)  # (images, groups)
+        channels_per_group = hidden.shape[1] // self.num_groups
+        variance = variance.repeat_interleave(channels_per_group, dim=1)  # (images, channels)
+        mean = mean.repeat_interleave(channels_per_group, dim=1)
+        weight = self.weight.to(mean.dtype)
+        bias = self.bias.to(mean.dtype)
         if len(mean) == 1 and not torch.is_grad_enabled():  # a fused kernel, which has no gradient for the statistics
             return F.batch_norm(hidden, mean[0], variance[0], weight, bias, eps=self.eps)
         scale = weight * torch.rsqrt(variance + self.eps)
@@ -173,18 +249,19 @@ class GroupNorm(nn.GroupNorm):
         return normed.flatten(0, 1).to(hidden.dtype)
 
 
-def pad_edges(hidden: torch.Tensor, cuts: torch.Tensor | None, before: int = 1) -> torch.Tensor:
+def pad_edges(hidden: torch.Tensor, shared: TileContext | None, before: int = 1) -> torch.Tensor:
     """Pads by `before` at the top and left and by 1 at the bottom and right.
 
     The padding repeats the edge where a window is cut, and is zero at a border of the image, as without tiles.
     """
     padded = F.pad(hidden, (before, 1, before, 1))
-    if cuts is not None:
-        top, bottom, left, right = cuts
-        padded[..., :before, :] = padded[..., before : 2 * before, :] * top
-        padded[..., -1:, :] = padded[..., -2:-1, :] * bottom
-        padded[..., :before] = padded[..., before : 2 * before] * left
-        padded[..., -1:] = padded[..., -2:-1] * right
+    if shared is None or shared.cuts is None:
+        return padded
+    top, bottom, left, right = shared.cuts
+    padded[..., :before, :] = padded[..., before : 2 * before, :] * top
+    padded[..., -1:, :] = padded[..., -2:-1, :] * bottom
+    padded[..., :before] = padded[..., before : 2 * before] * left
+    padded[..., -1:] = padded[..., -2:-1] * right
     return padded
 
 
@@ -199,9 +276,11 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, hidden: torch.Tensor, cuts: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(windows, in_channels, h, w)` -> `(windows, out_channels, h, w)`."""
-        return super().forward(hidden) if cuts is None else F.conv2d(pad_edges(hidden, cuts), self.weight, self.bias)
+        if shared is None or shared.cuts is None:
+            return super().forward(hidden)
+        return F.conv2d(pad_edges(hidden, shared), self.weight, self.bias)
 
 
 class RepeatConv2d(nn.Conv2d):
@@ -217,14 +296,20 @@ class RepeatConv2d(nn.Conv2d):
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3)
 
-    def forward(self, hidden: torch.Tensor, cuts: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(windows, channels, h, w)` -> `(windows, channels, 2 * h, 2 * w)`."""
-        padded, padding = (hidden, 1) if cuts is None else (pad_edges(hidden, cuts), 3)
-        return F.conv_transpose2d(padded, self.summed_kernel(), self.bias, stride=2, padding=padding)
+        kernel = self.summed_kernel()
+        if shared is None or shared.cuts is None:
+            return F.conv_transpose2d(hidden, kernel, self.bias, stride=2, padding=1)
+        return F.conv_transpose2d(pad_edges(hidden, shared), kernel, self.bias, stride=2, padding=3)
 
     def summed_kernel(self) -> torch.Tensor:
         """Kernel of the transposed convolution, `(in_channels, out_channels, 4, 4)`."""
-        flipped = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)).flip(-2, -1).transpose(0, 1)
-        flipped = fast_layout(flipped)
-        first, *others = (F.pad(flipped, (x, 1 - x, y, 1 - y)) for y in (0, 1) for x in (0, 1))
-        return sum(others, first).to(self.weight.dtype)
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        flipped = fast_layout(weight.flip(-2, -1).transpose(0, 1))  # (in_channels, out_channels, 3, 3)
+        top_left = F.pad(flipped, (0, 1, 0, 1))
+        top_right = F.pad(flipped, (1, 0, 0, 1))
+        bottom_left = F.pad(flipped, (0, 1, 1, 0))
+        bottom_right = F.pad(flipped, (1, 0, 1, 0))
+        summed = top_left + top_right + bottom_left + bottom_right
+        return summed.to(self.weight.dtype)

@@ -23,8 +23,8 @@ The architecture and the names of the weights come from the Open Model Initiativ
 """
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,21 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .checks import check_config, check_ids, check_latents, check_sample, check_scale_from, check_scales, check_tiles
+from .checks import (
+    check_config,
+    check_ids,
+    check_latents,
+    check_sample,
+    check_scale_from,
+    check_scales,
+    check_tiles,
+    is_list_of_scales,
+)
 from .layers import AttentionProcessor, Conv3x3, GroupNorm, RepeatConv2d, TileContext, fast_layout, pad_edges, silu
 from .loading import StrictLoadingMixin
 from .quantizer import VectorQuantizer, VQLosses
 from .resizing import resize, resize_latents, resize_sample
-from .tiling import OVERLAP_PX, TilingMixin
+from .tiling import OVERLAP_PX, TILE_SIZE_PX, TilingMixin
 
 
 @dataclass
@@ -101,11 +110,14 @@ class ResnetBlock(nn.Module):
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, in_channels, h, w)` -> `(batch, out_channels, h, w)`."""
-        cuts = None if shared is None else shared.cuts
-        # One name for all steps, and the shortcut last: another name or an earlier shortcut would hold memory.
-        residual = self.norm2(self.conv1(silu(self.norm1(hidden, shared)), cuts), shared)
-        residual = self.conv2(self.dropout(silu(residual)), cuts)
-        return residual.add_(hidden if self.nin_shortcut is None else self.nin_shortcut(hidden))
+        # Each step reuses the name `residual`, so that Python frees the result of the step before. For the same
+        # reason the shortcut is computed last.
+        residual = silu(self.norm1(hidden, shared))
+        residual = self.conv1(residual, shared)
+        residual = silu(self.norm2(residual, shared))
+        residual = self.conv2(self.dropout(residual), shared)
+        shortcut = hidden if self.nin_shortcut is None else self.nin_shortcut(hidden)
+        return residual.add_(shortcut)
 
 
 class AttnBlock(nn.Module, AttentionModuleMixin):
@@ -115,18 +127,23 @@ class AttnBlock(nn.Module, AttentionModuleMixin):
         super().__init__()
         self.processor = AttentionProcessor(AttentionBackendName.NATIVE)  # other kernels need narrower heads
         self.norm = GroupNorm(num_groups, channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, channels, h, w)` -> the same shape."""
+        windows, channels, _, _ = hidden.shape
         normed = self.norm(hidden, shared)
         if shared is None:
-            key, value = self.keys_and_values(normed, hidden.shape[0])
+            key, value = self.keys_and_values(normed, images=windows)
         else:
             key, value = shared.keys_and_values(self, normed)
-        attended = self.processor(to_positions(self.q(normed), key.shape[0]), key, value)
-        attended = attended.reshape(hidden.shape[0], -1, hidden.shape[1]).transpose(1, 2).reshape(hidden.shape)
-        return hidden + self.proj_out(attended)
+        query = to_positions(self.q(normed), images=len(key))
+        attended = self.processor(query, key, value)  # (images, positions, 1, channels)
+        by_window = attended.reshape(windows, -1, channels).transpose(1, 2)  # (windows, channels, h * w)
+        return hidden + self.proj_out(by_window.reshape(hidden.shape))
 
     def keys_and_values(self, normed: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `(images, positions, 1, channels)`."""
@@ -138,7 +155,9 @@ def to_positions(hidden: torch.Tensor, images: int) -> torch.Tensor:
 
     The result is contiguous, as the fused attention kernels require.
     """
-    return hidden.unflatten(0, (images, -1)).movedim(2, -1).flatten(1, 3).unsqueeze(2).contiguous()
+    by_image = hidden.unflatten(0, (images, -1))  # (images, windows, channels, h, w)
+    positions = by_image.movedim(2, -1).flatten(1, 3)  # (images, windows * h * w, channels)
+    return positions.unsqueeze(2).contiguous()
 
 
 class Downsample(nn.Module):
@@ -150,7 +169,7 @@ class Downsample(nn.Module):
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, channels, h, w)` -> `(batch, channels, h / 2, w / 2)`."""
-        return self.conv(pad_edges(hidden, None if shared is None else shared.cuts, before=0))
+        return self.conv(pad_edges(hidden, shared, before=0))
 
 
 class Upsample(nn.Module):
@@ -162,7 +181,7 @@ class Upsample(nn.Module):
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, channels, h, w)` -> `(batch, channels, 2 * h, 2 * w)`."""
-        return self.conv(hidden, None if shared is None else shared.cuts)
+        return self.conv(hidden, shared)
 
 
 class ResolutionBlock(nn.Module):
@@ -180,9 +199,14 @@ class ResolutionBlock(nn.Module):
         up: bool = False,
     ):
         super().__init__()
-        widths = [in_channels, *[out_channels] * (num_blocks - 1)]
-        self.res = nn.ModuleList(ResnetBlock(width, out_channels, num_groups, dropout) for width in widths)
-        self.attn = nn.ModuleList(AttnBlock(out_channels, num_groups) for _ in range(num_blocks if attention else 0))
+        self.res = nn.ModuleList()
+        self.attn = nn.ModuleList()
+        for block in range(num_blocks):
+            channels = in_channels if block == 0 else out_channels
+            self.res.append(ResnetBlock(channels, out_channels, num_groups, dropout))
+        if attention:
+            for _ in range(num_blocks):
+                self.attn.append(AttnBlock(out_channels, num_groups))
         self.downsample = Downsample(out_channels) if down else None
         self.upsample = Upsample(out_channels) if up else None
         self.gradient_checkpointing = False
@@ -190,14 +214,20 @@ class ResolutionBlock(nn.Module):
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, in_channels, h, w)` -> `(batch, out_channels, h', w')`, both sides halved, doubled or kept."""
-        blocks = zip(self.res, self.attn, strict=True) if self.attn else zip(self.res, strict=True)
-        saves = torch.is_grad_enabled() and self.gradient_checkpointing  # memory, in training
-        for block in itertools.chain(*blocks):
-            hidden = self._gradient_checkpointing_func(block, hidden, shared) if saves else block(hidden, shared)
-        for resample in (self.downsample, self.upsample):
-            if resample is not None:
-                hidden = resample(hidden, shared)
+        for number, res in enumerate(self.res):
+            hidden = self._run_block(res, hidden, shared)
+            if self.attn:
+                hidden = self._run_block(self.attn[number], hidden, shared)
+        if self.downsample is not None:
+            hidden = self.downsample(hidden, shared)
+        if self.upsample is not None:
+            hidden = self.upsample(hidden, shared)
         return hidden
+
+    def _run_block(self, block: nn.Module, hidden: torch.Tensor, shared: TileContext | None) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, hidden, shared)
+        return block(hidden, shared)
 
 
 class Encoder(nn.Module):
@@ -205,25 +235,38 @@ class Encoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
-        of_blocks = config["norm_num_groups"], config["dropout_p"]
-        channels = [config["base_channels"] * mult for mult in config["encoder_ch_mult"]]
-        last, num_blocks = len(channels) - 1, config["num_res_blocks"]
-        self.conv_in = Conv3x3(config["in_channels"], config["base_channels"])
-        self.conv_blocks = nn.ModuleList(
-            ResolutionBlock(before, after, num_blocks, *of_blocks, attention=i == last, down=i != last)
-            for i, (before, after) in enumerate(itertools.pairwise([config["base_channels"], *channels]))
-        )
-        self.mid = middle_blocks(channels[-1], *of_blocks)
-        self.norm_out = GroupNorm(config["norm_num_groups"], channels[-1])
-        self.conv_out = Conv3x3(channels[-1], config["z_channels"])
+        num_groups = config["norm_num_groups"]
+        dropout = config["dropout_p"]
+        num_levels = len(config["encoder_ch_mult"])
+        channels = config["base_channels"]
+        self.conv_in = Conv3x3(config["in_channels"], channels)
+        self.conv_blocks = nn.ModuleList()
+        for level, multiplier in enumerate(config["encoder_ch_mult"]):
+            is_last = level == num_levels - 1
+            out_channels = config["base_channels"] * multiplier
+            block = ResolutionBlock(
+                channels,
+                out_channels,
+                config["num_res_blocks"],
+                num_groups,
+                dropout,
+                attention=is_last,
+                down=not is_last,
+            )
+            self.conv_blocks.append(block)
+            channels = out_channels
+        self.mid = middle_blocks(channels, num_groups, dropout)
+        self.norm_out = GroupNorm(num_groups, channels)
+        self.conv_out = Conv3x3(channels, config["z_channels"])
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, in_channels, h * f, w * f)` -> `(batch, z_channels, h, w)`."""
-        cuts = None if shared is None else shared.cuts
-        hidden = self.conv_in(fast_layout(hidden), cuts)
-        for block in (*self.conv_blocks, *self.mid):
+        hidden = self.conv_in(fast_layout(hidden), shared)
+        for level in self.conv_blocks:
+            hidden = level(hidden, shared)
+        for block in self.mid:
             hidden = block(hidden, shared)
-        return self.conv_out(silu(self.norm_out(hidden, shared)), cuts)
+        return self.conv_out(silu(self.norm_out(hidden, shared)), shared)
 
 
 class Decoder(nn.Module):
@@ -231,40 +274,62 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
-        of_blocks = config["norm_num_groups"], config["dropout_p"]
-        channels = [config["base_channels"] * mult for mult in reversed(config["decoder_ch_mult"])]
-        last, num_blocks = len(channels) - 1, config["num_res_blocks"] + 1
-        self.conv_in = Conv3x3(config["z_channels"], channels[0])
-        self.mid = middle_blocks(channels[0], *of_blocks)
-        self.conv_blocks = nn.ModuleList(
-            ResolutionBlock(before, after, num_blocks, *of_blocks, attention=i == 0, up=i != last)
-            for i, (before, after) in enumerate(itertools.pairwise([channels[0], *channels]))
-        )
-        # Positions around a core that the levels after each one read: two per residual block, one for the last layer.
-        self.margins = [0]
-        for _ in range(last):
-            self.margins.insert(0, 2 * num_blocks + 1 + self.margins[0] // 2)
-        self.norm_out = GroupNorm(config["norm_num_groups"], channels[-1])
-        self.conv_out = Conv3x3(channels[-1], config["out_channels"])
+        num_groups = config["norm_num_groups"]
+        dropout = config["dropout_p"]
+        num_levels = len(config["decoder_ch_mult"])
+        num_blocks = config["num_res_blocks"] + 1
+        channels = config["base_channels"] * config["decoder_ch_mult"][-1]
+        self.conv_in = Conv3x3(config["z_channels"], channels)
+        self.mid = middle_blocks(channels, num_groups, dropout)
+        self.conv_blocks = nn.ModuleList()
+        for level, multiplier in enumerate(reversed(config["decoder_ch_mult"])):
+            is_last = level == num_levels - 1
+            out_channels = config["base_channels"] * multiplier
+            block = ResolutionBlock(
+                channels, out_channels, num_blocks, num_groups, dropout, attention=level == 0, up=not is_last
+            )
+            self.conv_blocks.append(block)
+            channels = out_channels
+        self.margins = read_margins(num_levels, num_blocks)
+        self.norm_out = GroupNorm(num_groups, channels)
+        self.conv_out = Conv3x3(channels, config["out_channels"])
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, z_channels, h, w)` -> `(batch, out_channels, h * f, w * f)`; with `shared` only at its core."""
-        cuts = None if shared is None else shared.cuts
-        hidden = self.conv_in(fast_layout(hidden), cuts)
+        hidden = self.conv_in(fast_layout(hidden), shared)
         for block in self.mid:
             hidden = block(hidden, shared)
         for level, margin in zip(self.conv_blocks, self.margins, strict=True):
             hidden = level(hidden, shared)
             if shared is not None and margin:
                 hidden, shared = shared.crop(hidden, margin)
-        hidden = self.conv_out(silu(self.norm_out(hidden, shared)), cuts)
-        return hidden if shared is None else shared.core_of(hidden)
+        hidden = self.conv_out(silu(self.norm_out(hidden, shared)), shared)
+        if shared is None:
+            return hidden
+        return shared.core_of(hidden)
+
+
+def read_margins(num_levels: int, num_blocks: int) -> list[int]:
+    """For each decoder level, how many positions around a core the levels after it read, in its output's resolution.
+
+    A residual block reads two positions on each side, and the last layer of a level or of the decoder one.
+    """
+    margins = [0]  # from the last level to the first
+    for _ in range(num_levels - 1):
+        margin_of_next_level = margins[-1] // 2  # whose resolution is twice as high
+        margins.append(2 * num_blocks + 1 + margin_of_next_level)
+    return margins[::-1]
 
 
 def middle_blocks(channels: int, num_groups: int, dropout: float) -> nn.ModuleList:
     """Residual block, attention and residual block at the lowest resolution."""
-    of_block = channels, channels, num_groups, dropout
-    return nn.ModuleList([ResnetBlock(*of_block), AttnBlock(channels, num_groups), ResnetBlock(*of_block)])
+    return nn.ModuleList(
+        [
+            ResnetBlock(channels, channels, num_groups, dropout),
+            AttnBlock(channels, num_groups),
+            ResnetBlock(channels, channels, num_groups, dropout),
+        ]
+    )
 
 
 class SVQVAE(StrictLoadingMixin, TilingMixin):
@@ -297,6 +362,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
         ValueError: If values do not fit each other.
     """
 
+    component_name = "vqvae"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Encoder", "Decoder", "VectorQuantizer"]
     _repeated_blocks = ["ResnetBlock", "AttnBlock"]
@@ -346,7 +412,8 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             lookup_from_codebook=True,
         )
         self.f = 2 ** (len(encoder_ch_mult) - 1)
-        self.tile_size, self.overlap = 256, OVERLAP_PX // self.f * self.f
+        self.tile_size = TILE_SIZE_PX
+        self.overlap = OVERLAP_PX // self.f * self.f
 
     @apply_forward_hook
     def encode(self, sample: torch.Tensor, return_dict: bool = True) -> SVQVAEEncoderOutput | tuple[torch.Tensor]:
@@ -366,8 +433,10 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             TypeError: If `sample` is not of the model's type.
         """
         check_sample(sample, self.config, self.dtype, self.training)
-        latents = self._encode(sample, self._tiles())
-        return SVQVAEEncoderOutput(latents=latents) if return_dict else (latents,)
+        latents = self._encode(sample, self.tiles_of_call())
+        if not return_dict:
+            return (latents,)
+        return SVQVAEEncoderOutput(latents=latents)
 
     @apply_forward_hook
     def decode(
@@ -397,14 +466,21 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             ValueError: If `h` has the wrong shape, or an id is out of range.
             TypeError: If `h` is not a tensor of integers or floats.
         """
-        if not isinstance(h, torch.Tensor) or not h.is_floating_point():
-            check_ids(h, self.config, shape)
-            quantized = self.quantize.get_codebook_entry(h.long(), shape or (*h.shape, -1))
-        else:
+        is_latents = isinstance(h, torch.Tensor) and h.is_floating_point()
+        if is_latents and force_not_quantize:
             check_latents(h, self.config)
-            quantized = self.quantize.normalise(h) if force_not_quantize else self.quantize(h)[0]
-        sample = self._decode(quantized.to(self.dtype), self._tiles(tile_size, overlap))
-        return SVQVAEDecoderOutput(sample=sample) if return_dict else (sample,)
+            quantized = self.quantize.normalise(h)
+        elif is_latents:
+            check_latents(h, self.config)
+            quantized, _, _ = self.quantize(h)
+        else:
+            check_ids(h, self.config, shape)
+            grid = (*h.shape, self.config["codebook_embed_dim"]) if shape is None else shape
+            quantized = self.quantize.get_codebook_entry(h.long(), grid)
+        sample = self._decode(quantized.to(self.dtype), self.tiles_of_call(tile_size, overlap))
+        if not return_dict:
+            return (sample,)
+        return SVQVAEDecoderOutput(sample=sample)
 
     @apply_forward_hook
     def encode_scales(
@@ -438,11 +514,15 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
         check_sample(sample, self.config, self.dtype, self.training)
         check_scale_from(scale_from)
         scales = check_scales(scales)
-        tiles = self._tiles(tile_size, overlap)
-        if scale_from == "image":
-            return [self._encode(resize_sample(sample, scale, self.f), tiles) for scale in scales]
-        latents = self._encode(sample, tiles)
-        return [resize_latents(latents, scale) for scale in scales]
+        tiles = self.tiles_of_call(tile_size, overlap)
+        if scale_from == "latents":
+            latents = self._encode(sample, tiles)
+            return [resize_latents(latents, scale) for scale in scales]
+        latents_of_scales = []
+        for scale in scales:
+            resized = resize_sample(sample, scale, self.f)
+            latents_of_scales.append(self._encode(resized, tiles))
+        return latents_of_scales
 
     @apply_forward_hook
     @torch.no_grad()
@@ -468,10 +548,12 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             `torch.Tensor` or `list[torch.Tensor]`: Ids `(batch, h, w)` in int64. For several scales, a list with one
             grid per scale, in the same order. The shape of a grid does not depend on `scale_from`.
         """
-        listed = [*scales] if isinstance(scales, Iterable) else [1.0 if scales is None else scales]
-        latents = self.encode_scales(sample, listed, scale_from, tile_size, overlap)
-        grids = [self.quantize.nearest_ids(of_scale) for of_scale in latents]
-        return grids if isinstance(scales, Iterable) else grids[0]
+        checked = [1.0] if scales is None else check_scales(scales)
+        latents = self.encode_scales(sample, checked, scale_from, tile_size, overlap)
+        grids = [self.quantize.nearest_ids(latents_of_scale) for latents_of_scale in latents]
+        if is_list_of_scales(scales):
+            return grids
+        return grids[0]
 
     @apply_forward_hook
     def decode_tokens(
@@ -541,28 +623,36 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             raise ValueError("Only one of `scales` and `patch_nums` can be given, got both. Leave one out.")
         if patch_nums is not None:
             if tile_size is None:
-                tile_size, overlap = self.tile_size, self.overlap if overlap is None else overlap
+                tile_size = self.tile_size
+                overlap = self.overlap if overlap is None else overlap
             check_tiles(self.f, tile_size, None)
             scales = [patch_num * self.f / tile_size for patch_num in check_scales(patch_nums, "`patch_nums`")]
             scale_from = "latents"
         checked = [1.0] if scales is None else check_scales(scales)
         latents = self.encode_scales(sample, checked, scale_from, tile_size, overlap)
-        reconstructions, losses, ids = [], [], []
-        for scale, of_scale in zip(checked, latents, strict=True):
+        tiles = self.tiles_of_call(tile_size, overlap)
+        samples: list[torch.Tensor] = []
+        losses: list[Any] = []
+        ids: list[torch.Tensor] = []
+        for scale, latents_of_scale in zip(checked, latents, strict=True):
             if force_not_quantize:
-                quantized = self.quantize.normalise(of_scale)
+                quantized = self.quantize.normalise(latents_of_scale)
             else:
-                quantized, loss, (_, _, flat_ids) = self.quantize(of_scale)
-                losses.append(loss)
-                ids.append(flat_ids.view(of_scale.shape[0], *of_scale.shape[-2:]))
-            decoded = self._decode(quantized, self._tiles(tile_size, overlap))
-            reconstructions.append(self.resize_to_image(decoded, sample.shape[-2:], scale))
-        if not return_dict:  # the original's tuple, which ends with the fraction of the codebook in use
-            losses = [(*loss, self.quantize.usage(grid)) for loss, grid in zip(losses, ids, strict=True)]
-        output = SVQVAEOutput(reconstructions, losses, latents, ids)
-        if not isinstance(scales, Iterable):
-            output = SVQVAEOutput(**{name: values[0] for name, values in output.items() if values})
-        return output if return_dict else (output.sample, output.losses)
+                quantized, losses_of_scale, (_, _, flat_ids) = self.quantize(latents_of_scale)
+                batch, _, height, width = latents_of_scale.shape
+                ids.append(flat_ids.view(batch, height, width))
+                if return_dict:
+                    losses.append(losses_of_scale)
+                else:
+                    losses.append((*losses_of_scale, self.quantize.usage(flat_ids)))
+            decoded = self._decode(quantized, tiles)
+            samples.append(self.resize_to_image(decoded, sample.shape[-2:], scale))
+        output = SVQVAEOutput(samples, losses, latents, ids)
+        if not is_list_of_scales(scales):
+            output = first_scale(output)
+        if not return_dict:
+            return (output.sample, output.losses)
+        return output
 
     def resize_to_image(self, decoded: torch.Tensor, image_size: Sequence[int], scale: float) -> torch.Tensor:
         """Resizes and crops a decoded sample to the size of the original image at `scale`.
@@ -579,12 +669,27 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             `torch.Tensor`: `(batch, out_channels, round(scale * height), round(scale * width))`, at least one pixel
             per side, clamped to `pixel_range` in evaluation mode.
         """
-        padded = [max(1, round(scale * -(-side // self.f) * self.f)) for side in image_size]
-        height, width = (max(1, round(scale * side)) for side in image_size)
-        decoded = resize(decoded, padded, "bilinear", antialias=True)[..., :height, :width]
-        return decoded if self.training else decoded.clamp(*self.config["pixel_range"])
+        padded = [math.ceil(side / self.f) * self.f for side in image_size]
+        resized = resize(decoded, scaled_size(padded, scale), "bilinear", antialias=True)
+        height, width = scaled_size(image_size, scale)
+        cropped = resized[..., :height, :width]
+        if self.training:
+            return cropped
+        return cropped.clamp(*self.config["pixel_range"])
 
     def codebook_fingerprint(self) -> str:
         """Identifies the codebook: SHA-256 in hexadecimal of its float32 bytes, little-endian."""
         codes = self.quantize.embedding.table().detach().float().cpu()
-        return hashlib.sha256(codes.numpy().astype("<f4").tobytes()).hexdigest()
+        little_endian = codes.numpy().astype("<f4").tobytes()
+        return hashlib.sha256(little_endian).hexdigest()
+
+
+def first_scale(output: SVQVAEOutput) -> SVQVAEOutput:
+    """Output of one scale, without lists. A field is `None` if its list is empty."""
+    fields = {name: values[0] for name, values in output.items() if values}
+    return SVQVAEOutput(**fields)
+
+
+def scaled_size(size: Sequence[int], scale: float) -> list[int]:
+    """Height and width in pixels at a scale, at least 1."""
+    return [max(1, round(scale * side)) for side in size]

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 def pad_to_multiple(sample: torch.Tensor, f: int) -> torch.Tensor:
     """Pads both sides to multiples of `f`, at the bottom and right, by repeating the last row and column."""
-    bottom, right = (-side % f for side in sample.shape[-2:])
+    height, width = sample.shape[-2:]
+    bottom = -height % f
+    right = -width % f
     if not torch.compiler.is_compiling() and bottom == right == 0:  # a graph pads images of any size alike
         return sample
     return F.pad(sample, (0, right, 0, bottom), mode="replicate")
@@ -32,8 +34,12 @@ def resize_sample(sample: torch.Tensor, scale: float, f: int) -> torch.Tensor:
         `h = ceil(height / f)` and `w = ceil(width / f)`. Bicubic overshoot is not clamped.
     """
     padded = pad_to_multiple(sample, f)
-    size = [max(1, round(scale * (side // f))) * f for side in padded.shape[-2:]]
-    return resize(padded, size, "area" if scale <= 0.25 else "bicubic", antialias=scale > 0.25)
+    height, width = padded.shape[-2:]
+    rows, columns = grid_shape(height, width, f, scale)
+    size = (rows * f, columns * f)
+    if scale <= 0.25:
+        return resize(padded, size, "area")
+    return resize(padded, size, "bicubic", antialias=True)
 
 
 def resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:
@@ -46,8 +52,9 @@ def resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:
     Returns:
         `torch.Tensor`: Latents `(batch, channels, max(1, round(scale * h)), max(1, round(scale * w)))`.
     """
-    size = [max(1, round(scale * side)) for side in latents.shape[-2:]]
-    return resize(latents, size, "area" if scale < 1 else "bilinear")
+    height, width = latents.shape[-2:]
+    mode = "area" if scale < 1 else "bilinear"
+    return resize(latents, grid_shape(height, width, 1, scale), mode)
 
 
 def grid_shape(height: int, width: int, f: int, scale: float) -> tuple[int, int]:
@@ -59,7 +66,8 @@ def grid_shape(height: int, width: int, f: int, scale: float) -> tuple[int, int]
         f (`int`): Pixels per latent side of the model.
         scale (`float`): Output side over input side, more than 0.
     """
-    rows, columns = (max(1, round(scale * math.ceil(side / f))) for side in (height, width))
+    rows = max(1, round(scale * math.ceil(height / f)))
+    columns = max(1, round(scale * math.ceil(width / f)))
     return rows, columns
 
 
@@ -67,8 +75,11 @@ def resize(values: torch.Tensor, size: Sequence[int], mode: str, antialias: bool
     """Resizes `(batch, channels, h, w)` in float32. Apple's GPUs cannot do it by area, so there the CPU does."""
     if list(values.shape[-2:]) == list(size):
         return values
-    device = torch.device("cpu") if mode == "area" and values.device.type == "mps" else values.device
-    return F.interpolate(values.to(device, torch.float32), list(size), mode=mode, antialias=antialias).to(values)
+    device = values.device
+    if mode == "area" and device.type == "mps":
+        device = torch.device("cpu")
+    resized = F.interpolate(values.to(device, torch.float32), list(size), mode=mode, antialias=antialias)
+    return resized.to(values)
 
 
 def map_range(values: torch.Tensor, source: Sequence[float], target: Sequence[float]) -> torch.Tensor:

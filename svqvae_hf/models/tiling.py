@@ -10,14 +10,17 @@ Lengths are in latents unless a name says otherwise, so that pixels and latents 
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 
 from .checks import check_tiles
-from .layers import TileContext, WindowSample, make_cuts, move
+from .layers import Area, CutSides, TileContext, WindowSample, make_cuts
 from .resizing import map_range, pad_to_multiple
 
+TILE_SIZE_PX = 256  # default side of a tile in pixels
 OVERLAP_PX = 32  # default overlap of a tile in pixels, where it fits
 CONTEXT_WINDOWS = 12  # maximum number of windows per image
 CONTEXT_WINDOW_SIDE = 10  # side of a window, in latents
@@ -25,7 +28,19 @@ CONTEXT_MARGIN = 2  # latents next to a cut that are ignored
 
 Read = Callable[[slice, slice], torch.Tensor]
 RunWindow = Callable[..., torch.Tensor]  # [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`]
-Tiles = tuple[int, int] | None  # tile and overlap; `None` if images are not tiled
+
+
+class Tiles(NamedTuple):
+    """Sides of the tiles that images are encoded and decoded in, in pixels.
+
+    Args:
+        tile_size (`int`): Maximum side of a tile, a multiple of `f`.
+        overlap (`int`): Overlap (halo) on each side of a tile, which is read but not kept: a multiple of `f`, less
+            than half of `tile_size`.
+    """
+
+    tile_size: int
+    overlap: int
 
 
 # Geometry
@@ -48,8 +63,15 @@ def tile_axis(length: int, tile: int, overlap: int) -> list[tuple[slice, slice]]
     count = -(-(length - 2 * overlap) // (tile - 2 * overlap))
     window = -(-(length + 2 * overlap * (count - 1)) // count)
     starts = [round(i * (length - window) / (count - 1)) for i in range(count)]
-    cuts = [0, *((left + window + right) // 2 for left, right in zip(starts, starts[1:], strict=False)), length]
-    return [(slice(start, start + window), slice(cuts[i], cuts[i + 1])) for i, start in enumerate(starts)]
+    windows_and_cores = []
+    core_start = 0
+    for i, start in enumerate(starts):
+        core_stop = length
+        if i + 1 < count:  # the middle of what this window and the next one share
+            core_stop = (start + window + starts[i + 1]) // 2
+        windows_and_cores.append((slice(start, start + window), slice(core_start, core_stop)))
+        core_start = core_stop
+    return windows_and_cores
 
 
 def window_origins(size: Sequence[int], side: int, count: int) -> list[tuple[int, int]]:
@@ -61,100 +83,131 @@ def window_origins(size: Sequence[int], side: int, count: int) -> list[tuple[int
         count (`int`): Maximum number of windows; fewer where they cover the image.
     """
     height, width = size
-    most_down, most_across = (-(-length // side) for length in size)
+    most_down = -(-height // side)
+    most_across = -(-width // side)
     down = min(max(1, round((count * height / width) ** 0.5)), most_down, count)
     across = min(count // down, most_across)
-    tops, lefts = (  # from one end to the other; a single window is centred
-        [room // 2] if windows == 1 else [round(i * room / (windows - 1)) for i in range(windows)]
-        for room, windows in ((max(0, height - side), down), (max(0, width - side), across))
-    )
-    return [*itertools.product(tops, lefts)]
+    tops = _spread(max(0, height - side), down)
+    lefts = _spread(max(0, width - side), across)
+    return list(itertools.product(tops, lefts))
 
 
-def scale_span(part: slice, stride: int) -> slice:
-    """Multiplies both ends of a slice."""
-    return slice(part.start * stride, part.stop * stride)
+def _spread(room: int, count: int) -> list[int]:
+    """Starts of windows from 0 to `room`, at equal distances. A single window is centred."""
+    if count == 1:
+        return [room // 2]
+    return [round(i * room / (count - 1)) for i in range(count)]
 
 
 # Running a network over tiles
 
 
-def sample_windows(run: RunWindow, read: Read, size: Sequence[int], tile: int, input_stride: int) -> WindowSample:
-    """Runs a network over a sample of windows of an image, as one batch, and returns what they gathered.
+@dataclass(frozen=True)
+class TiledRun:
+    """A network, the image that it runs over, and the tiles of the image.
 
     Args:
-        run (`Callable`): [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`].
+        network (`Callable`): [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`].
         read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
         size (`tuple[int, int]`): Height and width of the image.
-        tile (`int`): Maximum side of a window.
-        input_stride (`int`): Input positions per latent along each side.
+        tile (`int`): Maximum side of a tile.
+        overlap (`int`): Overlap on each side of a tile.
+        input_stride (`int`, defaults to 1): Input positions per latent along each side.
     """
-    side = min(CONTEXT_WINDOW_SIDE, tile)
-    height, width = (min(side, length) for length in size)
-    margin = min(CONTEXT_MARGIN, (side - 1) // 2)
-    rows, columns = (slice(margin, side - margin) if length > side else slice(0, length) for length in size)
-    origins = window_origins(size, side, CONTEXT_WINDOWS)
-    areas = [(slice(y, y + height), slice(x, x + width)) for y, x in origins]
-    windows = [read(scale_span(y, input_stride), scale_span(x, input_stride)) for y, x in areas]
-    batch = torch.stack(windows, dim=1)  # (images, windows, channels, height, width)
-    cut_sides = [(y > 0, y + height < size[0], x > 0, x + width < size[1]) for y, x in origins] * len(batch)
-    sample = WindowSample((height, width), (rows, columns), make_cuts(cut_sides, batch), images=len(batch))
-    run(batch.flatten(0, 1), sample)
+
+    network: RunWindow
+    read: Read
+    size: tuple[int, int]
+    tile: int
+    overlap: int
+    input_stride: int = 1
+
+    def read_area(self, area: Area) -> torch.Tensor:
+        """Input `(batch, channels, rows, columns)` at an area in latents."""
+        place = area.scaled(self.input_stride)
+        return self.read(place.rows, place.columns)
+
+
+def sample_windows(run: TiledRun) -> WindowSample:
+    """Runs a network over a sample of windows of an image, as one batch, and returns what they gathered."""
+    side = min(CONTEXT_WINDOW_SIDE, run.tile)
+    height = min(side, run.size[0])
+    width = min(side, run.size[1])
+    windows = []
+    cut_sides = []
+    for top, left in window_origins(run.size, side, CONTEXT_WINDOWS):
+        area = Area(slice(top, top + height), slice(left, left + width))
+        windows.append(run.read_area(area))
+        cut_sides.append(CutSides.of(area, run.size))
+    by_image = torch.stack(windows, dim=1)  # (images, windows, channels, height, width)
+    images = len(by_image)
+    core = Area(_context_core(run.size[0], side), _context_core(run.size[1], side))
+    sample = WindowSample((height, width), core, make_cuts(cut_sides * images, by_image), images=images)
+    run.network(by_image.flatten(0, 1), sample)
     return sample
 
 
-def run_tiles(
-    run: RunWindow, read: Read, size: Sequence[int], tile: int, overlap: int, input_stride: int
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Runs a network over the tiles of an image of any size. Yields rows and columns in latents, and the result there.
+def _context_core(length: int, side: int) -> slice:
+    """Part of a window that counts along an axis: all of it if it holds the axis, otherwise without its ends."""
+    if length <= side:
+        return slice(0, length)
+    margin = min(CONTEXT_MARGIN, (side - 1) // 2)
+    return slice(margin, side - margin)
+
+
+def run_tiles(run: TiledRun) -> Iterator[tuple[Area, torch.Tensor]]:
+    """Runs a network over the tiles of an image of any size. Yields areas in latents, and the results there.
 
     Only one tile is in memory at a time. An image that fits into one tile shares nothing, as without tiles.
-
-    Args:
-        run (`Callable`): [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`].
-        read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
-        size (`tuple[int, int]`): Height and width of the image, in latents.
-        tile (`int`): Maximum side of a tile.
-        overlap (`int`): Overlap on each side.
-        input_stride (`int`): Input positions per latent along each side.
     """
-    if max(size) <= tile:
-        rows, columns = (slice(0, length) for length in size)
-        yield rows, columns, run(read(scale_span(rows, input_stride), scale_span(columns, input_stride)))
+    if max(run.size) <= run.tile:
+        whole = Area.of_size(run.size)
+        yield whole, run.network(run.read_area(whole))
         return
-    sample = sample_windows(run, read, size, tile, input_stride)
-    for (y, rows), (x, columns) in itertools.product(*(tile_axis(length, tile, overlap) for length in size)):
-        window = read(scale_span(y, input_stride), scale_span(x, input_stride))
-        core = move(rows, -y.start), move(columns, -x.start)
-        yield rows, columns, run(window, sample.tile(window, core, input_stride))
+    height, width = run.size
+    sample = sample_windows(run)
+    for window_rows, core_rows in tile_axis(height, run.tile, run.overlap):
+        for window_columns, core_columns in tile_axis(width, run.tile, run.overlap):
+            window = Area(window_rows, window_columns)
+            core = Area(core_rows, core_columns)
+            values = run.read_area(window)
+            context = sample.tile(values, core.within(window), run.input_stride)
+            yield core, run.network(values, context)
 
 
 def map_tiles(
-    run: RunWindow, source: torch.Tensor, tile: int, overlap: int, input_stride: int = 1, output_stride: int = 1
+    network: RunWindow, source: torch.Tensor, tile: int, overlap: int, input_stride: int = 1, output_stride: int = 1
 ) -> torch.Tensor:
     """Runs a network over the tiles of an image in memory, and joins the cores of its results.
 
     Args:
-        run (`Callable`): As in [`run_tiles`].
+        network (`Callable`): As in [`TiledRun`].
         source (`torch.Tensor` of shape `(batch, channels, height, width)`): Sides are multiples of `input_stride`.
         tile (`int`): Maximum side of a tile.
         overlap (`int`): Overlap on each side.
         input_stride (`int`, defaults to 1): Input positions per latent along each side.
         output_stride (`int`, defaults to 1): Result positions per latent along each side.
     """
-    size = [side // input_stride for side in source.shape[-2:]]
-    joined: list[torch.Tensor] = []
-    for y, x, core in run_tiles(run, lambda y, x: source[..., y, x], size, tile, overlap, input_stride):
-        if not joined:
-            joined.append(core.new_empty(*core.shape[:2], *(side * output_stride for side in size)))
-        joined[0][..., scale_span(y, output_stride), scale_span(x, output_stride)] = core
-    return joined[0]
+
+    def read(rows: slice, columns: slice) -> torch.Tensor:
+        return source[..., rows, columns]
+
+    height, width = (side // input_stride for side in source.shape[-2:])
+    run = TiledRun(network, read, (height, width), tile, overlap, input_stride)
+    joined = torch.empty(0)
+    for area, result in run_tiles(run):
+        if not joined.numel():
+            joined = result.new_empty(*result.shape[:2], height * output_stride, width * output_stride)
+        place = area.scaled(output_stride)
+        joined[..., place.rows, place.columns] = result
+    return joined
 
 
 class TilingMixin(ModelMixin):
     """Runs the networks of [`SVQVAE`] on whole images, on slices of a batch, and on tiles of each image."""
 
-    use_slicing = use_tiling = False
+    use_slicing = False
+    use_tiling = False
 
     def enable_slicing(self) -> None:
         """Runs the images of a batch one at a time."""
@@ -185,11 +238,12 @@ class TilingMixin(ModelMixin):
             ValueError: If `tile_size` or `overlap` does not fit.
         """
         check_tiles(self.f, tile_size, overlap)
-        self.use_tiling, self.tile_size = True, tile_size
-        self.overlap = min(OVERLAP_PX // self.f, tile_size // self.f // 4) * self.f if overlap is None else overlap
+        self.use_tiling = True
+        self.tile_size = tile_size
+        self.overlap = default_overlap(tile_size, self.f) if overlap is None else overlap
 
-    def tiles_of_call(self, tile_size: int | None = None, overlap: int | None = None) -> Tiles:
-        """Tile size and overlap in pixels of a call with these arguments; `None` if images are not tiled.
+    def tiles_of_call(self, tile_size: int | None = None, overlap: int | None = None) -> Tiles | None:
+        """Tiles of a call with these arguments; `None` if images are not tiled.
 
         Args:
             tile_size (`int`, *optional*): By default the model's. If one of the arguments is given, or after
@@ -201,22 +255,20 @@ class TilingMixin(ModelMixin):
         """
         if not self.use_tiling and tile_size is None and overlap is None:
             return None
-        side = self.tile_size if tile_size is None else tile_size
-        check_tiles(self.f, side, overlap)
+        if tile_size is None:
+            check_tiles(self.f, self.tile_size, overlap)
+            return Tiles(self.tile_size, self.overlap if overlap is None else overlap)
+        check_tiles(self.f, tile_size, overlap)
         if overlap is None:
-            overlap = self.overlap if tile_size is None else min(self.overlap // self.f, side // self.f // 4) * self.f
-        return side, overlap
+            overlap = min(self.overlap, quarter_of_tile(tile_size, self.f))
+        return Tiles(tile_size, overlap)
 
-    def _tiles(self, tile_size: int | None = None, overlap: int | None = None) -> Tiles:
-        """Tile and overlap of a call in latents; `None` without tiles."""
-        tiles = self.tiles_of_call(tile_size, overlap)
-        return None if tiles is None else (tiles[0] // self.f, tiles[1] // self.f)
+    def _encode(self, sample: torch.Tensor, tiles: Tiles | None) -> torch.Tensor:
+        padded = pad_to_multiple(sample, self.f)
+        return self._run(self.encode_window, padded, tiles, input_stride=self.f, output_stride=1)
 
-    def _encode(self, sample: torch.Tensor, tiles: Tiles) -> torch.Tensor:
-        return self._run(self.encode_window, pad_to_multiple(sample, self.f), tiles, self.f, 1)
-
-    def _decode(self, quantized: torch.Tensor, tiles: Tiles) -> torch.Tensor:
-        return self._run(self.decode_window, quantized, tiles, 1, self.f)
+    def _decode(self, quantized: torch.Tensor, tiles: Tiles | None) -> torch.Tensor:
+        return self._run(self.decode_window, quantized, tiles, input_stride=1, output_stride=self.f)
 
     def encode_window(self, window: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """Encodes a whole image or windows of it; for the tiling code.
@@ -225,9 +277,11 @@ class TilingMixin(ModelMixin):
             window (`torch.Tensor` of shape `(batch, in_channels, h * f, w * f)`): Pixels in `pixel_range`.
             shared ([`TileContext`], *optional*): Values that the tiles of the image share, and the core to return.
         """
-        latents = self.encoder(map_range(window, self.config["pixel_range"], self.config["network_range"]), shared)
-        latents = self.quant_conv(latents)
-        return (latents if shared is None else shared.core_of(latents)).contiguous()
+        pixels = map_range(window, self.config["pixel_range"], self.config["network_range"])
+        latents = self.quant_conv(self.encoder(pixels, shared))
+        if shared is not None:
+            latents = shared.core_of(latents)
+        return latents.contiguous()
 
     def decode_window(self, window: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """Decodes a whole grid of quantised latents or windows of it, not clamped; for the tiling code.
@@ -242,17 +296,33 @@ class TilingMixin(ModelMixin):
         return map_range(decoded, self.config["network_range"], self.config["pixel_range"])
 
     def _run(
-        self, run: RunWindow, source: torch.Tensor, tiles: Tiles, input_stride: int, output_stride: int
+        self, network: RunWindow, source: torch.Tensor, tiles: Tiles | None, *, input_stride: int, output_stride: int
     ) -> torch.Tensor:
         """Runs a network over a batch: as a whole, or by slices and tiles."""
-        if self.use_slicing and source.shape[0] > 1:
-            return torch.cat([self._run(run, image, tiles, input_stride, output_stride) for image in source.split(1)])
-        size = [side // input_stride for side in source.shape[-2:]]
-        if tiles is None or max(size) <= tiles[0]:
-            return run(source)
+        if self.use_slicing and len(source) > 1:
+            results = []
+            for image in source.split(1):
+                result = self._run(network, image, tiles, input_stride=input_stride, output_stride=output_stride)
+                results.append(result)
+            return torch.cat(results)
+        longest = max(source.shape[-2:]) // input_stride  # in latents
+        if tiles is None or longest <= tiles.tile_size // self.f:
+            return network(source)
         if torch.is_grad_enabled() and self.is_gradient_checkpointing:
             raise ValueError(
                 "Gradient checkpointing must be off for tiles with gradients, because it runs the network again after "
                 "the values that tiles share have changed. Disable gradient checkpointing, tiling or gradients."
             )
-        return map_tiles(run, source, *tiles, input_stride, output_stride)
+        tile = tiles.tile_size // self.f
+        overlap = tiles.overlap // self.f
+        return map_tiles(network, source, tile, overlap, input_stride, output_stride)
+
+
+def default_overlap(tile_size: int, f: int) -> int:
+    """Overlap in pixels of tiles of this size, if none is set: 32, or a quarter of a small tile, in whole latents."""
+    return min(OVERLAP_PX // f * f, quarter_of_tile(tile_size, f))
+
+
+def quarter_of_tile(tile_size: int, f: int) -> int:
+    """A quarter of a tile in pixels, in whole latents."""
+    return tile_size // f // 4 * f

@@ -18,7 +18,7 @@ def plain_operations(monkeypatch):
     """The package with plain operations instead of its fast ones; `test_layers.py` compares the two."""
     monkeypatch.setattr("svqvae_hf.models.modeling_svqvae.fast_layout", lambda hidden: hidden)
 
-    def forward(self, hidden, cuts):
+    def forward(self, hidden, shared):
         return F.conv2d(F.interpolate(hidden, scale_factor=2.0), self.weight, self.bias, padding=1)
 
     monkeypatch.setattr(RepeatConv2d, "forward", forward)

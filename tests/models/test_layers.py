@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from svqvae_hf.models.layers import Conv3x3, RepeatConv2d, make_cuts, pad_edges
+from svqvae_hf.models.layers import Area, Conv3x3, RepeatConv2d, TileContext, make_cuts, pad_edges
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 
@@ -58,17 +58,18 @@ def pad_sides(hidden, sides):
 def test_convolutions_repeat_the_edges_of_a_cut(sides):
     """Whichever sides are cut, and for each window of a batch apart."""
     hidden = torch.randn(2, 4, 6, 8)
-    both = sides, (False, True, True, False)
-    cuts = make_cuts(both, hidden)
+    sides_of_windows = [sides, (False, True, True, False)]
+    shared = TileContext((6, 8), Area.of_size((6, 8)), make_cuts(sides_of_windows, hidden))
 
     def pad(values):
-        return torch.cat([pad_sides(window[None], each) for window, each in zip(values, both, strict=True)])
+        first, second = values.split(1)
+        return torch.cat([pad_sides(first, sides_of_windows[0]), pad_sides(second, sides_of_windows[1])])
 
     plain, half, twice = Conv3x3(4, 5), torch.nn.Conv2d(4, 4, 3, stride=2), RepeatConv2d(4)
     enlarged = F.interpolate(hidden, scale_factor=2.0)
     for output, padded, layer, stride in (
-        (plain(hidden, cuts), pad(hidden), plain, 1),
-        (half(pad_edges(hidden, cuts, before=0)), pad(hidden)[..., 1:, 1:], half, 2),
-        (twice(hidden, cuts), pad(enlarged), twice, 1),
+        (plain(hidden, shared), pad(hidden), plain, 1),
+        (half(pad_edges(hidden, shared, before=0)), pad(hidden)[..., 1:, 1:], half, 2),
+        (twice(hidden, shared), pad(enlarged), twice, 1),
     ):
         torch.testing.assert_close(output, F.conv2d(padded, layer.weight, layer.bias, stride))

@@ -7,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.models import tiling
-from svqvae_hf.models.layers import GroupNorm, WindowSample
+from svqvae_hf.models.layers import Area, GroupNorm, WindowSample
 from svqvae_hf.models.modeling_svqvae import AttnBlock
-from svqvae_hf.models.tiling import sample_windows
+from svqvae_hf.models.tiling import TiledRun, sample_windows
 
 pytestmark = pytest.mark.usefixtures("few_windows", "no_grad")
 
@@ -18,8 +18,8 @@ def test_default_overlap_fits_any_tile(tiny_model):
     tiny_model.enable_tiling(tile_size=64)
     assert (tiny_model.tile_size, tiny_model.overlap) == (64, 16)
     tiny_model.enable_tiling(tile_size=64, overlap=28)
-    assert tiny_model._tiles() == (16, 7)
-    assert tiny_model._tiles(tile_size=64) == (16, 4)
+    assert tiny_model.tiles_of_call() == (64, 28)
+    assert tiny_model.tiles_of_call(tile_size=64) == (64, 16)
     deep = make_tiny(encoder_ch_mult=(1,) * 7, decoder_ch_mult=(1,) * 7)  # f = 64
     deep.enable_tiling()
     assert (deep.tile_size, deep.overlap) == (256, 0)
@@ -34,11 +34,12 @@ def test_default_overlap_fits_any_tile(tiny_model):
 def test_decoding_a_core_is_exact_and_cheaper(config, core):
     model = make_tiny(**config)
     codes = model.quantize(torch.randn(1, 8, 40, 40))[0]
-    sample = sample_windows(model.decode_window, lambda y, x: codes[..., y, x], (40, 40), 16, input_stride=1)
+    run = TiledRun(model.decode_window, lambda rows, columns: codes[..., rows, columns], (40, 40), tile=16, overlap=0)
+    sample = sample_windows(run)
     rows, columns = (slice(model.f * start, model.f * stop) for start, stop in core)
-    core = tuple(slice(*span) for span in core)
+    core = Area(*(slice(*span) for span in core))
     cropped = sample.tile(codes, core, input_stride=1)
-    uncropped = dataclasses.replace(cropped, core=(slice(0, 40), slice(0, 40)))
+    uncropped = dataclasses.replace(cropped, core=Area.of_size((40, 40)))
     with FlopCounterMode(display=False) as of_window:
         whole = model.decode_window(codes, uncropped)
     with FlopCounterMode(display=False) as of_core:
@@ -80,8 +81,8 @@ def test_tiles_work_in_half_precision(tiny_model, tmp_path, dtype):
 def test_tiles_equal_the_whole_image_if_the_windows_are_the_whole_image(monkeypatch):
     """Tiles then differ from the whole image only by what their overlap does not reach."""
 
-    def whole(run, read, size, tile, input_stride):
-        return sample_windows(run, read, size, max(size), input_stride)
+    def whole(run):
+        return sample_windows(dataclasses.replace(run, tile=max(run.size)))
 
     monkeypatch.setattr(tiling, "CONTEXT_WINDOW_SIDE", 200)
     monkeypatch.setattr(tiling, "sample_windows", whole)
@@ -107,13 +108,13 @@ def test_blocks_on_all_windows_equal_blocks_on_the_whole_image():
     expected = hidden
     for block in blocks:
         expected = block(expected)
-    sample = WindowSample((10, 4), (slice(0, 10), slice(0, 4)), cuts=None, images=2)
+    sample = WindowSample((10, 4), Area.of_size((10, 4)), cuts=None, images=2)
     windows = torch.stack(hidden.split(4, dim=-1), dim=1).flatten(0, 1)
     for block in blocks:
         windows = block(windows, sample)
     norm_out(windows, sample)
     tile = hidden[..., 2:9, 3:]
-    context = sample.tile(tile, (slice(0, 7), slice(0, 9)), input_stride=1)
+    context = sample.tile(tile, Area.of_size((7, 9)), input_stride=1)
     for block in blocks:
         tile = block(tile, context)
     torch.testing.assert_close(tile, expected[..., 2:9, 3:], rtol=1e-4, atol=1e-4)
