@@ -1,5 +1,6 @@
 """Reads image files as 8-bit RGB. A hostile file is an error: Pillow reads only listed formats, within its limits."""
 
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,16 @@ IMAGE_FORMATS = {
     "WEBP": (".webp",),
     "AVIF": (".avif",),
 }
-IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
+IMAGE_SUFFIXES = tuple(itertools.chain.from_iterable(IMAGE_FORMATS.values()))
+
+# Tags of TIFF, and values of them
+TAG_BITS_PER_SAMPLE = 258
+TAG_PHOTOMETRIC = 262
+WHITE_IS_LOWEST = 0
+TAG_SAMPLE_FORMAT = 339
+SIGNED = 2
+
+PNG_GREY_FACTORS = {"1": 255, "L;2": 85, "L;4": 17}  # from grey of 1, 2 and 4 bits to 8 bits
 
 
 def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
@@ -51,6 +61,7 @@ def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
 def _decode(file: BinaryIO, name: str) -> Image.Image:
     with opened_image(file, name, tuple(IMAGE_FORMATS)) as image:
         _check_values(image)
+        _scale_transparent_value(image)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return _convert(image)
@@ -71,34 +82,98 @@ def to_rgb(image: Image.Image) -> Image.Image:
             with white as the lowest.
     """
     _check_values(image)
-    image = ImageOps.exif_transpose(image)  # a copy
-    return image if image.mode == "RGB" and not image.has_transparency_data else _convert(image)
+    _scale_transparent_value(image)
+    upright = ImageOps.exif_transpose(image)  # a copy
+    if upright.mode == "RGB" and not upright.has_transparency_data:
+        return upright
+    return _convert(upright)
+
+
+def to_grey(image: Image.Image) -> Image.Image:
+    """Converts any Pillow image to 8-bit grey, upright. Transparency is ignored.
+
+    Args:
+        image (`PIL.Image.Image`): Image of any mode, with values as in [`to_rgb`].
+
+    Returns:
+        `PIL.Image.Image`: Image of mode `"L"`.
+
+    Raises:
+        ValueError: As in [`to_rgb`].
+    """
+    _check_values(image)
+    upright = ImageOps.exif_transpose(image)
+    if _has_deep_grey(upright):
+        return _scale_grey(upright)
+    if upright.mode == "La":  # Pillow converts it to "LA" alone
+        upright = upright.convert("LA")
+    return upright.convert("L")
 
 
 def _check_values(image: Image.Image) -> None:
     """Raises for TIFFs that Pillow reads as if their values were other ones."""
-    tags = getattr(image, "tag_v2", {})  # 258: bits per sample; 262: 0 if white is the lowest value; 339: 2 if signed
-    is_signed = 2 in tags.get(339, ()) and tags.get(258) in ((8,), (16,))  # mode "I" has 32 bits
-    if is_signed or tags.get(258) == (12,) or (tags.get(262) == 0 and image.mode[0] in "IF"):
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(TAG_BITS_PER_SAMPLE)
+    is_signed = SIGNED in tags.get(TAG_SAMPLE_FORMAT, ()) and bits in ((8,), (16,))  # mode "I" has 32 bits
+    is_inverted = tags.get(TAG_PHOTOMETRIC) == WHITE_IS_LOWEST and _has_deep_grey(image)
+    if is_signed or is_inverted or bits == (12,):
         raise ValueError("a grey TIFF must have unsigned values of 8 or 16 bits, black the lowest. Convert it.")
+
+
+def _scale_transparent_value(image: Image.Image) -> None:
+    """Scales the one value that a PNG declares transparent as Pillow scales the pixels when it decodes them.
+
+    Of a colour with 16 bits Pillow keeps the higher 8.
+    """
+    value = image.info.get("transparency")
+    if image.format != "PNG" or value is None or not image.tile:  # decoded already
+        return
+    layout = image.tile[0].args
+    if layout in PNG_GREY_FACTORS and isinstance(value, int):
+        image.info["transparency"] = value * PNG_GREY_FACTORS[layout]
+    elif layout == "RGB;16B":
+        image.info["transparency"] = tuple(channel >> 8 for channel in value)
+
+
+def _has_deep_grey(image: Image.Image) -> bool:
+    """Whether an image is grey with integers of more than 8 bits, or with floats."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _scale_grey(image: Image.Image) -> Image.Image:
+    """Scales an image of mode `"F"` in [0, 1] or of an integer mode in [0, 65535] to 8-bit grey.
+
+    Pillow's own conversion would clip at 255.
+    """
+    values = np.asarray(image)
+    white = 1 if image.mode == "F" else 65535
+    lowest = values.min()
+    highest = values.max()
+    if not (lowest >= 0 and highest <= white):  # also if they are NaN
+        raise ValueError(
+            f"an image of mode {image.mode!r} must lie in [0, {white}], got [{lowest}, {highest}]. Scale it."
+        )
+    grey = np.rint(values * (255 / white))
+    return Image.fromarray(grey.astype(np.uint8))
 
 
 def _convert(image: Image.Image) -> Image.Image:
     """Converts an upright image to RGB, without the metadata of its file."""
-    if image.mode == "F" or image.mode.startswith("I"):  # scaled here, because Pillow's own conversion clips at 255
-        values, top = np.asarray(image), 1 if image.mode == "F" else 65535
-        low, high = values.min(), values.max()  # NaN if any value is
-        if not (low >= 0 and high <= top):
-            raise ValueError(f"an image of mode {image.mode!r} must lie in [0, {top}], got [{low}, {high}]. Scale it.")
-        grey = np.rint(values * (255 / top))
+    if _has_deep_grey(image):
+        rgb = _scale_grey(image)
         if "transparency" in image.info:  # the one grey value that a 16-bit PNG may declare transparent
-            grey[values == image.info["transparency"]] = 255
-        image = Image.fromarray(grey.astype(np.uint8))
+            is_transparent = np.asarray(image) == image.info["transparency"]
+            rgb.paste(255, mask=Image.fromarray(is_transparent))
     elif image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB")
-    image.info = {}
-    return image
+        if image.mode == "La":  # Pillow converts it to "LA" alone
+            image = image.convert("LA")
+        white = Image.new("RGBA", image.size, "white")
+        rgb = Image.alpha_composite(white, image.convert("RGBA"))
+    else:
+        rgb = image
+    rgb = rgb.convert("RGB")
+    rgb.info = {}
+    return rgb
 
 
 @contextmanager

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature
 
-from .checks import check_range
+from .checks import check_choice, check_range, type_name
 from .image_files import load_image, to_rgb
 
+OUTPUT_TYPES = ("pil", "np", "pt")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Keys that transformers writes to the configs of its processors.
 TRANSFORMERS_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
@@ -77,8 +78,9 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         """
         if not kwargs.get("return_unused_kwargs"):
             _check_keywords(kwargs.keys() - {"pixel_range", "return_unused_kwargs"})
-        known = {"pixel_range", *TRANSFORMERS_KEYS}
-        return super().from_dict({key: value for key, value in image_processor_dict.items() if key in known}, **kwargs)
+        read_keys = {"pixel_range", *TRANSFORMERS_KEYS}
+        values = {key: value for key, value in image_processor_dict.items() if key in read_keys}
+        return super().from_dict(values, **kwargs)
 
     def preprocess(
         self, images: ImageInput | list[ImageInput] | tuple[ImageInput, ...], return_tensors: str | None = None
@@ -107,18 +109,12 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         pixels = [_unit_pixels(item) for item in items]
         if not pixels:
             raise ValueError("`images` must hold at least one image, but is empty.")
-        found = {(image.shape[-1], image.shape[-2]) for image in pixels}
-        if len(found) > 1:
-            raise ValueError(
-                "the images of a batch must have one size, because padding would change their ids, got "
-                f"{', '.join(f'{width} x {height}' for width, height in sorted(found))} (width x height). Process "
-                "each size on its own, or crop them."
-            )
-        batch = torch.cat(pixels)
-        sizes = [(batch.shape[-2], batch.shape[-1])] * len(batch)
+        _check_one_size(pixels)
+        batch = torch.cat(pixels)  # (batch, 3, height, width)
         black, white = self.pixel_range
         features = BatchFeature({"pixel_values": black + batch * (white - black)}, tensor_type=return_tensors)
-        features["image_sizes"] = sizes
+        height, width = batch.shape[-2:]
+        features["image_sizes"] = [(height, width)] * len(batch)
         return features
 
     def postprocess(
@@ -149,36 +145,65 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         if isinstance(sample, np.ndarray):
             sample = _as_tensor(sample)
         if not isinstance(sample, torch.Tensor) or not sample.is_floating_point():
-            kind = sample.dtype if isinstance(sample, torch.Tensor) else type(sample).__name__
-            raise TypeError(f"`sample` must be a floating-point tensor or array, got {kind}. Pass one of the scales.")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', got {output_type!r}.")
+            raise TypeError(
+                f"`sample` must be a floating-point tensor or array, got {type_name(sample)}. Pass one of the scales."
+            )
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         if sample.ndim != 4 or sample.shape[1] != 3:
             raise ValueError(f"`sample` must have shape (batch, 3, height, width), got {tuple(sample.shape)}.")
-        if image_sizes is not None and len(image_sizes) != len(sample):
-            raise ValueError(f"`image_sizes` must hold one size per sample, got {len(image_sizes)} for {len(sample)}.")
-        height, width = sample.shape[-2:]
-        sizes = [(height, width)] * len(sample) if image_sizes is None else [*image_sizes]
-        for size in sizes:
-            sides = np.asarray(size)
-            fits = sides.shape == (2,) and sides.dtype.kind in "iu" and (1 <= sides).all()
-            if not (fits and (sides <= (height, width)).all()):
-                raise ValueError(
-                    f"`image_sizes` must hold integers (height, width) from 1 to the size of the sample, {height} x "
-                    f"{width}, got {size!r}. Resize the decoded ids of another scale with `SVQVAE.resize_to_image`."
-                )
+        sizes = _sizes_of_images(sample, image_sizes)
         if sample.isnan().any():
             raise ValueError("`sample` must not contain NaN. Decode in float32 or bfloat16.")
         black, white = self.pixel_range
         unit = ((sample.detach().float() - black) / (white - black)).clamp(0, 1)
-        images = [image[:, :h, :w] for image, (h, w) in zip(unit, sizes, strict=True)]
-        agree = len({tuple(map(int, size)) for size in sizes}) == 1
+        images = []
+        for image, (height, width) in zip(unit, sizes, strict=True):
+            images.append(image[:, :height, :width])
+        has_one_size = len(set(sizes)) == 1
         if output_type == "pt":
-            return torch.stack(images) if agree else images
+            return torch.stack(images) if has_one_size else images
         arrays = [image.movedim(0, -1).cpu().numpy() for image in images]  # (height, width, 3)
         if output_type == "np":
-            return np.stack(arrays) if agree else arrays
+            return np.stack(arrays) if has_one_size else arrays
         return [Image.fromarray(np.rint(array * 255).astype(np.uint8)) for array in arrays]
+
+
+def _sizes_of_images(sample: torch.Tensor, image_sizes: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
+    """Height and width of each image in a batch of samples, by default those of the batch.
+
+    Raises:
+        ValueError: There are not as many sizes as samples, or a size does not fit the batch.
+    """
+    height, width = sample.shape[-2:]
+    if image_sizes is None:
+        return [(height, width)] * len(sample)
+    if len(image_sizes) != len(sample):
+        raise ValueError(f"`image_sizes` must hold one size per sample, got {len(image_sizes)} for {len(sample)}.")
+    sizes = []
+    for size in image_sizes:
+        sides = np.asarray(size)
+        is_pair = sides.shape == (2,) and sides.dtype.kind in "iu"
+        if not is_pair or (sides < 1).any() or (sides > (height, width)).any():
+            raise ValueError(
+                f"`image_sizes` must hold integers (height, width) from 1 to the size of the sample, {height} x "
+                f"{width}, got {size!r}. Resize the decoded ids of another scale with `SVQVAE.resize_to_image`."
+            )
+        sizes.append((int(sides[0]), int(sides[1])))
+    return sizes
+
+
+def _check_one_size(pixels: list[torch.Tensor]) -> None:
+    """Raises ValueError if images `(batch, 3, height, width)` differ in height or width."""
+    sizes = set()
+    for image in pixels:
+        height, width = image.shape[-2:]
+        sizes.add((width, height))
+    if len(sizes) > 1:
+        listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
+        raise ValueError(
+            f"the images of a batch must have one size, because padding would change their ids, got {listed} (width "
+            "x height). Process each size on its own, or crop them."
+        )
 
 
 def _check_keywords(unknown: set[str]) -> None:
@@ -188,6 +213,19 @@ def _check_keywords(unknown: set[str]) -> None:
 
 def _unit_pixels(image: ImageInput) -> torch.Tensor:
     """Converts one item of `preprocess` to float32 in [0, 1] of shape (batch, 3, height, width)."""
+    pixels = _pixels(image)  # (..., channels, height, width), without channels if they are one
+    if pixels.ndim == 2:
+        pixels = pixels[None]
+    values = _to_unit_range(pixels)
+    if values.shape[-3] == 4:
+        values = _put_on_white(values, has_8_bits=pixels.dtype == torch.uint8)
+    height, width = values.shape[-2:]
+    rgb = values.expand(*values.shape[:-3], 3, height, width)
+    return rgb.reshape(-1, 3, height, width)
+
+
+def _pixels(image: ImageInput) -> torch.Tensor:
+    """Values of one item of `preprocess` as they are, `(height, width)` or `(..., channels, height, width)`."""
     if isinstance(image, bytes):
         image = io.BytesIO(image)
     if isinstance(image, str | os.PathLike) or hasattr(image, "read"):
@@ -197,22 +235,25 @@ def _unit_pixels(image: ImageInput) -> torch.Tensor:
     if isinstance(image, np.ndarray):
         _check_shape(image, "height, width, channels", channels=-1)
         pixels = _as_tensor(image)
-        pixels = pixels.movedim(-1, -3) if pixels.ndim > 2 else pixels
-    elif isinstance(image, torch.Tensor):
+        if pixels.ndim == 2:
+            return pixels
+        return pixels.movedim(-1, -3)
+    if isinstance(image, torch.Tensor):
         _check_shape(image, "channels, height, width", channels=-3)
-        pixels = image
-    else:
-        raise TypeError(
-            "an image must be a PIL image, a NumPy array, a torch tensor, the path of a file, an open binary file or "
-            f"its bytes, got {type(image).__name__}."
-        )
-    pixels = pixels if pixels.ndim > 2 else pixels[None]
-    values = _to_unit_range(pixels)
-    if values.shape[-3] == 4:  # put on white, 8-bit values with the rounding of Pillow
-        colours, alpha = values.split([3, 1], dim=-3)
-        blended = colours * alpha + (1 - alpha)
-        values = (blended * 255).round() / 255 if pixels.dtype == torch.uint8 else blended
-    return values.expand(*values.shape[:-3], 3, -1, -1).reshape(-1, 3, *values.shape[-2:])
+        return image
+    raise TypeError(
+        "an image must be a PIL image, a NumPy array, a torch tensor, the path of a file, an open binary file or "
+        f"its bytes, got {type(image).__name__}."
+    )
+
+
+def _put_on_white(rgba: torch.Tensor, *, has_8_bits: bool) -> torch.Tensor:
+    """RGBA values `(..., 4, height, width)` in [0, 1] on white, 8-bit values with the rounding of Pillow."""
+    colours, alpha = rgba.split([3, 1], dim=-3)
+    blended = colours * alpha + (1 - alpha)
+    if has_8_bits:
+        return (blended * 255).round() / 255
+    return blended
 
 
 def _as_tensor(array: np.ndarray) -> torch.Tensor:
@@ -221,7 +262,8 @@ def _as_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _check_shape(image: np.ndarray | torch.Tensor, layout: str, channels: int) -> None:
-    if not 2 <= image.ndim <= 4 or 0 in image.shape or (image.ndim > 2 and image.shape[channels] not in (1, 3, 4)):
+    has_channels = image.ndim == 2 or (image.ndim in (3, 4) and image.shape[channels] in (1, 3, 4))
+    if not has_channels or 0 in image.shape:
         raise ValueError(
             f"{type(image).__name__} images must have shape (height, width), ({layout}) or (batch, {layout}), with 3 "
             f"channels (RGB), 4 (RGBA) or 1 (grey), got {tuple(image.shape)}."
@@ -233,7 +275,8 @@ def _to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
         return pixels.float() / 255
     if pixels.dtype not in FLOAT_DTYPES:
         raise TypeError(f"an image must be uint8 in [0, 255] or floating point in [0, 1], got {pixels.dtype}.")
-    low, high = pixels.min().item(), pixels.max().item()
-    if not (low >= 0 and high <= 1):  # also when they are NaN
-        raise ValueError(f"a float image must lie in [0, 1], got [{low:g}, {high:g}]. Scale it, or pass uint8.")
+    lowest = pixels.min().item()
+    highest = pixels.max().item()
+    if not (lowest >= 0 and highest <= 1):  # also when they are NaN
+        raise ValueError(f"a float image must lie in [0, 1], got [{lowest:g}, {highest:g}]. Scale it, or pass uint8.")
     return pixels.float()

@@ -1,6 +1,8 @@
+import io
 import json
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from transformers import AutoImageProcessor
 
 import svqvae_hf
 from svqvae_hf import SVQVAE
-from svqvae_hf.models.image_files import load_image, to_rgb
+from svqvae_hf.models.image_files import load_image, to_grey, to_rgb
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 
 
@@ -149,6 +151,58 @@ def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, mode, name):
     assert read(save(image, tmp_path / name))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
+def write_png(bits: int, colour_type: int, row: bytes, transparent: bytes) -> bytes:
+    """A PNG of 2 x 1 pixels with one transparent value."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 2, 1, bits, colour_type, 0, 0, 0)
+    data = zlib.compress(b"\0" + row)
+    chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*named) for named in chunks)
+
+
+@pytest.mark.parametrize(
+    ("png", "expected"),
+    [
+        (write_png(1, 0, b"\x40", b"\0\0"), [[255, 255, 255], [255, 255, 255]]),
+        (write_png(2, 0, b"\x60", b"\0\1"), [[255, 255, 255], [170, 170, 170]]),
+        (write_png(4, 0, b"\x5a", b"\0\5"), [[255, 255, 255], [170, 170, 170]]),
+        (write_png(8, 0, b"\x05\x0a", b"\0\5"), [[255, 255, 255], [10, 10, 10]]),
+        (write_png(16, 0, struct.pack(">2H", 1285, 0), struct.pack(">H", 1285)), [[255, 255, 255], [0, 0, 0]]),
+        (write_png(8, 2, bytes(range(6)), struct.pack(">3H", 0, 1, 2)), [[255, 255, 255], [3, 4, 5]]),
+        (
+            write_png(16, 2, struct.pack(">6H", 300, 600, 900, 256, 0, 0), struct.pack(">3H", 300, 600, 900)),
+            [[255, 255, 255], [1, 0, 0]],
+        ),
+    ],
+)
+def test_the_transparent_value_of_a_png_goes_on_white(png, expected):
+    assert np.asarray(load_image(io.BytesIO(png))).tolist() == [expected]
+    assert np.asarray(to_rgb(Image.open(io.BytesIO(png)))).tolist() == [expected]
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa"])
+def test_premultiplied_alpha_goes_on_white(mode):
+    straight = Image.new({"La": "LA", "RGBa": "RGBA"}[mode], (2, 2))
+    straight.putpixel((0, 0), (120,) * (len(mode) - 1) + (255,))
+    image = to_rgb(straight.convert(mode))
+    assert image.getpixel((0, 0)) == (120, 120, 120)
+    assert image.getpixel((1, 1)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("array", "mode"),
+    [(np.float32([[0, 0.5, 1]]), "F"), (np.uint16([[0, 32768, 65535]]), "I;16"), (np.int32([[0, 32768, 65535]]), "I")],
+)
+def test_grey_is_scaled_and_not_clipped(array, mode):
+    image = Image.fromarray(array)
+    assert image.mode == mode
+    assert np.asarray(to_grey(image)).tolist() == [[0, 128, 255]]
+    assert to_grey(Image.new("La", (1, 1))).getpixel((0, 0)) == 0
+
+
 def test_exif_orientation_is_applied_once(pixels, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by a quarter
@@ -277,7 +331,7 @@ def test_sizes_that_are_refused(size):
         ({"sample": torch.zeros(1, 4, 8, 8)}, r"got \(1, 4, 8, 8\)"),
         ({"sample": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, "must be a floating-point tensor .* got torch.uint8"),
         ({"sample": torch.zeros(2, 3, 8, 8), "image_sizes": [(8, 8)]}, "one .* per sample, got 1 for 2"),
-        ({"sample": torch.zeros(2, 3, 8, 8), "output_type": "jpg"}, "must be 'pil', 'np' or 'pt', got 'jpg'"),
+        ({"sample": torch.zeros(2, 3, 8, 8), "output_type": "jpg"}, "must be one of pil, np, pt, got 'jpg'"),
     ],
 )
 def test_samples_that_are_refused(arguments, message):
