@@ -28,7 +28,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 from transformers import DynamicCache
 
-from .checks import check_depth, check_integers
+from .checks import check_depth, check_json_integer
 from .layers import AttentionProcessor
 from .loading import StrictLoadingMixin
 from .resizing import resize
@@ -41,7 +41,18 @@ MAX_LOG_FACTOR = math.log(100)  # of queries
 
 # Factors of FlexVAR's initial weights
 INITIAL_QUERY_FACTOR = 4.0
+HEAD_GAIN = 0.02
+MODULATION_GAIN = 0.5
 GATE_GAIN = 1e-3
+
+POSITIVE_INTEGERS = (
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "codebook_size",
+    "codebook_embed_dim",
+    "position_size",
+)
 
 Size = tuple[int, int]
 
@@ -75,17 +86,28 @@ class Attention(nn.Module, AttentionModuleMixin):
     def forward(self, hidden: torch.Tensor, lengths: Sequence[int], cache: DynamicCache | None) -> torch.Tensor:
         """`(batch, tokens, width)` -> the same shape. `lengths` are the numbers of tokens of the scales."""
         query, key, value = self.mat_qkv(hidden).chunk(3, dim=-1)
-        biased = (query + self.q_bias, key, value + self.v_bias)
-        query, key, value = (each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in biased)
-        query, key = set_length(query, self.scale_mul_1H11.float().clamp(max=MAX_LOG_FACTOR).exp()), set_length(key)
+        query = self._split_heads(query + self.q_bias)
+        key = self._split_heads(key)
+        value = self._split_heads(value + self.v_bias)
+        factor = self.scale_mul_1H11.float().clamp(max=MAX_LOG_FACTOR).exp()
+        query = set_length(query, factor)
+        key = set_length(key)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
-        query, key, value = (each.transpose(1, 2) for each in (query, key, value))  # (batch, tokens, heads, width)
-        parts, seen = [], key.shape[1] - query.shape[1]  # cached tokens
-        for part in query.split(list(lengths), dim=1):  # without a mask: a scale sees all keys up to its own last one
-            seen += part.shape[1]
-            parts.append(self.processor(part, key[:, :seen], value[:, :seen], scale=1.0))
-        return self.proj(torch.cat(parts, dim=1).flatten(2))
+        query = query.transpose(1, 2)  # (batch, tokens, heads, head width)
+        key = key.transpose(1, 2)
+        value = value.transpose(1, 2)
+        visible = key.shape[1] - query.shape[1]  # cached tokens
+        attended = []
+        for query_of_scale in query.split(list(lengths), dim=1):
+            # No mask is needed, because a scale sees all keys up to its own last one.
+            visible += query_of_scale.shape[1]
+            attended.append(self.processor(query_of_scale, key[:, :visible], value[:, :visible], scale=1.0))
+        return self.proj(torch.cat(attended, dim=1).flatten(2))
+
+    def _split_heads(self, features: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens, width)` -> `(batch, heads, tokens, head width)`."""
+        return features.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -115,8 +137,10 @@ class NextScaleBlock(nn.Module):
     ) -> torch.Tensor:
         """`(batch, tokens, width)` -> the same shape. `condition` `(batch, 1, width)` is the embedded class."""
         gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(condition).chunk(6, dim=-1)
-        hidden = torch.addcmul(hidden, gate1, self.attn(modulate(hidden, scale1, shift1), lengths, cache))
-        return torch.addcmul(hidden, gate2, self.ffn(modulate(hidden, scale2, shift2)))
+        attended = self.attn(modulate(hidden, scale1, shift1), lengths, cache)
+        hidden = torch.addcmul(hidden, gate1, attended)
+        transformed = self.ffn(modulate(hidden, scale2, shift2))
+        return torch.addcmul(hidden, gate2, transformed)
 
 
 class ModulatedNorm(nn.Module):
@@ -153,6 +177,7 @@ class NextScaleTransformer(StrictLoadingMixin):
             may be 0), or there are too many layers.
     """
 
+    component_name = "transformer"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["NextScaleBlock"]
     _repeated_blocks = ["NextScaleBlock"]
@@ -171,11 +196,12 @@ class NextScaleTransformer(StrictLoadingMixin):
         max_text_length: int = 0,
     ):
         super().__init__()
-        captions = {"vocab_size": vocab_size, "max_text_length": max_text_length}
-        check_integers(captions, least=int(bool(vocab_size or max_text_length)))  # both or neither
-        check_integers({"num_classes": num_classes}, least=0)
-        optional = {"num_classes", *captions}
-        check_integers({name: value for name, value in self.config.items() if name[0] != "_" and name not in optional})
+        for name in POSITIVE_INTEGERS:
+            check_json_integer(name, self.config[name])
+        check_json_integer("num_classes", num_classes, least=0)
+        least = 1 if vocab_size or max_text_length else 0  # captions need both, other models neither
+        check_json_integer("vocab_size", vocab_size, least)
+        check_json_integer("max_text_length", max_text_length, least)
         check_depth("The config", {"layers": num_layers})
         width = num_attention_heads * attention_head_dim
         self.class_emb = nn.Embedding(num_classes + 1, width)
@@ -222,68 +248,95 @@ class NextScaleTransformer(StrictLoadingMixin):
             ValueError: If the number of codes is wrong, or the text is missing or has another length.
         """
         is_first = cache is None or cache.get_seq_length() == 0
-        if len(codes) != len(sizes) - is_first:
-            raise ValueError(
-                f"`codes` must hold the codes before each of the {len(sizes)} scales"
-                f"{' but the first' if is_first else ''}, got {len(codes)}."
-            )
-        condition = self.class_emb(class_labels).unsqueeze(1)
-        starts = [condition + self.pos_start] if is_first else []
-        inputs = starts + [
-            self.word_embed(resize_codes(before, size).to(condition.dtype))
-            for before, size in zip(codes, sizes[len(starts) :], strict=True)
-        ]
-        parts = [tokens + self._positions(size) for tokens, size in zip(inputs, sizes, strict=True)]
-        prefix = self._embed(text) if is_first else []
-        hidden = torch.cat([*prefix, *parts], dim=1)
-        lengths = [part.shape[1] for part in (*prefix, *parts)]
+        check_number_of_codes(codes, sizes, is_first=is_first)
+        condition = self.class_emb(class_labels).unsqueeze(1)  # (batch, 1, width)
+        inputs = []  # of each scale, (batch, tokens, width)
+        if is_first:
+            inputs.append(condition + self.pos_start)
+        for codes_before, size in zip(codes, sizes[len(inputs) :], strict=True):
+            resized = resize_codes(codes_before, size)
+            inputs.append(self.word_embed(resized.to(condition.dtype)))
+        parts = []  # the caption, if there is one, and the scales
+        if is_first:
+            parts += self._embed(text)
+        caption_length = parts[0].shape[1] if parts else 0
+        for tokens, size in zip(inputs, sizes, strict=True):
+            parts.append(tokens + self._positions(size))
+        lengths = [part.shape[1] for part in parts]
+        hidden = torch.cat(parts, dim=1)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden = self._gradient_checkpointing_func(block, hidden, condition, lengths, cache)
             else:
                 hidden = block(hidden, condition, lengths, cache)
-        hidden = hidden[:, sum(part.shape[1] for part in prefix) :]
+        hidden = hidden[:, caption_length:]
         logits = self.head(self.head_nm(hidden, condition)).float()
-        return NextScaleTransformerOutput(logits=logits) if return_dict else (logits,)
+        if not return_dict:
+            return (logits,)
+        return NextScaleTransformerOutput(logits=logits)
 
     def _embed(self, text: torch.Tensor | None) -> list[torch.Tensor]:
         """Tokens `(batch, length, width)` before the first scale: a caption, or nothing if the model reads none."""
         length = self.config["max_text_length"]
-        if (0 if text is None else text.shape[1]) != length:
-            raise ValueError(
-                f"`text` must be captions of {length} tokens, got "
-                f"{'none' if text is None else f'{text.shape[1]} tokens'}."
-            )
-        return [] if text is None else [self.text_emb(text) + self.text_pos]
+        if text is None:
+            if length:
+                raise ValueError(f"`text` must be captions of {length} tokens, got none.")
+            return []
+        if text.shape[1] != length:
+            raise ValueError(f"`text` must be captions of {length} tokens, got {text.shape[1]} tokens.")
+        return [self.text_emb(text) + self.text_pos]
 
     def _positions(self, size: Size) -> torch.Tensor:
         """Positions of a scale, `(1, height * width, width of the model)`."""
-        return resize(self.pos_1LC, size, "area").flatten(2).transpose(1, 2)
+        resized = resize(self.pos_1LC, size, "area")  # (1, width of the model, height, width)
+        return resized.flatten(2).transpose(1, 2)
 
     def _initialise(self) -> None:
         """Draws the weights as FlexVAR does; the first third of a block's modulation are its gates."""
         width = self.pos_start.shape[-1]
-        std, residual = math.sqrt(1 / (3 * width)), 1 / math.sqrt(2 * len(self.blocks))
-        gains = {"head.weight": 0.02, "ada_lin.1.weight": 0.5, "proj.weight": residual, "fc2.weight": residual}
+        std = math.sqrt(1 / (3 * width))
+        residual_gain = 1 / math.sqrt(2 * len(self.blocks))
+        gains = {
+            "head.weight": HEAD_GAIN,
+            "ada_lin.1.weight": MODULATION_GAIN,
+            "proj.weight": residual_gain,
+            "fc2.weight": residual_gain,
+        }
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
             elif name.endswith("weight") or name in ("pos_start", "text_pos"):
-                gain = next((gain for ending, gain in gains.items() if name.endswith(ending)), 1.0)
+                gain = 1.0
+                for ending in gains:
+                    if name.endswith(ending):
+                        gain = gains[ending]
                 nn.init.trunc_normal_(weight, std=gain * std)
             if name.startswith("blocks.") and name.endswith("ada_lin.1.weight"):
-                nn.init.trunc_normal_(weight.detach()[: 2 * width], std=GATE_GAIN * std)
+                gates = weight.detach()[: 2 * width]
+                nn.init.trunc_normal_(gates, std=GATE_GAIN * std)
+
+
+def check_number_of_codes(codes: Sequence[torch.Tensor], sizes: Sequence[Size], *, is_first: bool) -> None:
+    """Raises ValueError unless there are codes for each scale, except for the first scale of an image."""
+    expected = len(sizes) - 1 if is_first else len(sizes)
+    if len(codes) != expected:
+        exception = " but the first" if is_first else ""
+        raise ValueError(
+            f"`codes` must hold the codes before each of the {len(sizes)} scales{exception}, got {len(codes)}."
+        )
 
 
 def modulate(hidden: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """Normalises tokens `(batch, tokens, width)` without weights, then scales and shifts them."""
-    return torch.addcmul(shift, F.layer_norm(hidden, hidden.shape[-1:], eps=NORM_EPS), 1 + scale)
+    normed = F.layer_norm(hidden, hidden.shape[-1:], eps=NORM_EPS)
+    return torch.addcmul(shift, normed, 1 + scale)
 
 
 def set_length(vectors: torch.Tensor, length: torch.Tensor | float = 1.0) -> torch.Tensor:
     """Scales vectors along the last dimension to a length, computed in float32."""
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float32)
-    return (vectors * (length / norms.clamp(min=LENGTH_EPS))).to(vectors.dtype)
+    factors = length / norms.clamp(min=LENGTH_EPS)
+    return (vectors * factors).to(vectors.dtype)
 
 
 def resize_codes(codes: torch.Tensor, size: Size) -> torch.Tensor:
@@ -296,13 +349,16 @@ def resize_codes(codes: torch.Tensor, size: Size) -> torch.Tensor:
     Returns:
         `torch.Tensor`: Tokens `(batch, height * width, codebook_embed_dim)`, row by row.
     """
-    return F.interpolate(codes.float(), size, mode="bicubic").flatten(2).transpose(1, 2)
+    resized = F.interpolate(codes.float(), size, mode="bicubic")  # (batch, codebook_embed_dim, height, width)
+    return resized.flatten(2).transpose(1, 2)
 
 
 def initial_positions(side: int, width: int) -> torch.Tensor:
     """Grid of sines of the rows in even channels, and cosines of the columns in odd ones, `(1, width, side, side)`."""
     channels = torch.arange(width)
     frequencies = POSITION_PERIOD ** (-2 * (channels // 2) / width)
-    angles = frequencies[:, None] * torch.arange(side)
-    rows, columns = angles.sin()[:, :, None], angles.cos()[:, None, :]
-    return torch.where((channels % 2 == 0)[:, None, None], rows, columns).unsqueeze(0)
+    angles = frequencies[:, None] * torch.arange(side)  # (width, side)
+    rows = angles.sin()[:, :, None]  # (width, side, 1)
+    columns = angles.cos()[:, None, :]  # (width, 1, side)
+    is_even = (channels % 2 == 0)[:, None, None]
+    return torch.where(is_even, rows, columns).unsqueeze(0)
