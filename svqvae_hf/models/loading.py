@@ -17,9 +17,14 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
     """Loads models of diffusers only if the weights are exactly what the config asks for."""
 
     derived_config = (
-        *("block_out_channels", "latent_channels", "vq_embed_dim", "num_vq_embeddings", "lookup_from_codebook"),
+        "block_out_channels",
+        "latent_channels",
+        "vq_embed_dim",
+        "num_vq_embeddings",
+        "lookup_from_codebook",
         "auto_map",  # of a repository with code
     )
+    component_name: str  # subfolder of the model in a pipeline or beside a language model
     _auto_class = "AutoModel" if "diffusers_modules" in __name__ else None  # only such code is saved with a model
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -51,11 +56,7 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.pop("low_cpu_mem_usage", None)  # diffusers keeps the codebook in float32 only with it
         source = os.fspath(pretrained_model_name_or_path)
-        if os.path.isfile(source):
-            raise ValueError(f"a model must be a folder or a Hub id, got the file `{source}`. Use `from_single_file`.")
-        folder = os.path.join(source, kwargs.get("subfolder") or "")
-        if os.path.isdir(source) and not os.path.isdir(folder):  # diffusers would load `source`
-            raise OSError(f"there is no folder `{folder}`. Correct `subfolder`, or leave it out.")
+        cls._check_source(source, kwargs.get("subfolder"))
         for name in ("dtype", "torch_dtype"):
             if isinstance(kwargs.get(name), str):  # diffusers would load float32
                 raise TypeError(f"`{name}` must be a torch.dtype such as torch.float16, got {kwargs[name]!r}.")
@@ -64,7 +65,35 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         except ValueError as error:
             raise ValueError(f"`{source}` cannot be loaded: {error}") from error
         check_weights(source, info)
-        return (model, info) if with_info else model
+        if with_info:
+            return model, info
+        return model
+
+    @classmethod
+    def _check_source(cls, source: str, subfolder: str | None) -> None:
+        """Raises if a source is a file, lacks the subfolder, or holds the model in a subfolder that was not passed."""
+        if os.path.isfile(source):
+            raise ValueError(f"a model must be a folder or a Hub id, got the file `{source}`. Use `from_single_file`.")
+        if not os.path.isdir(source):
+            return
+        if subfolder:
+            folder = os.path.join(source, subfolder)
+            if not os.path.isdir(folder):  # diffusers would load `source`
+                raise OSError(f"there is no folder `{folder}`. Correct `subfolder`, or leave it out.")
+            return
+        holds_weights = any(name.startswith("diffusion_pytorch_model") for name in os.listdir(source))
+        if not holds_weights and os.path.isfile(os.path.join(source, cls.component_name, "config.json")):
+            raise OSError(
+                f"`{source}` holds its {cls.__name__} in a folder of its own. Load it with "
+                f"`from_pretrained(..., subfolder={cls.component_name!r})`."
+            )
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        config = super()._dict_from_json_file(json_file)
+        if not isinstance(config, dict):  # diffusers would take it for a config, or for a name on the Hub
+            raise ValueError(f"`{json_file}` must hold a JSON object, but holds a {type(config).__name__}.")
+        return config
 
     @classmethod
     def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -79,8 +108,12 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
             ValueError: If the config is of another class.
             TypeError: If a keyword argument is unknown.
         """
-        known = {*inspect.signature(cls.__init__).parameters, "trust_remote_code"}
-        unknown = sorted(name for name in kwargs.keys() - known if not name.startswith("_"))
+        parameters = inspect.signature(cls.__init__).parameters
+        unknown = []
+        for name in sorted(kwargs):
+            is_private = name.startswith("_")
+            if name not in parameters and name != "trust_remote_code" and not is_private:
+                unknown.append(name)
         if unknown and not return_unused_kwargs:
             raise TypeError(
                 f"Unknown arguments: {', '.join(unknown)}. Expected config values of {cls.__name__} or arguments of "
@@ -91,30 +124,35 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """Splits a config into constructor arguments and the rest, without values that the constructor derives."""
-        found = config_dict.get("_class_name", cls.__name__)
-        if found not in {base.__name__ for base in cls.__mro__}:
+        class_name = config_dict.get("_class_name", cls.__name__)
+        if class_name not in [base.__name__ for base in cls.__mro__]:
             raise ValueError(
-                f"The config must be of class {cls.__name__}, got {found}. Load it with that class. "
+                f"The config must be of class {cls.__name__}, got {class_name}. Load it with that class. "
                 "`from_single_file` loads original checkpoints."
             )
-        given = {key: value for key, value in config_dict.items() if key not in cls.derived_config}
-        return super().extract_init_dict(given, **kwargs)
+        config = {key: value for key, value in config_dict.items() if key not in cls.derived_config}
+        return super().extract_init_dict(config, **kwargs)
 
 
 def check_weights(source: str, loading_info: Mapping[str, Any]) -> None:
     """Raises unless the weights of a folder or Hub id were exactly what its config asks for."""
-    faults = {kind: sorted(map(str, loading_info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
-    listed = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
-    if listed:
+    faults = []
+    for kind in ("missing", "unexpected", "mismatched"):
+        keys = sorted(str(key) for key in loading_info[f"{kind}_keys"])
+        if keys:
+            faults.append(f"{kind}: {', '.join(keys)}")
+    if faults:
         raise ValueError(
-            f"The weights of {source} must be exactly what its config asks for, but are not: {listed}. Restore the "
-            "files, or correct config.json."
+            f"The weights of {source} must be exactly what its config asks for, but are not: {'; '.join(faults)}. "
+            "Restore the files, or correct config.json."
         )
 
 
 def check_merged(name: str, model: Any) -> None:
     """Raises if a model has an adapter of peft beside its weights, which would be saved under names of its own."""
-    if isinstance(model, torch.nn.Module) and any(hasattr(module, "base_layer") for module in model.modules()):
+    if not isinstance(model, torch.nn.Module):
+        return
+    if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError(
             f"`{name}` must be saved with its adapter merged, but has one beside its weights. Merge it with "
             "`adapter.merge_and_unload()`, where `adapter` is what `PeftModel.from_pretrained` returned, and "
@@ -125,7 +163,8 @@ def check_merged(name: str, model: Any) -> None:
 def copy_code(model_class: type, folder: str | os.PathLike) -> str:
     """Copies the file that defines a class, and all that it imports relatively, to a folder. Returns its module."""
     source = Path(inspect.getfile(model_class))
-    for file in (source, *get_relative_import_files(source)):
+    shutil.copy(source, folder)
+    for file in get_relative_import_files(source):
         shutil.copy(file, folder)
     return source.stem
 
@@ -133,7 +172,8 @@ def copy_code(model_class: type, folder: str | os.PathLike) -> str:
 def execution_device(model: ModelMixin) -> torch.device:
     """Device on which a model computes. With offloading, its weights are elsewhere between calls."""
     for module in model.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        hook = getattr(module, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
         if device is not None:
             return torch.device(device)
     return model.device  # diffusers knows its own offloading
