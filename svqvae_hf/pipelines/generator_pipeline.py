@@ -16,6 +16,7 @@ from svqvae_hf.loaders.pretrained_models import SVQVAEImageProcessor
 from svqvae_hf.models.loading import check_merged
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.labels import Labels, encode_labels, to_int64
+from svqvae_hf.pipelines.modular_blocks import check_fingerprint
 from svqvae_hf.pipelines.repository_index import hub_options, load_arguments, read_index, write_blocks
 
 # For readers of `model_index.json`.
@@ -34,7 +35,8 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
     def _register(
         self,
         components: dict[str, Any],
-        classes: int,
+        *,
+        num_classes: int,
         fingerprints: Sequence[str | None],
         class_names: Sequence[str] | None,
         **config: Any,
@@ -43,36 +45,37 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
 
         Args:
             components (`dict[str, Any]`): Components, among them `vqvae`.
-            classes (`int`): Number of classes in training.
+            num_classes (`int`): Number of classes in training.
             fingerprints (`Sequence[str]`): Fingerprints of the codebook in training, as far as they are known.
             class_names (`list[str]`, *optional*): Name of each class.
             **config: Further values for `model_index.json`.
 
         Raises:
-            ValueError: The codebook of `vqvae` is another one, or the number of names is not `classes`.
+            ValueError: The codebook of `vqvae` is another one, or the number of names is not `num_classes`.
         """
-        if class_names is not None and not len(set(class_names)) == len(class_names) == classes:
-            raise ValueError(f"`class_names` must be {classes} different names, one per class, got {class_names}.")
+        if class_names is not None and not len(set(class_names)) == len(class_names) == num_classes:
+            raise ValueError(f"`class_names` must be {num_classes} different names, one per class, got {class_names}.")
         vqvae = components["vqvae"]
-        found = vqvae.codebook_fingerprint()
         for fingerprint in fingerprints:
-            if fingerprint not in (None, found):
-                raise ValueError(
-                    "`vqvae` must have the codebook whose ids the pipeline was trained on, with fingerprint "
-                    f"{fingerprint}, but has one with {found}. Use the SVQVAE that the pipeline was saved with."
-                )
+            check_fingerprint(fingerprint, vqvae)
         self.register_modules(**components)
-        names = class_names and [*class_names]
-        self.register_to_config(codebook_fingerprint=found, class_names=names, _load_with=LOAD_WITH, **config)
-        self.num_classes = classes
+        self.register_to_config(
+            codebook_fingerprint=vqvae.codebook_fingerprint(),
+            class_names=list(class_names) if class_names else class_names,
+            _load_with=LOAD_WITH,
+            **config,
+        )
+        self.num_classes = num_classes
         self._interrupt = False
         self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str) -> dict[str, Any]:
         index = super()._dict_from_json_file(json_file)
-        names = index.get("class_names")  # as a tuple, because diffusers takes any list for a component
-        return index | ({"class_names": tuple(names)} if names else {})
+        class_names = index.get("class_names")
+        if class_names:
+            index["class_names"] = tuple(class_names)  # diffusers takes any list for a component
+        return index
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
@@ -98,8 +101,10 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             )
         if "_blocks_class_name" in index:  # of a repository with code
             pipeline = cls(**load_arguments(cls, name, index, **kwargs))
+        elif os.path.isdir(name):
+            pipeline = super().from_pretrained(name, **kwargs)
         else:
-            folder = name if os.path.isdir(name) else from_hub(cls.download, name, **kwargs)
+            folder = from_hub(cls.download, name, **kwargs)
             pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=name)
         return pipeline
@@ -125,18 +130,19 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             check_merged(name, component)
         super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
         folder = Path(save_directory)
-        name = standalone if isinstance(standalone, str) else folder.absolute().name
+        repo_id = standalone if isinstance(standalone, str) else None
         if standalone:
-            write_blocks(self.blocks(), folder, name if isinstance(standalone, str) else str(folder))
+            write_blocks(self.blocks(), folder, repo_id or str(folder))
         card = folder / "README.md"
         if not card.exists():
-            card.write_text(self.make_card(name, standalone=bool(standalone)), encoding="utf-8")
+            text = self.make_card(repo_id or folder.absolute().name, standalone=bool(standalone))
+            card.write_text(text, encoding="utf-8")
 
     def make_card(self, repo_id: str, **options: Any) -> str:
         """Text of the card; see [`~svqvae_hf.hub.model_cards.pipeline_card`]."""
         summary, call = self.describe()
-        texts = {"summary": summary, "call": call, "tags": ["svqvae"], "provenance": {}, "pipeline_tag": self.task}
-        return pipeline_card(type(self), repo_id=repo_id, **(texts | options))
+        defaults = {"tags": ["svqvae"], "provenance": {}, "pipeline_tag": self.task}
+        return pipeline_card(type(self), repo_id=repo_id, summary=summary, call=call, **(defaults | options))
 
     def blocks(self) -> type:
         """Class of the blocks that diffusers' `ModularPipeline` runs in place of this pipeline."""
@@ -149,7 +155,9 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
     @property
     def task(self) -> str:
         """Task of the Hub."""
-        return "unconditional-image-generation" if self.components.get("tokenizer") is None else "text-to-image"
+        if self.components.get("tokenizer") is None:
+            return "unconditional-image-generation"
+        return "text-to-image"
 
     @property
     def interrupt(self) -> bool:
@@ -178,8 +186,11 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         """Calls `callback_on_step_end`, and returns the ids that it returns, or those that were sampled."""
         if callback is None:
             return ids
-        returned = callback(self, step, size, {"ids": ids.clone()} if tensor_inputs else {}) or {}
-        replaced = to_int64("ids", returned.get("ids", ids)).to(ids.device)
+        tensors = {"ids": ids.clone()} if tensor_inputs else {}
+        returned = callback(self, step, size, tensors)
+        if not returned or "ids" not in returned:
+            return ids
+        replaced = to_int64("ids", returned["ids"]).to(ids.device)
         end = self.vqvae.config["codebook_size"]
         if replaced.shape != ids.shape or not 0 <= replaced.min() <= replaced.max() < end:
             raise ValueError(
@@ -192,7 +203,10 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         """Output of a call, from ids `(batch, h, w)` of images of `size` pixels."""
         images: Any = ids
         if output_type != "latent":
-            sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, size, 1.0)
+            decoded = self.vqvae.decode(ids).sample
+            sample = self.vqvae.resize_to_image(decoded, size, scale=1.0)
             images = self.image_processor.postprocess(sample, output_type=output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)

@@ -28,17 +28,22 @@ class ReservedLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """Stores keys and values `(batch, heads, length, head_dim)` of new tokens, and returns all so far."""
-        new = key_states, value_states
         if not self.is_initialized:
-            self.lazy_initialization(*new)
-            length = key_states.shape[-2] + self.tokens
-            self.buffers = [each.new_empty(*each.shape[:2], length, each.shape[-1]) for each in new]
+            self.lazy_initialization(key_states, value_states)
+            self.key_buffer = self._reserve(key_states)
+            self.value_buffer = self._reserve(value_states)
         start = self.get_seq_length()
         stop = start + key_states.shape[-2]
-        for buffer, states in zip(self.buffers, new, strict=True):
-            buffer[..., start:stop, :] = states
-        self.keys, self.values = (buffer[..., :stop, :] for buffer in self.buffers)
+        self.key_buffer[..., start:stop, :] = key_states
+        self.value_buffer[..., start:stop, :] = value_states
+        self.keys = self.key_buffer[..., :stop, :]
+        self.values = self.value_buffer[..., :stop, :]
         return self.keys, self.values
+
+    def _reserve(self, states: torch.Tensor) -> torch.Tensor:
+        """Buffer for the first states `(batch, heads, length, head_dim)` and for those of all tokens after them."""
+        batch, heads, length, head_dim = states.shape
+        return states.new_empty(batch, heads, length + self.tokens, head_dim)
 
 
 class IdSampler:
@@ -77,7 +82,12 @@ class IdSampler:
         guided_ids: int | None = None,
         known: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
-        self.model, self.inputs, self.codes, self.sample, self.guide = model, dict(inputs), codes, sample, guide
+        self.model = model
+        self.inputs = dict(inputs)
+        self.codes = codes
+        self.sample = sample
+        self.guide = guide
+        self.known = known
         self.arguments = inspect.signature(model.forward).parameters
         mask = inputs.get("attention_mask")
         if mask is not None and "position_ids" in self.arguments:
@@ -91,17 +101,18 @@ class IdSampler:
                 f"the prompt and {rows} x {columns} ids must fit the context of {context} tokens, but take {longest}. "
                 "Shorten the prompt, or pass a smaller `grid`."
             )
-        self.ids = prompts.new_zeros(len(prompts) // (2 if guide else 1), rows, columns)
+        images = len(prompts) if guide is None else len(prompts) // 2
+        self.ids = prompts.new_zeros(images, rows, columns)
         self.guided_ids = rows * columns if guided_ids is None else guided_ids
-        self.known = known
         self.place = 0  # number of ids so far
         self._forget()
 
     def _forget(self) -> None:
+        """Empties the cache, so that the model reads all tokens again."""
         self.cache = DynamicCache(config=self.model.config)
-        self.cache.layers = [
-            ReservedLayer(self.ids[0].numel()) if type(layer) is DynamicLayer else layer for layer in self.cache.layers
-        ]
+        for index, layer in enumerate(self.cache.layers):
+            if type(layer) is DynamicLayer:
+                self.cache.layers[index] = ReservedLayer(self.ids[0].numel())
         self.unread = self.inputs["input_ids"].shape[1]  # tokens that are not in the cache
 
     def next_row(self) -> torch.Tensor:
@@ -113,27 +124,33 @@ class IdSampler:
         Raises:
             ValueError: Logits are NaN or infinite.
         """
-        columns, highest = self.ids.shape[2], []
-        for _ in range(columns):
-            logits = self._next_logits()
-            highest.append(logits.amax(-1))
-            row, column = divmod(self.place, columns)
+        columns = self.ids.shape[2]
+        row = self.place // columns
+        highest_logits = []
+        for column in range(columns):
+            logits = self._next_logits()  # (batch, codes)
+            highest_logits.append(logits.amax(-1))
             ids = self.sample(logits)
             if self.known is not None:
-                known, kept = (each[:, row, column] for each in self.known)
-                ids = torch.where(kept, known, ids)
+                known_ids, is_kept = self.known
+                ids = torch.where(is_kept[:, row, column], known_ids[:, row, column], ids)
             self.ids[:, row, column] = ids
-            inputs = self.inputs
-            inputs["input_ids"] = torch.cat([inputs["input_ids"], self._as_tokens(ids)[:, None]], dim=1)
-            if "attention_mask" in inputs:
-                inputs["attention_mask"] = F.pad(inputs["attention_mask"], (0, 1), value=1)
-            if "position_ids" in inputs:
-                positions = inputs["position_ids"]
-                inputs["position_ids"] = torch.cat([positions, positions[:, -1:] + 1], dim=1)
-            self.place += 1
-            self.unread += 1
-        check_finite(torch.stack(highest), self.model, "language model")
-        return self.ids[:, : self.place // columns]
+            self._append(ids)
+        check_finite(torch.stack(highest_logits), self.model, "language model")
+        return self.ids[:, : row + 1]
+
+    def _append(self, ids: torch.Tensor) -> None:
+        """Adds sampled ids `(batch,)` to the arguments of the model."""
+        inputs = self.inputs
+        tokens = self._as_tokens(ids)[:, None]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
+        if "attention_mask" in inputs:
+            inputs["attention_mask"] = F.pad(inputs["attention_mask"], (0, 1), value=1)
+        if "position_ids" in inputs:
+            positions = inputs["position_ids"]
+            inputs["position_ids"] = torch.cat([positions, positions[:, -1:] + 1], dim=1)
+        self.place += 1
+        self.unread += 1
 
     def replace(self, ids: torch.Tensor) -> None:
         """Replaces all ids so far, `(batch, rows so far, columns)`. The rows below follow from them."""
@@ -146,7 +163,8 @@ class IdSampler:
         """Float32 logits `(batch, codes)` of the next id."""
         if self.guide is not None and self.place == self.guided_ids:
             self.guide = None
-            self.inputs = {name: each[: len(self.ids)] for name, each in self.inputs.items()}
+            images = len(self.ids)
+            self.inputs = {name: values[:images] for name, values in self.inputs.items()}  # without guiding rows
             self._forget()
         inputs = self.model.prepare_inputs_for_generation(
             **self.inputs,
@@ -157,11 +175,17 @@ class IdSampler:
         )
         if "logits_to_keep" in self.arguments:
             inputs["logits_to_keep"] = 1
-        logits = self.model(**inputs).logits[:, -1, self.codes.start : self.codes.stop].float()
+        logits = self.model(**inputs).logits[:, -1]  # (rows, tokens)
         self.unread = 0
-        return logits if self.guide is None else self.guide(logits)
+        logits_of_codes = logits[:, self.codes.start : self.codes.stop].float()
+        if self.guide is None:
+            return logits_of_codes
+        return self.guide(logits_of_codes)
 
     def _as_tokens(self, ids: torch.Tensor) -> torch.Tensor:
         """Tokens of ids, for the rows with and without conditions."""
-        copies = len(self.inputs["input_ids"]) // len(ids)
-        return self.codes.start + ids.repeat(copies, *[1] * (ids.ndim - 1))
+        tokens = self.codes.start + ids
+        rows = len(self.inputs["input_ids"])
+        if rows == len(ids):
+            return tokens
+        return torch.cat([tokens, tokens])  # with and without the condition

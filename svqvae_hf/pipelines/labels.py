@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -28,21 +29,32 @@ def encode_labels(class_labels: Labels | None, num_classes: int, class_names: Se
         return torch.tensor([num_classes])
     if not num_classes:
         raise ValueError("`class_labels` must be left out, because the model has no classes.")
-    names = list(class_names or [])
-    given = [class_labels] if isinstance(class_labels, str) else class_labels
-    if isinstance(given, list | tuple):
-        unknown = [label for label in given if isinstance(label, str) and label not in names]
-        if unknown:
-            raise ValueError(
-                f"`class_labels` must be numbers in [0, {num_classes}) or names of classes, {reprlib.repr(names)}, "
-                f"got {unknown[0]!r}."
-            )
-        given = [names.index(label) if isinstance(label, str) else label for label in given]
-    numbers = torch.as_tensor(given).reshape(-1)
-    labels = to_int64("class_labels", numbers) if numbers.numel() else numbers
+    if isinstance(class_labels, str):
+        class_labels = [class_labels]
+    numbers: Any = class_labels
+    if isinstance(class_labels, list | tuple):
+        names = list(class_names or [])
+        numbers = [_number_of_class(label, names, num_classes) for label in class_labels]
+    labels = torch.as_tensor(numbers).reshape(-1)
+    if labels.numel():
+        labels = to_int64("class_labels", labels)
     if not labels.numel() or not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"`class_labels` must be in [0, {num_classes}), got {class_labels!r}.")
     return labels
+
+
+def _number_of_class(label: Any, names: list[str], num_classes: int) -> Any:
+    """Number of a class that is named, or the label itself if it is a number."""
+    if isinstance(label, str):
+        if label not in names:
+            raise ValueError(
+                f"`class_labels` must be numbers in [0, {num_classes}) or names of classes, {reprlib.repr(names)}, "
+                f"got {label!r}."
+            )
+        return names.index(label)
+    if not isinstance(label, Real | torch.Tensor) or isinstance(label, bool):
+        raise TypeError(f"`class_labels` must be numbers or names of classes, got {label!r:.80}.")
+    return label
 
 
 def to_int64(name: str, values: torch.Tensor) -> torch.Tensor:
@@ -55,9 +67,10 @@ def to_int64(name: str, values: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError: The values are not a tensor of integers.
     """
-    found = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
-    if isinstance(found, str) or found.is_floating_point or found.is_complex or found == torch.bool:
-        raise TypeError(f"`{name}` must be tensors of integers, got {found}. Pass int64 tensors.")
+    if not isinstance(values, torch.Tensor):
+        raise TypeError(f"`{name}` must be tensors of integers, got {type(values).__name__}. Pass int64 tensors.")
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"`{name}` must be tensors of integers, got {values.dtype}. Pass int64 tensors.")
     return values.long()
 
 
@@ -74,6 +87,6 @@ class ClassStep(Step):
 
     def run(self, components: Any, values: Any) -> None:
         """Sets `labels`."""
-        config = getattr(components, self.expected_components[0].name).config
-        labels = encode_labels(values.class_labels, config.num_classes, components.config["class_names"])
+        model = getattr(components, self.expected_components[0].name)
+        labels = encode_labels(values.class_labels, model.config.num_classes, components.config["class_names"])
         values.labels = labels.repeat_interleave(values.num_images_per_prompt).to(components._execution_device)

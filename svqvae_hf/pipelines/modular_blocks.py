@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoModel, ClassifierFreeGuidance, ModularPipelineBlocks, SequentialPipelineBlocks
+from diffusers import AutoModel, ClassifierFreeGuidance, ConfigSpec, ModularPipelineBlocks, SequentialPipelineBlocks
 from diffusers.configuration_utils import FrozenDict
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.modular_pipelines import ComponentSpec, InputParam, OutputParam, PipelineState
@@ -48,14 +48,18 @@ class DecodeStep(Step):
 
     description = "Decodes ids to images."
     expected_components = [VQVAE, IMAGE_PROCESSOR]
+    expected_configs = [ConfigSpec("codebook_fingerprint", None)]
     inputs = [InputParam(**IDS, required=True), InputParam.template("output_type")]
     intermediate_outputs = [OutputParam.template("images")]
 
     def run(self, components: Any, values: Any) -> None:
         """Sets `images`."""
-        black, white = components.vqvae.config["pixel_range"]
-        sample = (components.vqvae.decode_tokens(values.ids).float() - black) / (white - black)
-        values.images = components.image_processor.postprocess(sample.clamp(0, 1), output_type=values.output_type)
+        vqvae = components.vqvae
+        check_fingerprint(components.config["codebook_fingerprint"], vqvae)
+        black, white = vqvae.config["pixel_range"]
+        sample = vqvae.decode_tokens(values.ids).float()
+        unit = ((sample - black) / (white - black)).clamp(0, 1)
+        values.images = components.image_processor.postprocess(unit, output_type=values.output_type)
 
 
 class BlockList(SequentialPipelineBlocks):
@@ -66,10 +70,32 @@ class BlockList(SequentialPipelineBlocks):
     def save_config(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Saves the config, and the code of blocks that were loaded with `trust_remote_code=True`."""
         super().save_config(save_directory, *args, **kwargs)
-        if "diffusers_modules" in __name__:
-            file = Path(inspect.getfile(type(self)))
-            for name in (file.stem, *get_relative_imports(file)):
-                shutil.copy(file.with_name(f"{name}.py"), save_directory)
+        if "diffusers_modules" not in __name__:
+            return
+        file = Path(inspect.getfile(type(self)))
+        shutil.copy(file, save_directory)
+        for name in get_relative_imports(file):
+            shutil.copy(file.with_name(f"{name}.py"), save_directory)
+
+
+def check_fingerprint(trained: str | None, vqvae: Any) -> None:
+    """Raises unless a tokenizer has the codebook that a generator was trained on.
+
+    Args:
+        trained (`str`, *optional*): Fingerprint of the codebook in training; None if it is not known.
+        vqvae ([`SVQVAE`]): Tokenizer.
+
+    Raises:
+        ValueError: The codebook of `vqvae` is another one.
+    """
+    if trained is None:
+        return
+    fingerprint = vqvae.codebook_fingerprint()
+    if fingerprint != trained:
+        raise ValueError(
+            "`vqvae` must have the codebook whose ids the pipeline was trained on, with fingerprint "
+            f"{trained}, but has one with {fingerprint}. Use the SVQVAE that the pipeline was saved with."
+        )
 
 
 def is_guided(guider: Any) -> bool:

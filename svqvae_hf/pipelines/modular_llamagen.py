@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from .modular_blocks import GUIDER, IDS, LABELS, SAMPLING, BlockList, DecodeStep
 from .sampling import sample
 
 LANGUAGE_MODEL = ComponentSpec("language_model", AutoModel)
-CAPTIONS = ("prompt_embeds", "prompt_attention_mask")
 
 
 def condition_inputs(
@@ -29,12 +29,12 @@ def condition_inputs(
         captions (`Mapping[str, torch.Tensor]`): `prompt_embeds` and `prompt_attention_mask` for a model with captions.
         guided (`bool`): Whether as many rows without a condition follow.
     """
-    inputs = {name: each for name, each in captions.items() if each is not None}
+    inputs = {name: values for name, values in captions.items() if values is not None}
     if "prompt_embeds" in inputs:  # the one class of models with captions
         labels = torch.zeros_like(inputs["prompt_embeds"][:, 0, 0], dtype=torch.long)
     inputs["input_ids"] = config.codebook_size + labels[:, None]
     if guided:
-        inputs = {name: torch.cat([each, each]) for name, each in inputs.items()}
+        inputs = {name: torch.cat([values, values]) for name, values in inputs.items()}
         inputs["input_ids"][len(labels) :] = config.unconditional_token
     return inputs
 
@@ -55,17 +55,21 @@ class CaptionStep(Step):
         LANGUAGE_MODEL,
     ]
     inputs = [InputParam.template("prompt"), InputParam.template("num_images_per_prompt")]
-    intermediate_outputs = [OutputParam(**LABELS), *(OutputParam(name, torch.Tensor) for name in CAPTIONS)]
+    intermediate_outputs = [
+        OutputParam(**LABELS),
+        OutputParam("prompt_embeds", torch.Tensor),
+        OutputParam("prompt_attention_mask", torch.Tensor),
+    ]
 
     def run(self, components: Any, values: Any) -> None:
         """Sets features, their mask and the label of the one class, "with its caption"."""
         prompts = [values.prompt] if isinstance(values.prompt, str) else values.prompt
         length = components.language_model.config.num_condition_tokens
-        models = components.text_encoder, components.tokenizer
-        encoded = encode_captions(*models, prompts, length, device=components._execution_device)
-        values.prompt_embeds, values.prompt_attention_mask = (
-            each.repeat_interleave(values.num_images_per_prompt, dim=0) for each in encoded
+        features, mask = encode_captions(
+            components.text_encoder, components.tokenizer, prompts, length, device=components._execution_device
         )
+        values.prompt_embeds = features.repeat_interleave(values.num_images_per_prompt, dim=0)
+        values.prompt_attention_mask = mask.repeat_interleave(values.num_images_per_prompt, dim=0)
         values.labels = torch.zeros_like(values.prompt_attention_mask[:, 0])
 
 
@@ -74,23 +78,42 @@ class SampleIdsStep(Step):
 
     description = "Samples the ids of images one by one, row by row."
     expected_components = [LANGUAGE_MODEL, GUIDER]
-    inputs = [InputParam(**LABELS, required=True), *map(InputParam, CAPTIONS), *SAMPLING]
+    inputs = [
+        InputParam(**LABELS, required=True),
+        InputParam("prompt_embeds"),
+        InputParam("prompt_attention_mask"),
+        *SAMPLING,
+    ]
     intermediate_outputs = [OutputParam(**IDS)]
 
     def run(self, components: Any, values: Any) -> None:
         """Sets `ids`."""
-        config, guider = components.language_model.config, components.guider
-        side, guided = config.grid_size, is_guided(guider)
-        captions = {name: getattr(values, name) for name in CAPTIONS}
-        sampling = values.temperature, values.top_k, values.top_p, values.generator
+        config = components.language_model.config
+        guider = components.guider
+        side = config.grid_size
+        captions = {
+            "prompt_embeds": values.prompt_embeds,
+            "prompt_attention_mask": values.prompt_attention_mask,
+        }
         steps = itertools.count()
+
+        def guide(logits: torch.Tensor) -> torch.Tensor:
+            return guide_step(guider, logits, step=next(steps), steps=side**2)
+
+        guided = is_guided(guider)
         sampler = IdSampler(
             components.language_model,
             condition_inputs(config, values.labels, captions, guided=guided),
             grid=(side, side),
             codes=range(config.codebook_size),
-            sample=lambda logits: sample(logits, *sampling),
-            guide=(lambda logits: guide_step(guider, logits, next(steps), side**2)) if guided else None,
+            sample=partial(
+                sample,
+                temperature=values.temperature,
+                top_k=values.top_k,
+                top_p=values.top_p,
+                generator=values.generator,
+            ),
+            guide=guide if guided else None,
         )
         for _ in range(side):
             values.ids = sampler.next_row()

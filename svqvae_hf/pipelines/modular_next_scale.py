@@ -62,8 +62,10 @@ class ScalePredictor:
 
     def add(self, ids: torch.Tensor) -> None:
         """Takes the ids `(images, h, w)` of the scale."""
-        codes = self.codebook[ids].permute(0, 3, 1, 2)
-        self.codes = [codes.repeat(len(self.labels) // len(ids), 1, 1, 1)]
+        codes = self.codebook[ids].permute(0, 3, 1, 2)  # (images, dim, h, w)
+        if len(self.labels) > len(ids):  # as many rows without a condition
+            codes = torch.cat([codes, codes])
+        self.codes = [codes]
 
 
 class TokenizeCaptionStep(Step):
@@ -104,8 +106,9 @@ class SampleScalesStep(Step):
         schedule = values.schedule or components.config["schedule"]
         sizes = fit_schedule(schedule, tuple(schedule[-1]))
         guided = is_guided(components.guider)
-        condition = values.labels, values.text, values.pad_token
-        predictor = ScalePredictor(components.transformer, components.vqvae, *condition, guided=guided)
+        predictor = ScalePredictor(
+            components.transformer, components.vqvae, values.labels, values.text, values.pad_token, guided=guided
+        )
         for step, size in enumerate(sizes):
             logits = predictor.next_logits(size)
             if guided:

@@ -70,19 +70,14 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
                 f"`language_model` must have the {vqvae.config['codebook_size']} codes of `vqvae`, but has "
                 f"{config.codebook_size}. Use the SVQVAE that it was trained with."
             )
-        dim = config.caption_dim
-        if text_encoder is not None and text_encoder.config.d_model != dim:
-            captions = "does not take captions" if dim is None else f"takes captions of {dim} channels"
-            raise ValueError(
-                f"`text_encoder` must fit the language model, which {captions}, but has {text_encoder.config.d_model} "
-                "channels. Use the text encoder that it was trained with."
-            )
+        if text_encoder is not None:
+            check_text_encoder(text_encoder, config.caption_dim)
         self.grid = (config.grid_size, config.grid_size)
         self._register(
             {"vqvae": vqvae, "language_model": language_model, "text_encoder": text_encoder, "tokenizer": tokenizer},
-            config.num_classes,
-            [codebook_fingerprint, config.codebook_fingerprint],
-            class_names,
+            num_classes=config.num_classes,
+            fingerprints=[codebook_fingerprint, config.codebook_fingerprint],
+            class_names=class_names,
         )
 
     def blocks(self) -> type:
@@ -165,16 +160,17 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         if captions:
             class_labels = [0] * len(captions["prompt_embeds"])  # the one class, "with its caption"
         labels = self._encode_labels(class_labels, 1, guidance_scale).repeat_interleave(num_images_per_prompt)
-        captions = {name: each.repeat_interleave(num_images_per_prompt, dim=0) for name, each in captions.items()}
+        for name, values in captions.items():
+            captions[name] = values.repeat_interleave(num_images_per_prompt, dim=0)
         check_generators(generator, len(labels))
-        guided = guidance_scale != 1
+        is_guided = guidance_scale != 1
         sampler = IdSampler(
             self.language_model,
-            condition_inputs(config, labels, captions, guided=guided),
+            condition_inputs(config, labels, captions, guided=is_guided),
             self.grid,
             range(config.codebook_size),
             partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator),
-            guide=partial(guide, guidance_scale=guidance_scale) if guided else None,
+            guide=partial(guide, guidance_scale=guidance_scale) if is_guided else None,
             guided_ids=round(guidance_stop * rows * columns),
         )
         for row in self.progress_bar(range(rows)):
@@ -206,7 +202,7 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
                 "both, or pass `prompt_embeds`."
             )
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not prompts or not all(isinstance(each, str) for each in prompts):
+        if not prompts or not all(isinstance(caption, str) for caption in prompts):
             raise ValueError(f"`prompt` must be a caption or a list of captions, got {reprlib.repr(prompt)}.")
         length = self.language_model.config.num_condition_tokens
         return encode_captions(self.text_encoder, self.tokenizer, prompts, length, device=self._execution_device)
@@ -220,18 +216,34 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
     ) -> dict[str, torch.Tensor]:
         """Arguments of the language model for captions; empty for other models."""
         if self.language_model.config.caption_dim is None:
-            if any(each is not None for each in (prompt, prompt_embeds, prompt_attention_mask)):
+            if prompt is not None or prompt_embeds is not None or prompt_attention_mask is not None:
                 raise ValueError(
                     "`prompt`, `prompt_embeds` and `prompt_attention_mask` need a language model with captions, but "
                     f"this one has {self.num_classes} classes. Leave them out."
                 )
             return {}
-        is_wrong = (prompt is None) == (prompt_embeds is None) or class_labels is not None
-        if is_wrong or (prompt is not None and prompt_attention_mask is not None):
+        has_one_caption = (prompt is None) != (prompt_embeds is None)
+        has_mask_of_prompt = prompt is not None and prompt_attention_mask is not None
+        if class_labels is not None or not has_one_caption or has_mask_of_prompt:
             raise ValueError(
                 "Pipelines for captions take `prompt` or `prompt_embeds`, and no `class_labels`. Pass `prompt` alone."
             )
         if prompt is not None:
             prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
-        given = {"prompt_embeds": prompt_embeds, "prompt_attention_mask": prompt_attention_mask}
-        return {name: each.to(self._execution_device) for name, each in given.items() if each is not None}
+        captions = {}
+        if prompt_embeds is not None:
+            captions["prompt_embeds"] = prompt_embeds.to(self._execution_device)
+        if prompt_attention_mask is not None:
+            captions["prompt_attention_mask"] = prompt_attention_mask.to(self._execution_device)
+        return captions
+
+
+def check_text_encoder(text_encoder: T5EncoderModel, caption_dim: int | None) -> None:
+    """Raises ValueError unless the features of a text encoder have the channels of a language model's captions."""
+    channels = text_encoder.config.d_model
+    if channels != caption_dim:
+        captions = "does not take captions" if caption_dim is None else f"takes captions of {caption_dim} channels"
+        raise ValueError(
+            f"`text_encoder` must fit the language model, which {captions}, but has {channels} channels. Use the text "
+            "encoder that it was trained with."
+        )

@@ -1,20 +1,23 @@
 """Pipeline that samples images scale by scale, each scale in one step, and edits images the same way."""
 
-import math
+import reprlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from svqvae_hf.models.checks import check_scale_from
+from svqvae_hf.models.checks import check_integer, check_scale_from
+from svqvae_hf.models.image_files import to_grey
 from svqvae_hf.models.image_processing_svqvae import ImageInput
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.models.resizing import pad_to_multiple, resize
+from svqvae_hf.models.resizing import grid_shape, pad_to_multiple, resize
 from svqvae_hf.pipelines.captions import pad_captions
 from svqvae_hf.pipelines.generator_pipeline import Callback, GeneratorPipeline
 from svqvae_hf.pipelines.labels import Labels
@@ -24,7 +27,6 @@ from svqvae_hf.pipelines.sampling import (
     check_finite,
     check_generators,
     check_outputs,
-    check_rules,
     check_sampling,
     guide,
     sample,
@@ -83,17 +85,12 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         super().__init__()
         check_scale_from(scale_from)
         check_fit(vqvae, transformer)
-        if schedule is None:
-            self.trained_schedule = default_schedule(max(1, vqvae.config["sample_size"] // vqvae.f))
-        else:
-            last = schedule[-1] if schedule else 1
-            size = (last, last) if isinstance(last, int) else (last[0], last[-1])
-            self.trained_schedule = fit_schedule(schedule, size)
+        self.trained_schedule = schedule_of_training(schedule, vqvae)
         self._register(
             {"vqvae": vqvae, "transformer": transformer, "tokenizer": tokenizer},
-            transformer.config["num_classes"],
-            [codebook_fingerprint],
-            class_names,
+            num_classes=transformer.config["num_classes"],
+            fingerprints=[codebook_fingerprint],
+            class_names=class_names,
             schedule=[list(size) for size in self.trained_schedule],
             scale_from=scale_from,
         )
@@ -108,12 +105,12 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
     def describe(self) -> tuple[str, str]:
         """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""
         summary = "Images scale by scale: a transformer predicts all ids of a scale at once, and SVQVAE decodes them."
-        images = "num_images_per_prompt=4"
+        condition = "num_images_per_prompt=4"
         if self.tokenizer is not None:
-            images = "prompt='a pear above a sailboat', guidance_scale=3.5"
+            condition = "prompt='a pear above a sailboat', guidance_scale=3.5"
         elif self.transformer.config["num_classes"]:
-            images = "class_labels=0, guidance_scale=3.5"
-        return summary, f"{images}, top_k=900, top_p=0.95"
+            condition = "class_labels=0, guidance_scale=3.5"
+        return summary, f"{condition}, top_k=900, top_p=0.95"
 
     @torch.no_grad()
     def __call__(
@@ -187,34 +184,39 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         """
         check_sampling(guidance_scale, temperature, top_k, top_p)
         check_outputs(num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
-        height, width, sizes = self._plan(height, width, num_inference_steps, schedule)
-        scales = guidance_per_step(guidance_scale, guidance_mode, sizes, self.trained_schedule[-1])
-        steps = f"steps in [0, {len(sizes)}) of {describe(sizes)}"
-        check_rules(greedy_scales=([*greedy_scales], {*greedy_scales} <= {*range(len(sizes))}, steps))
+        height, width = self._image_size(height, width)
+        sizes = self._plan(height, width, num_inference_steps, schedule)
+        guidance_scales = guidance_per_step(guidance_scale, guidance_mode, sizes, self.trained_schedule[-1])
+        check_greedy_scales(greedy_scales, sizes)
         self._interrupt = False
-        known = self._encode_known(image, mask_image, sizes, height, width)
-        images = len(known[0][0]) if known else 1
+        known_scales: list[KnownScale] = []
+        images = 1
+        if image is not None or mask_image is not None:
+            known_scales = self._encode_known(image, mask_image, sizes, height, width)
+            images = len(known_scales[0].ids)
         text = self._encode_prompts(prompt, images, guidance_scale)
         if text is None:
             labels = self._encode_labels(class_labels, images, guidance_scale)
         else:
-            labels = self._encode_labels(class_labels, len(text), 1)
+            labels = self._encode_labels(class_labels, len(text), guidance_scale=1)
             text = text.repeat_interleave(num_images_per_prompt, dim=0)
         labels = labels.repeat_interleave(num_images_per_prompt)
         check_generators(generator, len(labels))
-        guided = guidance_scale != 1
+        is_guided = guidance_scale != 1
         pad_token = 0 if self.tokenizer is None else self.tokenizer.pad_token_id
-        predictor = ScalePredictor(self.transformer, self.vqvae, labels, text, pad_token, guided=guided)
+        predictor = ScalePredictor(self.transformer, self.vqvae, labels, text, pad_token, guided=is_guided)
         for step, size in enumerate(self.progress_bar(sizes)):
-            logits = predictor.next_logits(size)
-            if guided:
-                logits = guide(logits, scales[step])
+            logits = predictor.next_logits(size)  # (images, tokens, codes)
+            if is_guided:
+                logits = guide(logits, guidance_scales[step])
             check_finite(logits.amax(-1), self.transformer, "transformer")
-            top = (1, 1.0) if step in greedy_scales else (top_k, top_p)
-            ids = sample(logits, temperature, *top, generator).unflatten(1, size)
-            if known:
-                given, kept = (part.repeat_interleave(len(ids) // len(part), dim=0) for part in known[step])
-                ids = torch.where(kept, given, ids)
+            if step in greedy_scales:
+                flat_ids = sample(logits, temperature, 1, 1.0, generator)
+            else:
+                flat_ids = sample(logits, temperature, top_k, top_p, generator)
+            ids = flat_ids.unflatten(1, size)  # (images, h, w)
+            if known_scales:
+                ids = known_scales[step].replace(ids)
             ids = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step, size, ids)
             if self.interrupt:
                 break
@@ -231,29 +233,42 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             return None
         if prompt is None and guidance_scale != 1:
             raise ValueError(f"`guidance_scale` = {guidance_scale} needs `prompt`. Pass it, or leave it at 1.")
-        prompts = [""] * images if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        if prompt is None:
+            prompts = [""] * images
+        elif isinstance(prompt, str):
+            prompts = [prompt]
+        else:
+            prompts = check_prompts(prompt)
         if images not in (1, len(prompts)):
             raise ValueError(f"`image` must be one image or one per prompt, got {images} for {len(prompts)} prompts.")
         length = self.transformer.config["max_text_length"]
         return pad_captions(self.tokenizer, prompts, length).to(self._execution_device)
 
+    def _image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width of the images in pixels, by default as in training."""
+        trained_height, trained_width = self.trained_schedule[-1]
+        if height is None:
+            height = trained_height * self.vqvae.f
+        if width is None:
+            width = trained_width * self.vqvae.f
+        check_integer("height", height)
+        check_integer("width", width)
+        return height, width
+
     def _plan(
-        self, height: int | None, width: int | None, num_inference_steps: int | None, schedule: Sequence[Scale] | None
-    ) -> tuple[int, int, list[Size]]:
-        """Height and width of the images in pixels, and the schedule."""
-        f, trained = self.vqvae.f, self.trained_schedule[-1]
-        height, width = (trained[0] * f if height is None else height), (trained[1] * f if width is None else width)
-        if height < 1 or width < 1:
-            raise ValueError(f"`height` and `width` must be at least 1, got {height} and {width}.")
-        size = (-(-height // f), -(-width // f))
+        self, height: int, width: int, num_inference_steps: int | None, schedule: Sequence[Scale] | None
+    ) -> list[Size]:
+        """Sizes of the scales in ids, for images of this height and width in pixels."""
+        size = grid_shape(height, width, self.vqvae.f, 1.0)
         if schedule is not None:
             if num_inference_steps is not None:
                 raise ValueError("Only one of `schedule` and `num_inference_steps` can be given, got both.")
-            return height, width, fit_schedule(schedule, size)
-        if num_inference_steps is None and size == trained:
-            return height, width, self.trained_schedule
-        steps = min(len(self.trained_schedule), max(size)) if num_inference_steps is None else num_inference_steps
-        return height, width, make_schedule(size, steps)
+            return fit_schedule(schedule, size)
+        if num_inference_steps is not None:
+            return make_schedule(size, num_inference_steps)
+        if size == self.trained_schedule[-1]:
+            return self.trained_schedule
+        return make_schedule(size, min(len(self.trained_schedule), max(size)))
 
     def _encode_known(
         self,
@@ -262,13 +277,10 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         sizes: list[Size],
         height: int,
         width: int,
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Ids `(images, h, w)` of each scale, and which of them are kept; nothing without an image."""
-        if (image is None) != (mask_image is None):
+    ) -> list["KnownScale"]:
+        """Encodes the images to edit and their masks at each scale."""
+        if image is None or mask_image is None:
             raise ValueError("`image` and `mask_image` must be passed together: the mask says what is kept.")
-        if image is None:
-            return []
-        device = self._execution_device
         batch = self.image_processor(image)
         image_height, image_width = batch["image_sizes"][0]
         if image_height * width != image_width * height:
@@ -276,7 +288,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
                 f"`image` must have the aspect ratio of the result, {width} x {height} (width x height), got "
                 f"{image_width} x {image_height}. Crop it, or pass other sides."
             )
-        mask = self.mask_processor.preprocess(mask_image).float()
+        mask = self._prepare_masks(mask_image)
         if mask.shape[-2:] != (image_height, image_width):
             raise ValueError(
                 f"`mask_image` must be as large as `image`, {image_width} x {image_height} (width x height), got "
@@ -286,14 +298,70 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         if len(mask) not in (1, images):
             raise ValueError(f"`mask_image` must be one mask or one per image, {images}, got {len(mask)}.")
         mask = pad_to_multiple(mask, self.vqvae.f)
-        sample = batch["pixel_values"].to(device, self.vqvae.dtype)
-        longest = math.ceil(max(sample.shape[-2:]) / self.vqvae.f)
-        latents = self.vqvae.encode_scales(sample, [max(size) / longest for size in sizes], self.config["scale_from"])
-        known = []
-        for each, size in zip(latents, sizes, strict=True):
-            ids = self.vqvae.quantize.nearest_ids(resize(each.float(), size, "area"))  # as in training
-            known.append((ids, (F.adaptive_max_pool2d(mask, size)[:, 0] == 0).to(device)))
-        return known
+        sample = batch["pixel_values"].to(self._execution_device, self.vqvae.dtype)
+        longest = max(grid_shape(image_height, image_width, self.vqvae.f, 1.0))
+        scales = [max(size) / longest for size in sizes]
+        latents = self.vqvae.encode_scales(sample, scales, self.config["scale_from"])
+        known_scales = []
+        for latents_of_scale, size in zip(latents, sizes, strict=True):
+            resized = resize(latents_of_scale.float(), size, "area")  # as in training
+            ids = self.vqvae.quantize.nearest_ids(resized)
+            has_white = F.adaptive_max_pool2d(mask, size)[:, 0] > 0  # (masks, h, w)
+            known_scales.append(KnownScale(ids, ~has_white.to(ids.device)))
+        return known_scales
+
+    def _prepare_masks(self, mask_image: PipelineImageInput) -> torch.Tensor:
+        """Masks `(masks, 1, height, width)` of zeros and ones."""
+        if isinstance(mask_image, Image.Image):
+            mask_image = [mask_image]
+        if isinstance(mask_image, list | tuple):  # Pillow would clip float masks in [0, 1], and masks of 16 bits
+            masks: list[Any] = list(mask_image)
+            mask_image = [to_grey(mask) if isinstance(mask, Image.Image) else mask for mask in masks]
+        return self.mask_processor.preprocess(mask_image).float()
+
+
+@dataclass(frozen=True)
+class KnownScale:
+    """Images to edit at one scale.
+
+    Args:
+        ids (`torch.Tensor` of shape `(images, h, w)`): Ids of the images.
+        is_kept (`torch.Tensor` of shape `(masks, h, w)`): Where ids are kept, because their part of the mask is black.
+    """
+
+    ids: torch.Tensor
+    is_kept: torch.Tensor
+
+    def replace(self, sampled: torch.Tensor) -> torch.Tensor:
+        """Sampled ids `(batch, h, w)`, with the known ones where they are kept."""
+        known_ids = self.ids.repeat_interleave(len(sampled) // len(self.ids), dim=0)
+        is_kept = self.is_kept.repeat_interleave(len(sampled) // len(self.is_kept), dim=0)
+        return torch.where(is_kept, known_ids, sampled)
+
+
+def schedule_of_training(schedule: Sequence[Scale] | None, vqvae: SVQVAE) -> list[Size]:
+    """Sizes of the scales in training; a single number is the side of a square. By default ten to `sample_size`."""
+    if schedule is None:
+        return default_schedule(max(1, vqvae.config["sample_size"] // vqvae.f))
+    last = schedule[-1] if schedule else 1
+    size = (last, last) if isinstance(last, int) else (last[0], last[-1])
+    return fit_schedule(schedule, size)
+
+
+def check_greedy_scales(greedy_scales: Sequence[int], sizes: Sequence[Size]) -> None:
+    """Raises ValueError for numbers of steps that the schedule does not have."""
+    if not set(greedy_scales) <= set(range(len(sizes))):
+        raise ValueError(
+            f"`greedy_scales` must be steps in [0, {len(sizes)}) of {describe(sizes)}, got {list(greedy_scales)}."
+        )
+
+
+def check_prompts(prompts: Any) -> list[str]:
+    """Captions as a list. Raises ValueError unless there is at least one, and all are texts."""
+    captions = list(prompts) if isinstance(prompts, list | tuple) else []
+    if not captions or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"`prompt` must be a caption or a list of captions, got {reprlib.repr(prompts)}.")
+    return captions
 
 
 def default_schedule(side: int) -> list[Size]:
@@ -303,7 +371,13 @@ def default_schedule(side: int) -> list[Size]:
 
 def check_fit(vqvae: SVQVAE, transformer: NextScaleTransformer) -> None:
     """Raises unless the transformer has the codebook size and dimension of the tokenizer."""
-    names = ("codebook_size", "codebook_embed_dim")
-    ours, theirs = (" x ".join(str(model.config[name]) for name in names) for model in (transformer, vqvae))
-    if ours != theirs:
-        raise ValueError(f"`transformer` must have the codebook of `vqvae`, {theirs}, but has {ours}. Use its SVQVAE.")
+    expected = _codebook_shape(vqvae)
+    shape = _codebook_shape(transformer)
+    if shape != expected:
+        raise ValueError(
+            f"`transformer` must have the codebook of `vqvae`, {expected}, but has {shape}. Use its SVQVAE."
+        )
+
+
+def _codebook_shape(model: SVQVAE | NextScaleTransformer) -> str:
+    return f"{model.config['codebook_size']} x {model.config['codebook_embed_dim']}"

@@ -14,18 +14,25 @@ from typing import Any
 import transformers
 from diffusers.configuration_utils import ConfigMixin
 
+from svqvae_files.json_files import read_json_object
 from svqvae_hf.hub.code import write_code
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.pretrained_models import SVQVAE, LlamaGenForCausalLM, NextScaleTransformer
 from svqvae_hf.models.loading import check_weights, copy_code
 
-PIPELINE_OF_BLOCKS = {"LlamaGen": "SVQVAEAutoregressivePipeline", "NextScale": "SVQVAENextScalePipeline"}
+PIPELINE_OF_BLOCKS = {
+    "LlamaGenBlocks": "SVQVAEAutoregressivePipeline",
+    "LlamaGenTextBlocks": "SVQVAEAutoregressivePipeline",
+    "NextScaleBlocks": "SVQVAENextScalePipeline",
+    "NextScaleTextBlocks": "SVQVAENextScalePipeline",
+}
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+COMPONENTS = ("vqvae", "transformer", "language_model", "text_encoder", "tokenizer")
 MODELS = {"vqvae": SVQVAE, "transformer": NextScaleTransformer, "language_model": LlamaGenForCausalLM}
 
 
 def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options of a `from_pretrained` that say how the Hub is read."""
+    """Options of a `from_pretrained` that say how the Hub is read."""
     return {name: value for name, value in options.items() if name in HUB_OPTIONS}
 
 
@@ -53,16 +60,25 @@ def read_index(source: str | os.PathLike, **options: Any) -> dict[str, Any]:
         ValueError: The index is not a JSON object.
     """
     try:
-        return from_hub(PipelineIndex.load_config, source, **options)
+        index = from_hub(PipelineIndex.load_config, source, **options)
     except OSError as error:
         try:
             index = from_hub(ModularIndex.load_config, source, **options)
         except OSError:
             raise error from None
+    check_index(index, source)
+    blocks = str(index.get("_blocks_class_name"))
+    if blocks in PIPELINE_OF_BLOCKS:
+        index["_class_name"] = PIPELINE_OF_BLOCKS[blocks]
+    return index
+
+
+def check_index(index: Any, source: str | os.PathLike) -> None:
+    """Raises ValueError unless an index is a JSON object that names a class."""
     if not isinstance(index, dict):
         raise ValueError(f"the index of `{source}` must be a JSON object, got a {type(index).__name__}.")
-    kind = str(index.get("_blocks_class_name")).removesuffix("TextBlocks").removesuffix("Blocks")
-    return index | {"_class_name": PIPELINE_OF_BLOCKS.get(kind, index.get("_class_name"))}
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"the index of `{source}` must name a class in `_class_name`, but does not.")
 
 
 def write_blocks(blocks: type, folder: Path, source: str) -> None:
@@ -76,12 +92,20 @@ def write_blocks(blocks: type, folder: Path, source: str) -> None:
     write_code(folder)
     reference = f"{copy_code(blocks, folder)}.{blocks.__name__}"
     modular: dict[str, Any] = {"_blocks_class_name": blocks.__name__, "_class_name": "ModularPipeline"}
-    for name, value in json.loads((folder / PipelineIndex.config_name).read_text(encoding="utf-8")).items():
-        if isinstance(value, list) and (folder / name).is_dir():
-            hint = ["diffusers", "AutoModel"] if name in MODELS else value
-            place = {"pretrained_model_name_or_path": source, "subfolder": name, "variant": None, "revision": None}
-            modular[name] = [None, None, {"type_hint": hint, **place}]
-        elif name[0] != "_" and value != [None, None]:
+    index = read_json_object(folder / PipelineIndex.config_name)
+    for name, value in index.items():
+        is_component = isinstance(value, list) and (folder / name).is_dir()
+        is_absent = value == [None, None]
+        if is_component:
+            place = {
+                "type_hint": ["diffusers", "AutoModel"] if name in MODELS else value,
+                "pretrained_model_name_or_path": source,
+                "subfolder": name,
+                "variant": None,
+                "revision": None,
+            }
+            modular[name] = [None, None, place]
+        elif not is_absent and not name.startswith("_"):
             modular[name] = value
     write_json(folder / "modular_config.json", {"auto_map": {"ModularPipelineBlocks": reference}})
     write_json(folder / ModularIndex.config_name, modular)
@@ -100,19 +124,40 @@ def load_arguments(cls: Callable[..., Any], source: str, index: dict[str, Any], 
     Raises:
         ValueError: Weights are missing or unexpected.
     """
-    places = {name: index[name][-1] for name in (*MODELS, "text_encoder", "tokenizer") if name in index}
-    parameters = inspect.signature(cls).parameters.keys()
-    passed = {name: options.pop(name) for name in parameters & options.keys()}
-    arguments = {name: index[name] for name in parameters & index.keys() - places.keys()} | passed
-    for name in [name for name in places if name not in passed]:
-        component_class = MODELS.get(name) or getattr(transformers, places[name]["type_hint"][1])
-        is_model = hasattr(component_class, "forward")
-        extra = options | {"output_loading_info": True} if is_model else hub_options(options)
-        arguments[name] = component_class.from_pretrained(source, subfolder=name, **extra)
-        if is_model:
-            arguments[name], info = arguments[name]
-            check_weights(f"{source}/{name}", info)
+    arguments = {}
+    components_to_load = []
+    for name in inspect.signature(cls).parameters:
+        if name in options:
+            arguments[name] = options.pop(name)
+        elif name in COMPONENTS and name in index:
+            components_to_load.append(name)
+        elif name in index:
+            arguments[name] = index[name]
+    for name in components_to_load:
+        arguments[name] = _load_component(source, name, index[name], options)
     return arguments
+
+
+def _load_component(source: str, name: str, entry: Any, options: Mapping[str, Any]) -> Any:
+    """Loads a component of a repository with code, by its entry in the index of the modular pipeline.
+
+    Raises:
+        ValueError: The entry is broken, or weights are missing or unexpected.
+    """
+    place = entry[-1] if isinstance(entry, list) and entry else None
+    if not isinstance(place, dict) or not isinstance(place.get("type_hint"), list):
+        raise ValueError(f"the index of `{source}` must say where `{name}` lies, got {entry!r:.80}.")
+    if name in MODELS:
+        component_class: Any = MODELS[name]
+    else:
+        component_class = getattr(transformers, str(place["type_hint"][-1]), None)
+    if component_class is None:
+        raise ValueError(f"the index of `{source}` names an unknown class of `{name}`, {place['type_hint']!r:.80}.")
+    if not hasattr(component_class, "forward"):  # not a model
+        return component_class.from_pretrained(source, subfolder=name, **hub_options(options))
+    model, info = component_class.from_pretrained(source, subfolder=name, output_loading_info=True, **options)
+    check_weights(f"{source}/{name}", info)
+    return model
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """Sampling of ids from logits: guidance, temperature, top-k, top-p, draws, and checks of their arguments."""
 
 from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, NoReturn
 
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -12,31 +14,48 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 def check_sampling(guidance_scale: float, temperature: float, top_k: int, top_p: float) -> None:
-    """Raises if an argument of sampling is out of its range."""
-    least, most = 1 / MAX_FACTOR, MAX_FACTOR
-    temperature_holds = temperature == 0 or least <= temperature <= most
-    check_rules(
-        guidance_scale=(guidance_scale, -most <= guidance_scale <= most, f"in [-{most:g}, {most:g}]"),
-        temperature=(temperature, temperature_holds, f"0 or in [{least:g}, {most:g}]"),
-        top_k=(top_k, top_k >= 0, "at least 0"),
-        top_p=(top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-    )
+    """Raises if an argument of sampling is out of its range.
+
+    Raises:
+        TypeError: An argument is not a number, or `top_k` is not an integer.
+        ValueError: An argument is out of its range.
+    """
+    check_type("guidance_scale", guidance_scale, Real, "a number")
+    check_type("temperature", temperature, Real, "a number")
+    check_type("top_k", top_k, Integral, "an integer")
+    check_type("top_p", top_p, Real, "a number")
+    least = 1 / MAX_FACTOR
+    most = MAX_FACTOR
+    if not -most <= guidance_scale <= most:
+        raise_range("guidance_scale", guidance_scale, f"in [-{most:g}, {most:g}]")
+    if temperature != 0 and not least <= temperature <= most:
+        raise_range("temperature", temperature, f"0 or in [{least:g}, {most:g}]")
+    if top_k < 0:
+        raise_range("top_k", top_k, "at least 0")
+    if not 0 < top_p <= 1:
+        raise_range("top_p", top_p, "above 0 and at most 1")
 
 
 def check_outputs(num_images_per_prompt: int, output_type: str, tensor_inputs: Sequence[str]) -> None:
     """Raises if an argument of a pipeline's outputs is out of its range."""
-    check_rules(
-        num_images_per_prompt=(num_images_per_prompt, num_images_per_prompt >= 1, "at least 1"),
-        output_type=(output_type, output_type in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
-        callback_on_step_end_tensor_inputs=(list(tensor_inputs), {*tensor_inputs} <= {"ids"}, "among ['ids']"),
-    )
+    check_type("num_images_per_prompt", num_images_per_prompt, Integral, "an integer")
+    if num_images_per_prompt < 1:
+        raise_range("num_images_per_prompt", num_images_per_prompt, "at least 1")
+    if output_type not in OUTPUT_TYPES:
+        raise_range("output_type", output_type, f"one of {', '.join(OUTPUT_TYPES)}")
+    if not set(tensor_inputs) <= {"ids"}:
+        raise_range("callback_on_step_end_tensor_inputs", list(tensor_inputs), "among ['ids']")
 
 
-def check_rules(**rules: tuple[object, bool, str]) -> None:
-    """Raises for the first argument whose rule does not hold."""
-    for name, (value, holds, rule) in rules.items():
-        if not holds:
-            raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
+def check_type(name: str, value: Any, kind: type, rule: str) -> None:
+    """Raises TypeError unless an argument is of a type of numbers, of Python or NumPy."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be {rule}, got {value!r:.80}.")
+
+
+def raise_range(name: str, value: Any, rule: str) -> NoReturn:
+    """Raises ValueError for an argument out of its range."""
+    raise ValueError(f"`{name}` must be {rule}, got {value!r:.80}.")
 
 
 def check_generators(generator: Generators, count: int) -> None:
@@ -75,11 +94,11 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    scores = TemperatureLogitsWarper(float(temperature))(None, logits.flatten(0, -2))
+    scores = TemperatureLogitsWarper(float(temperature))(None, logits.flatten(0, -2))  # (rows, codes)
     if top_k:
         scores = TopKLogitsWarper(int(top_k))(None, scores)  # it refuses integers of numpy
     if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)
+        scores = TopPLogitsWarper(float(top_p))(None, scores)
     return draw(scores.view_as(logits), generator)
 
 
@@ -94,12 +113,14 @@ def draw(scores: torch.Tensor, generator: Generators) -> torch.Tensor:
     Returns:
         `torch.Tensor`: Ids `(batch, ...)` in int64.
     """
-    return (scores.softmax(-1) / _exponential(scores.shape, generator, scores.device)).argmax(-1)
+    noise = _exponential(scores.shape, generator, scores.device)
+    return (scores.softmax(-1) / noise).argmax(-1)
 
 
 def _exponential(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
     if isinstance(generator, list):
         check_generators(generator, shape[0])
-        return torch.cat([_exponential(torch.Size((1, *shape[1:])), source, device) for source in generator])
+        of_image = torch.Size((1, *shape[1:]))
+        return torch.cat([_exponential(of_image, generator_of_image, device) for generator_of_image in generator])
     drawn_on = device if generator is None else generator.device
     return torch.empty(shape, device=drawn_on).exponential_(generator=generator).to(device)

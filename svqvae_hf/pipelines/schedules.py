@@ -1,6 +1,7 @@
 """Schedules of next-scale generation: the sizes, in ids, of the scales of an image."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 Size = tuple[int, int]  # height and width
@@ -24,16 +25,25 @@ def make_schedule(size: Size, steps: int) -> list[Size]:
         ValueError: There are no steps, or more than the ids along the longer side.
     """
     longest = max(size)
+    if not isinstance(steps, Integral):
+        raise ValueError(f"`num_inference_steps` must be an integer, got {steps!r}.")
     if not 1 <= steps <= longest:
         raise ValueError(f"`num_inference_steps` must be in [1, {longest}] for {describe([size])} ids, got {steps}.")
-    low, high = 1.0, float(longest)
+    factor = 1.0  # largest factor so far with which the sides stay within the image
+    too_large = float(longest)
     for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _grow(middle, steps)[-1] > longest else (middle, high)
-    return fit_schedule([*(int(side + 0.5) for side in _grow(low, steps)[:-1]), longest], size)
+        middle = (factor + too_large) / 2
+        if _grow(middle, steps)[-1] > longest:
+            too_large = middle
+        else:
+            factor = middle
+    sides = [int(side + 0.5) for side in _grow(factor, steps)]
+    sides[-1] = longest
+    return fit_schedule(sides, size)
 
 
 def _grow(factor: float, steps: int) -> list[float]:
+    """Sides from 1 that grow by a factor, at least by 1."""
     sides = [1.0]
     while len(sides) < steps:
         sides.append(max(sides[-1] + 1, sides[-1] * factor))
@@ -51,14 +61,7 @@ def fit_schedule(schedule: Sequence[Scale], size: Size) -> list[Size]:
         ValueError: An entry is not one or two integers above 0, a scale is not larger than the one before, or the last
             is not `size`.
     """
-    sizes: list[Size] = []
-    for entry in schedule:
-        numbers: list[Any] = list(entry) if isinstance(entry, list | tuple) else [entry]
-        if len(numbers) not in (1, 2) or not all(type(number) is int and number > 0 for number in numbers):
-            raise ValueError(f"`schedule` must hold sides or pairs (height, width), integers above 0, got {entry!r}.")
-        if len(numbers) == 1:  # the longer side
-            numbers = [max(1, int(numbers[0] * length / max(size) + 0.5)) for length in size]
-        sizes.append((numbers[0], numbers[1]))
+    sizes = [_size_of_scale(entry, size) for entry in schedule]
     for coarse, fine in zip(sizes, sizes[1:], strict=False):
         if coarse == fine or coarse[0] > fine[0] or coarse[1] > fine[1]:
             raise ValueError(f"`schedule` must rise, but {describe([fine])} follows {describe([coarse])}.")
@@ -67,6 +70,18 @@ def fit_schedule(schedule: Sequence[Scale], size: Size) -> list[Size]:
             f"`schedule` must end with {describe([size])}, the ids of the image, got {describe(sizes) or 'no scale'}."
         )
     return sizes
+
+
+def _size_of_scale(entry: Any, size: Size) -> Size:
+    """Height and width of an entry of a schedule; see [`fit_schedule`]."""
+    numbers = list(entry) if isinstance(entry, list | tuple) else [entry]
+    if len(numbers) not in (1, 2) or not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError(f"`schedule` must hold sides or pairs (height, width), integers above 0, got {entry!r}.")
+    if len(numbers) == 2:
+        return (numbers[0], numbers[1])
+    longer_side = numbers[0]
+    height, width = (max(1, int(longer_side * length / max(size) + 0.5)) for length in size)
+    return (height, width)
 
 
 def guidance_per_step(guidance_scale: float, mode: str, sizes: Sequence[Size], trained: Size) -> list[float]:
@@ -87,8 +102,13 @@ def guidance_per_step(guidance_scale: float, mode: str, sizes: Sequence[Size], t
         raise ValueError(f"`guidance_mode` must be one of {', '.join(GUIDANCE_MODES)}, got {mode!r}.")
     if mode == "constant":
         return [guidance_scale] * len(sizes)
-    rise = (guidance_scale - 1) / max(1, min(len(sizes) - 1, RISING_STEPS))
-    return [guidance_scale if max(size) > max(trained) else 1 + rise * step for step, size in enumerate(sizes)]
+    rising_steps = max(1, min(len(sizes) - 1, RISING_STEPS))
+    rise = (guidance_scale - 1) / rising_steps
+    scales = []
+    for step, size in enumerate(sizes):
+        is_larger_than_trained = max(size) > max(trained)
+        scales.append(guidance_scale if is_larger_than_trained else 1 + rise * step)
+    return scales
 
 
 def describe(sizes: Sequence[Size]) -> str:

@@ -19,6 +19,8 @@ def load_text_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     """
     load = transformers.T5EncoderModel.from_pretrained  # its import is slow, and only captions need it
     encoder, info = from_hub(load, source, dtype=torch.bfloat16, use_safetensors=True, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"`text_encoder` must be a T5 encoder, but `{source}` lacks {min(info['missing_keys'])}.")
-    return encoder.eval(), from_hub(AutoTokenizer.from_pretrained, source)
+    missing_keys = info["missing_keys"]
+    if missing_keys:
+        raise ValueError(f"`text_encoder` must be a T5 encoder, but `{source}` lacks {min(missing_keys)}.")
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, source)
+    return encoder.eval(), tokenizer
