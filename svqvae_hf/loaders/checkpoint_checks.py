@@ -15,7 +15,8 @@ def select_weights(
     content: Mapping[Any, Any], weights: Any, source: str | Path, *, use_ema: bool = False
 ) -> dict[str, Any]:
     """Weights of a file, or its EMA weights, by name, and without attributes that a pickle may give to tensors."""
-    weights = content.get("ema") if use_ema else weights
+    if use_ema:
+        weights = content.get("ema")
     if not isinstance(weights, Mapping):
         raise ValueError(f"`{source}` must hold averaged weights (`ema`) for `use_ema`, but has none. Leave it out.")
     return {key_text(key): without_attributes(value) for key, value in weights.items()}
@@ -23,8 +24,13 @@ def select_weights(
 
 def check_tensors(weights: Mapping[str, Any], source: str | Path) -> None:
     """Raises unless all weights are tensors with data for each element."""
-    not_tensors = {key for key, value in weights.items() if not isinstance(value, torch.Tensor)}
-    not_dense = {key for key in weights.keys() - not_tensors if not is_dense(weights[key])}
+    not_tensors = set()
+    not_dense = set()
+    for name, weight in weights.items():
+        if not isinstance(weight, torch.Tensor):
+            not_tensors.add(name)
+        elif not is_dense(weight):
+            not_dense.add(name)
     raise_faults(source, {"not tensors": not_tensors, "not dense": not_dense})
 
 
@@ -32,41 +38,57 @@ def read_sizes(
     weights: Mapping[str, torch.Tensor], axes: Mapping[str, tuple[str, int]], source: str | Path
 ) -> dict[str, int]:
     """Reads config values that are sizes of weights. `axes` names the weight and the axis of each."""
-    raise_faults(source, {"missing": {name for name, _ in axes.values()} - weights.keys()})
-    misshapen = {
-        f"{name} {tuple(weights[name].shape)}"
-        for name, axis in axes.values()
-        if weights[name].ndim <= axis or not weights[name].numel()
-    }
-    raise_faults(source, {"misshapen": misshapen})
-    return {key: weights[name].shape[axis] for key, (name, axis) in axes.items()}
+    missing = set()
+    misshapen = set()
+    sizes = {}
+    for key, (name, axis) in axes.items():
+        if name not in weights:
+            missing.add(name)
+        elif weights[name].ndim <= axis or not weights[name].numel():
+            misshapen.add(f"{name} {tuple(weights[name].shape)}")
+        else:
+            sizes[key] = weights[name].shape[axis]
+    raise_faults(source, {"missing": missing, "misshapen": misshapen})
+    return sizes
 
 
 def check_weights(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], source: str | Path) -> None:
     """Raises unless the weights are exactly those in `shapes`, finite and of one of the `WEIGHT_DTYPES`."""
-    known = {name: weights[name] for name in shapes if name in weights}
-    misshapen = {name for name, tensor in known.items() if tensor.shape != shapes[name]}
-    wrong_type = {name for name, tensor in known.items() if tensor.dtype not in WEIGHT_DTYPES}
-    readable = known.keys() - misshapen - wrong_type
+    misshapen = set()
+    wrong_type = set()
+    not_finite = set()
+    for name in shapes.keys() & weights.keys():
+        weight = weights[name]
+        has_shape = weight.shape == shapes[name]
+        has_type = weight.dtype in WEIGHT_DTYPES
+        if not has_shape:
+            misshapen.add(f"{name} {tuple(weight.shape)} instead of {tuple(shapes[name])}")
+        if not has_type:
+            wrong_type.add(f"{name} {weight.dtype}")
+        if has_shape and has_type and not weight.isfinite().all():
+            not_finite.add(name)
     faults = {
         "missing": shapes.keys() - weights.keys(),
         "unexpected": weights.keys() - shapes.keys(),
-        "misshapen": {f"{name} {tuple(known[name].shape)} instead of {tuple(shapes[name])}" for name in misshapen},
-        "not float32, float16 or bfloat16": {f"{name} {known[name].dtype}" for name in wrong_type},
-        "not finite": {name for name in readable if not known[name].isfinite().all()},
+        "misshapen": misshapen,
+        "not float32, float16 or bfloat16": wrong_type,
+        "not finite": not_finite,
     }
     raise_faults(source, faults)
 
 
 def raise_faults(source: str | Path, faults: Mapping[str, Set[str]]) -> None:
     """Raises one error that lists all faults by kind, sorted, if there are any."""
-    found = "; ".join(
-        f"{kind}{f' ({len(names)})' if len(names) > 1 else ''}: {', '.join(sorted(names))}"
-        for kind, names in faults.items()
-        if names
-    )
-    if found:
+    descriptions = []
+    for kind, names in faults.items():
+        listed = ", ".join(sorted(names))
+        if len(names) == 1:
+            descriptions.append(f"{kind}: {listed}")
+        elif names:
+            descriptions.append(f"{kind} ({len(names)}): {listed}")
+    if descriptions:
         raise ValueError(
-            f"`{source}` must hold exactly the weights that its config asks for, but has faults: {found}. Download "
-            "the file again. If you replaced config values, they must fit the file, too."
+            f"`{source}` must hold exactly the weights that its config asks for, but has faults: "
+            f"{'; '.join(descriptions)}. Download the file again. If you replaced config values, they must fit the "
+            "file, too."
         )

@@ -60,7 +60,9 @@ class Checkpoint:
         """Builds a model of diffusers, in evaluation mode."""
         model = model_class(**self.config)
         model.load_state_dict(self.state_dict)
-        return (model if dtype is None else model.to(dtype)).eval()
+        if dtype is not None:
+            model = model.to(dtype)
+        return model.eval()
 
 
 def locate_checkpoint(source: str | Path) -> Path:
@@ -72,9 +74,10 @@ def locate_checkpoint(source: str | Path) -> Path:
     Raises:
         OSError: If there is no such file, or it cannot be downloaded.
     """
-    if Path(source).is_file():
-        return Path(source)
-    if Path(source).is_dir():
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
         raise IsADirectoryError(
             f"`{source}` must be a checkpoint file, but is a folder. Name the file in it, or load a folder with "
             "config.json by `SVQVAE.from_pretrained`."
@@ -82,7 +85,8 @@ def locate_checkpoint(source: str | Path) -> Path:
     repo_id = hub_repo(source)
     if repo_id is None:
         raise FileNotFoundError(f"There is no file `{source}`. Pass an existing one, or `org/repo:file` on the Hub.")
-    return download_file(repo_id, str(source).removeprefix(f"{repo_id}:"), source)
+    file = str(source).removeprefix(f"{repo_id}:")
+    return download_file(repo_id, file, source)
 
 
 def load_checkpoint_file(path: Path, source: str | Path) -> dict[str | None, Any]:
@@ -97,21 +101,32 @@ def load_checkpoint_file(path: Path, source: str | Path) -> dict[str | None, Any
         ValueError: If it is broken, or a pickle that holds more than weights and plain values.
     """
     if path.suffix.lower() == ".safetensors":
-        try:
-            return {None: load_file(path)}
-        except SafetensorError as error:
-            raise ValueError(
-                f"`{source}` must be a whole safetensors file, as its name says, but is not: {error}. Download it."
-            ) from error
+        return {None: _load_safetensors(path, source)}
+    content = _load_pickle(path, source)
+    if not isinstance(content, dict):
+        return {}
+    return content
+
+
+def _load_safetensors(path: Path, source: str | Path) -> dict[str, torch.Tensor]:
     try:
-        content = load_pickle(path, SAFE_GLOBALS)
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"`{source}` must be a whole safetensors file, as its name says, but is not: {error}. Download it."
+        ) from error
+
+
+def _load_pickle(path: Path, source: str | Path) -> Any:
+    try:
+        return load_pickle(path, SAFE_GLOBALS)
     except OSError:
         raise
     except Exception as error:  # a broken pickle makes the reader raise almost anything
-        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        code = _code_of_pickle(error)
         if code is not None:
             raise ValueError(
-                f"`{source}` must hold weights only, but is a pickle that calls for `{code[1]}`, which could run any "
+                f"`{source}` must hold weights only, but is a pickle that calls for `{code}`, which could run any "
                 "code or take any memory. Ask for a safetensors file, or save the weights alone where it was made: "
                 '`torch.save({"state_dict": ...}, file)`.'
             ) from None  # torch's own message advises to load it all the same
@@ -120,4 +135,11 @@ def load_checkpoint_file(path: Path, source: str | Path) -> dict[str | None, Any
             "may be empty, cut short, compressed, of another format, or a pickle with code in it. Download it again, "
             "or ask for a safetensors file."
         ) from error
-    return content if isinstance(content, dict) else {}
+
+
+def _code_of_pickle(error: Exception) -> str | None:
+    """Name of the function or class that a pickle calls for, by the error of reading it; None for other errors."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return None
+    match = re.search(r"GLOBAL (\S+)", str(error))
+    return None if match is None else match[1]

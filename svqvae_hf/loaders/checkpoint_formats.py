@@ -8,8 +8,13 @@ from typing import Any
 
 def count_numbers(keys: Iterable[Any], prefix: str) -> int:
     """Counts the different numbers that follow `prefix` in the keys."""
-    number = re.compile(rf"{re.escape(prefix)}(\d+)\.")
-    return len({match[1] for key in keys if isinstance(key, str) and (match := number.match(key))})
+    pattern = re.compile(rf"{re.escape(prefix)}(\d+)\.")
+    numbers = set()
+    for key in keys:
+        match = pattern.match(key) if isinstance(key, str) else None
+        if match is not None:
+            numbers.add(match[1])
+    return len(numbers)
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,12 @@ class CheckpointFormat:
 
     def to_original(self, key: str, num_levels: int) -> str:
         """Name in the file of a parameter of this library."""
-        pairs = (
-            (ours.format(level=level), original.format(level=level, flipped=num_levels - 1 - level))
-            for ours, original in self.renames
-            for level in range(num_levels)
-        )
-        for ours, original in pairs:
-            if key.startswith(ours):
-                return self.prefix + original + key.removeprefix(ours)
+        for our_pattern, original_pattern in self.renames:
+            for level in range(num_levels):
+                ours = our_pattern.format(level=level)
+                if key.startswith(ours):
+                    original = original_pattern.format(level=level, flipped=num_levels - 1 - level)
+                    return self.prefix + original + key.removeprefix(ours)
         return self.prefix + key
 
 
@@ -125,7 +128,7 @@ CHECKPOINT_FORMATS = (
         level_prefix="model.vqmodel.encoder.down.",
         prefix="model.vqmodel.",
         renames=JANUS_NAMES,
-        training_keys=("lm_head.", *(f"model.{name}" for name in ("language_", "vision_", "aligner.", "generation_"))),
+        training_keys=("lm_head.", "model.language_", "model.vision_", "model.aligner.", "model.generation_"),
         network_range=(-1.0, 1.0),
     ),
 )

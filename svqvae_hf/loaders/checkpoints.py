@@ -1,6 +1,6 @@
 """Reads original checkpoints of tokenizers."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,24 +53,32 @@ def read_checkpoint(
             asks for.
     """
     path = locate_checkpoint(source)
-    stored = path.with_name("config.json")
-    if stored.is_file() and b'"_class_name"' in stored.read_bytes():
-        folder = hub_repo(source) or path.parent
-        raise ValueError(f"`{source}` is already converted. Load its folder, `{folder}`, with `from_pretrained`.")
+    _check_not_converted(path, source)
     content = load_checkpoint_file(path, source)
     format = _find_format(content, source)
-    found = select_weights(content, content[format.container], source, use_ema=use_ema)
-    weights = {key: value for key, value in found.items() if not key.startswith(format.training_keys)}
+    all_weights = select_weights(content, content[format.container], source, use_ema=use_ema)
+    weights = {key: value for key, value in all_weights.items() if not key.startswith(format.training_keys)}
     check_tensors(weights, source)
     num_levels = count_numbers(weights, format.level_prefix)
     num_blocks = count_numbers(weights, format.to_original("encoder.conv_blocks.0.res.", num_levels))
     check_depth(f"`{source}`", {"levels": num_levels, "residual blocks per level": num_blocks})
-    config = {**_infer_config(format, weights, num_levels, source), "num_res_blocks": num_blocks, **config}
+    inferred = _infer_config(format, weights, num_levels, source)
+    inferred["num_res_blocks"] = num_blocks
+    config = inferred | config
     shapes = _expected_shapes(model_class, config, source)
-    names = {key: format.to_original(key, num_levels) for key in shapes}
-    check_weights(weights, {names[key]: shape for key, shape in shapes.items()}, source)
-    state_dict = {key: weights[name].float() for key, name in names.items()}
+    original_names = {key: format.to_original(key, num_levels) for key in shapes}
+    original_shapes = {original_names[key]: shape for key, shape in shapes.items()}
+    check_weights(weights, original_shapes, source)
+    state_dict = {key: weights[name].float() for key, name in original_names.items()}
     return Checkpoint(str(source), path, use_ema, format, config, state_dict)
+
+
+def _check_not_converted(path: Path, source: str | Path) -> None:
+    """Raises ValueError if a file lies in the folder of a model that `from_pretrained` loads."""
+    config = path.with_name("config.json")
+    if config.is_file() and b'"_class_name"' in config.read_bytes():
+        folder = hub_repo(source) or path.parent
+        raise ValueError(f"`{source}` is already converted. Load its folder, `{folder}`, with `from_pretrained`.")
 
 
 def _find_format(content: Mapping[str | None, Any], source: str | Path) -> CheckpointFormat:
@@ -83,41 +91,51 @@ def _find_format(content: Mapping[str | None, Any], source: str | Path) -> Check
             "pipeline of both if it is given the tokenizer by `--tokenizer`; `LlamaGenForCausalLM.from_single_file` "
             "loads it alone."
         )
-    looked_for = "; ".join(
-        f"{format.name}: `{format.level_prefix}0.*` in "
-        + ("a .safetensors file" if format.container is None else f"`{format.container}`")
-        for format in CHECKPOINT_FORMATS
-    )
+    expected = "; ".join(_describe_format(format) for format in CHECKPOINT_FORMATS)
     keys = sorted(key_text(key) for key in content.get(None, content))
-    found = f"{', '.join(keys[:5])}{' and others' if len(keys) > 5 else ''}" if keys else "no keys"
     raise ValueError(
-        f"`{source}` must be a checkpoint of a known format, but is not. Looked for {looked_for}. Found {found}. A "
-        "transformer is converted by `svqvae convert` with `--tokenizer`."
+        f"`{source}` must be a checkpoint of a known format, but is not. Looked for {expected}. Found "
+        f"{_describe_keys(keys)}. A transformer is converted by `svqvae convert` with `--tokenizer`."
     )
+
+
+def _describe_format(format: CheckpointFormat) -> str:
+    place = "a .safetensors file" if format.container is None else f"`{format.container}`"
+    return f"{format.name}: `{format.level_prefix}0.*` in {place}"
+
+
+def _describe_keys(keys: list[str]) -> str:
+    if not keys:
+        return "no keys"
+    listed = ", ".join(keys[:5])
+    if len(keys) > 5:
+        return f"{listed} and others"
+    return listed
 
 
 def _infer_config(
     format: CheckpointFormat, weights: Mapping[str, Any], num_levels: int, source: str | Path
 ) -> dict[str, Any]:
     """Reads the config from the shapes of the weights and, where shapes do not tell, from the format."""
-
-    def sizes_of(axes: Mapping[str, tuple[str, int]]) -> dict[str, int]:
-        originals = {key: (format.to_original(name, num_levels), axis) for key, (name, axis) in axes.items()}
-        return read_sizes(weights, originals, source)
-
-    def multipliers(network: str, levels: Iterable[int]) -> tuple[int, ...]:
-        axes = {str(level): (f"{network}.conv_blocks.{level}.res.0.conv1.weight", 0) for level in levels}
-        return tuple(channels // sizes["base_channels"] for channels in sizes_of(axes).values())
-
-    sizes, levels = sizes_of(CONFIG_AXES), range(num_levels)
-    return {
-        **sizes,
-        "encoder_ch_mult": multipliers("encoder", levels),
-        "decoder_ch_mult": multipliers("decoder", reversed(levels)),  # its first level has the lowest resolution
-        "norm_num_groups": NORM_NUM_GROUPS,
-        "codebook_l2_norm": format.codebook_l2_norm,
-        "network_range": format.network_range,
-    }
+    axes = dict(CONFIG_AXES)
+    for level in range(num_levels):
+        for network in ("encoder", "decoder"):
+            axes[f"{network} level {level}"] = (f"{network}.conv_blocks.{level}.res.0.conv1.weight", 0)
+    original_axes = {key: (format.to_original(name, num_levels), axis) for key, (name, axis) in axes.items()}
+    sizes = read_sizes(weights, original_axes, source)
+    config: dict[str, Any] = {key: sizes[key] for key in CONFIG_AXES}
+    encoder_ch_mult = []
+    decoder_ch_mult = []
+    for level in range(num_levels):
+        encoder_ch_mult.append(sizes[f"encoder level {level}"] // sizes["base_channels"])
+        flipped = num_levels - 1 - level  # the decoder's first level has the lowest resolution
+        decoder_ch_mult.append(sizes[f"decoder level {flipped}"] // sizes["base_channels"])
+    config["encoder_ch_mult"] = tuple(encoder_ch_mult)
+    config["decoder_ch_mult"] = tuple(decoder_ch_mult)
+    config["norm_num_groups"] = NORM_NUM_GROUPS
+    config["codebook_l2_norm"] = format.codebook_l2_norm
+    config["network_range"] = format.network_range
+    return config
 
 
 def _expected_shapes(

@@ -45,17 +45,22 @@ def read_next_scale_checkpoint(source: str | Path, model_class: type[nn.Module])
     path = locate_checkpoint(source)
     content = load_checkpoint_file(path, source)
     trainer = content.get("trainer")
-    found = trainer.get("var_wo_ddp") if isinstance(trainer, Mapping) else content.get(None, content)
-    if not isinstance(found, Mapping) or not {"word_embed.weight", "pos_1LC"} <= found.keys():
+    if isinstance(trainer, Mapping):
+        transformer = trainer.get("var_wo_ddp")
+    else:
+        transformer = content.get(None, content)
+    if not isinstance(transformer, Mapping) or not {"word_embed.weight", "pos_1LC"} <= transformer.keys():
         raise ValueError(
             f"`{source}` must be a checkpoint of FlexVAR's transformer, with `word_embed.weight` and `pos_1LC` at the "
             "top or in `trainer` > `var_wo_ddp`, but is not. Load a tokenizer with `SVQVAE.from_single_file`."
         )
-    named = select_weights(content, found, source)
-    weights = {key: value for key, value in named.items() if not BUFFERS.fullmatch(key)}
+    all_weights = select_weights(content, transformer, source)
+    weights = {key: value for key, value in all_weights.items() if not BUFFERS.fullmatch(key)}
     check_tensors(weights, source)
     sizes = read_sizes(weights, CONFIG_AXES, source)
-    heads, width, classes = (sizes.pop(name) for name in ("heads", "width", "classes"))
+    heads = sizes["heads"]
+    width = sizes["width"]
+    classes = sizes["classes"]
     num_layers = count_numbers(weights, FLEXVAR.level_prefix)
     check_depth(f"`{source}`", {"layers": num_layers})
     if width % heads or classes < 2:
@@ -68,10 +73,13 @@ def read_next_scale_checkpoint(source: str | Path, model_class: type[nn.Module])
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
         "num_classes": classes - 1,
-        **sizes,
+        "codebook_size": sizes["codebook_size"],
+        "codebook_embed_dim": sizes["codebook_embed_dim"],
+        "position_size": sizes["position_size"],
     }
     with torch.device("meta"):
         expected = model_class(**config).state_dict()
-    check_weights(weights, {key: tensor.shape for key, tensor in expected.items()}, source)
+    shapes = {key: tensor.shape for key, tensor in expected.items()}
+    check_weights(weights, shapes, source)
     state_dict = {key: tensor.detach().float() for key, tensor in weights.items()}
     return Checkpoint(str(source), path, False, FLEXVAR, config, state_dict)
