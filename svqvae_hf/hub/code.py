@@ -3,7 +3,9 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from svqvae_files.json_files import read_json_object
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.loading import copy_code
 from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
@@ -17,7 +19,8 @@ AUTO_CLASSES: Mapping[type, Mapping[str, str]] = {  # classes with code, and wha
     SVQVAEProcessor: {"AutoProcessor": "SVQVAEProcessor"},
     NextScaleTransformer: {"AutoModel": "NextScaleTransformer"},
     LlamaGenForCausalLM: {
-        **{"AutoConfig": "LlamaGenConfig", "AutoModel": "LlamaGenForCausalLM"},
+        "AutoConfig": "LlamaGenConfig",
+        "AutoModel": "LlamaGenForCausalLM",
         "AutoModelForCausalLM": "LlamaGenForCausalLM",
     },
 }
@@ -30,11 +33,19 @@ def write_code(folder: Path) -> None:
         folder (`Path`): Folder of a model, or of a pipeline with its components.
     """
     for path in sorted(folder.rglob("*config.json")):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        names = {config.get("_class_name"), config.get("image_processor_type"), *(config.get("architectures") or ())}
-        names |= {config["processor_class"]} if path.name == "processor_config.json" else set()
+        config = read_json_object(path)
+        class_names = _class_names(config, path.name)
         for model_class, auto_classes in AUTO_CLASSES.items():
-            if model_class.__name__ in names:
+            if model_class.__name__ in class_names:
                 module = copy_code(model_class, path.parent)
                 config["auto_map"] = {auto: f"{module}.{name}" for auto, name in auto_classes.items()}
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _class_names(config: Mapping[str, Any], file_name: str) -> list[Any]:
+    """Names of the classes that a config of diffusers or transformers is for."""
+    names = [config.get("_class_name"), config.get("image_processor_type")]
+    names += config.get("architectures") or []
+    if file_name == "processor_config.json":
+        names.append(config.get("processor_class"))
+    return names

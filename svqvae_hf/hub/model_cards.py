@@ -30,22 +30,25 @@ def model_card(
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
-    quoted, f = quote(repo_id), 2 ** (len(config["encoder_ch_mult"]) - 1)
-    levels = ", ".join(str(tuple(config[f"{network}_ch_mult"])) for network in ("encoder", "decoder"))
-    normalised = ", L2-normalised" if config["codebook_l2_norm"] else ""
-    rows = {
+    f = 2 ** (len(config["encoder_ch_mult"]) - 1)
+    codebook = f"{config['codebook_size']} x {config['codebook_embed_dim']}"
+    if config["codebook_l2_norm"]:
+        codebook += ", L2-normalised"
+    encoder_levels = tuple(config["encoder_ch_mult"])
+    decoder_levels = tuple(config["decoder_ch_mult"])
+    facts = {
         "f (pixels per id, along each side)": f,
-        "codebook": f"{config['codebook_size']} x {config['codebook_embed_dim']}{normalised}",
+        "codebook": codebook,
         "pixel range of inputs and outputs": list(config["pixel_range"]),
         "pixel range of the training images": list(config["network_range"]),
-        "encoder, decoder": f"{config['base_channels']} channels times {levels}",
+        "encoder, decoder": f"{config['base_channels']} channels times {encoder_levels}, {decoder_levels}",
     }
-    calls = (
-        f'`SVQVAE.from_pretrained({quoted}, variant="{variant}", torch_dtype={dtype})`'
-        for variant, dtype in (variants or {}).items()
-    )
-    texts = {"facts": table_rows(rows.items()), "f": f, "variants": " or ".join(calls)}
-    return write_card(repo_id, texts, **({"tags": TAGS, "pipeline_tag": "image-to-image"} | common))
+    calls = []
+    for variant, dtype in (variants or {}).items():
+        calls.append(f'`SVQVAE.from_pretrained({quote(repo_id)}, variant="{variant}", torch_dtype={dtype})`')
+    texts = {"facts": table_rows(facts.items()), "f": f, "variants": " or ".join(calls)}
+    metadata = {"tags": TAGS, "pipeline_tag": "image-to-image"}
+    return write_card(repo_id, texts, **(metadata | common))
 
 
 def pipeline_card(pipeline: type, *, repo_id: str, summary: str, call: str, **common: Any) -> str:
@@ -61,8 +64,9 @@ def pipeline_card(pipeline: type, *, repo_id: str, summary: str, call: str, **co
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
-    texts = {"pipeline": pipeline.__name__, "module": pipeline.__module__.partition(".")[0]}
-    return write_card(repo_id, texts | {"summary": summary, "call": call}, **common)
+    package = pipeline.__module__.partition(".")[0]
+    texts = {"pipeline": pipeline.__name__, "module": package, "summary": summary, "call": call}
+    return write_card(repo_id, texts, **common)
 
 
 def write_card(
@@ -94,15 +98,16 @@ def write_card(
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
+    metadata = ModelCardData(
+        license=license or "unknown",
+        library_name="svqvae-hf",  # for "diffusers" the Hub prints `DiffusionPipeline`, which loads no such model
+        pipeline_tag=pipeline_tag,
+        tags=list(tags),
+        base_model=base_model,
+        datasets=list(datasets) or None,
+    )
     card = ModelCard.from_template(
-        ModelCardData(
-            license=license or "unknown",
-            library_name="svqvae-hf",  # for "diffusers" the Hub prints `DiffusionPipeline`, which loads no such model
-            pipeline_tag=pipeline_tag,
-            tags=list(tags),
-            base_model=base_model,
-            datasets=list(datasets) or None,
-        ),
+        metadata,
         template_path=str(TEMPLATE),
         name=one_line(repo_id.rpartition("/")[2]),
         repo_id=quote(repo_id),
@@ -127,5 +132,8 @@ def quote(text: str) -> str:
 
 def table_rows(rows: Iterable[tuple[object, object]]) -> str:
     """Formats rows of a Markdown table with two columns."""
-    lines = ((one_line(cell).replace("|", r"\|") for cell in row) for row in rows)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join(f"| {_table_cell(name)} | {_table_cell(value)} |" for name, value in rows)
+
+
+def _table_cell(value: object) -> str:
+    return one_line(value).replace("|", r"\|")

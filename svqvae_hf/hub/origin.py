@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ from svqvae_hf.hub.repositories import check_license, download_file, hub_repo, i
 
 CARD = "README.md"
 STARTED_FROM = "started from"
-NOT_STATED = (None, "unknown")
 
 
 class Origin(NamedTuple):
@@ -49,20 +47,44 @@ def find_origin(
             broken.
     """
     check_license(license)
-    given = {row: source for row, source in ({**models, **sets}).items() if source is not None}
-    cards = {row: read_card(source, "model" if row in models else "dataset") for row, source in given.items()}
-    found = {row: _licence(card) for row, card in cards.items()}
-    stated = {row: licence for row, licence in found.items() if licence not in NOT_STATED}
-    if license is None and len(set(stated.values())) > 1:
-        listed = ", ".join(f"`{public_name(given[row])}` {licence}" for row, licence in stated.items())
-        raise ValueError(f"The sources have different licences: {listed}. Pass the result's licence as `--license`.")
-    rows = {row: f"`{public_name(source)}` (licence: {stated.get(row, 'not known')})" for row, source in given.items()}
-    license, base_model = license or next(iter(stated.values()), None), None
-    if (source := given.get(STARTED_FROM)) is not None:
-        card = cards[STARTED_FROM]
-        rows |= {} if card is None else {f"before: {name}": value for name, value in _origin_rows(card).items()}
-        base_model = source if is_hub_id(source) else None if card is None else card.data.get("base_model")
+    sources: dict[str, str] = {}
+    cards: dict[str, RepoCard | None] = {}
+    for kind, sources_of_kind in {"model": models, "dataset": sets}.items():
+        for row, source in sources_of_kind.items():
+            if source is not None:
+                sources[row] = source
+                cards[row] = read_card(source, kind)
+    licences = {}
+    for row, card in cards.items():
+        licence = _licence(card)
+        if licence is not None:
+            licences[row] = licence
+    if license is None:
+        license = _common_licence(licences, sources)
+    rows = {}
+    for row, source in sources.items():
+        rows[row] = f"`{public_name(source)}` (licence: {licences.get(row, 'not known')})"
+    if STARTED_FROM not in sources:
+        return Origin(license, None, rows)
+    start = sources[STARTED_FROM]
+    card = cards[STARTED_FROM]
+    base_model = None
+    if card is not None:
+        base_model = _base_model(card)
+        for row, value in _origin_rows(card).items():
+            rows[f"before: {row}"] = value
+    if is_hub_id(start):
+        base_model = start
     return Origin(license, base_model, rows)
+
+
+def _common_licence(licences: Mapping[str, str], sources: Mapping[str, str]) -> str | None:
+    """The only licence that sources state, by the name of their row. Raises ValueError if they state several."""
+    stated = set(licences.values())
+    if len(stated) > 1:
+        listed = ", ".join(f"`{public_name(sources[row])}` {licence}" for row, licence in licences.items())
+        raise ValueError(f"The sources have different licences: {listed}. Pass the result's licence as `--license`.")
+    return stated.pop() if stated else None
 
 
 def read_card(source: str, kind: str = "model") -> RepoCard | None:
@@ -78,37 +100,73 @@ def read_card(source: str, kind: str = "model") -> RepoCard | None:
     Raises:
         ValueError: If the metadata of the card cannot be read.
     """
-    repo = hub_repo(source) or (source if is_hub_id(source) else None)
-    content = None
-    if repo is not None:
-        with suppress(OSError):
-            content = download_file(repo, CARD, repo, repo_type=kind).read_bytes()
-    elif "://" in source or Path(source).is_dir():
-        content = Folder(source).read(CARD)
-        above = Path(source).absolute().parent
-        is_part = any((above / name).is_file() for name in ("config.json", "model_index.json"))
-        if content is None and kind == "model" and is_part:
-            content = Folder(above).read(CARD)
+    content = _card_content(source, kind)
     if content is None:
         return None
     try:
-        return RepoCard(content.decode(), ignore_metadata_errors=True)
+        card = RepoCard(content.decode(), ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"the card of `{source}`, {CARD}, must start with YAML, but has {error!s:.200}") from error
+    return card
+
+
+def _card_content(source: str, kind: str) -> bytes | None:
+    """Content of the card of a source; `None` if it has none, or the Hub does not answer."""
+    repo = source if is_hub_id(source) else hub_repo(source)
+    if repo is not None:
+        try:
+            return download_file(repo, CARD, repo, repo_type=kind).read_bytes()
+        except OSError:
+            return None
+    if "://" in source:
+        return Folder(source).read(CARD)
+    folder = Path(source)
+    if not folder.is_dir():
+        return None
+    content = Folder(source).read(CARD)
+    if content is not None or kind != "model":
+        return content
+    above = folder.absolute().parent
+    if (above / "config.json").is_file() or (above / "model_index.json").is_file():
+        return Folder(above).read(CARD)  # of the pipeline or language model that the model is a part of
+    return None
 
 
 def _origin_rows(card: RepoCard) -> dict[str, str]:
     """Rows of the last table of a card that this package wrote."""
-    if "svqvae" not in (card.data.get("tags") or []):
+    tags = card.data.get("tags")
+    if not isinstance(tags, list) or "svqvae" not in tags:
         return {}
-    table = card.text.rpartition("| | |\n|---|---|\n")[2]
-    rows = re.findall(r"^\| (.*?) \| (.*) \|$", table, re.MULTILINE)
-    return {name.replace(r"\|", "|"): value.replace(r"\|", "|") for name, value in rows}
+    _, _, table = card.text.rpartition("| | |\n|---|---|\n")
+    rows = {}
+    for name, value in re.findall(r"^\| (.*?) \| (.*) \|$", table, re.MULTILINE):
+        rows[_without_escapes(name)] = _without_escapes(value)
+    return rows
+
+
+def _without_escapes(cell: str) -> str:
+    return cell.replace(r"\|", "|")
+
+
+def _base_model(card: RepoCard) -> str | None:
+    """Base model on a card, the first if it lists several."""
+    base_model = card.data.get("base_model")
+    if isinstance(base_model, list) and base_model:
+        base_model = base_model[0]
+    return base_model if isinstance(base_model, str) else None
 
 
 def _licence(card: Any) -> str | None:
-    """Licence on a card, which may list several."""
-    stated = None if card is None else card.data.get("license")
+    """Licence on a card, `other` if it lists several; `None` if it states none."""
+    if card is None:
+        return None
+    stated = card.data.get("license")
+    if isinstance(stated, list) and len(stated) > 1:
+        return "other"
     if isinstance(stated, list):
-        return stated[0] if len(stated) == 1 else "other" if stated else None
+        stated = stated[0] if stated else None
+    if stated is None or stated == "unknown":
+        return None
+    if not isinstance(stated, str):
+        raise ValueError(f"the licence of a card must be a text, got {stated!r:.80}.")
     return stated

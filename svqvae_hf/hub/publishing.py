@@ -60,9 +60,12 @@ class CardMixin:
         """
         repo_id = prepare_repo(repo_id, private=private, license=card.get("license"), token=token)
         with TemporaryDirectory() as root:
-            folder = Path(root, subfolder or "")
+            folder = Path(root, subfolder) if subfolder else Path(root)
             self.save_pretrained(
-                folder, safe_serialization=safe_serialization, variant=variant, standalone=standalone and repo_id
+                folder,
+                safe_serialization=safe_serialization,
+                variant=variant,
+                standalone=repo_id if standalone else False,
             )
             readme = folder / "README.md"
             readme.unlink(missing_ok=True)

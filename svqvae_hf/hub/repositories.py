@@ -27,13 +27,17 @@ def public_name(source: str | Path) -> str:
     for name, folder in BUNDLED.items():
         if Path(source).resolve() == Path(folder).resolve():
             return name
-    return str(source) if is_hub_id(source) or hub_repo(source) else Path(source).absolute().name
+    if is_hub_id(source) or hub_repo(source) is not None:
+        return str(source)
+    return Path(source).absolute().name
 
 
 def hub_repo(source: str | Path) -> str | None:
     """Returns the repository in `org/repo:file`, or None for a local file."""
     match = re.fullmatch(rf"({REPO_ID}):(.+)", str(source))
-    return match[1] if match and not Path(source).exists() else None
+    if match is None or Path(source).exists():
+        return None
+    return match[1]
 
 
 def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: Any) -> Loaded:
@@ -51,7 +55,8 @@ def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: 
         return load(source, **options)
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:
         is_unreachable = isinstance(error, errors.LocalEntryNotFoundError)
-        if Path(source).exists() or (isinstance(error, errors.EntryNotFoundError) and not is_unreachable):
+        lacks_file = isinstance(error, errors.EntryNotFoundError) and not is_unreachable
+        if Path(source).exists() or lacks_file:
             raise
         raise OSError(f"could not load `{source}`: there is no such folder, and {hub_reason(error)}") from error
 
