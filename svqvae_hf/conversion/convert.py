@@ -1,6 +1,7 @@
 """Converts original checkpoints of tokenizers and generators to Hub repositories: cards, configs and safetensors."""
 
 import mmap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from svqvae_files.outputs import check_new_folder
 from svqvae_hf.conversion.new_repository import VARIANTS, write_repository
 from svqvae_hf.hub.origin import find_origin
 from svqvae_hf.hub.repositories import check_repo_id, hub_repo, public_name
-from svqvae_hf.loaders.checkpoint_files import locate_checkpoint
+from svqvae_hf.loaders.checkpoint_files import Checkpoint, locate_checkpoint
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.loaders.llamagen_checkpoints import EMBEDDING, read_llamagen
 from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
@@ -74,44 +75,90 @@ def convert(
     folder = check_new_folder(Path(out))
     if variant not in (None, *VARIANTS):
         raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {variant!r}.")
-    sources = {"source": hub_repo(source), "tokenizer": None if tokenizer is None else str(tokenizer)}
-    license = find_origin(sources | {"text encoder": text_encoder}, license=license).license
+    sources = {
+        "source": hub_repo(source),
+        "tokenizer": None if tokenizer is None else str(tokenizer),
+        "text encoder": text_encoder,
+    }
+    license = find_origin(sources, license=license).license
     if repo_id is not None:
         check_repo_id(repo_id, "repo_id")
     if tokenizer is None:
         if image_size or num_attention_heads or text_encoder:
             raise ValueError("`image_size`, `num_attention_heads` and `text_encoder` need `tokenizer`. Omit them.")
-        checkpoint = read_checkpoint(source, SVQVAE, use_ema=use_ema, **config)
-        converted: Any = checkpoint.model(SVQVAE)
-        card: dict[str, Any] = {"variants": {variant: VARIANTS[variant]} if variant else None}
+        converted = _convert_tokenizer(source, variant, use_ema=use_ema, **config)
     elif is_llamagen(source) or num_attention_heads or text_encoder or use_ema:
         vqvae = _load_tokenizer(tokenizer, **config)
         grid_size = None if image_size is None else _latents_side(vqvae, image_size)
         checkpoint = read_llamagen(source, grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema)
-        with_captions = checkpoint.config["caption_dim"] is not None
-        text_components = _load_text_components(source, text_encoder, with_captions)
-        language_model = LlamaGenForCausalLM.from_checkpoint(checkpoint)
-        language_model.config.codebook_fingerprint = vqvae.codebook_fingerprint()
-        converted = SVQVAEAutoregressivePipeline(vqvae, language_model, **text_components)
-        side = converted.grid[0] * vqvae.f
-        rows = {
-            "images": f"{side} x {side} pixels",
-            "tokenizer": f"`{public_name(tokenizer)}`, sha256 of its codebook `{vqvae.codebook_fingerprint()}`",
-            **({} if text_encoder is None else {"text encoder": f"`{public_name(text_encoder)}`"}),
-        }
-        card = {"provenance": rows, "tags": ["svqvae", "llamagen", "autoregressive"]}
+        converted = _convert_llamagen(checkpoint, vqvae, tokenizer, text_encoder)
     else:
         checkpoint = read_next_scale_checkpoint(source, NextScaleTransformer)
         vqvae = _load_tokenizer(tokenizer, **config)
-        side = _latents_side(vqvae, vqvae.config["sample_size"] if image_size is None else image_size)
-        schedule = [*map(list, default_schedule(side))]
-        transformer = checkpoint.model(NextScaleTransformer)
-        converted = SVQVAENextScalePipeline(vqvae, transformer, schedule=schedule, scale_from="latents")
-        rows = {"tokenizer": f"`{public_name(tokenizer)}`"}
-        card = {"provenance": rows, "tags": ["svqvae", "next-scale", "class-conditional"]}
+        converted = _convert_next_scale(checkpoint, vqvae, tokenizer, image_size)
     return write_repository(
-        converted, checkpoint, folder, variant=variant, license=license, standalone=standalone, repo_id=repo_id, **card
+        converted.model,
+        converted.checkpoint,
+        folder,
+        variant=variant,
+        license=license,
+        standalone=standalone,
+        repo_id=repo_id,
+        **converted.card,
     )
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Result of a conversion, before it is saved.
+
+    Args:
+        model ([`SVQVAE`] or pipeline): The converted model.
+        checkpoint ([`Checkpoint`]): Its source.
+        card (`dict[str, Any]`): Arguments of its card.
+    """
+
+    model: Any
+    checkpoint: Checkpoint
+    card: dict[str, Any]
+
+
+def _convert_tokenizer(source: str | Path, variant: str | None, *, use_ema: bool, **config: Any) -> Converted:
+    checkpoint = read_checkpoint(source, SVQVAE, use_ema=use_ema, **config)
+    variants = {variant: VARIANTS[variant]} if variant else None
+    return Converted(checkpoint.model(SVQVAE), checkpoint, {"variants": variants})
+
+
+def _convert_llamagen(
+    checkpoint: Checkpoint, vqvae: SVQVAE, tokenizer: str | Path, text_encoder: str | None
+) -> Converted:
+    has_captions = checkpoint.config["caption_dim"] is not None
+    text_components = _load_text_components(checkpoint.source, text_encoder, has_captions)
+    fingerprint = vqvae.codebook_fingerprint()
+    language_model = LlamaGenForCausalLM.from_checkpoint(checkpoint)
+    language_model.config.codebook_fingerprint = fingerprint
+    pipeline = SVQVAEAutoregressivePipeline(vqvae, language_model, **text_components)
+    side = pipeline.grid[0] * vqvae.f
+    rows = {
+        "images": f"{side} x {side} pixels",
+        "tokenizer": f"`{public_name(tokenizer)}`, sha256 of its codebook `{fingerprint}`",
+    }
+    if text_encoder is not None:
+        rows["text encoder"] = f"`{public_name(text_encoder)}`"
+    card = {"provenance": rows, "tags": ["svqvae", "llamagen", "autoregressive"]}
+    return Converted(pipeline, checkpoint, card)
+
+
+def _convert_next_scale(
+    checkpoint: Checkpoint, vqvae: SVQVAE, tokenizer: str | Path, image_size: int | None
+) -> Converted:
+    side = _latents_side(vqvae, vqvae.config["sample_size"] if image_size is None else image_size)
+    schedule = [list(size) for size in default_schedule(side)]
+    transformer = checkpoint.model(NextScaleTransformer)
+    pipeline = SVQVAENextScalePipeline(vqvae, transformer, schedule=schedule, scale_from="latents")
+    rows = {"tokenizer": f"`{public_name(tokenizer)}`"}
+    card = {"provenance": rows, "tags": ["svqvae", "next-scale", "class-conditional"]}
+    return Converted(pipeline, checkpoint, card)
 
 
 def is_llamagen(source: str | Path) -> bool:
@@ -123,16 +170,16 @@ def is_llamagen(source: str | Path) -> bool:
         return content.find(EMBEDDING.encode()) >= 0
 
 
-def _load_text_components(source: str | Path, text_encoder: str | None, with_captions: bool) -> dict[str, Any]:
+def _load_text_components(source: str, text_encoder: str | None, has_captions: bool) -> dict[str, Any]:
     """Text encoder and its tokenizer, for a model with captions."""
-    if with_captions and text_encoder is None:
+    if has_captions and text_encoder is None:
         raise ValueError(
             f"`{source}` does not name the encoder of its captions. Pass `text_encoder`, or `--text-encoder` to "
             "`svqvae convert`: LlamaGen's released models need google/flan-t5-xl."
         )
     if text_encoder is None:
         return {}
-    if not with_captions:
+    if not has_captions:
         raise ValueError(f"`{source}` has classes instead of captions, and no text encoder. Leave `text_encoder` out.")
     encoder, tokenizer = load_text_encoder(text_encoder)
     return {"text_encoder": encoder, "tokenizer": tokenizer}

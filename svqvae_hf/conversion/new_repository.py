@@ -46,12 +46,7 @@ def write_repository(
         ValueError: If weights are out of the range of `variant`.
     """
     source = checkpoint.source
-    rows = {  # cards are public, so a local file is named without its folders
-        "layout": checkpoint.format.title,
-        "source": f"`{source if hub_repo(source) else checkpoint.path.name}`{', `ema`' if checkpoint.use_ema else ''}",
-        "sha256 of the source": f"`{checkpoint.sha256}`",
-        **card.get("provenance", {}),
-    }
+    rows = describe_source(checkpoint) | card.get("provenance", {})
     card |= {"base_model": hub_repo(source), "provenance": rows, "standalone": standalone}
     text = converted.make_card(repo_id or out.name, **card)
     with new_folder(out) as folder:
@@ -63,13 +58,25 @@ def write_repository(
                 write_code(folder)
         (folder / "README.md").write_text(text, encoding="utf-8")
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    config = ", ".join(f"{key}={value}" for key, value in checkpoint.config.items())
     lines = [
         f"read     {source} ({checkpoint.format.name}, sha256 {checkpoint.sha256})",
-        f"config   {', '.join(f'{key}={value}' for key, value in checkpoint.config.items())}",
+        f"config   {config}",
         f"checked  {tensors} tensors and the config, equal after loading again",
         f"written  {out}: {', '.join(files)}",
     ]
     return "\n".join(lines)
+
+
+def describe_source(checkpoint: Checkpoint) -> dict[str, str]:
+    """Rows about the source for a card. Cards are public, so a local file is named without its folders."""
+    source = checkpoint.source if hub_repo(checkpoint.source) else checkpoint.path.name
+    text = f"`{source}`, `ema`" if checkpoint.use_ema else f"`{source}`"
+    return {
+        "layout": checkpoint.format.title,
+        "source": text,
+        "sha256 of the source": f"`{checkpoint.sha256}`",
+    }
 
 
 def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path, variant: str | None) -> int:
@@ -84,25 +91,37 @@ def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path, vari
     """
     converted.save_pretrained(folder)
     if variant is not None:
-        half = deepcopy(converted)  # one that is loaded from `folder` would name it in its config
-        for name, model in _models(half).items():
-            # LlamaGen runs its text encoder in bfloat16, in which it is saved. T5 overflows in float16.
-            model.to(torch.bfloat16 if name == "text_encoder" else VARIANTS[variant])
-            overflowed = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
-            if overflowed:
-                raise ValueError(f"Weights must fit {variant}, but {', '.join(overflowed)} do not. Choose bf16.")
+        half = _in_half_precision(converted, variant)
         half.save_pretrained(folder, variant=variant)
     dtypes = {name: model.dtype for name, model in _models(converted).items()}
+    dtype = converted.dtype if isinstance(converted, torch.nn.Module) else dtypes
+    loaded = type(converted).from_pretrained(folder, dtype=dtype)  # after all is written
     state = _state(converted)
-    copy = _state(type(converted).from_pretrained(folder, dtype=dtypes.get("", dtypes)))  # after all is written
-    differing = sorted(key for key, value in state.items() if not _equal(value, copy.get(key)))
+    state_of_copy = _state(loaded)
+    differing = sorted(key for key, value in state.items() if not _equal(value, state_of_copy.get(key)))
     if differing:
         raise OSError(f"What is written must equal the source, but differs in {', '.join(differing)}. Check the disk.")
     return sum(isinstance(value, torch.Tensor) for value in state.values())
 
 
+def _in_half_precision(converted: ModelMixin | DiffusionPipeline, variant: str) -> ModelMixin | DiffusionPipeline:
+    """A copy with weights in half precision, except for the codebook, which stays in float32 without help.
+
+    Raises:
+        ValueError: Weights are out of the range of `variant`.
+    """
+    half = deepcopy(converted)  # one that is loaded from its folder would name it in its config
+    for name, model in _models(half).items():
+        # LlamaGen runs its text encoder in bfloat16, in which it is saved. T5 overflows in float16.
+        model.to(torch.bfloat16 if name == "text_encoder" else VARIANTS[variant])
+        overflowed = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
+        if overflowed:
+            raise ValueError(f"Weights must fit {variant}, but {', '.join(overflowed)} do not. Choose bf16.")
+    return half
+
+
 def _models(converted: ModelMixin | DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """The model, or the models of a pipeline by name. The codebook stays in float32 without help."""
+    """The model, or the models of a pipeline by name."""
     if isinstance(converted, torch.nn.Module):
         return {"": converted}
     return {name: part for name, part in converted.components.items() if isinstance(part, torch.nn.Module)}
@@ -110,13 +129,20 @@ def _models(converted: ModelMixin | DiffusionPipeline) -> dict[str, torch.nn.Mod
 
 def _state(converted: ModelMixin | DiffusionPipeline) -> dict[str, Any]:
     """All that outputs depend on, by name: weights, buffers and configs."""
+    parts: dict[str, Any] = _models(converted)
+    parts[""] = converted
     state: dict[str, Any] = {}
-    for name, model in {"": converted, **_models(converted)}.items():
-        config = model.config if isinstance(model.config, dict) else model.config.to_dict()
-        values = {key: value for key, value in config.items() if not key.startswith("_") and key != "architectures"}
-        if isinstance(model, torch.nn.Module):
-            values |= dict(model.state_dict()) | dict(model.named_buffers())
-        state |= {f"{name}.{key}".removeprefix("."): value for key, value in values.items()}
+    for name, part in parts.items():
+        prefix = f"{name}." if name else ""
+        config = part.config if isinstance(part.config, dict) else part.config.to_dict()
+        for key, value in config.items():
+            if not key.startswith("_") and key != "architectures":
+                state[prefix + key] = value
+        if isinstance(part, torch.nn.Module):
+            for key, tensor in part.state_dict().items():
+                state[prefix + key] = tensor
+            for key, buffer in part.named_buffers():
+                state[prefix + key] = buffer
     return state
 
 
