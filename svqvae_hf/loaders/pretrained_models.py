@@ -8,6 +8,8 @@ from typing import Any, Self
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from svqvae_hf.hub.code import write_code
@@ -128,12 +130,14 @@ class SVQVAE(CardMixin, RepositoryMixin, modeling_svqvae.SVQVAE):  # type: ignor
         Returns:
             [`SVQVAE`]: The model in evaluation mode.
         """
-        return read_checkpoint(source, cls, use_ema=use_ema, **config).model(cls, dtype or torch_dtype)
+        checkpoint = read_checkpoint(source, cls, use_ema=use_ema, **config)
+        return checkpoint.model(cls, dtype or torch_dtype)
 
     def make_card(self, repo_id: str, **options: Any) -> str:
         """Text of the card; see [`~svqvae_hf.hub.model_cards.model_card`]. It inherits the licence."""
         if options.get("license") is None:
-            options["license"] = find_origin({"source": self.config.get("_name_or_path")}).license
+            origin = find_origin({"source": self.config.get("_name_or_path")})
+            options["license"] = origin.license
         return model_card(self.config, repo_id=repo_id, **options)
 
 
@@ -155,7 +159,8 @@ class NextScaleTransformer(RepositoryMixin, modeling_next_scale.NextScaleTransfo
             OSError: If the file is missing or cannot be downloaded.
             ValueError: If the file is broken, or does not hold exactly the weights of such a transformer.
         """
-        return read_next_scale_checkpoint(source, cls).model(cls, dtype)
+        checkpoint = read_next_scale_checkpoint(source, cls)
+        return checkpoint.model(cls, dtype)
 
 
 class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
@@ -177,13 +182,24 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
             **kwargs: Further arguments of transformers' method.
 
         Raises:
+            OSError: The files do not exist.
             ValueError: The weights are not exactly what the config asks for, or a file is damaged.
         """
-        check_files(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        source = os.fspath(pretrained_model_name_or_path)
+        check_files(os.path.join(source, kwargs.get("subfolder") or ""))
         with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        check_weights(os.fspath(pretrained_model_name_or_path), info)
-        return (model, info) if with_info else model
+        kwargs["ignore_mismatched_sizes"] = True  # `check_weights` lists them in one line
+        try:
+            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (SafetensorError, StrictDataclassError, KeyError, RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"`{source}` cannot be loaded, because its files are damaged: {reason}.") from error
+        check_weights(source, info)
+        if with_info:
+            return model, info
+        return model
 
     @functools.wraps(PreTrainedModel.save_pretrained)
     def save_pretrained(
@@ -225,7 +241,9 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
         """
         checkpoint = read_llamagen(source, grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema)
         model = cls.from_checkpoint(checkpoint)
-        return model if dtype is None else model.to(dtype)
+        if dtype is None:
+            return model
+        return model.to(dtype)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:

@@ -127,8 +127,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     channels = config["base_channels"]
     if channels % groups:
         raise ValueError(f"`norm_num_groups` must divide `base_channels`, but {groups} does not divide {channels}.")
-    if not isinstance(config["codebook_l2_norm"], bool):
-        raise ValueError(f"`codebook_l2_norm` must be True or False, got {config['codebook_l2_norm']!r}.")
+    for key in ("codebook_l2_norm", "force_upcast"):
+        if not isinstance(config[key], bool):
+            raise ValueError(f"`{key}` must be True or False, got {config[key]!r}.")
     check_number("dropout_p", config["dropout_p"], least=0, most=1)
     for key in ("commit_loss_beta", "entropy_loss_ratio", "scaling_factor"):
         check_number(key, config[key])

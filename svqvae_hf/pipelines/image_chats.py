@@ -1,5 +1,6 @@
 """Chats about images with a language model that has image tokens: draws, edits and captions images."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from transformers import BatchFeature, PreTrainedModel
 
@@ -206,13 +208,21 @@ class ImageChats:
 
     def _is_black(self, mask: Image.Image, grid: tuple[int, int]) -> torch.Tensor:
         """Whether the part of a mask that belongs to each code has no white, `(rows, columns)`."""
+        if mask.mode in ("LA", "PA", "RGBA"):
+            mask = mask.convert("RGB")  # without transparency
+        pixels = self.image_processor(mask)["pixel_values"]  # masks of floats and of 16 bits are scaled
+        (rgb,) = self.image_processor.postprocess(pixels)
+        grey = np.asarray(rgb.convert("L"))
+        height, width = grey.shape
         rows, columns = grid
-        f = self.vqvae.f
-        white = mask.convert("L").point(lambda value: 255 * (value > WHITE))
-        resized = ImageOps.fit(white, (columns * f, rows * f), Image.Resampling.BOX)
-        pixels = torch.from_numpy(np.array(resized))  # (rows * f, columns * f)
-        parts = pixels.view(rows, f, columns, f)
-        return parts.amax((1, 3)) == 0
+        fitted_height = min(height, width * rows / columns)  # in the middle, as `ImageOps.fit` crops the image
+        fitted_width = min(width, height * columns / rows)
+        top = (height - fitted_height) / 2
+        left = (width - fitted_width) / 2
+        cropped = grey[int(top) : math.ceil(top + fitted_height), int(left) : math.ceil(left + fitted_width)]
+        is_white = torch.from_numpy(cropped > WHITE).float()
+        has_white = F.adaptive_max_pool2d(is_white[None], grid)[0]  # a mean would lose thin strokes
+        return has_white == 0
 
     def _ask(self, questions: list[str], start: str = "", images: Any = None) -> BatchFeature:
         """Prompts of a batch, padded on the left, up to the start of the answer."""

@@ -121,6 +121,20 @@ def test_an_edit_keeps_all_codes_outside_the_mask():
             pipe.draw(["a red key"], **edit)
 
 
+def test_masks_keep_their_thin_strokes_and_may_be_floats():
+    """Also on large photographs, of which only the middle is drawn."""
+    pipe = ImageLanguageModel(*load_extended("qwen"))
+    mask = Image.new("L", (900, 600))
+    mask.putpixel((449, 10), 255)
+    mask.putpixel((10, 300), 255)  # left of the middle
+    photo = Image.new("RGB", mask.size)
+    expected = [[True, False, True, True]] + [[True] * 4] * 3
+    assert pipe._ids_to_keep([photo], [mask], (4, 4), 1)[1][0].tolist() == expected
+    floats = Image.fromarray(np.asarray(mask, np.float32) / 255)
+    assert floats.mode == "F"
+    assert pipe._ids_to_keep([photo], [floats], (4, 4), 1)[1][0].tolist() == expected
+
+
 def test_sampling_of_images_defaults_to_the_generation_config():
     pipe = ImageLanguageModel(*load_extended("qwen"))
     asked = pipe.draw(["a cat"], guidance_scale=3.0, top_k=5, generator=generators(1))

@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import ROOT, make_tiny
 from diffusers import VQModel
+from generators import make_next_scale
 from safetensors.torch import load_file, save_file
 
-from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
+from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, SVQVAE, NextScaleTransformer, SVQVAEImageProcessor
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -104,3 +105,32 @@ def test_what_diffusers_would_do_otherwise_in_silence_raises(saved_model, tmp_pa
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(ValueError, match="photo.jpg` must be a folder, but is a file"):
         SVQVAE.from_pretrained(saved_model).save_pretrained(tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"org/model"', "3"])
+def test_a_config_that_is_no_object_is_named(tiny_model, tmp_path, content):
+    tiny_model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"cannot be loaded: `{tmp_path}/config.json` must hold a JSON object, but"):
+        SVQVAE.from_pretrained(tmp_path)
+
+
+def test_a_model_in_a_subfolder_is_pointed_at(tmp_path):
+    advice = r"in a folder of its own. Load it with `from_pretrained\(..., subfolder='vqvae'\)`"
+    with pytest.raises(OSError, match=advice):
+        SVQVAE.from_pretrained(DEFAULT_GENERATOR)
+    make_next_scale().save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=advice):
+        SVQVAE.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="subfolder='transformer'"):
+        NextScaleTransformer.from_pretrained(tmp_path)
+    assert SVQVAE.from_pretrained(tmp_path, subfolder="vqvae").f == 4
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_cut_weights_are_named(tiny_model, tmp_path, size):
+    tiny_model.save_pretrained(tmp_path)
+    path = tmp_path / WEIGHTS
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(OSError, match=f"{path}"):
+        SVQVAE.from_pretrained(tmp_path)

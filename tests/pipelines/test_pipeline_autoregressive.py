@@ -163,6 +163,7 @@ def test_a_vqvae_with_another_codebook_raises(saved):
 
 LABELS_AND_SIZES = [
     ({"class_labels": 3}, "`class_labels` must be in [0, 3), got 3"),
+    ({"class_labels": []}, "`class_labels` must be in [0, 3), got []"),
     ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be at least 1, got 0"),
     ({"output_type": "jpeg"}, "`output_type` must be one of pil, np, pt, latent, got 'jpeg'"),
     ({"generator": [seeded()] * 2}, "`generator` must have one generator per image, 1, got 2"),
@@ -181,6 +182,30 @@ def test_values_out_of_range_raise(pipeline, calls):
     for call, message in calls:
         with pytest.raises(ValueError, match=re.escape(message)):
             pipeline(**call)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"class_labels": [None]}, "`class_labels` must be numbers or names of classes, got None"),
+        ({"class_labels": [True]}, "`class_labels` must be numbers or names of classes, got True"),
+        ({"class_labels": [0.5]}, "`class_labels` must be tensors of integers, got torch.float32"),
+        ({"top_k": 2.5}, "`top_k` must be an integer, got 2.5"),
+        ({"temperature": "hot"}, "`temperature` must be a number, got 'hot'"),
+        ({"num_images_per_prompt": None}, "`num_images_per_prompt` must be an integer, got None"),
+    ],
+)
+def test_values_of_other_types_raise(pipeline, call, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        pipeline(**call)
+
+
+def test_numbers_of_numpy_are_numbers(pipeline):
+    settings = {"output_type": "latent", "generator": seeded()}
+    expected = pipeline([1], top_k=5, top_p=0.5, temperature=2.0, **settings).images
+    settings["generator"] = seeded()
+    numbers = {"top_k": np.int64(5), "top_p": np.float32(0.5), "temperature": np.float64(2)}
+    assert torch.equal(pipeline([np.int64(1)], **numbers, **settings).images, expected)
 
 
 def test_labels_of_a_model_without_classes_raise():

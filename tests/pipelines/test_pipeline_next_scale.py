@@ -1,5 +1,7 @@
 """The next-scale pipeline, against the original code and by its properties."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -182,6 +184,53 @@ def test_known_ids_are_those_of_a_token_set(editor, photo, sides):
     expected = editor.vqvae.encode_tokens(sample, [side / 4 for side in TRAINED], editor.config["scale_from"])
     found = collect(editor, 1, *sides, image=image, mask_image=Image.new("L", image.size))
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"x"', "{}", '{"_class_name": 3}'])
+def test_an_index_that_is_no_object_is_named(pipeline, tmp_path, content):
+    pipeline.save_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text(content)
+    with pytest.raises(ValueError, match=f"the index of `{tmp_path}` must"):
+        SVQVAENextScalePipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("entry", [None, [], [None, None, {}], [None, None, {"type_hint": ["a", "b"]}]])
+def test_a_broken_component_of_a_modular_index_is_named(pipeline, tmp_path, entry):
+    pipeline.save_pretrained(tmp_path, standalone=True)
+    path = tmp_path / "modular_model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": entry}))
+    with pytest.raises(ValueError, match=f"the index of `{tmp_path}` (must say|names an unknown class)"):
+        SVQVAENextScalePipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("mode", "white"), [("F", 1.0), ("I", 65535), ("I;16", 65535), ("La", 255), ("RGBA", 255)])
+def test_masks_of_any_mode_are_the_same_mask(editor, photo, mode, white):
+    image = photo.resize((16, 16))
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 8))
+    deep = Image.new(mode, (16, 16))
+    for x in range(8):
+        for y in range(8):
+            deep.putpixel((x, y), (white,) * len(mode) if mode in ("La", "RGBA") else white)
+    call = {"image": image, "temperature": 0}
+    for found, expected in zip(
+        collect(editor, 1, **call, mask_image=deep), collect(editor, 1, **call, mask_image=mask), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_one_white_pixel_of_a_large_mask_is_drawn(editor, photo):
+    mask = Image.new("L", (512, 512))
+    mask.putpixel((300, 100), 255)
+    scales = collect(editor, 1, image=photo.resize((512, 512)), mask_image=mask, top_k=1)
+    kept = collect(editor, 1, image=photo.resize((512, 512)), mask_image=Image.new("L", (512, 512)))
+    changed = [(ids != known)[0] for ids, known in zip(scales, kept, strict=True)]
+    for is_changed in changed:
+        side = len(is_changed)
+        is_changed[100 * side // 512, 300 * side // 512] = False
+        assert not is_changed.any()
+    is_drawn = editor._encode_known(photo.resize((512, 512)), mask, [(4, 4)], 16, 16)[0].is_kept.logical_not()
+    assert is_drawn.nonzero().tolist() == [[0, 0, 2]]
 
 
 def test_ids_outside_the_mask_are_kept_at_every_scale(editor, photo):
