@@ -53,22 +53,24 @@ class Codebook(nn.Module):
         self.weight = nn.Parameter(torch.randn(size, dim))  # uniform on the sphere once normalised
         self.l2_norm = l2_norm
 
-    def forward(self) -> torch.Tensor:
-        """Returns a copy of all codes as stored, not normalised, `(size, dim)`.
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns all codes, `(size, dim)`, as stored, and in float32 as they are compared, at unit length if `l2_norm`.
 
-        The weight itself would not do, because hooks move it elsewhere after the call.
+        Neither is the weight itself, because hooks move it elsewhere after the call.
         """
-        return self.weight.clone()
+        stored = self.weight.clone()
+        if self.l2_norm:
+            return stored, F.normalize(self.weight.float(), dim=-1)
+        return stored, stored.float()
 
     def table(self) -> torch.Tensor:
         """All codes as stored, not normalised, `(size, dim)`."""
-        return self()
+        stored, _ = self()
+        return stored
 
     def codes(self) -> torch.Tensor:
         """All codes as they are compared, `(size, dim)` in float32, at unit length if `l2_norm`."""
-        codes = self.table().float()
-        if self.l2_norm:
-            return F.normalize(codes, dim=-1)
+        _, codes = self()
         return codes
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
