@@ -17,19 +17,19 @@ from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.layers import Area
 from svqvae_hf.models.loading import execution_device
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.models.tiling import Read, RunWindow, TiledRun, run_tiles, tile_axis
+from svqvae_hf.models.tiling import Read, RunWindow, TiledRun, Tiles, run_tiles, tile_axis
 from svqvae_hf.tokens.image_tokens import image_tokens
 from svqvae_hf.tokens.token_files import ImageTokens
 
 
 @torch.inference_mode()
-def encode_large(model: SVQVAE, source: Path, tiles: tuple[int, int] | None = None) -> ImageTokens:
+def encode_large(model: SVQVAE, source: Path, tiles: Tiles | None = None) -> ImageTokens:
     """Encodes an image of any size to the ids of `encode_image` with equal tiles. Shows a progress bar on a terminal.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode.
         source (`Path`): Image, see [`open_large_image`].
-        tiles (`tuple[int, int]`, *optional*): Tile size and overlap in pixels, see [`SVQVAE.enable_tiling`]. By
+        tiles ([`Tiles`], *optional*): Tile size and overlap in pixels, see [`SVQVAE.enable_tiling`]. By
             default the model's: 256 and 32 unless others were set.
 
     Returns:
@@ -40,7 +40,7 @@ def encode_large(model: SVQVAE, source: Path, tiles: tuple[int, int] | None = No
     """
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     device = execution_device(model)
-    tiles = tiles or (model.tile_size, model.overlap)
+    tiles = tiles or Tiles(model.tile_size, model.overlap)
     with open_large_image(source) as image:
         ids = torch.empty([-(-side // model.f) for side in (image.height, image.width)], dtype=torch.int32)
 
@@ -57,14 +57,14 @@ def encode_large(model: SVQVAE, source: Path, tiles: tuple[int, int] | None = No
 
 
 @torch.inference_mode()
-def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path, tiles: tuple[int, int] | None = None) -> None:
+def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path, tiles: Tiles | None = None) -> None:
     """Writes an image of any size: the same pixels as `decode_image` returns. Shows a progress bar on a terminal.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode.
         tokens ([`ImageTokens`]): Ids at scale 1.
         target (`Path`): Image to write, a tiled BigTIFF; its folder is created. It is complete or absent.
-        tiles (`tuple[int, int]`, *optional*): As in [`encode_large`].
+        tiles ([`Tiles`], *optional*): As in [`encode_large`].
 
     Raises:
         ValueError: If the tokens have other scales or another codebook.
@@ -78,7 +78,7 @@ def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path, tiles: tuple[
     f, (ids,) = model.f, tokens.ids
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     device = execution_device(model)
-    tiles = tiles or (model.tile_size, model.overlap)
+    tiles = tiles or Tiles(model.tile_size, model.overlap)
 
     def read(rows: slice, columns: slice) -> torch.Tensor:
         window = ids[rows, columns].to(device, torch.int64)
@@ -94,14 +94,14 @@ def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path, tiles: tuple[
 
 
 def _run_tiles(
-    model: SVQVAE, run: RunWindow, read: Read, size: torch.Size, input_stride: int, tiles: tuple[int, int]
+    model: SVQVAE, run: RunWindow, read: Read, size: torch.Size, input_stride: int, tiles: Tiles
 ) -> Iterator[tuple[Area, torch.Tensor]]:
     hook = getattr(model, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(model)  # loads offloaded weights, as `encode` and `decode` do
-    check_tiles(model.f, *tiles)
+    check_tiles(model.f, tiles.tile_size, tiles.overlap)
     height, width = size
-    tiled = TiledRun(run, read, (height, width), tiles[0] // model.f, tiles[1] // model.f, input_stride)
+    tiled = TiledRun(run, read, (height, width), tiles.tile_size // model.f, tiles.overlap // model.f, input_stride)
     total = math.prod(len(tile_axis(side, tiled.tile, tiled.overlap)) for side in size)
     results = run_tiles(tiled)
     return iter(tqdm(results, total=total, unit="tile", leave=False, delay=1, disable=None))

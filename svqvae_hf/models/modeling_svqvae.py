@@ -50,7 +50,7 @@ from .layers import AttentionProcessor, Conv3x3, GroupNorm, RepeatConv2d, TileCo
 from .loading import StrictLoadingMixin
 from .quantizer import VectorQuantizer, VQLosses
 from .resizing import resize, resize_latents, resize_sample
-from .tiling import OVERLAP_PX, TILE_SIZE_PX, TilingMixin
+from .tiling import OVERLAP_PX, TILE_SIZE_PX, Tiles, TilingMixin
 
 
 @dataclass
@@ -445,8 +445,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
         force_not_quantize: bool = False,
         return_dict: bool = True,
         shape: tuple[int, int, int, int] | None = None,
-        tile_size: int | None = None,
-        overlap: int | None = None,
+        tiles: Tiles | tuple[int, int] | None = None,
     ) -> SVQVAEDecoderOutput | tuple[torch.Tensor]:
         """Decodes ids or latents, told apart by their type: integers are looked up, floats are quantised.
 
@@ -456,8 +455,8 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             force_not_quantize (`bool`, defaults to `False`): See [`~SVQVAE.forward`].
             return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
             shape (`tuple[int, int, int, int]`, *optional*): `(batch, h, w, codebook_embed_dim)` of ids.
-            tile_size (`int`, *optional*): Tile size of this call, see [`~SVQVAE.enable_tiling`]. Switches tiling on.
-            overlap (`int`, *optional*): Overlap of this call. Switches tiling on.
+            tiles ([`Tiles`] or `tuple[int, int]`, *optional*): Tile size and overlap of this call in pixels, as in
+                [`~SVQVAE.enable_tiling`]. By default those that are enabled, if any.
 
         Returns:
             [`SVQVAEDecoderOutput`] or `tuple`: Sample `(batch, out_channels, h * f, w * f)`, not clamped.
@@ -477,7 +476,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             check_ids(h, self.config, shape)
             grid = (*h.shape, self.config["codebook_embed_dim"]) if shape is None else shape
             quantized = self.quantize.get_codebook_entry(h.long(), grid)
-        sample = self._decode(quantized.to(self.dtype), self.tiles_of_call(tile_size, overlap))
+        sample = self._decode(quantized.to(self.dtype), self._check_tiles(tiles))
         if not return_dict:
             return (sample,)
         return SVQVAEDecoderOutput(sample=sample)
@@ -488,8 +487,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
         sample: torch.Tensor,
         scales: Sequence[float],
         scale_from: str = "image",
-        tile_size: int | None = None,
-        overlap: int | None = None,
+        tiles: Tiles | tuple[int, int] | None = None,
     ) -> list[torch.Tensor]:
         """Encodes images to the latents of each scale, before quantisation.
 
@@ -501,8 +499,8 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
                 and the encoder runs for each scale (an image pyramid). With `"latents"` the encoder runs once and its
                 latents are resized, as in the original and in FlexVAR: faster, but 1 to 3 dB worse from as many ids.
                 At scale 1 both are the same.
-            tile_size (`int`, *optional*): Tile size of this call, see [`~SVQVAE.enable_tiling`]. Switches tiling on.
-            overlap (`int`, *optional*): Overlap of this call. Switches tiling on.
+            tiles ([`Tiles`] or `tuple[int, int]`, *optional*): Tile size and overlap of this call in pixels, as in
+                [`~SVQVAE.enable_tiling`]. By default those that are enabled, if any.
 
         Returns:
             `list[torch.Tensor]`: Latents `(batch, codebook_embed_dim, max(1, round(scale * h)), max(1, round(scale *
@@ -514,14 +512,14 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
         check_sample(sample, self.config, self.dtype, self.training)
         check_scale_from(scale_from)
         scales = check_scales(scales)
-        tiles = self.tiles_of_call(tile_size, overlap)
+        tiles_of_call = self._check_tiles(tiles)
         if scale_from == "latents":
-            latents = self._encode(sample, tiles)
+            latents = self._encode(sample, tiles_of_call)
             return [resize_latents(latents, scale) for scale in scales]
         latents_of_scales = []
         for scale in scales:
             resized = resize_sample(sample, scale, self.f)
-            latents_of_scales.append(self._encode(resized, tiles))
+            latents_of_scales.append(self._encode(resized, tiles_of_call))
         return latents_of_scales
 
     @apply_forward_hook
@@ -531,8 +529,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
         sample: torch.Tensor,
         scales: float | Sequence[float] | None = None,
         scale_from: str = "image",
-        tile_size: int | None = None,
-        overlap: int | None = None,
+        tiles: Tiles | tuple[int, int] | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
         """Encodes images to ids, without gradients.
 
@@ -541,15 +538,15 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
                 `pixel_range`.
             scales (`float` or `Sequence[float]`, *optional*): One scale or several, each above 0.
             scale_from (`str`, defaults to `"image"`): See [`~SVQVAE.encode_scales`].
-            tile_size (`int`, *optional*): Tile size of this call, see [`~SVQVAE.enable_tiling`]. Switches tiling on.
-            overlap (`int`, *optional*): Overlap of this call. Switches tiling on.
+            tiles ([`Tiles`] or `tuple[int, int]`, *optional*): Tile size and overlap of this call in pixels, as in
+                [`~SVQVAE.enable_tiling`]. By default those that are enabled, if any.
 
         Returns:
             `torch.Tensor` or `list[torch.Tensor]`: Ids `(batch, h, w)` in int64. For several scales, a list with one
             grid per scale, in the same order. The shape of a grid does not depend on `scale_from`.
         """
         checked = [1.0] if scales is None else check_scales(scales)
-        latents = self.encode_scales(sample, checked, scale_from, tile_size, overlap)
+        latents = self.encode_scales(sample, checked, scale_from, tiles)
         grids = [self.quantize.nearest_ids(latents_of_scale) for latents_of_scale in latents]
         if is_list_of_scales(scales):
             return grids
@@ -557,14 +554,14 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
 
     @apply_forward_hook
     def decode_tokens(
-        self, ids: torch.Tensor | list[torch.Tensor], tile_size: int | None = None, overlap: int | None = None
+        self, ids: torch.Tensor | list[torch.Tensor], tiles: Tiles | tuple[int, int] | None = None
     ) -> torch.Tensor | list[torch.Tensor]:
         """Decodes ids to images.
 
         Args:
             ids (`torch.Tensor` of shape `(batch, h, w)` or a list of them): Integers in `[0, codebook_size)`.
-            tile_size (`int`, *optional*): Tile size of this call, see [`~SVQVAE.enable_tiling`]. Switches tiling on.
-            overlap (`int`, *optional*): Overlap of this call. Switches tiling on.
+            tiles ([`Tiles`] or `tuple[int, int]`, *optional*): Tile size and overlap of this call in pixels, as in
+                [`~SVQVAE.enable_tiling`]. By default those that are enabled, if any.
 
         Returns:
             `torch.Tensor` or `list[torch.Tensor]`: Images `(batch, out_channels, h * f, w * f)`, clamped to
@@ -575,9 +572,9 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             TypeError: If `ids` is not a tensor of an integer type.
         """
         if isinstance(ids, list | tuple):
-            return [self.decode_tokens(grid, tile_size, overlap) for grid in ids]
+            return [self.decode_tokens(grid, tiles) for grid in ids]
         check_ids(ids, self.config)
-        sample = self.decode(ids, tile_size=tile_size, overlap=overlap).sample
+        sample = self.decode(ids, tiles=tiles).sample
         return sample.clamp(*self.config["pixel_range"])
 
     def forward(
@@ -629,8 +626,8 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             scales = [patch_num * self.f / tile_size for patch_num in check_scales(patch_nums, "`patch_nums`")]
             scale_from = "latents"
         checked = [1.0] if scales is None else check_scales(scales)
-        latents = self.encode_scales(sample, checked, scale_from, tile_size, overlap)
         tiles = self.tiles_of_call(tile_size, overlap)
+        latents = self.encode_scales(sample, checked, scale_from, tiles)
         samples: list[torch.Tensor] = []
         losses: list[Any] = []
         ids: list[torch.Tensor] = []

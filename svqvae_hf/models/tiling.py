@@ -263,6 +263,14 @@ class TilingMixin(ModelMixin):
             overlap = min(self.overlap, quarter_of_tile(tile_size, self.f))
         return Tiles(tile_size, overlap)
 
+    def _check_tiles(self, tiles: Tiles | tuple[int, int] | None) -> Tiles | None:
+        """Tiles of a call, by default those that are enabled. Raises ValueError if they do not fit."""
+        if tiles is None:
+            return self.tiles_of_call()
+        tile_size, overlap = tiles
+        check_tiles(self.f, tile_size, overlap)
+        return Tiles(tile_size, overlap)
+
     def _encode(self, sample: torch.Tensor, tiles: Tiles | None) -> torch.Tensor:
         padded = pad_to_multiple(sample, self.f)
         return self._run(self.encode_window, padded, tiles, input_stride=self.f, output_stride=1)

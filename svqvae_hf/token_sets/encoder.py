@@ -10,6 +10,7 @@ import torch
 
 from svqvae_hf.models.loading import execution_device
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.models.tiling import Tiles
 from svqvae_hf.token_sets.crops import CROPS, CroppedImage
 from svqvae_hf.token_sets.manifest import PartRecord
 from svqvae_hf.token_sets.settings import TokenSettings
@@ -62,7 +63,7 @@ class RowEncoder:
         self.device = execution_device(self.model)  # each look-up visits all modules
         self.dtype = self.model.dtype
         self.black, self.white = self.model.config["pixel_range"]
-        self.tiles: dict[tuple[int, ...], tuple[int, int] | None] = {}  # of batches by their shape
+        self.tiles: dict[tuple[int, ...], Tiles | None] = {}  # of batches by their shape
 
     def encode(
         self, images: Iterable[CroppedImage], record: PartRecord, on_image: Callable[[], object]
@@ -145,7 +146,7 @@ class RowEncoder:
             pixels = pixels.pin_memory()
         unit = pixels.to(self.device, non_blocking=True).float().div_(255)
         sample = unit.mul_(self.white - self.black).add_(self.black)  # as the image processor, with fewer copies
-        encoded = self.model.encode_tokens(sample.to(self.dtype), settings.scales, settings.scale_from, *(tiles or ()))
+        encoded = self.model.encode_tokens(sample.to(self.dtype), settings.scales, settings.scale_from, tiles)
         grids = [grid.cpu() for grid in encoded]  # (B, h, w) for each scale
         for number, crop in enumerate(crops):
             ids = [grid[number] for grid in grids]
@@ -158,14 +159,14 @@ class RowEncoder:
         for column, grid in zip(self.settings.id_columns, ids, strict=True):
             row[column] = grid.flatten().numpy().astype(self.settings.id_dtype)
 
-    def _store_compressed(self, row: dict[str, Any], ids: list[torch.Tensor], tiles: tuple[int, int] | None) -> None:
+    def _store_compressed(self, row: dict[str, Any], ids: list[torch.Tensor], tiles: Tiles | None) -> None:
         settings = self.settings
         tokens = image_tokens(
             self.model, ids, row["height"], row["width"], settings.scales, settings.scale_from, tiles
         )
         row["tokens"] = token_file_content(tokens, self.context_model)
 
-    def _tiles(self, shape: torch.Size, key: str) -> tuple[int, int] | None:
+    def _tiles(self, shape: torch.Size, key: str) -> Tiles | None:
         """Tiles of a batch. Raises if it needs more memory than is available."""
         if shape not in self.tiles:
             settings = self.settings

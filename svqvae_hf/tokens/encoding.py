@@ -9,6 +9,7 @@ from typing import Any, Self
 from svqvae_hf.models.checks import INTEGER_LIMIT, check_integers, check_scale_from
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.resizing import grid_shape
+from svqvae_hf.models.tiling import Tiles
 
 FORMAT_VERSION = 1  # of token files and of the settings of token sets
 FINGERPRINT = re.compile("[0-9a-f]{64}")
@@ -57,9 +58,11 @@ class Encoding:
         return grid_shape(height, width, self.f, scale)
 
     @property
-    def tiles(self) -> tuple[int, int] | None:
+    def tiles(self) -> Tiles | None:
         """Tile size and overlap in pixels; `None` without tiles."""
-        return None if self.tile_size is None or self.overlap is None else (self.tile_size, self.overlap)
+        if self.tile_size is None or self.overlap is None:
+            return None
+        return Tiles(self.tile_size, self.overlap)
 
     def to_record(self) -> dict[str, Any]:
         """Content of a JSON document that [`from_record`] reads: the format version, and all values except ids."""
@@ -89,9 +92,7 @@ class Encoding:
         return cls(**values | {"scales": tuple(values["scales"])}, **others)
 
 
-def encoding_of(
-    model: SVQVAE, scales: Sequence[float], scale_from: str, tiles: tuple[int, int] | None = None
-) -> dict[str, Any]:
+def encoding_of(model: SVQVAE, scales: Sequence[float], scale_from: str, tiles: Tiles | None = None) -> dict[str, Any]:
     """How a model encodes images, as arguments of [`Encoding`]. By default, with the tiles that are enabled on it."""
     tile_size, overlap = tiles or model.tiles_of_call() or (None, None)
     return {

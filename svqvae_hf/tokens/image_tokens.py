@@ -12,6 +12,7 @@ from svqvae_hf.models.checks import check_same_codebook, check_scales
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.loading import execution_device
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.models.tiling import Tiles
 from svqvae_hf.tokens.encoding import encoding_of
 from svqvae_hf.tokens.token_files import ImageTokens, check_tokens
 
@@ -31,7 +32,7 @@ def encode_image(
     image: Image.Image,
     scales: float | Sequence[float] = 1,
     scale_from: str = "image",
-    tiles: tuple[int, int] | None = None,
+    tiles: Tiles | None = None,
 ) -> ImageTokens:
     """Encodes an image to ids at each scale.
 
@@ -40,7 +41,7 @@ def encode_image(
         image (`PIL.Image.Image`): Image of any size.
         scales (`float` or `Sequence[float]`, defaults to 1): Output side over input side, each above 0.
         scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`SVQVAE.encode_scales`].
-        tiles (`tuple[int, int]`, *optional*): Tile size and overlap in pixels, see [`SVQVAE.enable_tiling`]. By
+        tiles ([`Tiles`], *optional*): Tile size and overlap in pixels, see [`SVQVAE.enable_tiling`]. By
             default the model's, if tiling is enabled.
 
     Returns:
@@ -52,7 +53,7 @@ def encode_image(
     ((height, width),) = batch["image_sizes"]
     sample = batch["pixel_values"].to(execution_device(model), model.dtype)
     with torch.inference_mode():
-        grids = model.encode_tokens(sample, scales, scale_from, *(tiles or ()))
+        grids = model.encode_tokens(sample, scales, scale_from, tiles)
     ids = [grid[0].cpu() for grid in grids]
     return image_tokens(model, ids, height, width, scales, scale_from, tiles)
 
@@ -64,7 +65,7 @@ def image_tokens(
     width: int,
     scales: float | Sequence[float],
     scale_from: str = "image",
-    tiles: tuple[int, int] | None = None,
+    tiles: Tiles | None = None,
 ) -> ImageTokens:
     """Joins the ids of an image with the facts of the model that a token file stores.
 
@@ -77,20 +78,20 @@ def image_tokens(
         width (`int`): Width of the image in pixels.
         scales (`float` or `Sequence[float]`): Output side over input side, one per grid.
         scale_from (`str`, defaults to `"image"`): What was resized to the scales.
-        tiles (`tuple[int, int]`, *optional*): Tile size and overlap that the model was called with.
+        tiles ([`Tiles`], *optional*): Tile size and overlap that the model was called with.
     """
     scales = check_scales(scales)
     scale_from = "latents" if set(scales) == {1} else scale_from
     return ImageTokens(ids, height, width, **encoding_of(model, scales, scale_from, tiles))
 
 
-def decode_image(model: SVQVAE, tokens: ImageTokens, tiles: tuple[int, int] | None = None) -> list[Image.Image]:
+def decode_image(model: SVQVAE, tokens: ImageTokens, tiles: Tiles | None = None) -> list[Image.Image]:
     """Decodes ids to the images that `model(image, scales)` reconstructs.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode.
         tokens ([`ImageTokens`]): Ids of one image, from the codebook of the model.
-        tiles (`tuple[int, int]`, *optional*): Tile size and overlap in pixels, see [`SVQVAE.enable_tiling`]. By
+        tiles ([`Tiles`], *optional*): Tile size and overlap in pixels, see [`SVQVAE.enable_tiling`]. By
             default the model's, if tiling is enabled.
 
     Returns:
@@ -108,7 +109,7 @@ def decode_image(model: SVQVAE, tokens: ImageTokens, tiles: tuple[int, int] | No
     with torch.inference_mode():
         for ids, scale in zip(tokens.ids, tokens.scales, strict=True):
             grid = ids[None].to(execution_device(model))
-            decoded = model.decode(grid, False, True, None, *(tiles or ())).sample
+            decoded = model.decode(grid, tiles=tiles).sample
             images += processor.postprocess(model.resize_to_image(decoded, image_size, scale))
     return images
 
@@ -145,7 +146,7 @@ def choose_tiles(
     tile_size: int | None = None,
     overlap: int | None = None,
     images: int = 1,
-) -> tuple[int, int] | None:
+) -> Tiles | None:
     """Chooses the tiles of an image at several scales, and checks before the work that its memory suffices.
 
     Args:
@@ -159,7 +160,7 @@ def choose_tiles(
         images (`int`, defaults to 1): Number of images in a batch.
 
     Returns:
-        `tuple[int, int]`, *optional*: Tile size and overlap in pixels; `None` to run the image as a whole.
+        [`Tiles`], *optional*: Tile size and overlap in pixels; `None` to run the image as a whole.
 
     Raises:
         TooLargeError: The estimate exceeds the available memory.
@@ -169,7 +170,7 @@ def choose_tiles(
     tiles = model.tiles_of_call(tile_size, overlap)
     if tiles is None and whole_bytes(model, largest * height, largest * width) > GIB:
         tiles = model.tiles_of_call(model.tile_size)
-    limit = tiles[0] if tiles else math.inf
+    limit = tiles.tile_size if tiles else math.inf
     sides = [min(limit, largest * side) for side in (height, width)]
     needed = images * (whole_bytes(model, *sides) + PIXEL_BYTES * largest**2 * height * width)
     available = available_memory(execution_device(model))

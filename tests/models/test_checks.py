@@ -53,6 +53,16 @@ def test_wrong_config_is_refused(config, message):
         (lambda m: m.enable_tiling(64, 6), ValueError, "f = 4 .* got 6. The nearest is 8"),
         (lambda m: m.enable_tiling(64, 32), ValueError, "less than half .* got 32. The nearest is 28"),
         (lambda m: m(torch.rand(1, 3, 8, 8), tile_size="16"), ValueError, "integer number of pixels, got '16'"),
+        (
+            lambda m: m.encode_tokens(torch.rand(1, 3, 8, 8), tiles=(62, 8)),
+            ValueError,
+            "f = 4, got 62. The nearest is 64",
+        ),
+        (
+            lambda m: m.decode_tokens(torch.zeros(1, 2, 2, dtype=int), (64, 32)),
+            ValueError,
+            "half .* got 32. The nearest",
+        ),
         (lambda m: m.encode_tokens(torch.rand(1, 3, 8, 8), []), ValueError, "at least one scale, got none"),
         (lambda m: m.decode(m.encode(torch.rand(1, 3, 8, 8))), TypeError, "got SVQVAEEncoderOutput. Pass its `.lat"),
         (lambda m: m.decode(torch.zeros(30, dtype=int), shape=(1, 5, 6)), ValueError, r"be \(batch, h, w, 8\) for as"),

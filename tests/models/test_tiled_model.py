@@ -9,7 +9,7 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.models import tiling
 from svqvae_hf.models.layers import Area, GroupNorm, WindowSample
 from svqvae_hf.models.modeling_svqvae import AttnBlock
-from svqvae_hf.models.tiling import TiledRun, sample_windows
+from svqvae_hf.models.tiling import TiledRun, Tiles, sample_windows
 
 pytestmark = pytest.mark.usefixtures("few_windows", "no_grad")
 
@@ -47,6 +47,20 @@ def test_decoding_a_core_is_exact_and_cheaper(config, core):
     torch.testing.assert_close(decoded, whole[..., rows, columns], rtol=1e-5, atol=2e-5)
     share = of_core.get_total_flops() / of_window.get_total_flops()
     assert share == 1 if core.rows == slice(0, 40) else share < 0.9
+
+
+def test_tiles_of_a_call_are_those_that_would_be_enabled(tiny_model):
+    images = torch.rand(1, 3, 60, 100)
+    ids = tiny_model.encode_tokens(images, tiles=(32, 8))
+    scales = tiny_model.encode_scales(images, [1, 0.5], tiles=Tiles(32, 8))
+    decoded = tiny_model.decode_tokens(ids, tiles=(32, 8))
+    (listed,) = tiny_model.decode_tokens([ids], tiles=(32, 8))
+    assert not torch.equal(decoded, tiny_model.decode_tokens(ids))
+    tiny_model.enable_tiling(32, 8)
+    assert torch.equal(tiny_model.encode_tokens(images), ids)
+    assert all(map(torch.equal, tiny_model.encode_scales(images, [1, 0.5]), scales))
+    assert torch.equal(tiny_model.decode_tokens(ids), decoded)
+    assert torch.equal(listed, decoded)
 
 
 def test_image_of_one_tile_is_not_tiled(tiny_model):
