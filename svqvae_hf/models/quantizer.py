@@ -54,7 +54,7 @@ class Codebook(nn.Module):
         self.l2_norm = l2_norm
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns all codes, `(size, dim)`, as stored and as they are compared: in float32, at unit length if `l2_norm`.
+        """Returns all codes, `(size, dim)`, as stored, and as they are compared, at unit length if `l2_norm`.
 
         Neither is the weight itself, because hooks move it elsewhere after the call.
         """
