@@ -63,18 +63,16 @@ def find_origin(
         license = _common_licence(licences, sources)
     rows = {}
     for row, source in sources.items():
-        rows[row] = f"`{public_name(source)}` (licence: {licences.get(row, 'not known')})"
-    if STARTED_FROM not in sources:
-        return Origin(license, None, rows)
-    start = sources[STARTED_FROM]
-    card = cards[STARTED_FROM]
+        licence = licences.get(row, "not known")
+        rows[row] = f"`{public_name(source)}` (licence: {licence})"
     base_model = None
-    if card is not None:
-        base_model = _base_model(card)
-        for row, value in _origin_rows(card).items():
+    start = cards.get(STARTED_FROM)
+    if start is not None:
+        base_model = _base_model(start)
+        for row, value in _origin_rows(start).items():
             rows[f"before: {row}"] = value
-    if is_hub_id(start):
-        base_model = start
+    if STARTED_FROM in sources and is_hub_id(sources[STARTED_FROM]):
+        base_model = sources[STARTED_FROM]
     return Origin(license, base_model, rows)
 
 

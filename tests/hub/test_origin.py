@@ -73,3 +73,22 @@ def test_broken_card_is_named(tmp_path):
     (tmp_path / "README.md").write_text("---\n[\n---\n")
     with pytest.raises(ValueError, match=f"the card of `{tmp_path}`, README.md, must start with YAML"):
         find_origin({"vqvae": str(tmp_path)})
+
+
+@pytest.mark.parametrize("metadata", ["tags: 3", "tags: svqvae", "base_model: 3", "base_model: {a: b}", "license: []"])
+def test_metadata_of_other_types_states_nothing(tmp_path, metadata):
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n")
+    assert find_origin({STARTED_FROM: str(tmp_path)})[:2] == (None, None)
+
+
+def test_the_first_of_several_base_models_is_named(tmp_path):
+    (tmp_path / "README.md").write_text("---\nbase_model:\n- org/first\n- org/second\n---\n")
+    assert find_origin({STARTED_FROM: str(tmp_path)}).base_model == "org/first"
+
+
+@pytest.mark.parametrize("metadata", ["- a", "3", "license: 3", "license: {a: b}"])
+def test_metadata_that_is_no_card_is_one_line(tmp_path, metadata):
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n")
+    with pytest.raises(ValueError, match="card") as error:
+        find_origin({"vqvae": str(tmp_path)})
+    assert "\n" not in str(error.value)

@@ -3,17 +3,20 @@
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_tiny
+from diffusers.image_processor import VaeImageProcessor
 from generators import make_autoregressive
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from svqvae_hf import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.labels import encode_labels
+from svqvae_hf.pipelines.modular_blocks import DecodeStep
 
 
 def seeded(seed=0):
@@ -156,6 +159,19 @@ def test_a_vqvae_with_another_codebook_raises(saved):
         other.quantize.embedding.weight[3] *= -1
     with pytest.raises(ValueError, match="must have the codebook whose ids .* but has one with .* Use the SVQVAE"):
         SVQVAEAutoregressivePipeline.from_pretrained(saved, vqvae=other)
+
+
+def test_blocks_compare_the_codebook_with_the_one_of_training(pipeline):
+    config = {"codebook_fingerprint": pipeline.config["codebook_fingerprint"]}
+    values = SimpleNamespace(ids=torch.zeros(1, 4, 4, dtype=torch.int64), output_type="np")
+    processor = VaeImageProcessor(do_normalize=False)
+    components = SimpleNamespace(vqvae=pipeline.vqvae, config=config, image_processor=processor)
+    DecodeStep().run(components, values)
+    assert values.images.shape == (1, 16, 16, 3)
+    components.vqvae = make_tiny()
+    components.vqvae.quantize.embedding.weight.data.neg_()
+    with pytest.raises(ValueError, match="must have the codebook whose ids .* but has one with .* Use the SVQVAE"):
+        DecodeStep().run(components, values)
 
 
 # Wrong input
