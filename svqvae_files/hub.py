@@ -34,13 +34,12 @@ def hub_reason(error: BaseException) -> str:
 
 def _chain(error: BaseException) -> list[BaseException]:
     """An error and its causes, because libraries wrap the errors of the Hub's client."""
-    errors_in_order = [error]
-    while True:
-        last = errors_in_order[-1]
-        cause = last.__cause__ or last.__context__
-        if cause is None:
-            return errors_in_order
+    errors_in_order: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and not any(cause is earlier for earlier in errors_in_order):  # chains may be circles
         errors_in_order.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return errors_in_order
 
 
 def model_folder(source: str | os.PathLike) -> Path:
