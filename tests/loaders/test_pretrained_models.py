@@ -18,9 +18,7 @@ def saved(tmp_path):
 def test_cut_weights_are_an_error_of_one_line(saved, size):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(
-        ValueError, match=f"`{saved}` cannot be loaded, because its files are damaged: .*header"
-    ) as error:
+    with pytest.raises(ValueError, match=f"`{path}` must be a safetensors file, but") as error:
         LlamaGenForCausalLM.from_pretrained(saved)
     assert "\n" not in str(error.value)
 
