@@ -161,6 +161,7 @@ def test_a_vqvae_with_another_codebook_raises(saved):
         SVQVAEAutoregressivePipeline.from_pretrained(saved, vqvae=other)
 
 
+@torch.no_grad()
 def test_blocks_compare_the_codebook_with_the_one_of_training(pipeline):
     config = {"codebook_fingerprint": pipeline.config["codebook_fingerprint"]}
     values = SimpleNamespace(ids=torch.zeros(1, 4, 4, dtype=torch.int64), output_type="np")
