@@ -322,6 +322,13 @@ def check_scales(scales: Any, name: str = "`scales`") -> list[float]:
     return checked
 
 
+def check_scales_differ(scales: Sequence[float]) -> None:
+    """Raises ValueError if scales are equal within six digits, by which the images of token files are named."""
+    names = [f"{scale:g}" for scale in scales]
+    if len(set(names)) < len(names):
+        raise ValueError(f"scales must differ within six digits, got {', '.join(names)}. Leave one out.")
+
+
 def check_scale_from(scale_from: str) -> None:
     """Raises ValueError if `scale_from` is not one of `SCALE_SOURCES`."""
     check_choice("scale_from", scale_from, SCALE_SOURCES)

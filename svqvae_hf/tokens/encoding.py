@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from svqvae_hf.models.checks import INTEGER_LIMIT, check_integers, check_scale_from
+from svqvae_hf.models.checks import INTEGER_LIMIT, check_integers, check_scale_from, check_scales_differ
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.resizing import grid_shape
 from svqvae_hf.models.tiling import Tiles
@@ -52,6 +52,7 @@ class Encoding:
         for scale in self.scales:
             if not isinstance(scale, int | float) or not 0 < scale < INTEGER_LIMIT:
                 raise ValueError(f"a scale must be a number above 0 and under 2**31, got {scale!r:.80}.")
+        check_scales_differ(self.scales)
 
     def grid(self, scale: float, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of ids at a scale, for an image of `height` and `width` in pixels."""

@@ -8,7 +8,7 @@ import psutil
 import torch
 from PIL import Image
 
-from svqvae_hf.models.checks import check_same_codebook, check_scales
+from svqvae_hf.models.checks import check_same_codebook, check_scales, check_scales_differ
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.loading import execution_device
 from svqvae_hf.models.modeling_svqvae import SVQVAE
@@ -48,6 +48,7 @@ def encode_image(
         [`ImageTokens`]: One grid of ids per scale, in the order of `scales`.
     """
     scales = check_scales(scales)
+    check_scales_differ(scales)  # before the work
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     batch = processor([image])
     ((height, width),) = batch["image_sizes"]
