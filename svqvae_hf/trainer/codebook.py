@@ -30,25 +30,40 @@ def initialise_codebook(quantizer: VectorQuantizer, latents: torch.Tensor, seed:
         ValueError: If there are fewer latents than codes.
     """
     size = quantizer.size
-    latents = latents[latents.isfinite().all(-1)]
+    latents = finite_rows(latents)
     if len(latents) < size:
         raise ValueError(
             f"k-means needs a finite latent per code, {size}, got {len(latents)}. Raise `--kmeans_batches`."
         )
+    latents = as_codes(quantizer, latents.float())
     generator = torch.Generator().manual_seed(seed)
-
-    def draw(count: int) -> torch.Tensor:
-        return latents[torch.randperm(len(latents), generator=generator)[:count].to(latents.device)]
-
-    latents = F.normalize(latents.float(), dim=-1) if quantizer.l2_norm else latents.float()
     codes = quantizer.embedding.weight
-    codes.copy_(draw(size))
+    codes.copy_(_draw_rows(latents, size, generator))
     for _ in progress(range(KMEANS_ITERATIONS), "k-means: rounds", KMEANS_ITERATIONS):
-        ids = quantizer.embedding.nearest(latents)
-        counts = torch.bincount(ids, minlength=size).unsqueeze(-1)
-        sums = torch.zeros_like(codes).index_add_(0, ids, latents)
-        centres = torch.where(counts > 0, sums / counts.clamp(min=1), draw(size))
-        codes.copy_(F.normalize(centres, dim=-1) if quantizer.l2_norm else centres)
+        ids = quantizer.embedding.nearest(latents)  # (n,)
+        counts = torch.bincount(ids, minlength=size).unsqueeze(-1)  # (size, 1)
+        sums = torch.zeros_like(codes).index_add_(0, ids, latents)  # (size, C)
+        means = sums / counts.clamp(min=1)
+        restarts = _draw_rows(latents, size, generator)
+        codes.copy_(as_codes(quantizer, torch.where(counts > 0, means, restarts)))
+
+
+def _draw_rows(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Draws random rows without repetition."""
+    order = torch.randperm(len(rows), generator=generator)
+    return rows[order[:count].to(rows.device)]
+
+
+def as_codes(quantizer: VectorQuantizer, latents: torch.Tensor) -> torch.Tensor:
+    """Latents `(n, codebook_embed_dim)` as codes of a quantizer: on the unit sphere, if its codes lie there."""
+    if quantizer.l2_norm:
+        return F.normalize(latents, dim=-1)
+    return latents
+
+
+def finite_rows(latents: torch.Tensor) -> torch.Tensor:
+    """Latents `(n, codebook_embed_dim)` without those that are not finite."""
+    return latents[latents.isfinite().all(-1)]
 
 
 class CodebookAverage(nn.Module):
@@ -67,9 +82,9 @@ class CodebookAverage(nn.Module):
     def __init__(self, quantizer: VectorQuantizer, decay: float):
         super().__init__()
         self.decay = decay
-        every_code = torch.arange(quantizer.size, device=quantizer.embedding.weight.device)
+        all_ids = torch.arange(quantizer.size, device=quantizer.embedding.weight.device)
         self.register_buffer("weights", torch.ones(quantizer.size))  # 1: used as often as the mean code
-        self.register_buffer("sums", quantizer.embedding.lookup(every_code).detach())
+        self.register_buffer("sums", quantizer.embedding.lookup(all_ids).detach())
 
     @torch.no_grad()
     def restart(self, quantizer: VectorQuantizer, replaced: torch.Tensor) -> None:
@@ -96,17 +111,17 @@ class CodebookAverage(nn.Module):
             ids (`torch.Tensor` of shape `(n,)`): Ids of their codes.
             mean (`Callable`, *optional*): Averages a tensor over all processes; not needed for one process.
         """
-        latents = F.normalize(latents.float(), dim=-1) if quantizer.l2_norm else latents.float()
-        share = torch.full((len(ids),), quantizer.size / len(ids), device=ids.device)
+        latents = as_codes(quantizer, latents.float())
+        share = torch.full((len(ids),), quantizer.size / len(ids), device=ids.device)  # of each latent
         weights = mean(torch.zeros_like(self.weights).index_add_(0, ids, share))
         sums = mean(torch.zeros_like(self.sums).index_add_(0, ids, latents * share[:, None]))
         if not sums.isfinite().all():
             return  # the optimizer skips this step as well; a code that is not finite would never recover
         self.weights.lerp_(weights, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
-        known = self.weights > FORGOTTEN
-        centres = self.sums[known] / self.weights[known, None]
-        quantizer.embedding.weight[known] = F.normalize(centres, dim=-1) if quantizer.l2_norm else centres
+        is_averaged = self.weights > FORGOTTEN
+        centres = self.sums[is_averaged] / self.weights[is_averaged, None]
+        quantizer.embedding.weight[is_averaged] = as_codes(quantizer, centres)
 
 
 class DeadCodeReset(nn.Module):
@@ -146,18 +161,20 @@ class DeadCodeReset(nn.Module):
             `torch.Tensor`: Ids of the replaced codes, sorted, int64, for [`forget_codes`].
         """
         rng = np.random.default_rng((seed, step))
-        latents = latents[latents.isfinite().all(-1)].float()
+        latents = finite_rows(latents).float()
         dead = (self.counts == 0).nonzero().flatten()
         count = min(len(dead), len(latents), limit)
-
-        def draw(rows: torch.Tensor) -> torch.Tensor:
-            return rows[torch.from_numpy(rng.permutation(len(rows))[:count]).to(rows.device)]
-
-        replaced = draw(dead).sort().values
-        codes = draw(latents)
-        quantizer.embedding.weight[replaced] = F.normalize(codes, dim=-1) if quantizer.l2_norm else codes
+        replaced = _permuted(dead, rng)[:count].sort().values
+        codes = _permuted(latents, rng)[:count]
+        quantizer.embedding.weight[replaced] = as_codes(quantizer, codes)
         self.counts.zero_()
         return replaced
+
+
+def _permuted(rows: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Rows in a random order."""
+    order = torch.from_numpy(rng.permutation(len(rows)))
+    return rows[order.to(rows.device)]
 
 
 @torch.no_grad()
@@ -181,9 +198,13 @@ def forget_codes(
         ema (`EMAModel`, *optional*): Average of `model.parameters()`.
     """
     state = optimizer.state.get(codes, {})
-    are_rotated = "Q" in state and len(state["Q"][0]) > 0
-    for name in state.keys() & ({"exp_avg"} if are_rotated else {"exp_avg", "exp_avg_sq"}):
-        state[name][replaced] = 0
+    moments = ["exp_avg", "exp_avg_sq"]
+    if "Q" in state and len(state["Q"][0]) > 0:  # SOAP has rotated the rows
+        moments = ["exp_avg"]
+    for name in moments:
+        if name in state:
+            state[name][replaced] = 0
     if ema is not None:
-        average = dict(zip(model.parameters(), ema.shadow_params, strict=True))[codes]
+        average_of = dict(zip(model.parameters(), ema.shadow_params, strict=True))
+        average = average_of[codes]
         average[replaced.to(average.device)] = codes[replaced].to(average)

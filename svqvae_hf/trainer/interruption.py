@@ -20,11 +20,15 @@ class Interruption:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.launcher = os.getppid() if LAUNCHED in os.environ else None  # does not pass signals on
+        self.launcher: int | None = None
+        if LAUNCHED in os.environ:
+            self.launcher = os.getppid()  # does not pass signals on
         self.exit_code = 128 + signal.SIGTERM
 
     def __enter__(self) -> "Interruption":
-        self.handlers = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.handlers = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:

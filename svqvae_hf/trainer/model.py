@@ -30,12 +30,14 @@ def step_scales(options: TrainOptions, latent_side: int, step: int) -> list[floa
         return [rng.choice(options.scales, p=options.scale_probabilities).item()]
     if options.scales:
         return sorted(options.scales)
-    count = min(options.num_scales - 1, latent_side - 1)
-    sides = sorted(rng.choice(np.arange(1, latent_side), size=count, replace=False).tolist())
+    smaller_sides = np.arange(1, latent_side)
+    count = min(options.num_scales - 1, len(smaller_sides))
+    sides = sorted(rng.choice(smaller_sides, size=count, replace=False).tolist())
     if options.token_budget is not None:
-        while sides and sum(side**2 for side in sides) > (options.token_budget - 1) * latent_side**2:
+        budget = (options.token_budget - 1) * latent_side**2  # of the smaller scales
+        while sides and sum(side**2 for side in sides) > budget:
             sides.pop()
-    return [*(side / latent_side for side in sides), 1.0]
+    return [side / latent_side for side in sides] + [1.0]
 
 
 def load_model(options: TrainOptions) -> SVQVAE:
@@ -67,12 +69,15 @@ def _check_fit(options: TrainOptions, vqvae: SVQVAE) -> None:
     for side in (options.resolution, *options.crop_sizes):
         if side % vqvae.f:
             raise ValueError(f"Crop sides must be multiples of f = {vqvae.f}, but one is {side}.")
+    if not options.kmeans_steps:
+        return
+    codebook_size = vqvae.config["codebook_size"]
     num_crops = options.kmeans_batches * options.per_device_train_batch_size * PartialState().num_processes
     num_latents = num_crops * (options.resolution // vqvae.f) ** 2
-    if options.kmeans_steps and num_latents < vqvae.config["codebook_size"]:
+    if num_latents < codebook_size:
         raise ValueError(
-            f"k-means needs at least as many latents as codes, {vqvae.config['codebook_size']}, but "
-            f"`--kmeans_batches` = {options.kmeans_batches} gives {num_latents}. Raise it."
+            f"k-means needs at least as many latents as codes, {codebook_size}, but `--kmeans_batches` = "
+            f"{options.kmeans_batches} gives {num_latents}. Raise it."
         )
 
 
@@ -80,7 +85,9 @@ def frozen_parts(options: TrainOptions, vqvae: SVQVAE) -> list[nn.Module]:
     """Parts of the model that are not trained."""
     if options.train == "decoder":
         return [vqvae.encoder, vqvae.quant_conv, vqvae.quantize]
-    return [vqvae.quantize] if options.codebook_decay else []
+    if options.codebook_decay:
+        return [vqvae.quantize]
+    return []
 
 
 def initialise(vqvae: SVQVAE) -> None:
@@ -96,17 +103,19 @@ def initialise(vqvae: SVQVAE) -> None:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     for block in vqvae.modules():
-        if isinstance(block, ResnetBlock | AttnBlock):
-            last = block.conv2 if isinstance(block, ResnetBlock) else block.proj_out
-            last.weight.data.mul_(RESIDUAL_GAIN)
+        if isinstance(block, ResnetBlock):
+            block.conv2.weight.data.mul_(RESIDUAL_GAIN)
+        elif isinstance(block, AttnBlock):
+            block.proj_out.weight.data.mul_(RESIDUAL_GAIN)
 
 
 def save_model(options: TrainOptions, vqvae: SVQVAE, folder: Path) -> None:
     """Saves the model, with the context model of the one it started from if the codes have not moved."""
     vqvae.save_pretrained(folder)
-    if options.pretrained_model_name_or_path is not None:
-        found = None
-        with suppress(OSError):  # without the Hub, the trained model is kept alone
-            found = find_context_model(options.pretrained_model_name_or_path, vqvae.codebook_fingerprint())
-        if found is not None:
-            found.save_pretrained(folder)
+    if options.pretrained_model_name_or_path is None:
+        return
+    context_model = None
+    with suppress(OSError):  # without the Hub, the trained model is kept alone
+        context_model = find_context_model(options.pretrained_model_name_or_path, vqvae.codebook_fingerprint())
+    if context_model is not None:
+        context_model.save_pretrained(folder)
