@@ -192,7 +192,8 @@ def map_tiles(
     def read(rows: slice, columns: slice) -> torch.Tensor:
         return source[..., rows, columns]
 
-    height, width = (side // input_stride for side in source.shape[-2:])
+    height = source.shape[-2] // input_stride
+    width = source.shape[-1] // input_stride
     run = TiledRun(network, read, (height, width), tile, overlap, input_stride)
     joined = torch.empty(0)
     for area, result in run_tiles(run):

@@ -80,8 +80,14 @@ def _size_of_scale(entry: Any, size: Size) -> Size:
     if len(numbers) == 2:
         return (numbers[0], numbers[1])
     longer_side = numbers[0]
-    height, width = (max(1, int(longer_side * length / max(size) + 0.5)) for length in size)
-    return (height, width)
+    height, width = size
+    if height >= width:
+        return (longer_side, _rounded_side(longer_side * width / height))
+    return (_rounded_side(longer_side * height / width), longer_side)
+
+
+def _rounded_side(side: float) -> int:
+    return max(1, int(side + 0.5))
 
 
 def guidance_per_step(guidance_scale: float, mode: str, sizes: Sequence[Size], trained: Size) -> list[float]:

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT, make_tiny
-from diffusers import VQModel
+from diffusers import AutoModel, DiffusionPipeline, VQModel
 from generators import make_next_scale
 from safetensors.torch import load_file, save_file
 
@@ -134,3 +134,16 @@ def test_cut_weights_are_named(tiny_model, tmp_path, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(OSError, match=f"{path}"):
         SVQVAE.from_pretrained(tmp_path)
+
+
+def test_what_the_tools_of_diffusers_load_after_the_import(tmp_path):
+    """As `docs/questions.md` says."""
+    pipeline = make_next_scale()
+    pipeline.save_pretrained(tmp_path)
+    assert isinstance(AutoModel.from_pretrained(str(tmp_path), subfolder="vqvae"), SVQVAE)
+    assert isinstance(AutoModel.from_pretrained(str(tmp_path), subfolder="transformer"), NextScaleTransformer)
+    with pytest.raises(ValueError, match="`diffusers` has no class `SVQVAE`"):
+        AutoModel.from_pretrained(DEFAULT_MODEL)
+    with pytest.raises(AttributeError, match="diffusers has no attribute SVQVAENextScalePipeline"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+    assert isinstance(type(pipeline).from_pretrained(tmp_path), type(pipeline))
