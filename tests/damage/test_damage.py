@@ -6,7 +6,7 @@ import pytest
 from damage import Checker, all_cases, check_cases, sample
 from workspaces import make_workspace
 
-SECONDS = 12
+SECONDS = 8
 
 
 @pytest.mark.slow

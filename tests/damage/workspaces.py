@@ -14,6 +14,8 @@ from PIL import Image
 from tiny_language_models import extended, make_language_model, save_language_model
 
 CLIP = (100, 100, 124, 116)
+# Of a model that others have saved, nobody can tell whether generation_config.json is its own, or should be there.
+PLAIN_LM = ("plain_lm/config.json", "plain_lm/model.safetensors", "plain_lm/tokenizer.json")
 
 
 def make_workspace(root: Path) -> list[Command]:
@@ -61,7 +63,7 @@ def make_workspace(root: Path) -> list[Command]:
         Command(f"{draw_by_lm} --adapter {{root}}/adapter", ("adapter",), generators, is_repeated=True),
         Command(caption, ("lm",), {}),
         Command(caption, ("lm",), generators, is_repeated=True),
-        Command(f"extend-lm {{root}}/plain_lm --vqvae {{root}}/model {out}", ("plain_lm", "model"), {}),
+        Command(f"extend-lm {{root}}/plain_lm --vqvae {{root}}/model {out}", PLAIN_LM + ("model",), {}),
     ]
 
 
