@@ -113,7 +113,7 @@ def test_a_folder_without_a_model_is_explained(tmp_path, photo):
     with pytest.raises(ValueError, match="has no config.json.$"):
         load_tokenizers(str(tmp_path))
     photo.crop((0, 0, 9, 9)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="has no config.json. It holds images. Pass --generated"):
+    with pytest.raises(ValueError, match="has no config.json. It holds images. Pass it as --generated"):
         load_tokenizers(str(tmp_path))
     (tmp_path / "vqvae").mkdir()
     (tmp_path / "vqvae" / "config.json").write_text("{}")
