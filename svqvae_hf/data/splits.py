@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 WORDS_OF_SPLITS = {  # as `datasets` reads them
     "train": ("train", "training"),
@@ -48,38 +49,64 @@ def choose_folder(folder: str, keys: Iterable[str], split: str | None) -> str:
     Raises:
         ValueError: There is no such split, or an image lies outside the splits.
     """
-    split_folders: dict[str, str] = {}  # their splits
+    folders = _find_split_folders(keys)
+    if not folders.are_splits():
+        choose_split(folder, ["train"], split)
+        return ""
+    listed = ", ".join(folders.paths)
+    example = f"{folder}/{folders.paths[0]}"
+    if folders.key_outside is not None:
+        raise ValueError(
+            f"all images of `{folder}` must lie in its splits, {listed}, but `{folders.key_outside}` does not. Move "
+            f"it, or pass `{example}`."
+        )
+    if len(folders.parents()) > 1:
+        raise ValueError(
+            f"the splits of `{folder}` must lie side by side, but are {listed}. Pass `{example}` and others like it."
+        )
+    path_of_split = {os.path.basename(path): path for path in folders.paths}
+    return path_of_split[choose_split(folder, list(path_of_split), split, f", or pass `{example}`")]
+
+
+@dataclass
+class _SplitFolders:
+    """Folders of a set that are named as splits.
+
+    Args:
+        paths (`list[str]`): Their paths in order, relative to the folder of the set.
+        key_outside (`str`, *optional*): First image that lies in none of them.
+    """
+
+    paths: list[str]
+    key_outside: str | None
+
+    def parents(self) -> set[str]:
+        """Folders in which they lie."""
+        return {os.path.dirname(path) for path in self.paths}
+
+    def are_splits(self) -> bool:
+        """Whether the folders are splits, and not classes."""
+        splits = {split_of_name(os.path.basename(path)) for path in self.paths}
+        if len(splits) > 1:
+            return True
+        return self.key_outside is None and len(self.parents()) == 1
+
+
+def _find_split_folders(keys: Iterable[str]) -> _SplitFolders:
+    paths = set()
     key_outside = None
-    folders_seen: set[str] = set()
+    folders_seen = set()
     for key in keys:
         image_folder = os.path.dirname(key)
         if image_folder in folders_seen:
             continue
         folders_seen.add(image_folder)
-        split_folder = _find_split_folder(image_folder)
-        if split_folder is None:
-            key_outside = key_outside or key
-        else:
-            split_folders[split_folder] = split_of_name(os.path.basename(split_folder)) or ""
-    parents = {os.path.dirname(split_folder) for split_folder in split_folders}
-    has_several = len(set(split_folders.values())) > 1
-    if not has_several and (key_outside is not None or len(parents) != 1):
-        choose_split(folder, ["train"], split)
-        return ""
-    listed = ", ".join(sorted(split_folders))
-    if key_outside is not None:
-        raise ValueError(
-            f"all images of `{folder}` must lie in its splits, {listed}, but `{key_outside}` does not. Move it, or "
-            f"pass `{folder}/{min(split_folders)}`."
-        )
-    if len(parents) > 1:
-        raise ValueError(
-            f"the splits of `{folder}` must lie side by side, but are {listed}. Pass `{folder}/{min(split_folders)}` "
-            "and others like it."
-        )
-    folder_of_split = {os.path.basename(path): path for path in sorted(split_folders)}
-    remedy = f", or pass `{folder}/{min(split_folders)}`"
-    return folder_of_split[choose_split(folder, list(folder_of_split), split, remedy)]
+        path = _uppermost_split_folder(image_folder)
+        if path is not None:
+            paths.add(path)
+        elif key_outside is None:
+            key_outside = key
+    return _SplitFolders(sorted(paths), key_outside)
 
 
 def choose_shards(name: str, folder: str, keys: Sequence[str], split: str | None) -> list[str]:
@@ -136,8 +163,8 @@ def _split_of_path(key: str) -> str | None:
     return None
 
 
-def _find_split_folder(folder: str) -> str | None:
-    """Path of the uppermost folder that is named as a split."""
+def _uppermost_split_folder(folder: str) -> str | None:
+    """Path of the uppermost folder that is named as a split, of a folder and those above it."""
     parts = folder.split("/")
     for depth, part in enumerate(parts, start=1):
         if split_of_name(part) is not None:

@@ -201,8 +201,7 @@ def _samples(path: str) -> Iterator[Sample]:
     sample: Sample | None = None
     names: set[str] = set()
     with _opened(path) as tar:
-        while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined] # otherwise it keeps all
+        for member in _members(tar):
             match = MEMBER_NAME.fullmatch(readable(member.name))
             if match is None or not member.isfile():
                 continue
@@ -221,6 +220,14 @@ def _samples(path: str) -> Iterator[Sample]:
         if sample is not None:
             yield sample
         check_end(tar)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    member = tar.next()
+    while member is not None:
+        tar.members = []  # type: ignore[attr-defined] # otherwise it keeps all
+        yield member
+        member = tar.next()
 
 
 @contextmanager

@@ -88,7 +88,8 @@ def check_options(folder: Folder, options: Mapping[str, Any]) -> None:
     if recorded is None:
         raise ValueError(f"`{folder.url}` was deleted while this process worked on it. Run the command again.")
     for name in {**recorded, **options}:
-        before, now = recorded.get(name), options.get(name)
+        before = recorded.get(name)
+        now = options.get(name)
         if before == now:
             continue
         reason = "it was made otherwise"

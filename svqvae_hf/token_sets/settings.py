@@ -167,7 +167,8 @@ def row_tokens(
         return decompressed_tokens(read_compressed(row["tokens"]), context_model)
     names = settings.id_columns
     try:
-        height, width = operator.index(row["height"]), operator.index(row["width"])
+        height = operator.index(row["height"])
+        width = operator.index(row["width"])
         columns = [np.asarray(row[name]).astype(np.int64, casting="safe") for name in names]
     except (KeyError, TypeError, ValueError) as error:
         values = [f"{name} = {row.get(name)!r:.40}" for name in ("height", "width", *names)]
