@@ -10,6 +10,7 @@ The network stands here a second time, because the one that reads files has inte
 share their constants, and a test holds them equal.
 """
 
+import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ SMOOTHING = 0.3  # occurrences of an id that never occurs
 GRIDS, IDS_PER_GRID = 64, 24  # of a batch
 FINEST_SHARE, COARSE_SHARE = 0.7, 0.35  # of grids at the finest scale, and of grids with a coarser one
 WARM_UP = 100  # steps
+LOGGED_STEPS = 500  # between lines of the log
 
 Pyramid = list[np.ndarray]  # padded ids of an image, from the coarsest scale to the finest
 
@@ -68,51 +70,57 @@ class ContextNetwork(nn.Module):
 
     def __init__(self, codes: torch.Tensor, counts: torch.Tensor, hidden: int, features: int):
         super().__init__()
-        groups = 2 ** round(math.log2(len(codes)) / 2)
-        self.members = -(-len(codes) // groups)
-        groups = -(-len(codes) // self.members)
+        num_codes, dim = codes.shape
+        wanted_groups = 2 ** round(math.log2(num_codes) / 2)
+        self.members = math.ceil(num_codes / wanted_groups)
+        groups = math.ceil(num_codes / self.members)
         order = torch.from_numpy(order_codes(codes.numpy(), self.members))
         self.register_buffer("codes", (codes * LIMIT).round())
         self.register_buffer("order", order)
         self.register_buffer("rank", order.argsort())
-        inputs = (len(NEIGHBOURS) + len(COARSE)) * (codes.shape[1] + 1) + 2
-        for name, size in {
-            "weight_1": (inputs, hidden),
-            "weight_2": (hidden, hidden),
-            "weight_group": (hidden, groups),
-            "weight_member": (hidden, features),
-        }.items():
-            setattr(self, name, nn.Parameter(torch.randn(size) * math.sqrt(2 / size[0])))
-        self.weight_code = nn.Parameter(0.25 * codes[order] @ torch.randn(codes.shape[1], features))
-        frequencies = F.pad(counts[order] + SMOOTHING, (0, groups * self.members - len(codes))).view(groups, -1)
-        self.bias_1, self.bias_2 = (nn.Parameter(torch.zeros(hidden)) for _ in range(2))
+        num_inputs = (len(NEIGHBOURS) + len(COARSE)) * (dim + 1) + 2
+        self.weight_1 = random_weight(num_inputs, hidden)
+        self.weight_2 = random_weight(hidden, hidden)
+        self.weight_group = random_weight(hidden, groups)
+        self.weight_member = random_weight(hidden, features)
+        self.weight_code = nn.Parameter(0.25 * codes[order] @ torch.randn(dim, features))
+        num_missing = groups * self.members - num_codes  # members that the last group lacks
+        frequencies = F.pad(counts[order] + SMOOTHING, (0, num_missing)).view(groups, -1)  # (groups, members)
+        of_groups = frequencies.sum(1, keepdim=True)
+        self.bias_1 = nn.Parameter(torch.zeros(hidden))
+        self.bias_2 = nn.Parameter(torch.zeros(hidden))
         self.bias_member = nn.Parameter(0.1 * torch.randn(groups, features))
-        self.bias_group = nn.Parameter((frequencies.sum(1) / frequencies.sum()).log())
-        self.bias_code = nn.Parameter((frequencies / frequencies.sum(1, keepdim=True)).flatten()[: len(codes)].log())
+        self.bias_group = nn.Parameter((of_groups[:, 0] / frequencies.sum()).log())
+        self.bias_code = nn.Parameter((frequencies / of_groups).flatten()[:num_codes].log())
 
     def forward(self, inputs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Bits of ids `(n,)` given their inputs `(n, inputs)`, which [`context`] makes."""
-        group, member = self.rank[ids] // self.members, self.rank[ids] % self.members
+        rank = self.rank[ids]
+        group = rank // self.members
+        member = rank % self.members
         group_logits, member_logits = self.logits(inputs, group)
-        nats = F.cross_entropy(group_logits / NAT, group, reduction="none")
-        nats = nats + F.cross_entropy(member_logits / NAT, member, reduction="none")
-        return nats / math.log(2)
+        group_nats = F.cross_entropy(group_logits / NAT, group, reduction="none")
+        member_nats = F.cross_entropy(member_logits / NAT, member, reduction="none")
+        return (group_nats + member_nats) / math.log(2)
 
     def logits(self, inputs: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Integer logits of the groups, and of the members of the group of each id."""
         hidden = self.activate(inputs @ self.weight("weight_1") + self.bias("bias_1"), "1")
-        hidden = self.activate(hidden @ self.weight("weight_2") + self.bias("bias_2"), "2")
-        group_logits = hidden @ self.weight("weight_group") + self.bias("bias_group")
-        features = self.activate(hidden @ self.weight("weight_member") + self.bias("bias_member")[group], "member")
+        hidden = self.activate(hidden @ self.weight("weight_2") + self.bias("bias_2"), "2")  # (n, hidden)
+        group_logits = hidden @ self.weight("weight_group") + self.bias("bias_group")  # (n, groups)
+        member_sums = hidden @ self.weight("weight_member") + self.bias("bias_member")[group]
+        features = self.activate(member_sums, "member")  # (n, features)
         groups = len(self.bias_member)
-        missing = groups * self.members - len(self.rank)
-        table = F.pad(self.weight("weight_code"), (0, 0, 0, missing)).unflatten(0, (groups, self.members))
-        bias = F.pad(self.bias("bias_code"), (0, missing), value=NEVER).unflatten(0, (groups, self.members))
+        num_missing = groups * self.members - len(self.rank)
+        table = F.pad(self.weight("weight_code"), (0, 0, 0, num_missing))
+        table = table.unflatten(0, (groups, self.members))  # (groups, members, features)
+        bias = F.pad(self.bias("bias_code"), (0, num_missing), value=NEVER)
+        bias = bias.unflatten(0, (groups, self.members))  # (groups, members)
         # Ids of a group are multiplied by its part of the table together, which is much faster than a table per id.
-        slot = F.one_hot(group, groups).cumsum(0).gather(1, group[:, None])[:, 0] - 1  # number within the group
+        slot = number_within_group(group, groups)  # (n,)
         sorted_features = features.new_zeros(groups, int(slot.max()) + 1, features.shape[1])
-        sorted_features = sorted_features.index_put((group, slot), features)
-        member_logits = sorted_features @ table.transpose(1, 2) + bias[:, None]
+        sorted_features = sorted_features.index_put((group, slot), features)  # (groups, slots, features)
+        member_logits = sorted_features @ table.transpose(1, 2) + bias[:, None]  # (groups, slots, members)
         return group_logits, member_logits[group, slot]
 
     def weight(self, name: str) -> torch.Tensor:
@@ -126,15 +134,29 @@ class ContextNetwork(nn.Module):
     def activate(self, summed: torch.Tensor, layer: str) -> torch.Tensor:
         """Drops bits of the sums of a layer and limits them, as the function of the same name in numpy."""
         dropped = straight_through(summed / 2 ** SHIFTS[layer], torch.floor)
-        return dropped.clamp(-LIMIT if layer == "member" else 0, LIMIT)
+        lowest = -LIMIT if layer == "member" else 0
+        return dropped.clamp(lowest, LIMIT)
 
     @torch.no_grad()
     def to_integers(self, codebook_fingerprint: str) -> ContextModel:
         """Returns the context model in integers."""
-        tensors = {"codes": self.codes.to(torch.int8), "order": self.order.to(torch.int32)}
-        tensors |= {name: self.weight(name).to(torch.int8) for name in WEIGHTS}
-        tensors |= {name: self.bias(name).to(torch.int32) for name in BIASES}
-        return ContextModel({name: tensor.numpy() for name, tensor in tensors.items()}, codebook_fingerprint)
+        tensors = {"codes": self.codes.to(torch.int8).numpy(), "order": self.order.to(torch.int32).numpy()}
+        for name in WEIGHTS:
+            tensors[name] = self.weight(name).to(torch.int8).numpy()
+        for name in BIASES:
+            tensors[name] = self.bias(name).to(torch.int32).numpy()
+        return ContextModel(tensors, codebook_fingerprint)
+
+
+def random_weight(num_inputs: int, num_outputs: int) -> nn.Parameter:
+    """Random weight of a layer `(inputs, outputs)` that keeps the variance (He et al., arXiv 1502.01852)."""
+    return nn.Parameter(torch.randn(num_inputs, num_outputs) * math.sqrt(2 / num_inputs))
+
+
+def number_within_group(group: torch.Tensor, groups: int) -> torch.Tensor:
+    """Numbers the ids of each group from 0, in their order."""
+    counts = F.one_hot(group, groups).cumsum(0)  # (n, groups)
+    return counts.gather(1, group[:, None])[:, 0] - 1
 
 
 def straight_through(values: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -144,29 +166,38 @@ def straight_through(values: torch.Tensor, rounding: Callable[[torch.Tensor], to
 
 def order_codes(codes: np.ndarray, members: int) -> np.ndarray:
     """Orders codes so that each run of `members` holds similar ones, by halving along principal components."""
+    runs = halve_codes(codes, np.arange(len(codes)), members)
+    return np.concatenate(runs)
 
-    def halve(chosen: np.ndarray) -> list[np.ndarray]:
-        runs = -(-len(chosen) // members)
-        if runs <= 1:
-            return [chosen]
-        centred = codes[chosen] - codes[chosen].mean(0)
-        direction = np.linalg.eigh(centred.T @ centred)[1][:, -1]
-        chosen = chosen[np.argsort(centred @ direction, kind="stable")]
-        middle = runs // 2 * members
-        return halve(chosen[:middle]) + halve(chosen[middle:])
 
-    return np.concatenate(halve(np.arange(len(codes))))
+def halve_codes(codes: np.ndarray, ids: np.ndarray, members: int) -> list[np.ndarray]:
+    """Divides ids into runs of `members` similar codes, in which only the last may be shorter."""
+    num_runs = math.ceil(len(ids) / members)
+    if num_runs <= 1:
+        return [ids]
+    centred = codes[ids] - codes[ids].mean(0)
+    vectors = np.linalg.eigh(centred.T @ centred)[1]
+    direction = vectors[:, -1]  # of the largest variance
+    in_order = ids[np.argsort(centred @ direction, kind="stable")]
+    middle = num_runs // 2 * members
+    return halve_codes(codes, in_order[:middle], members) + halve_codes(codes, in_order[middle:], members)
 
 
 def read_pyramids(token_set: str, model: SVQVAE) -> list[Pyramid]:
-    """Reads the ids of all images of a token set."""
+    """Reads the ids of all images of a token set.
+
+    Raises:
+        OSError: There is no such set.
+        ValueError: It belongs to another model.
+    """
     settings = read_settings(token_set)
     if settings.codebook_fingerprint != model.codebook_fingerprint():
         raise ValueError(f"`{token_set}` must hold ids of MODEL, but has others. Make it with `svqvae tokenize`.")
     pyramids = []
     for row in TokenSet(token_set).rows():
-        grids = sorted((ids.numpy() for ids in row_tokens(row, settings).ids), key=np.size)
-        pyramids.append([pad_ids(ids, settings.codebook_size) for ids in grids])
+        grids = [ids.numpy() for ids in row_tokens(row, settings).ids]
+        grids.sort(key=np.size)
+        pyramids.append([pad_ids(grid, settings.codebook_size) for grid in grids])
     return pyramids
 
 
@@ -177,32 +208,51 @@ def unpad(padded: np.ndarray) -> np.ndarray:
 
 def draw_batches(pyramids: list[Pyramid], codes: np.ndarray, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields inputs and ids of random places."""
-    random, inputs = np.random.default_rng(seed), code_inputs(codes)
+    random = np.random.default_rng(seed)
+    table = code_inputs(codes)
     while True:
-        batch, targets = [], []
+        inputs = []
+        targets = []
         for number in random.integers(len(pyramids), size=GRIDS):
             pyramid = pyramids[number]
-            level = len(pyramid) - 1 if random.random() < FINEST_SHARE else random.integers(len(pyramid))
-            coarse = pyramid[level - 1] if level and random.random() < COARSE_SHARE else None
+            level = draw_level(random, len(pyramid))
+            coarse = None
+            if level > 0 and random.random() < COARSE_SHARE:
+                coarse = pyramid[level - 1]
             ids = unpad(pyramid[level])
-            rows, columns = (random.integers(side, size=IDS_PER_GRID) for side in ids.shape)
-            batch.append(context(inputs, pyramid[level], coarse, rows, columns))
+            height, width = ids.shape
+            rows = random.integers(height, size=IDS_PER_GRID)
+            columns = random.integers(width, size=IDS_PER_GRID)
+            inputs.append(context(table, pyramid[level], coarse, rows, columns))
             targets.append(ids[rows, columns])
-        yield torch.from_numpy(np.concatenate(batch)), torch.from_numpy(np.concatenate(targets))
+        yield torch.from_numpy(np.concatenate(inputs)), torch.from_numpy(np.concatenate(targets))
+
+
+def draw_level(random: np.random.Generator, num_levels: int) -> int:
+    """Draws a level of a pyramid, mostly the finest."""
+    if random.random() < FINEST_SHARE:
+        return num_levels - 1
+    return int(random.integers(num_levels))
 
 
 def bits_per_id(context_model: ContextModel, pyramids: list[Pyramid]) -> str:
     """Bits per id of the finest scale alone, and of each scale given the coarser one."""
-    stored = [[unpad(each) for each in pyramid] for pyramid in pyramids]
-    chunks: dict[str, list[tuple[np.ndarray, np.ndarray | None]]]
-    chunks = {"finest alone": [(grids[-1], None) for grids in stored]}
-    for level in range(len(stored[0])):
-        chunks[f"scale {level}"] = [(grids[level], grids[level - 1] if level else None) for grids in stored]
-    rates = {
-        name: 8 * sum(len(context_model.compress(*each)) for each in pairs) / sum(ids.size for ids, _ in pairs)
-        for name, pairs in chunks.items()
-    }
-    return ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items())
+    images = [[unpad(padded) for padded in pyramid] for pyramid in pyramids]
+    rates = [f"finest alone {rate(context_model, images, level=-1, is_alone=True):.3f}"]
+    for level in range(len(images[0])):
+        rates.append(f"scale {level} {rate(context_model, images, level, is_alone=level == 0):.3f}")
+    return ", ".join(rates)
+
+
+def rate(context_model: ContextModel, images: list[list[np.ndarray]], level: int, is_alone: bool) -> float:
+    """Bits per id of one scale of all images, alone or given the next coarser one."""
+    num_bytes = 0
+    num_ids = 0
+    for grids in images:
+        coarse = None if is_alone else grids[level - 1]
+        num_bytes += len(context_model.compress(grids[level], coarse))
+        num_ids += grids[level].size
+    return 8 * num_bytes / num_ids
 
 
 def check_no_context_model(model: str) -> None:
@@ -219,8 +269,12 @@ def check_no_context_model(model: str) -> None:
         )
 
 
-def main() -> None:
-    """Reads the arguments, trains and saves the context model."""
+def read_arguments() -> argparse.Namespace:
+    """Reads the command line.
+
+    Raises:
+        ValueError: MODEL is not a folder, it has a context model, or a number is out of range.
+    """
     parser = script_parser(__doc__)
     parser.add_argument("model", help="model folder")
     parser.add_argument("token_sets", nargs="+", help="token sets of the model, with some scales")
@@ -236,41 +290,67 @@ def main() -> None:
         raise ValueError(f"MODEL must be a folder, which the context model is saved in, got `{options.model}`.")
     if min(options.max_steps, options.hidden, options.features) < 1:
         raise ValueError("`--max_steps`, `--hidden` and `--features` must be at least 1.")
+    if options.learning_rate <= 0 or options.seed < 0:
+        raise ValueError("`--learning_rate` must be above 0, and `--seed` must be at least 0.")
     if not options.overwrite:
         check_no_context_model(options.model)
-    model = SVQVAE.from_pretrained(options.model)
-    fingerprint = model.codebook_fingerprint()
-    pyramids = [pyramid for name in options.token_sets for pyramid in read_pyramids(name, model)]
-    held_out = {name: read_pyramids(name, model) for name in options.held_out}
+    return options
 
+
+def make_network(options: argparse.Namespace, model: SVQVAE, pyramids: list[Pyramid]) -> ContextNetwork:
+    """Network for the codes of a model, whose initial frequencies are counted at the finest scale."""
     torch.manual_seed(options.seed)
     codes = model.quantize.embedding.table().detach().float()
-    codes = F.normalize(codes, dim=1) if model.config["codebook_l2_norm"] else codes / codes.abs().max()
-    finest = np.concatenate([unpad(pyramid[-1]).ravel() for pyramid in pyramids])
-    counts = torch.from_numpy(np.bincount(finest, minlength=len(codes))).float()
-    network = ContextNetwork(codes, counts, options.hidden, options.features)
+    if model.config["codebook_l2_norm"]:
+        codes = F.normalize(codes, dim=1)
+    else:
+        codes = codes / codes.abs().max()
+    finest = [unpad(pyramid[-1]).ravel() for pyramid in pyramids]
+    counts = np.bincount(np.concatenate(finest), minlength=len(codes))
+    return ContextNetwork(codes, torch.from_numpy(counts).float(), options.hidden, options.features)
+
+
+def train(options: argparse.Namespace, network: ContextNetwork, pyramids: list[Pyramid]) -> None:
+    """Trains the network, and prints the mean bits per id of each 500 steps."""
     optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / options.max_steps)) / 2
-    )
+
+    def warm_up_and_cosine(step: int) -> float:
+        return min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / options.max_steps)) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_cosine)
     batches = draw_batches(pyramids, network.codes.numpy(), options.seed)
-    start, mean = time.monotonic(), 0.0
+    start_time = time.monotonic()
+    total = 0.0
     for step in range(1, options.max_steps + 1):
-        loss = network(*next(batches)).mean()
+        inputs, ids = next(batches)
+        loss = network(inputs, ids).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        mean += loss.item()
-        if step % 500 == 0:
-            print(f"step {step}: {mean / 500:.3f} bits per id, {time.monotonic() - start:.0f} s", flush=True)
-            mean = 0.0
-    context_model = network.to_integers(fingerprint)
+        total += loss.item()
+        if step % LOGGED_STEPS == 0:
+            seconds = time.monotonic() - start_time
+            print(f"step {step}: {total / LOGGED_STEPS:.3f} bits per id, {seconds:.0f} s", flush=True)
+            total = 0.0
+
+
+def main() -> None:
+    """Trains the context model, saves it beside the model, and prints its rates."""
+    options = read_arguments()
+    model = SVQVAE.from_pretrained(options.model)
+    pyramids = []
+    for token_set in options.token_sets:
+        pyramids += read_pyramids(token_set, model)
+    held_out = {token_set: read_pyramids(token_set, model) for token_set in options.held_out}
+    network = make_network(options, model, pyramids)
+    train(options, network, pyramids)
+    context_model = network.to_integers(model.codebook_fingerprint())
     if not options.overwrite:
         check_no_context_model(options.model)  # that another run has saved meanwhile
     context_model.save_pretrained(options.model)
-    for name, held in held_out.items():
-        print(f"{name}: {bits_per_id(context_model, held)}")
+    for token_set, held_out_pyramids in held_out.items():
+        print(f"{token_set}: {bits_per_id(context_model, held_out_pyramids)}")
 
 
 if __name__ == "__main__":
