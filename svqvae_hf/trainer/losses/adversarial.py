@@ -25,19 +25,28 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for in_channels, out_channels, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
-            layers += [
-                nn.Conv2d(in_channels, out_channels, 4, stride=stride, padding=1),
-                nn.GroupNorm(NUM_GROUPS, out_channels),
-                nn.LeakyReLU(0.2),
-            ]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, padding=1))
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 64, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(64, 128, 4, stride=2, padding=1),
+            nn.GroupNorm(NUM_GROUPS, 128),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(128, 256, 4, stride=2, padding=1),
+            nn.GroupNorm(NUM_GROUPS, 256),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(256, 512, 4, padding=1),
+            nn.GroupNorm(NUM_GROUPS, 512),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(512, 1, 4, padding=1),
+        )
         for layer in self.layers:
-            if isinstance(layer, nn.Conv2d | nn.GroupNorm):
-                nn.init.normal_(layer.weight, 1.0 if isinstance(layer, nn.GroupNorm) else 0.0, INIT_STD)
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, INIT_STD)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+            elif isinstance(layer, nn.GroupNorm):
+                nn.init.normal_(layer.weight, 1.0, INIT_STD)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         """Returns a logit per patch.
@@ -86,9 +95,15 @@ def adaptive_weight(
     Returns:
         `torch.Tensor`: Scalar in [0, 1e4] in float32, without gradient (VQGAN, arXiv 2012.09841, equation 7).
     """
-    gradients = [
-        torch.autograd.grad(GRADIENT_SCALE * loss, last_layer_weight, retain_graph=True)[0].float() / GRADIENT_SCALE
-        for loss in (reconstruction_loss, generator_loss)
-    ]
-    reconstruction_norm, generator_norm = mean(torch.stack(gradients)).flatten(1).norm(dim=1)
-    return (reconstruction_norm / (generator_norm + GRADIENT_NORM_EPS)).clamp(max=MAX_ADAPTIVE_WEIGHT)
+    reconstruction_gradient = _gradient(reconstruction_loss, last_layer_weight)
+    generator_gradient = _gradient(generator_loss, last_layer_weight)
+    gradients = mean(torch.stack([reconstruction_gradient, generator_gradient]))
+    reconstruction_norm, generator_norm = gradients.flatten(1).norm(dim=1)
+    ratio = reconstruction_norm / (generator_norm + GRADIENT_NORM_EPS)
+    return ratio.clamp(max=MAX_ADAPTIVE_WEIGHT)
+
+
+def _gradient(loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Gradient of a loss in float32, whose graph is kept."""
+    (gradient,) = torch.autograd.grad(GRADIENT_SCALE * loss, weight, retain_graph=True)
+    return gradient.float() / GRADIENT_SCALE

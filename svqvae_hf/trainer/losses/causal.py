@@ -30,14 +30,25 @@ def causal_loss(latents: torch.Tensor, mean: Mean = lambda value: value) -> torc
     Returns:
         `torch.Tensor`: Scalar in float32, at least `log(FLOOR)`, and `-log(codebook_embed_dim)` without any relation.
     """
-    dim, height, width = latents.shape[1:]
+    _, dim, height, width = latents.shape
     with torch.autocast(latents.device.type, enabled=False):
         latents = F.normalize(latents.float(), dim=1)
-        padded = F.pad(latents, (1, 1, 1, 0))
-        shifted = [padded[..., 1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in NEIGHBOURS]
-        inputs, targets = (each.movedim(1, -1).flatten(0, 2) for each in (torch.cat(shifted, dim=1), latents))
+        padded = F.pad(latents, (1, 1, 1, 0))  # (B, C, h + 1, w + 2)
+        neighbours = []
+        for row, column in NEIGHBOURS:
+            top = 1 + row
+            left = 1 + column
+            neighbours.append(padded[..., top : top + height, left : left + width])
+        inputs = _flatten(torch.cat(neighbours, dim=1))  # (B * h * w, 4 * C)
+        targets = _flatten(latents)  # (B * h * w, C)
         with torch.no_grad():
-            products = mean(inputs.T @ torch.cat([inputs, targets], dim=1) / len(inputs))
+            products = mean(inputs.T @ torch.cat([inputs, targets], dim=1) / len(inputs))  # (4 * C, 5 * C)
             products.diagonal().add_(RIDGE / dim)
             coefficients = torch.linalg.solve(products[:, :-dim], products[:, -dim:])
-        return ((inputs @ coefficients - targets).square().mean(1) + FLOOR).log().mean()
+        squared_errors = (inputs @ coefficients - targets).square().mean(1)
+        return (squared_errors + FLOOR).log().mean()
+
+
+def _flatten(latents: torch.Tensor) -> torch.Tensor:
+    """Latents `(batch, channels, h, w)` as rows."""
+    return latents.movedim(1, -1).flatten(0, 2)

@@ -1,6 +1,7 @@
 """The objective: weighted losses of reconstructions at several scales and of the codebook."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,7 @@ from svqvae_hf.trainer.losses.adversarial import (
 from svqvae_hf.trainer.losses.causal import Mean, causal_loss
 from svqvae_hf.trainer.train_options import TrainOptions
 
-Term = tuple[float, torch.Tensor]  # weight and loss
-Losses = tuple[torch.Tensor, dict[str, torch.Tensor]]  # the loss to minimise, and numbers for the log by name
+Numbers = dict[str, torch.Tensor]  # scalars for the log, by name
 
 
 class Pair(NamedTuple):
@@ -42,6 +42,139 @@ class Pair(NamedTuple):
         """Whether the shorter side has at least `side` pixels."""
         return min(self.output.shape[-2:]) >= side
 
+    @property
+    def signed_target(self) -> torch.Tensor:
+        """Target with black at -1 and white at 1, as LPIPS and the discriminator read it."""
+        return 2 * self.target - 1
+
+    @property
+    def signed_output(self) -> torch.Tensor:
+        """Reconstruction with black at -1 and white at 1."""
+        return 2 * self.output - 1
+
+
+@dataclass
+class Term:
+    """One loss of the sum.
+
+    Args:
+        name (`str`): Name in the log.
+        weight (`float` or `torch.Tensor`): Factor in the sum.
+        value (`torch.Tensor`): The loss without its weight, a scalar.
+    """
+
+    name: str
+    weight: float | torch.Tensor
+    value: torch.Tensor
+
+
+class SquaredError:
+    """Mean squared error over the compared pixels of all scales."""
+
+    def __call__(self, pairs: Sequence[Pair]) -> Term:
+        """Computes the loss of reconstructions."""
+        weights = [pair.weight for pair in pairs]
+        errors = [F.mse_loss(pair.output, pair.target) for pair in pairs]
+        return Term("l2", 1.0, weighted_sum(weights, errors))
+
+
+class PerceptualLoss:
+    """LPIPS of the scales whose reconstruction is large enough for its network.
+
+    Args:
+        options ([`TrainOptions`]): Weight, network and file of weights.
+        device (`torch.device`): Device of the model.
+    """
+
+    def __init__(self, options: TrainOptions, device: torch.device):
+        self.weight = options.lpips_weight
+        self.lpips = load_lpips(options.lpips_net, options.lpips_weights).to(device)
+
+    def __call__(self, pairs: Sequence[Pair]) -> Term | None:
+        """Computes the loss of reconstructions; `None` if all are too small."""
+        large = [pair for pair in pairs if pair.fits(self.lpips.min_side)]
+        if not large:
+            return None
+        weights = [pair.weight for pair in large]
+        distances = [self.lpips(pair.signed_output, pair.signed_target) for pair in large]
+        return Term("lpips", self.weight, weighted_sum(weights, distances))
+
+
+class CodebookLosses:
+    """Losses of the quantizer, means over the latents of all scales."""
+
+    names = ("vq", "commitment", "entropy")
+
+    def __call__(self, output: SVQVAEOutput) -> list[Term]:
+        """Computes the losses of an output of the model that was quantised."""
+        fractions = fractions_of_latents(output)
+        losses_by_scale = output.losses or []
+        terms = []
+        for index, name in enumerate(self.names):
+            values = [losses[index] for losses in losses_by_scale]
+            terms.append(Term(name, 1.0, weighted_sum(fractions, values)))
+        return terms
+
+
+class CausalLoss:
+    """Loss of latents that earlier ones do not predict, a mean over the latents of all scales.
+
+    Args:
+        weight (`float`): Factor in the sum.
+        mean (`Callable`): Averages a tensor over all processes.
+    """
+
+    def __init__(self, weight: float, mean: Mean):
+        self.weight = weight
+        self.mean = mean
+
+    def __call__(self, output: SVQVAEOutput) -> Term:
+        """Computes the loss of an output of the model that was quantised."""
+        losses = [causal_loss(latents, self.mean) for latents in output.latents or []]
+        return Term("causal", self.weight, weighted_sum(fractions_of_latents(output), losses))
+
+
+class AdversarialLoss:
+    """Losses of the model and of its discriminator, for scales whose reconstruction is large enough.
+
+    Args:
+        weight (`float`): Factor of the adaptive weight.
+        last_layer_weight (`torch.Tensor`): Weight of the decoder's last convolution.
+        mean (`Callable`): Averages a tensor over all processes.
+    """
+
+    def __init__(self, weight: float, last_layer_weight: torch.Tensor, mean: Mean):
+        self.weight = weight
+        self.last_layer_weight = last_layer_weight
+        self.mean = mean
+        self.discriminator = PatchDiscriminator()
+
+    def __call__(self, pairs: Sequence[Pair], reconstruction_loss: torch.Tensor) -> Term:
+        """Computes the loss of the model, whose weight depends on the loss of its reconstructions."""
+        large = [pair for pair in pairs if pair.fits(MIN_SIDE)]
+        weights = [pair.weight for pair in large]
+        losses = [hinge_generator_loss(self.discriminator(pair.signed_output)) for pair in large]
+        loss = weighted_sum(weights, losses)
+        ratio = adaptive_weight(reconstruction_loss, loss, self.last_layer_weight, self.mean)
+        return Term("adversarial", self.weight * ratio, loss)
+
+    def discriminator_loss(self, pairs: Sequence[Pair], discriminator: nn.Module) -> tuple[torch.Tensor, Numbers]:
+        """Computes the loss of the discriminator, and numbers for the log."""
+        large = [pair for pair in pairs if pair.fits(MIN_SIDE)]
+        weights = [pair.weight for pair in large]
+        real_logits = [discriminator(pair.signed_target) for pair in large]
+        fake_logits = [discriminator(pair.signed_output.detach()) for pair in large]
+        losses = []
+        for real, fake in zip(real_logits, fake_logits, strict=True):
+            losses.append(hinge_discriminator_loss(real, fake))
+        loss = weighted_sum(weights, losses)
+        numbers = {
+            "discriminator": loss.detach(),
+            "real_logits": mean_logit(weights, real_logits),
+            "fake_logits": mean_logit(weights, fake_logits),
+        }
+        return loss, numbers
+
 
 class Objective:
     """Weighted sum of losses.
@@ -54,34 +187,54 @@ class Objective:
         options ([`TrainOptions`]): Weights of the other losses.
         vqvae ([`SVQVAE`]): Model to train, on its device.
         mean (`Callable`, *optional*): Averages a tensor over all processes; not needed for one process.
+
+    Attributes:
+        discriminator (`nn.Module`, *optional*): Discriminator of the adversarial loss, if there is one.
     """
 
     def __init__(self, options: TrainOptions, vqvae: SVQVAE, mean: Mean = lambda value: value):
         self.options = options
         self.pixel_range = vqvae.config["pixel_range"]
-        self.last_layer_weight = vqvae.decoder.conv_out.weight
         self.codebook = vqvae.quantize.embedding
-        self.mean = mean
-        self.lpips = self.discriminator = None
+        self.squared_error = SquaredError()
+        self.codebook_losses = CodebookLosses()
+        self.perceptual: PerceptualLoss | None = None
+        self.causal: CausalLoss | None = None
+        self.adversarial: AdversarialLoss | None = None
+        self.discriminator: PatchDiscriminator | None = None
         if options.lpips_weight:
-            self.lpips = load_lpips(options.lpips_net, options.lpips_weights).to(vqvae.device)
+            self.perceptual = PerceptualLoss(options, vqvae.device)
+        if options.causal_weight:
+            self.causal = CausalLoss(options.causal_weight, mean)
         if options.adversarial_weight:
-            self.discriminator = PatchDiscriminator()
+            last_layer_weight = vqvae.decoder.conv_out.weight
+            self.adversarial = AdversarialLoss(options.adversarial_weight, last_layer_weight, mean)
+            self.discriminator = self.adversarial.discriminator
 
     def is_adversarial(self, step: int) -> bool:
         """Whether the discriminator takes part in a step."""
-        return self.discriminator is not None and step >= self.options.adversarial_start
+        return self.adversarial is not None and step >= self.options.adversarial_start
 
     def pairs(self, sample: torch.Tensor, output: SVQVAEOutput) -> list[Pair]:
-        """Pairs each reconstruction with the image resized to it: by area, or larger by bicubic interpolation."""
-        (low, high), total = self.pixel_range, sum(each[0, 0].numel() for each in output.sample)
-        target, pairs = (sample - low) / (high - low), []
-        for each in output.sample:
-            resized = resize(target, each.shape[-2:], "area" if each.shape[-2] < target.shape[-2] else "bicubic")
-            pairs.append(Pair(resized, (each.float() - low) / (high - low), each[0, 0].numel() / total))
+        """Pairs each reconstruction with the image resized to it: by area, or larger by bicubic interpolation.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in the model's `pixel_range`.
+            output ([`SVQVAEOutput`]): Output of the model at a list of scales.
+        """
+        low, high = self.pixel_range
+        target = (sample - low) / (high - low)
+        total_pixels = sum(reconstruction[0, 0].numel() for reconstruction in output.sample)
+        pairs = []
+        for reconstruction in output.sample:
+            size = reconstruction.shape[-2:]
+            mode = "area" if size[0] < target.shape[-2] else "bicubic"
+            resized = resize(target, size, mode)  # (B, 3, h, w)
+            scaled = (reconstruction.float() - low) / (high - low)
+            pairs.append(Pair(resized, scaled, reconstruction[0, 0].numel() / total_pixels))
         return pairs
 
-    def __call__(self, pairs: Sequence[Pair], output: SVQVAEOutput, step: int) -> Losses:
+    def __call__(self, pairs: Sequence[Pair], output: SVQVAEOutput, step: int) -> tuple[torch.Tensor, Numbers]:
         """Computes the loss of the model.
 
         Args:
@@ -92,22 +245,20 @@ class Objective:
         Returns:
             The loss to minimise, and each loss without its weight by name, all scalar tensors.
         """
-        pixel_terms, codebook_terms = self._pixel_terms(pairs), self._codebook_terms(output)
-        reconstruction_loss = _weighted_total(pixel_terms)
-        loss = reconstruction_loss + _weighted_total(codebook_terms)
+        pixel_terms = self._pixel_terms(pairs)
+        codebook_terms = self._codebook_terms(output)
+        reconstruction_loss = total_of(pixel_terms)
+        loss = reconstruction_loss + total_of(codebook_terms)
         loss = loss + 0 * self.codebook.table().sum()  # a gradient in every step, for which DDP waits
-        numbers = {name: value.detach() for name, (_, value) in (pixel_terms | codebook_terms).items()}
-        if self.discriminator is not None and self.is_adversarial(step):
-            large = [pair for pair in pairs if pair.fits(MIN_SIDE)]
-            losses = [hinge_generator_loss(self.discriminator(2 * pair.output - 1)) for pair in large]
-            adversarial = _weighted_sum([pair.weight for pair in large], losses)
-            ratio = adaptive_weight(reconstruction_loss, adversarial, self.last_layer_weight, self.mean)
-            weight = self.options.adversarial_weight * ratio
-            loss = loss + weight * adversarial
-            numbers |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
+        numbers = {term.name: term.value.detach() for term in pixel_terms + codebook_terms}
+        if self.adversarial is not None and self.is_adversarial(step):
+            term = self.adversarial(pairs, reconstruction_loss)
+            loss = loss + term.weight * term.value
+            numbers["adversarial"] = term.value.detach()
+            numbers["adversarial_weight"] = torch.as_tensor(term.weight)
         return loss, numbers
 
-    def discriminator_loss(self, pairs: Sequence[Pair], discriminator: nn.Module) -> Losses:
+    def discriminator_loss(self, pairs: Sequence[Pair], discriminator: nn.Module) -> tuple[torch.Tensor, Numbers]:
         """Computes the loss of the discriminator.
 
         Args:
@@ -116,46 +267,52 @@ class Objective:
 
         Returns:
             The loss to minimise, and its parts and mean logits by name, all scalar tensors.
+
+        Raises:
+            ValueError: The objective has no adversarial loss.
         """
-        large = [pair for pair in pairs if pair.fits(MIN_SIDE)]
-        weights = [pair.weight for pair in large]
-        real = [discriminator(2 * pair.target - 1) for pair in large]
-        fake = [discriminator(2 * pair.output.detach() - 1) for pair in large]
-        loss = _weighted_sum(weights, map(hinge_discriminator_loss, real, fake))
-        numbers = {
-            "discriminator": loss,
-            "real_logits": _weighted_sum(weights, (logits.mean() for logits in real)) / sum(weights),
-            "fake_logits": _weighted_sum(weights, (logits.mean() for logits in fake)) / sum(weights),
-        }
-        return loss, {name: value.detach() for name, value in numbers.items()}
+        if self.adversarial is None:
+            raise ValueError("The objective must have an adversarial loss. Set `adversarial_weight`.")
+        return self.adversarial.discriminator_loss(pairs, discriminator)
 
-    def _pixel_terms(self, pairs: Sequence[Pair]) -> dict[str, Term]:
-        squares = (F.mse_loss(pair.output, pair.target) for pair in pairs)
-        terms = {"l2": (1.0, _weighted_sum([pair.weight for pair in pairs], squares))}
-        lpips = self.lpips
-        if lpips is not None and (large := [pair for pair in pairs if pair.fits(lpips.min_side)]):
-            distances = (lpips(2 * pair.output - 1, 2 * pair.target - 1) for pair in large)
-            loss = _weighted_sum([pair.weight for pair in large], distances)
-            terms["lpips"] = (self.options.lpips_weight, loss)
+    def _pixel_terms(self, pairs: Sequence[Pair]) -> list[Term]:
+        terms = [self.squared_error(pairs)]
+        if self.perceptual is not None:
+            term = self.perceptual(pairs)
+            if term is not None:
+                terms.append(term)
         return terms
 
-    def _codebook_terms(self, output: SVQVAEOutput) -> dict[str, Term]:
-        ids, losses = (list(each or []) for each in (output.ids, output.losses))
-        if not losses:
-            return {}
-        num_tokens = sum(each.numel() for each in ids)
-        fractions = [each.numel() / num_tokens for each in ids]
-        kinds = zip(("vq", "commitment", "entropy"), zip(*losses, strict=True), strict=True)
-        terms = {name: (1.0, _weighted_sum(fractions, at_scales)) for name, at_scales in kinds}
-        if self.options.causal_weight:
-            loss = _weighted_sum(fractions, (causal_loss(each, self.mean) for each in output.latents or []))
-            terms["causal"] = (self.options.causal_weight, loss)
+    def _codebook_terms(self, output: SVQVAEOutput) -> list[Term]:
+        if not output.losses:  # not quantised
+            return []
+        terms = self.codebook_losses(output)
+        if self.causal is not None:
+            terms.append(self.causal(output))
         return terms
 
 
-def _weighted_total(terms: Mapping[str, Term]) -> torch.Tensor:
-    return sum((weight * loss for weight, loss in terms.values()), start=torch.zeros(()))
+def fractions_of_latents(output: SVQVAEOutput) -> list[float]:
+    """Fraction of each scale's latents in the latents of all scales."""
+    counts = [ids.numel() for ids in output.ids or []]
+    return [count / sum(counts) for count in counts]
 
 
-def _weighted_sum(weights: Sequence[float], losses: Iterable[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()
+def mean_logit(weights: Sequence[float], logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean logit over some scales by their weights, for the log."""
+    means = [scale_logits.detach().mean() for scale_logits in logits]
+    return weighted_sum(weights, means) / sum(weights)
+
+
+def total_of(terms: Sequence[Term]) -> torch.Tensor:
+    """Sum of losses by their weights."""
+    total = torch.zeros(())
+    for term in terms:
+        total = total + term.weight * term.value
+    return total
+
+
+def weighted_sum(weights: Sequence[float], losses: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of the losses of some scales by their weights."""
+    weighted = [weight * loss for weight, loss in zip(weights, losses, strict=True)]
+    return torch.stack(weighted).sum()
