@@ -2,8 +2,10 @@
 
 import argparse
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -19,20 +21,20 @@ from svqvae_hf.trainer.scripts import script_name
 OPTIMIZERS = ("adamw", "soap")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
-POSITIVE, NOT_NEGATIVE, FRACTION = "be more than 0", "not be negative", "lie in [0, 1]"
-RULES: dict[str, Callable[[Any], bool]] = {
-    **{POSITIVE: lambda value: value > 0, NOT_NEGATIVE: lambda value: value >= 0},
-    FRACTION: lambda value: 0 <= value <= 1,
-}
+POSITIVE = {"above": 0.0}  # ranges for `check_number`
+NOT_NEGATIVE = {"least": 0.0}
+FRACTION = {"least": 0.0, "most": 1.0}
 
 Options = TypeVar("Options", bound="RunOptions")
 
 
 def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
     """Field of an option with its default, its help and, if any, its choices."""
-    metadata = {"help": text} | ({"choices": list(choices)} if choices else {})
+    metadata: dict[str, Any] = {"help": text}
+    if choices is not None:
+        metadata["choices"] = list(choices)
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -41,16 +43,43 @@ def required(text: str) -> Any:
     return field(kw_only=True, metadata={"help": text})
 
 
-def wrong(options: Any, rule: str, *names: str) -> Iterator[str]:
-    """Yields which options are given, but do not follow one of the `RULES`."""
+def check_number(
+    name: str, value: float, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
+) -> None:
+    """Raises ValueError unless a number lies in a range."""
+    if least <= value <= most and above < value < math.inf:
+        return
+    if above > -math.inf:
+        bounds = f"above {above:g}"
+    elif most < math.inf:
+        bounds = f"in [{least:g}, {most:g}]"
+    else:
+        bounds = f"at least {least:g}"
+    raise ValueError(f"`{name}` must be {bounds}, got {value!r}.")
+
+
+def wrong(options: Any, bounds: Mapping[str, float], *names: str) -> Iterator[str]:
+    """Yields which options are given, but not in a range.
+
+    Args:
+        options: Dataclass of options.
+        bounds (`Mapping[str, float]`): Arguments of [`check_number`], such as `FRACTION`.
+        *names (`str`): Names of the options.
+    """
     for name in names:
-        if (value := getattr(options, name)) is not None and not RULES[rule](value):
-            yield f"`--{name}` must {rule}, but is {value}."
+        value = getattr(options, name)
+        if value is None:
+            continue
+        try:
+            check_number(f"--{name}", value, **bounds)
+        except ValueError as error:
+            yield str(error)
 
 
 def raise_faults(faults: Iterable[str]) -> None:
     """Raises one ValueError with all faults, if there are any."""
-    if message := " ".join(faults):
+    message = " ".join(faults)
+    if message:
         raise ValueError(message)
 
 
@@ -105,9 +134,9 @@ class RunOptions:
 
     def faults(self) -> Iterator[str]:
         """Yields what is wrong with the options, except for data and model."""
-        names = "save_steps", "save_total_limit", "eval_steps", "logging_steps", "learning_rate", "max_grad_norm"
-        batches = "per_device_train_batch_size", "gradient_accumulation_steps"
-        yield from wrong(self, POSITIVE, "max_steps", *batches, *names)
+        yield from wrong(self, POSITIVE, "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+        yield from wrong(self, POSITIVE, "save_steps", "save_total_limit", "eval_steps", "logging_steps")
+        yield from wrong(self, POSITIVE, "learning_rate", "max_grad_norm")
         yield from wrong(self, NOT_NEGATIVE, "weight_decay", "max_skipped_steps", "seed")
         yield from wrong(self, FRACTION, "ema_decay")
         if not 0 <= self.num_warmup_steps < self.max_steps:
@@ -129,14 +158,17 @@ class RunOptions:
     @property
     def num_warmup_steps(self) -> int:
         """Steps in which the learning rate rises."""
-        return min(500, self.max_steps // 10) if self.warmup_steps is None else self.warmup_steps
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return min(500, self.max_steps // 10)
 
     def check_sources(self, *names: str) -> None:
         """Raises if a source is neither a file or folder nor a possible Hub id."""
         for name in names:
             source = getattr(self, name)
-            is_absent = source is not None and not Path(source).exists()
-            if is_absent and (source.endswith(".json") or not re.fullmatch(REPO_ID, source)):
+            if source is None or Path(source).exists():
+                continue
+            if source.endswith(".json") or not re.fullmatch(REPO_ID, source):
                 raise ValueError(f"`--{name}` must be a file, folder or Hub id, org/name, but there is no {source!r}.")
 
     def not_one_of(self, one: str, other: str) -> Iterator[str]:
@@ -155,6 +187,7 @@ class ImageOptions(RunOptions):
     train_data_dir: str | None = option(None, "Folder or pattern of images or shards, instead of --dataset_name.")
     mix_data_dir: str | None = option(None, "Folder of other images, which the model must not forget.")
     mix_fraction: float = option(0.3, "Fraction of the crops that are cut from --mix_data_dir.")
+    mix_split: str | None = option(None, "Split of --mix_data_dir, if it has several.")
     split: str = option("train", "Split of the image set.")
     image_column: str | None = option(None, "Column of the images, or their suffix in tar files; found by default.")
     per_device_train_batch_size: int = option(8, "Crops of side --resolution in a batch of one process.")
@@ -176,6 +209,8 @@ class ImageOptions(RunOptions):
         yield from wrong(self, POSITIVE, "resolution", "shuffle_buffer")
         yield from wrong(self, FRACTION, "mix_fraction")
         yield from wrong(self, NOT_NEGATIVE, "dataloader_num_workers")
+        if self.mix_split is not None and self.mix_data_dir is None:
+            yield "`--mix_split` belongs to `--mix_data_dir`. Give both or neither."
         if len(self.resize_range) != 2 or not 0 < self.resize_range[0] <= self.resize_range[1]:
             yield f"`--resize_range` must be two factors, the smaller first, but is {self.resize_range}."
 
@@ -211,16 +246,20 @@ def read_options(options_classes: Sequence[type], arguments: Sequence[str]) -> t
         ValueError: If an option is unknown or missing, a value is of the wrong type, or the file does not map options
             to values.
     """
-    arguments = list(arguments)
-    if arguments and arguments[0].endswith((".yaml", ".yml")):
-        arguments[:1] = _flags(Path(arguments[0]))
+    flags = list(arguments)
+    if flags and flags[0].endswith((".yaml", ".yml")):
+        flags = file_flags(Path(flags[0])) + flags[1:]
     parser = OptionParser(options_classes, prog=script_name(), allow_abbrev=False)
-    found = parser.parse_args_into_dataclasses(arguments)
-    for options in found:
+    parser.check_names(flags)
+    _, unused = parser.parse_known_args(flags)
+    if unused:
+        raise ValueError(f"`{unused[0]}` must follow an option that takes it, but the one before has all its values.")
+    parsed = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    for options in parsed:
         for name, value in vars(options).items():
             if name.endswith("_name_or_path") and value is not None:
                 setattr(options, name, find_bundled(value))
-    return found
+    return tuple(parsed)
 
 
 class OptionParser(HfArgumentParser):
@@ -230,35 +269,23 @@ class OptionParser(HfArgumentParser):
         """Adds an option, whose metadata are `settings`."""
         if settings.get("nargs") == "+":
             settings["nargs"] = "*"
-        if "default" in settings and settings["default"] is None and "choices" not in settings:
+        is_optional = "default" in settings and settings["default"] is None
+        if is_optional and "choices" not in settings:
             settings["type"] = _or_none(settings["type"])
         return super().add_argument(*flags, **settings)
 
-    def parse_args_into_dataclasses(self, args: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """Parses the arguments. Raises one error for all that are no options, or have wrong values."""
-        if not {"-h", "--help"} & {*(args or [])}:
-            raise_faults(self.faults(args or []))
-        return tuple(super().parse_args_into_dataclasses(args))
-
-    def faults(self, words: Sequence[str]) -> Iterator[str]:
-        """Yields what is wrong with each option, and the required options that are missing."""
-        known, given = {name: each for each in self._actions for name in each.option_strings}, set()
-        for option in re.split(r"\0(?=--)", "\0".join(words)) if words else []:
-            name, *values = re.sub("^(--[^=\0]*)=", "\\1\0", option).split("\0")
-            action = known.get(name)
-            given.add(action)
-            try:
-                if action is None:
-                    near = "".join(f" Did you mean `{each}`?" for each in difflib.get_close_matches(name, known, 1))
-                    yield f"`{name}` is not an option of the script.{near or ' Pass `--help` to see all.'}"
-                elif action.nargs is None and len(values) != 1:
-                    yield f"`{name}` takes one value, but got {' '.join(values) or 'none'}."
-                else:
-                    self._get_values(action, values)
-            except argparse.ArgumentError as error:
-                yield f"{error}."
-        if missing := [each.option_strings[0] for each in self._actions if each.required and each not in given]:
-            yield f"the following arguments are required: {', '.join(missing)}"
+    def check_names(self, words: Sequence[str]) -> None:
+        """Raises ValueError for the first flag that is not an option, with the option that was probably meant."""
+        names = []
+        for action in self._actions:
+            names += action.option_strings
+        for word in words:
+            name = word.partition("=")[0]
+            if not name.startswith("--") or name in names:
+                continue
+            similar = difflib.get_close_matches(name, names, 1)
+            advice = f"Did you mean `{similar[0]}`?" if similar else "Pass `--help` to see all."
+            raise ValueError(f"`{name}` is not an option of the script. {advice}")
 
     def error(self, message: str) -> NoReturn:
         """Raises the error, without the usage, which lists every option."""
@@ -273,30 +300,58 @@ def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert_or_none
 
 
-def public_values(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as they may be published, by name: without directories of this machine. Equal names count as equal."""
+def file_flags(path: Path) -> list[str]:
+    """Entries of a YAML file as flags. Paths are relative to its folder, if they exist there.
 
-    def public(value: Any) -> Any:
-        if isinstance(value, list):
-            return [*map(public, value)]
-        return public_name(value) if isinstance(value, str) else value
-
-    return {name: public(value) for name, value in options.items()}
-
-
-def _flags(path: Path) -> Iterator[str]:
-    """Entries of a YAML file as flags. Paths are relative to its folder, if they exist there."""
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file is not YAML, or does not map options to values.
+    """
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"`{path}` must be a YAML file, but is not: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"`{path}` must map options to values, but is {type(entries).__name__}.")
-
-    def locate(value: Any) -> str:
-        is_path = isinstance(value, str) and (path.parent / value).exists()
-        return str(path.parent / value) if is_path else str(value)
-
+    flags = []
     for name, value in entries.items():
-        if value is not None:
-            yield from (f"--{name}", *map(locate, value if isinstance(value, list) else [value]))
+        if value is None:
+            continue
+        flags.append(f"--{name}")
+        values = value if isinstance(value, list) else [value]
+        for item in values:
+            flags.append(_located(path.parent, item))
+    return flags
+
+
+def _located(folder: Path, value: Any) -> str:
+    """A value of a file as text; a path that exists relative to the folder of the file becomes absolute."""
+    if isinstance(value, str) and (folder / value).exists():
+        return str(folder / value)
+    return str(value)
+
+
+# For publishing and for errors
+
+
+def public_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they may be published, by name: without directories of this machine. Equal names count as equal."""
+    return {name: _public(value) for name, value in options.items()}
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    if isinstance(value, str):
+        return public_name(value)
+    return value
+
+
+@contextmanager
+def about_split(option_name: str) -> Iterator[None]:
+    """Names the option of a split in errors of opening an image set, which say `--split`."""
+    try:
+        yield
+    except ValueError as error:
+        message = re.sub(r"--split\b", f"--{option_name}", str(error))
+        raise ValueError(message) from error

@@ -53,6 +53,7 @@ class TrainOptions(ImageOptions):
 
     # Validation
     validation_data_dir: list[str] = option([], "Folders of images that are not trained on, measured one by one.")
+    validation_split: str | None = option(None, "Split of each --validation_data_dir, if they have several.")
     validation_scales: list[float] = option([0.25, 0.5, 1.0], "Scales of a validation.")
     num_validation_images: int = option(16, "Maximum number of images of each folder; their centres are cut.")
     load_best_model_at_end: bool = option(False, "Save the weights of the validation with the highest mean PSNR.")
@@ -62,11 +63,13 @@ class TrainOptions(ImageOptions):
         yield from super().faults()
         yield from self.not_one_of("model_config_name_or_path", "pretrained_model_name_or_path")
         yield from wrong(self, POSITIVE, "num_scales", "token_budget", "kmeans_batches", "num_validation_images")
-        losses = "causal_weight", "lpips_weight", "adversarial_weight"
-        yield from wrong(self, NOT_NEGATIVE, "dead_code_reset_steps", "adversarial_start", *losses)
+        yield from wrong(self, NOT_NEGATIVE, "causal_weight", "lpips_weight", "adversarial_weight")
+        yield from wrong(self, NOT_NEGATIVE, "dead_code_reset_steps", "adversarial_start")
         yield from wrong(self, FRACTION, "synthetic_fraction", "codebook_decay")
         if self.load_best_model_at_end and not self.validation_data_dir:
             yield "`--load_best_model_at_end` needs `--validation_data_dir`. Give both or neither."
+        if self.validation_split is not None and not self.validation_data_dir:
+            yield "`--validation_split` belongs to `--validation_data_dir`. Give both or neither."
         yield from self._check_crops()
         yield from self._check_scales()
         yield from self._check_codebook()
@@ -79,42 +82,55 @@ class TrainOptions(ImageOptions):
     @property
     def quantize_from(self) -> int:
         """First step that quantises: before its first k-means, a new model's codebook is random."""
-        return 0 if self.pretrained_model_name_or_path is not None else min(self.kmeans_steps, default=0)
+        if self.pretrained_model_name_or_path is not None:
+            return 0
+        return min(self.kmeans_steps, default=0)
 
     def _check_crops(self) -> Iterator[str]:
-        if any(side < 1 or self.resolution % side for side in self.crop_sizes):
-            yield f"`--crop_sizes` must divide `--resolution` = {self.resolution}, but are {self.crop_sizes}."
+        for side in self.crop_sizes:
+            if side < 1 or self.resolution % side:
+                yield f"`--crop_sizes` must divide `--resolution` = {self.resolution}, but are {self.crop_sizes}."
+                break
+        if not self.adversarial_weight:
+            return
         smallest = min([self.resolution, *self.crop_sizes])
-        if self.scale_probabilities:
+        if self.scale_probabilities:  # a step may have the smallest scale alone
             smallest = int(smallest * min(self.scales, default=1))
-        if self.adversarial_weight and smallest < MIN_SIDE:
+        if smallest < MIN_SIDE:
             yield f"The discriminator needs images of at least {MIN_SIDE} pixels, but one has {smallest}."
-        if self.adversarial_weight and self.adversarial_start >= self.max_steps:
+        if self.adversarial_start >= self.max_steps:
             yield (
                 f"`--adversarial_start` must be less than `--max_steps` = {self.max_steps}, but is "
                 f"{self.adversarial_start}. Lower it, or leave `--adversarial_weight` at 0."
             )
 
     def _check_scales(self) -> Iterator[str]:
-        probabilities = self.scale_probabilities
-        if not (self.validation_scales and all(0 < s < math.inf for s in (*self.scales, *self.validation_scales))):
+        are_in_range = all(0 < scale < math.inf for scale in self.scales + self.validation_scales)
+        if not are_in_range or not self.validation_scales:
             yield "`--validation_scales` must not be empty, and they and `--scales` must be finite and more than 0."
         if self.scales and 1 not in self.scales:
             yield f"`--scales` must contain 1, but are {self.scales}."
         if self.token_budget is not None and (self.scales or self.token_budget < 1):
             yield "`--token_budget` must be at least 1, the full scale, and not be used with `--scales`."
-        matches = len(probabilities) == len(self.scales) and math.isclose(sum(probabilities), 1)
-        if probabilities and not (matches and min(probabilities) >= 0):
+        if self.scale_probabilities and not self._are_probabilities():
             yield (
                 f"`--scale_probabilities` must be one fraction for each of `--scales` = {self.scales}, and sum to 1, "
-                f"but are {probabilities}."
+                f"but are {self.scale_probabilities}."
             )
+
+    def _are_probabilities(self) -> bool:
+        """Whether there is a probability for each scale, and all of them sum to 1."""
+        if len(self.scale_probabilities) != len(self.scales):
+            return False
+        return min(self.scale_probabilities) >= 0 and math.isclose(sum(self.scale_probabilities), 1)
 
     def _check_codebook(self) -> Iterator[str]:
         if not all(0 < step < self.max_steps for step in self.kmeans_steps):
             yield f"`--kmeans_steps` must lie between 0 and `--max_steps` = {self.max_steps}, got {self.kmeans_steps}."
+        if self.train != "decoder":
+            return
         for name in ("kmeans_steps", "codebook_decay", "dead_code_reset_steps", "causal_weight"):
-            if self.train == "decoder" and getattr(self, name):
+            if getattr(self, name):
                 yield f"`--train decoder` keeps the codes, but `--{name}` moves them."
-        if self.train == "decoder" and self.pretrained_model_name_or_path is None:
+        if self.pretrained_model_name_or_path is None:
             yield "`--train decoder` keeps a model's ids, so it needs `--pretrained_model_name_or_path`."

@@ -13,7 +13,7 @@ from svqvae_hf.trainer.data.crop_batches import CropBatch, CropCutter
 from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy
 from svqvae_hf.trainer.data.sample_order import Share
-from svqvae_hf.trainer.options import ImageOptions
+from svqvae_hf.trainer.options import ImageOptions, about_split
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -57,9 +57,15 @@ class ImageSource:
         )
         self.mixed: ImageSet | None = None
         if options.mix_data_dir is not None:
-            self.mixed = open_images(
-                [options.mix_data_dir], columns=columns, keep_labels=False, copy=True, results=options.output_dir
-            )
+            with about_split("mix_split"):
+                self.mixed = open_images(
+                    [options.mix_data_dir],
+                    split=options.mix_split,
+                    columns=columns,
+                    keep_labels=False,
+                    copy=True,
+                    results=options.output_dir,
+                )
         self.label_feature: Any = None
         if self.label_column is not None:
             self.label_feature = self.images.features[self.label_column]
