@@ -4,6 +4,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch
@@ -13,7 +14,19 @@ from torch import nn
 
 from svqvae_hf.trainer.options import RunOptions
 
-CARD_NUMBERS = ("train/loss", "validation/loss", "validation/accuracy", "validation/bits_per_id")
+# Numbers that a line of the log shows. Trackers have all of them, and so has the log at level DEBUG.
+SHOWN = (
+    "loss",
+    "l2",
+    "usage@1",
+    "accuracy",
+    "bits_per_id",
+    "ids_kept",
+    "reset_codes",
+    "lr",
+    "images_per_second",
+)
+ON_CARDS = ("train/loss", "validation/loss", "validation/accuracy", "validation/bits_per_id")
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -24,28 +37,46 @@ class Log:
     Args:
         options ([`RunOptions`]): Options.
         accelerator (`Accelerator`): Accelerator whose processes are logged together.
-        network (`nn.Module`): Network that is trained.
-        contents (`str`): Size of the training set, in words.
-        first_step (`int`): Steps done before.
+
+    Attributes:
+        card_rows (`dict[str, str]`): Last values of the numbers that cards show, by name.
     """
 
-    def __init__(
-        self, options: RunOptions, accelerator: Accelerator, network: nn.Module, contents: str, first_step: int
-    ):
-        self.options, self.accelerator, self.first_step = options, accelerator, first_step
+    def __init__(self, options: RunOptions, accelerator: Accelerator):
+        self.options = options
+        self.accelerator = accelerator
         self.numbers: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.amounts = Counter[str]()
-        self.card_rows: dict[str, str] = {}  # last values of the numbers that cards show
-        self.started = self.logged = time.monotonic()
-        if accelerator.log_with:
-            accelerator.init_trackers("svqvae")
-        sizes = {each: each.numel() for each in network.parameters()}
-        trained = sum(size for each, size in sizes.items() if each.requires_grad)
-        count = accelerator.num_processes
+        self.card_rows: dict[str, str] = {}
+        self.first_step = 0
+        self.start_time = time.monotonic()
+        self.last_time = self.start_time  # of a line about training
+
+    def start(self, network: nn.Module, contents: str, first_step: int) -> None:
+        """Opens the trackers, and logs what is trained.
+
+        Args:
+            network (`nn.Module`): Network that is trained.
+            contents (`str`): Size of the training set, in words.
+            first_step (`int`): Steps done before.
+        """
+        self.first_step = first_step
+        self.start_time = time.monotonic()
+        self.last_time = self.start_time
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("svqvae")
+        trained = 0
+        total = 0
+        for parameter in network.parameters():
+            total += parameter.numel()
+            if parameter.requires_grad:
+                trained += parameter.numel()
+        steps = self.options.max_steps
+        count = self.accelerator.num_processes
+        processes = "1 process" if count == 1 else f"{count} processes"
         logger.info(
-            f"Training on {contents}: {trained:,} of {sum(sizes.values()):,} parameters, "
-            f"{options.max_steps - first_step:,} of {options.max_steps:,} steps left, {count} "
-            f"process{'es' * (count > 1)} on {accelerator.device.type}"
+            f"Training on {contents}: {trained:,} of {total:,} parameters, {steps - first_step:,} of {steps:,} steps "
+            f"left, {processes} on {self.accelerator.device.type}"
         )
 
     def add(self, numbers: Mapping[str, torch.Tensor], **amounts: float) -> None:
@@ -59,30 +90,71 @@ class Log:
 
         All processes must have added the same names.
         """
-        own = {name: torch.stack(values).mean() for name, values in self.numbers.items()}
-        means = {name: self.accelerator.reduce(value, "mean").item() for name, value in own.items()}
-        numbers = means | dict(numbers)
-        rate = self.accelerator.num_processes / (time.monotonic() - self.logged)
-        numbers |= {f"{name}_per_second": rate * amount for name, amount in self.amounts.items()}
+        written = {}
+        for name, values in self.numbers.items():
+            mean = self.accelerator.reduce(torch.stack(values).mean(), "mean")
+            written[f"train/{name}"] = mean.item()
+        for name, value in numbers.items():
+            written[f"train/{name}"] = value
+        seconds = time.monotonic() - self.last_time
+        for name, amount in self.amounts.items():
+            written[f"train/{name}_per_second"] = self.accelerator.num_processes * amount / seconds
         self.numbers.clear()
         self.amounts.clear()
-        self.logged = time.monotonic()
-        self.write(steps_done, {f"train/{name}": value for name, value in numbers.items()})
+        self.last_time = time.monotonic()
+        self.write(steps_done, written)
 
     def write(self, steps_done: int, numbers: Mapping[str, float]) -> None:
-        """Logs numbers, with progress, time and memory."""
+        """Logs numbers, some of them on the terminal with progress, time and memory."""
         self.accelerator.log(dict(numbers), step=steps_done)
-        self.card_rows |= {name: f"{numbers[name]:.4g}" for name in CARD_NUMBERS if name in numbers}
-        elapsed = time.monotonic() - self.started
-        left = elapsed / max(1, steps_done - self.first_step) * (self.options.max_steps - steps_done)
-        memory = memory_in_use(self.accelerator.device) / 2**30
+        for name in ON_CARDS:
+            if name in numbers:
+                self.card_rows[name] = f"{numbers[name]:.4g}"
+        shown = []
+        hidden = []
+        for name, value in numbers.items():
+            text = f"{name} {value:.4g}"
+            if is_shown(name, value):
+                shown.append(text)
+            else:
+                hidden.append(text)
         logger.info(
-            f"step {steps_done} of {self.options.max_steps} ({timedelta(seconds=round(elapsed))} elapsed, "
-            f"{timedelta(seconds=round(left))} left, {memory:.1f} GiB): "
-            + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            f"step {steps_done} of {self.options.max_steps} ({self._progress(steps_done)}): {', '.join(shown)}"
         )
+        if hidden:
+            logger.debug(f"step {steps_done} of {self.options.max_steps}: {', '.join(hidden)}")
+
+    def _progress(self, steps_done: int) -> str:
+        """Time that has passed, time that is left, and memory."""
+        elapsed = time.monotonic() - self.start_time
+        per_step = elapsed / max(1, steps_done - self.first_step)
+        remaining = per_step * (self.options.max_steps - steps_done)
+        memory = memory_in_use(self.accelerator.device) / 2**30
+        return f"{_duration(elapsed)} elapsed, {_duration(remaining)} left, {memory:.1f} GiB"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows of the card, so that a run which is resumed after its last line has them all."""
+        return {"card_rows": self.card_rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a state."""
+        self.card_rows = dict(state["card_rows"])
+
+
+def is_shown(name: str, value: float) -> bool:
+    """Whether a line of the log shows a number. Skipped steps are shown if there are any."""
+    number = name.rpartition("/")[2]
+    if number == "skipped":
+        return value > 0
+    return number.startswith("psnr@") or number in SHOWN
 
 
 def memory_in_use(device: torch.device) -> int:
     """Bytes: the peak of this process on a GPU, or its memory on a CPU now."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def _duration(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))

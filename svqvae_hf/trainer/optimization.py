@@ -25,12 +25,17 @@ def parameter_groups(
         decayed_ndim (`int`): Parameters of at least so many dimensions decay.
         undecayed (`Sequence[str]`, defaults to `()`): Last parts of the names of further parameters without decay.
     """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            decays = parameter.ndim >= decayed_ndim and name.rpartition(".")[2] not in undecayed
-            groups[decays].append(parameter)
-    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+        if not parameter.requires_grad:
+            continue
+        last_part = name.rpartition(".")[2]
+        if parameter.ndim >= decayed_ndim and last_part not in undecayed:
+            decayed.append(parameter)
+        else:
+            others.append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def make_optimizer(
@@ -52,7 +57,7 @@ def make_optimizer(
         undecayed (`Sequence[str]`, defaults to `()`): Last parts of the names of further weights without decay.
     """
     groups = parameter_groups(network, options.weight_decay, decayed_ndim, undecayed)
-    betas = options.adam_beta1, options.adam_beta2
+    betas = (options.adam_beta1, options.adam_beta2)
     optimizer: torch.optim.Optimizer
     if options.optimizer == "soap":
         from pytorch_optimizer.optimizer.soap import SOAP  # takes a second
@@ -76,26 +81,33 @@ def resume_schedule(lr_scheduler: LambdaLR, steps_done: int, groups: Sequence[Ma
     """
     lr_scheduler.last_epoch = steps_done
     lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
-    factors = [factor(steps_done) for factor in lr_scheduler.lr_lambdas]
-    rates = [rate * factor for rate, factor in zip(lr_scheduler.base_lrs, factors, strict=True)]
-    for loaded, group, rate in zip(lr_scheduler.optimizer.param_groups, groups, rates, strict=True):
-        loaded.update(group, lr=rate)
+    rates = []
+    for peak, schedule in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True):
+        rates.append(peak * schedule(steps_done))
+    for loaded_group, group, rate in zip(lr_scheduler.optimizer.param_groups, groups, rates, strict=True):
+        loaded_group.update(group, lr=rate)
     lr_scheduler._last_lr = rates
 
 
 def hyperparameters(lr_scheduler: LambdaLR) -> list[dict[str, Any]]:
     """Hyperparameters of each group of the optimizer of a schedule."""
-    return [{key: group[key] for key in group.keys() - {"params"}} for group in lr_scheduler.optimizer.param_groups]
+    groups = []
+    for group in lr_scheduler.optimizer.param_groups:
+        groups.append({key: value for key, value in group.items() if key != "params"})
+    return groups
 
 
 def loss_scale(accelerator: Accelerator) -> float:
     """Factor by which the loss, and so each gradient, is multiplied in fp16; 1 in other precisions."""
-    return 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+    if accelerator.scaler is None:
+        return 1.0
+    return accelerator.scaler.get_scale()
 
 
 def rescale_gradients(model: nn.Module, factor: float) -> None:
     """Multiplies gradients by a factor, such as the one by which another model's update changed the loss scale."""
-    if factor != 1:
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad *= factor
+    if factor == 1:
+        return
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad *= factor

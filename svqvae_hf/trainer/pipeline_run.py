@@ -1,7 +1,7 @@
 """Parts of a run that trains a generator on an SVQVAE's latents or ids, and saves a pipeline."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,29 +51,45 @@ def open_token_sets(options: Any, vqvae: SVQVAE, class_names: Any = None) -> tup
     """
     if options.caption_column is not None and options.label_column is not None:
         raise ValueError("Only one of `--caption_column` and `--label_column` can be given. Leave one out.")
-    source = TokenSource(options.token_set, options.label_column, options.caption_column)
-    check_same_codebook(vqvae, source.settings)
-    source.class_names = source.class_names or class_names
+    source = _open_token_set(options, options.token_set, vqvae, class_names)
     if class_names not in (None, source.class_names):
         raise ValueError(f"The token set must have the model's classes, {class_names}, but has {source.class_names}.")
     if options.validation_token_set is None:
         return source, None
-    held_out = TokenSource(options.validation_token_set, options.label_column, options.caption_column)
-    check_same_codebook(vqvae, held_out.settings)
-    held_out.class_names = held_out.class_names or class_names
-    kinds = [(each.grids, each.num_classes, each.settings.scale_from, each.class_names) for each in (source, held_out)]
-    if kinds[0] != kinds[1]:
+    held_out = _open_token_set(options, options.validation_token_set, vqvae, class_names)
+    expected = _kind(source)
+    if _kind(held_out) != expected:
         raise ValueError(
             "`--validation_token_set` must have the scales, classes and `scale_from` of the token set, "
-            f"{kinds[0]}, but has {kinds[1]}. Tokenize both alike."
+            f"{expected}, but has {_kind(held_out)}. Tokenize both alike."
         )
-    if shared := source.shared_key(held_out):
+    shared = source.shared_key(held_out)
+    if shared is not None:
         raise ValueError(f"`--validation_token_set` must hold other images, but `{shared}` is in both sets.")
     return source, held_out
 
 
+def _open_token_set(options: Any, data: str, vqvae: SVQVAE, class_names: Any) -> TokenSource:
+    """Opens a token set. A set without names of classes has those of the model that is trained further."""
+    source = TokenSource(data, options.label_column, options.caption_column)
+    check_same_codebook(vqvae, source.settings)
+    if not source.class_names:
+        source.class_names = class_names
+    return source
+
+
+def _kind(source: TokenSource) -> tuple[Any, ...]:
+    """Facts in which two token sets must agree."""
+    return source.grids, source.num_classes, source.settings.scale_from, source.class_names
+
+
 def log_samples(
-    log: Log, weights: Weights, pipeline: DiffusionPipeline, call: Mapping[str, Any], steps_done: int
+    log: Log,
+    weights: Weights,
+    pipeline: DiffusionPipeline,
+    call: Mapping[str, Any],
+    labels: Sequence[str],
+    steps_done: int,
 ) -> None:
     """Samples images with fixed noise, and writes them as one picture. All processes sample; the main one writes.
 
@@ -82,17 +98,21 @@ def log_samples(
         weights ([`Weights`]): Weights of the network.
         pipeline (`DiffusionPipeline`): Pipeline of the trained network.
         call (`Mapping[str, Any]`): Arguments of its call.
+        labels (`Sequence[str]`): What each image shows: its class, its caption, or its number.
         steps_done (`int`): Steps done before.
     """
     options: Any = log.options
     if not options.num_validation_images:
         return
     pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(options.seed)
     with weights.evaluating():
-        images = pipeline(**call, generator=torch.Generator().manual_seed(options.seed), output_type="np")[0]
+        images = pipeline(**call, generator=generator, output_type="np")[0]  # (n, H, W, 3)
     if log.accelerator.is_main_process:
-        columns, tensor = math.ceil(len(images) ** 0.5), torch.from_numpy(images).permute(0, 3, 1, 2)
-        log_images(log.accelerator, tensor, columns, Path(options.output_dir, "samples"), steps_done)
+        columns = math.ceil(len(images) ** 0.5)
+        sample = torch.from_numpy(images).permute(0, 3, 1, 2)  # (n, 3, H, W)
+        folder = Path(options.output_dir, "samples")
+        log_images(log.accelerator, sample, labels, columns, folder, steps_done)
 
 
 def generator_card(
@@ -109,15 +129,21 @@ def generator_card(
         call (`str`): Arguments of the pipeline's call in the example.
     """
     rows = dict(numbers)
-    for each in ("validation_token_set", "validation_data_dir"):
-        if (source := getattr(options, each, None)) is not None:
-            rows[each.replace("_", " ")] = f"`{public_name(source)}`"
-    if class_names := pipeline.config.get("class_names") or [*pipeline.config.get("id2label", {}).values()]:
-        first = model_cards.quote(class_names[0])
-        call = call.replace("class_labels=[0]", f"class_labels=[{first}]").replace("labels=0,", f"labels={first},")
-        more = f" and {len(class_names) - NAMED_CLASSES} more" if len(class_names) > NAMED_CLASSES else ""
-        rows["classes"] = ", ".join(class_names[:NAMED_CLASSES]) + more
-    network = pipeline.components.get("transformer") or pipeline.components["language_model"]
+    for name in ("validation_token_set", "validation_data_dir"):
+        source = getattr(options, name, None)
+        if source is not None:
+            rows[name.replace("_", " ")] = f"`{public_name(source)}`"
+    class_names = _class_names(pipeline)
+    if class_names:
+        first_name = model_cards.quote(class_names[0])
+        call = call.replace("class_labels=[0]", f"class_labels=[{first_name}]")
+        call = call.replace("labels=0,", f"labels={first_name},")
+        rows["classes"] = ", ".join(class_names[:NAMED_CLASSES])
+        if len(class_names) > NAMED_CLASSES:
+            rows["classes"] += f" and {len(class_names) - NAMED_CLASSES} more"
+    network = pipeline.components.get("transformer")
+    if network is None:
+        network = pipeline.components["language_model"]
     return model_cards.pipeline_card(
         type(pipeline),
         repo_id=result.name,
@@ -129,3 +155,11 @@ def generator_card(
         base_model=result.origin.base_model,
         pipeline_tag=getattr(pipeline, "task", "unconditional-image-generation"),
     )
+
+
+def _class_names(pipeline: DiffusionPipeline) -> list[str]:
+    """Names of the classes of a pipeline, in the words of this package or of diffusers; empty without names."""
+    class_names = pipeline.config.get("class_names")
+    if class_names:
+        return list(class_names)
+    return list(pipeline.config.get("id2label", {}).values())

@@ -1,4 +1,4 @@
-"""Numbers and pictures of a run: statistics per scale, rows of images, progress."""
+"""Numbers and pictures of a run: statistics per scale, labelled images, progress."""
 
 import math
 import sys
@@ -10,13 +10,19 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from svqvae_files.outputs import save_png
 from svqvae_hf.evaluation.metrics import count_codes, perplexity, psnr, usage
 from svqvae_hf.trainer.losses.objective import Pair
+
+MAX_PSNR = 100.0  # of equal images, whose PSNR is infinite
+LABEL_HEIGHT = 14  # pixels
+PADDING = 4  # pixels between images
+SECONDS_PER_LINE = 30  # of a progress bar in a log file
 
 Item = TypeVar("Item")
 
@@ -43,13 +49,22 @@ class ScaleStatistics:
             pairs (`Sequence[Pair]`): Target and reconstruction at each scale.
             ids (`Sequence[torch.Tensor]`): Ids at each scale; empty if nothing was quantised.
         """
-        keys = [2.0 ** round(math.log2(scale)) if self.by_octave else scale for scale in scales]
-        for key, pair in zip(keys, pairs, strict=True):
+        names = [self._name(scale) for scale in scales]
+        for name, pair in zip(names, pairs, strict=True):
             with torch.no_grad():
-                self._psnr[key].append(psnr(pair.output, pair.target, data_range=1.0).clamp(max=100))  # not infinite
-        for key, scale_ids in zip(keys, ids, strict=False):
+                values = psnr(pair.output, pair.target, data_range=1.0)
+            self._psnr[name].append(values.clamp(max=MAX_PSNR))
+        for name, scale_ids in zip(names, ids, strict=False):
             counts = count_codes(scale_ids, self.codebook_size)
-            self._counts[key] = self._counts[key] + counts if key in self._counts else counts
+            if name in self._counts:
+                counts = self._counts[name] + counts
+            self._counts[name] = counts
+
+    def _name(self, scale: float) -> float:
+        """Scale under which another one is counted."""
+        if self.by_octave:
+            return 2.0 ** round(math.log2(scale))
+        return scale
 
     def summary(self, reduce: Callable[[torch.Tensor, str], torch.Tensor]) -> dict[str, float]:
         """Means over all processes and all steps since the last call. All processes must have added the same scales.
@@ -58,12 +73,13 @@ class ScaleStatistics:
             reduce (`Callable`): Reduces a tensor over processes, by `"mean"` or `"sum"`.
         """
         numbers = {}
-        for key in sorted(self._psnr):
-            numbers[f"psnr@{key:g}"] = reduce(torch.cat(self._psnr[key]).mean(), "mean").item()
-        for key in sorted(self._counts):
-            counts = reduce(self._counts[key], "sum")
-            numbers[f"usage@{key:g}"] = usage(counts)
-            numbers[f"perplexity@{key:g}"] = perplexity(counts)
+        for scale in sorted(self._psnr):
+            mean = torch.cat(self._psnr[scale]).mean()
+            numbers[f"psnr@{scale:g}"] = reduce(mean, "mean").item()
+        for scale in sorted(self._counts):
+            counts = reduce(self._counts[scale], "sum")
+            numbers[f"usage@{scale:g}"] = usage(counts)
+            numbers[f"perplexity@{scale:g}"] = perplexity(counts)
         self._psnr.clear()
         self._counts.clear()
         return numbers
@@ -79,14 +95,31 @@ def rows_of_images(pairs: Sequence[Pair]) -> torch.Tensor:
         `torch.Tensor` of shape `(batch * columns, 3, height, width)`: Smaller scales are enlarged without smoothing.
     """
     largest = max((pair.target for pair in pairs), key=torch.Tensor.numel)
-    columns = [largest, *(F.interpolate(pair.output, largest.shape[-2:], mode="nearest") for pair in pairs)]
-    return torch.stack(columns, dim=1).flatten(0, 1)
+    columns = [largest]
+    for pair in pairs:
+        enlarged = F.interpolate(pair.output, largest.shape[-2:], mode="nearest")
+        columns.append(enlarged)
+    return torch.stack(columns, dim=1).flatten(0, 1)  # (B * columns, 3, H, W)
 
 
-def log_images(accelerator: Accelerator, images: torch.Tensor, columns: int, folder: Path, step: int) -> None:
-    """Writes images `(n, 3, height, width)` in [0, 1] to `folder` as one picture, and sends it to the trackers."""
-    grid = make_grid(images.clamp(0, 1), nrow=columns, padding=4, pad_value=1.0)
-    pixels = (grid.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+def log_images(
+    accelerator: Accelerator, images: torch.Tensor, labels: Sequence[str], columns: int, folder: Path, step: int
+) -> None:
+    """Writes images to a folder as one picture with labels, and sends it to the trackers.
+
+    Args:
+        accelerator (`Accelerator`): Accelerator with the trackers.
+        images (`torch.Tensor` of shape `(n, 3, height, width)`): Images in [0, 1].
+        labels (`Sequence[str]`): A label per image, which stands above it; shortened to its width.
+        columns (`int`): Images in a row.
+        folder (`Path`): Folder of the pictures.
+        step (`int`): Steps done, for the name of the picture.
+    """
+    cells = []
+    for image, label in zip(images.clamp(0, 1).float().cpu(), labels, strict=True):
+        cells.append(torch.cat([label_image(label, image.shape[-1]), image], dim=1))  # (3, label + H, W)
+    grid = make_grid(cells, nrow=columns, padding=PADDING, pad_value=1.0)
+    pixels = (grid.permute(1, 2, 0) * 255).round().byte().numpy()  # (H, W, 3)
     save_png(Image.fromarray(pixels), folder / f"step-{step:07}.png")
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
@@ -94,6 +127,19 @@ def log_images(accelerator: Accelerator, images: torch.Tensor, columns: int, fol
             tracker.log_images({"samples": pixels[None]}, step=step, **layout)
 
 
-def progress(batches: Iterable[Item], what: str, total: int) -> Iterable[Item]:
+def label_image(label: str, width: int) -> torch.Tensor:
+    """Draws a label in black on white, as far as it fits.
+
+    Returns:
+        `torch.Tensor` of shape `(3, LABEL_HEIGHT, width)`: Values in [0, 1].
+    """
+    strip = Image.new("RGB", (width, LABEL_HEIGHT), "white")
+    printable = label.encode("ascii", "replace").decode()  # the font has no other letters
+    ImageDraw.Draw(strip).text((1, 1), printable, fill="black", font=ImageFont.load_default())
+    return pil_to_tensor(strip) / 255
+
+
+def progress(batches: Iterable[Item], title: str, total: int) -> Iterable[Item]:
     """Shows how many batches are done, on a terminal at once, in a log file every half minute."""
-    return tqdm(batches, desc=what, total=total, mininterval=0.5 if sys.stderr.isatty() else 30, leave=False)
+    seconds = 0.5 if sys.stderr.isatty() else SECONDS_PER_LINE
+    return tqdm(batches, desc=title, total=total, mininterval=seconds, leave=False)

@@ -6,6 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+STATE = ("first", "chosen", "ids", "step", "score", "weights", "measured")  # attributes that checkpoints store
+
+Numbers = dict[str, dict[str, float]]  # of each set, by its name
+
 
 class Validations:
     """The first validation of a run and a chosen one, the best or the last. Each has the numbers of some sets.
@@ -14,7 +18,7 @@ class Validations:
         network (`nn.Module`): The bare network.
         keep_best (`bool`): Choose the one of the highest mean PSNR over sets and scales, among those that quantised,
             and keep its weights.
-        measured (`list`): Names and sizes of the sets, and scales.
+        measured (`list`): Names, sizes and digests of the sets, and scales.
 
     Attributes:
         first, chosen (`dict[str, dict[str, float]]`): Numbers of each set in the first and the chosen validation.
@@ -23,35 +27,53 @@ class Validations:
     """
 
     def __init__(self, network: nn.Module, keep_best: bool, measured: list[Any]):
-        self.network, self.keep_best, self.measured = network, keep_best, [keep_best, *measured]
-        self.first: dict[str, dict[str, float]] = {}
-        self.chosen: dict[str, dict[str, float]] = {}
-        self.ids: dict[str, torch.Tensor] = {}
-        self.step, self.score = 0, float("-inf")
+        self.network = network
+        self.keep_best = keep_best
+        self.measured = [keep_best, *measured]
+        self.first: Numbers = {}
+        self.chosen: Numbers = {}
+        self.ids: dict[str, torch.Tensor] = {}  # of the first validation that quantised
+        self.step = 0
+        self.score = float("-inf")
         self.weights: dict[str, torch.Tensor] = {}
 
-    def add(self, steps_done: int, numbers: dict[str, dict[str, float]], ids: dict[str, torch.Tensor]) -> None:
+    @property
+    def start_was_best(self) -> bool:
+        """Whether no later validation was better than the one before the first step, so that nothing is learned."""
+        return self.keep_best and bool(self.weights) and self.step == 0
+
+    def add(self, steps_done: int, numbers: Numbers, ids: Mapping[str, torch.Tensor]) -> None:
         """Adds a validation, while the network has the weights that were validated.
 
         Args:
             steps_done (`int`): Steps done before it.
             numbers (`dict[str, dict[str, float]]`): Numbers of each set. `ids_kept` is added: the fraction of ids that
                 have not changed since the first validation that quantised.
-            ids (`dict[str, torch.Tensor]`): Ids `(n,)` of each set; empty if nothing was quantised.
+            ids (`dict[str, torch.Tensor]`): Ids `(n,)` of each set in an order that does not depend on batches; empty
+                if nothing was quantised.
         """
-        self.first, self.ids = self.first or numbers, self.ids if any(map(len, self.ids.values())) else ids
-        for name, now in ids.items():
-            if len(now) == len(self.ids.get(name, "")) > 0:
-                numbers[name]["ids_kept"] = (now == self.ids[name]).float().mean().item()
-        score = sum(value for each in numbers.values() for name, value in each.items() if name.startswith("psnr@"))
-        if not self.keep_best or (score > self.score and any(map(len, ids.values()))):
-            self.score, self.step, self.chosen = score, steps_done, numbers
-            weights = self.network.state_dict() if self.keep_best else {}
-            self.weights = {name: value.cpu().clone() for name, value in weights.items()}
+        if not self.first:
+            self.first = numbers
+        if not has_ids(self.ids):
+            self.ids = dict(ids)
+        for name, current in ids.items():
+            earlier = self.ids.get(name)
+            if earlier is not None and len(earlier) == len(current) > 0:
+                numbers[name]["ids_kept"] = (current == earlier).float().mean().item()
+        if not self.keep_best:
+            self.step = steps_done
+            self.chosen = numbers
+            return
+        score = total_psnr(numbers)
+        if has_ids(ids) and score > self.score:
+            self.score = score
+            self.step = steps_done
+            self.chosen = numbers
+            self.weights = {name: value.cpu().clone() for name, value in self.network.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it."""
-        return {name: value for name, value in vars(self).items() if name not in ("network", "keep_best")}
+        """All that the run remembers."""
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a state.
@@ -59,6 +81,23 @@ class Validations:
         Raises:
             ValueError: If its validations measured something else, or kept the weights of the best or not.
         """
-        if state["first"] and state.get("measured", self.measured) != self.measured:
+        if state["first"] and state["measured"] != self.measured:
             raise ValueError(f"Validations must be of {state['measured']}, as in the checkpoint, got {self.measured}.")
-        vars(self).update(state, measured=self.measured)
+        for name in STATE:
+            if name != "measured":
+                setattr(self, name, state[name])
+
+
+def has_ids(ids: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a validation quantised."""
+    return any(len(of_set) > 0 for of_set in ids.values())
+
+
+def total_psnr(numbers: Numbers) -> float:
+    """Sum of the PSNR of all sets and scales."""
+    total = 0.0
+    for of_set in numbers.values():
+        for name, value in of_set.items():
+            if name.startswith("psnr@"):
+                total += value
+    return total

@@ -40,12 +40,18 @@ class Weights:
         lr_scheduler: LambdaLR,
         use_ema: bool,
     ):
-        self.options, self.accelerator = options, accelerator
-        self.network, self.model, self.optimizer, self.lr_scheduler = network, model, optimizer, lr_scheduler
-        self.ema = EMAModel(network.parameters(), decay=options.ema_decay) if use_ema else None
+        self.options = options
+        self.accelerator = accelerator
+        self.network = network
+        self.model = model
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.ema = None
+        if use_ema:
+            self.ema = EMAModel(network.parameters(), decay=options.ema_decay)
         self.groups = hyperparameters(lr_scheduler)  # of this run, before a checkpoint is loaded
         self.lr = float(lr_scheduler.get_last_lr()[0])
-        self.skipped = 0
+        self.skipped = 0  # steps in a row
 
     def update(self) -> dict[str, torch.Tensor]:
         """Clips the gradients, updates weights and average, and sets the gradients to zero.
@@ -62,24 +68,28 @@ class Weights:
         # Not accelerate's function, because it would unscale the gradients of all optimizers in fp16.
         self.accelerator.unscale_gradients(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
-        if norm.isfinite() or self.accelerator.scaler is not None:  # the scaler skips the step itself, and adapts
+        is_finite = norm.isfinite()
+        if is_finite or self.accelerator.scaler is not None:  # the scaler skips the step itself, and adapts
             self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
-        self.skipped = 0 if norm.isfinite() else self.skipped + 1
+        if is_finite:
+            self.skipped = 0
+            if self.ema is not None:
+                self.ema.step(self.network.parameters())
+        else:
+            self.skipped += 1
         if self.skipped > self.options.max_skipped_steps:
             raise ValueError(
                 f"Gradients must be finite, but were not for {self.skipped} steps in a row. Lower `--learning_rate` "
                 "and resume from an earlier checkpoint."
             )
-        if self.ema is not None and norm.isfinite():
-            self.ema.step(self.network.parameters())
-        return {"grad_norm": norm, "skipped": (~norm.isfinite()).float()}
+        return {"grad_norm": norm, "skipped": (~is_finite).float()}
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients, with the averaged weights if there are any."""
-        training = [module for module in self.network.modules() if module.training]
+        in_training = [module for module in self.network.modules() if module.training]
         self.network.eval()
         if self.ema is not None:
             self.ema.store(self.network.parameters())
@@ -88,7 +98,7 @@ class Weights:
             yield
         if self.ema is not None:
             self.ema.restore(self.network.parameters())
-        for module in training:
+        for module in in_training:
             module.training = True
 
     def final(self) -> dict[str, torch.Tensor]:
@@ -99,8 +109,10 @@ class Weights:
 
     def state_dict(self) -> dict[str, Any]:
         """Progress of the schedule, the average, and the skipped updates; models and optimizers are accelerate's."""
-        state = {"updates": self.lr_scheduler.last_epoch, "skipped": self.skipped}
-        return state if self.ema is None else state | {"ema": self.ema.state_dict()}
+        state: dict[str, Any] = {"updates": self.lr_scheduler.last_epoch, "skipped": self.skipped}
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes from a state, with the hyperparameters of this run, after accelerate has loaded the optimizer.
@@ -108,8 +120,9 @@ class Weights:
         Raises:
             ValueError: If the weights are averaged, but the state has no average, or the other way round.
         """
-        if ("ema" in state) != (self.ema is not None):
-            raise ValueError(f"`--use_ema` must be {'ema' in state}, as in the run that wrote the checkpoint.")
+        has_average = "ema" in state
+        if has_average != (self.ema is not None):
+            raise ValueError(f"`--use_ema` must be {has_average}, as in the run that wrote the checkpoint.")
         resume_schedule(self.lr_scheduler, state["updates"], self.groups)
         self.skipped = state["skipped"]
         if self.ema is not None:
