@@ -13,7 +13,7 @@ PIPELINE = "--output_dir out --vqvae_name_or_path {model} --model_config_name_or
 WRONG = {  # words on the command line, and a part of the message
     "training/train.py": [
         (f"{TRAIN} {{model}} --train_data_dir ./nowhere", "no file or folder matches: `./nowhere`"),
-        (f"{TRAIN} broken.json", "the config file at 'broken.json' is not a valid JSON file"),
+        (f"{TRAIN} broken.json", "`broken.json` must hold a JSON object"),
     ],
     "training/train_latent_diffusion.py": [
         (f"{PIPELINE} --train_data_dir two_images --resolution 30", "must be a multiple of 8, f of the SVQVAE times"),

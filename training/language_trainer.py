@@ -35,10 +35,11 @@ from svqvae_hf.models.image_vocabulary import CONFIG_KEY, ImageVocabulary
 from svqvae_hf.trainer.checkpoints import NAME, RUN_STATE, check_files, find_checkpoint, write_checksums
 from svqvae_hf.trainer.data.sample_order import DIGEST, SAMPLES_PER_STEP, check_same
 from svqvae_hf.trainer.examples import IGNORED
+from svqvae_hf.trainer.identity import UNIMPORTANT, RunIdentity, model_digests
 from svqvae_hf.trainer.interruption import Interruption
 from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM, hyperparameters, resume_schedule
 from svqvae_hf.trainer.options import FRACTION, OPTIMIZERS, option, public_values, raise_faults, read_options, wrong
-from svqvae_hf.trainer.publishing import OF_THE_START, Result, find_sources, provenance, refuse_finished
+from svqvae_hf.trainer.publishing import Result, find_sources, provenance, refuse_finished
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -157,7 +158,8 @@ class LanguageRun:
         self.script, self.options, self.arguments = script, options, arguments
         self.output_dir = Path(arguments.output_dir)
         self.described = public_values(asdict(options) | arguments.to_dict())
-        refuse_finished(self.output_dir, self.described)
+        self.identity = RunIdentity(self.described, model_digests(options))
+        refuse_finished(self.output_dir, self.identity)
         set_aside_partial_checkpoints(self.output_dir)
         self.checkpoint = find_checkpoint(self.output_dir, arguments.resume_from_checkpoint, arguments.max_steps)
         if self.checkpoint is not None:
@@ -213,7 +215,7 @@ class LanguageRun:
         )
         self.is_main = trainer.is_world_process_zero()
         origin = find_sources(self.options)
-        self.result = Result(self.arguments, self.described, origin, self.push_to_hub, self.is_main)
+        self.result = Result(self.arguments, self.identity, origin, self.push_to_hub, self.is_main)
         with Interruption(trainer.accelerator) as interruption:
             callback = CheckpointOnSignal(interruption, facts)
             trainer.add_callback(callback)
@@ -303,7 +305,7 @@ class RunFacts:
         check_same(SAMPLES_PER_STEP, saved["examples_per_step"], self.examples_per_step)
         for name in ("optimizer", "lora_rank"):
             check_same(f"option `--{name}`", saved["options"].get(name), self.options.get(name))
-        for name in sorted(self.options.keys() & saved["options"].keys() - set(OF_THE_START)):
+        for name in sorted(self.options.keys() & saved["options"].keys() - set(UNIMPORTANT)):
             before = saved["options"][name]
             now = json.loads(json.dumps(self.options[name]))  # as the checkpoint holds it
             if before != now:

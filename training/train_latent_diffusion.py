@@ -1,13 +1,15 @@
 """Trains a transformer that denoises SVQVAE latents, and saves a `DiTPipeline`.
 
-accelerate launch training/train_latent_diffusion.py --vqvae_name_or_path SVQVAE --model_config_name_or_path CONFIG \
+python training/train_latent_diffusion.py --vqvae_name_or_path SVQVAE --model_config_name_or_path CONFIG \
     --train_data_dir PHOTOS --output_dir OUT
+
+With several GPUs, `accelerate launch` in place of `python`.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -15,22 +17,23 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
+from torch import nn
 
-from svqvae_hf import SVQVAE
+from svqvae_hf import SVQVAE, SVQVAEImageProcessor
+from svqvae_hf.data.image_parts import IndexedRows
+from svqvae_hf.data.image_rows import read_image
+from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.hub.model_cards import quote
-from svqvae_hf.trainer.checkpoints import Checkpoints, find_checkpoint
 from svqvae_hf.trainer.configs import load_network_config
-from svqvae_hf.trainer.data.crop_batches import CropBatch
+from svqvae_hf.trainer.data.crops import CropPolicy
 from svqvae_hf.trainer.data.held_out import check_held_out
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.data.sample_order import batch_generator
-from svqvae_hf.trainer.log import Log
-from svqvae_hf.trainer.optimization import make_optimizer
-from svqvae_hf.trainer.options import POSITIVE, ImageOptions, PipelineOptions, option, wrong
+from svqvae_hf.trainer.identity import image_set_digests
+from svqvae_hf.trainer.options import POSITIVE, ImageOptions, PipelineOptions, about_split, option, wrong
 from svqvae_hf.trainer.pipeline_run import generator_card, load_frozen_vqvae, log_samples
 from svqvae_hf.trainer.publishing import Result, provenance
-from svqvae_hf.trainer.run import run_script
-from svqvae_hf.trainer.weights import Weights
+from svqvae_hf.trainer.run import Run, run_script
 
 SCRIPT = "training/train_latent_diffusion.py"
 PIXEL_RANGE = (-1.0, 1.0)  # of DiTPipeline
@@ -44,101 +47,304 @@ class DiffusionOptions(PipelineOptions, ImageOptions):
 
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     num_inference_steps: int = option(50, "Denoising steps of the images of a validation.")
-    validation_data_dir: str | None = option(None, "Folder of held-out images, whose loss is logged.")
+    validation_data_dir: str | None = option(None, "Folder of held-out images, whose mean loss is logged.")
+    validation_split: str | None = option(None, "Split of --validation_data_dir, if it has several.")
 
     def faults(self) -> Iterator[str]:
         """Yields what is wrong with the options of denoisers as well."""
         yield from super().faults()
         yield from wrong(self, POSITIVE, "num_inference_steps")
+        if self.validation_split is not None and self.validation_data_dir is None:
+            yield "`--validation_split` belongs to `--validation_data_dir`. Give both or neither."
 
 
-def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
+def train(run: Run[DiffusionOptions]) -> None:
     """Trains a denoiser, from the start or from a checkpoint, and saves its pipeline with a card."""
-    checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_steps)
+    options = run.options
+    accelerator = run.accelerator
 
     # Model and images
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
     images = ImageSource(options, accelerator, PIXEL_RANGE, options.label_column)
+    held_out = open_held_out(options, images)
+    run.identify(digests_of(images, held_out))
     if vqvae.config["scaling_factor"] == 1:
         set_scaling_factor(vqvae, images)
     denoiser = make_denoiser(options, vqvae).to(accelerator.device)
-    noise_schedule = make_noise_schedule()
-    num_timesteps = noise_schedule.config["num_train_timesteps"]
-    names = {str(label): name for label, name in enumerate(read_label_names(images.label_feature))}
-    pipeline = DiTPipeline(transformer=denoiser, vae=vqvae, scheduler=noise_schedule, id2label=names)
-    pipeline.register_to_config(id2label=names)
+    pipeline = make_pipeline(vqvae, denoiser, read_label_names(images.label_feature))
     batches_per_step = options.gradient_accumulation_steps
     loader = images.loader([options.resolution], options.max_steps, options.seed, batches_per_step=batches_per_step)
-    held_out = open_held_out(options, images)
 
     # Optimizer
-    optimizer, lr_scheduler = make_optimizer(denoiser, options, options.learning_rate, options.max_steps)
-    model, optimizer = accelerator.prepare(denoiser, optimizer)
-    weights = Weights(options, accelerator, denoiser, model, optimizer, lr_scheduler, options.use_ema)
-    checkpoints = Checkpoints(options, accelerator, checkpoint, {"weights": weights, "loader": loader})
-    result = Result.of(options, accelerator)
-    log = Log(options, accelerator, denoiser, loader.contents, checkpoints.first_step)
+    weights = run.train(denoiser, options.learning_rate)
+    model = weights.model
+    checkpoints = run.begin(denoiser, {"weights": weights, "loader": loader}, loader.contents)
+    denoise = Denoising(accelerator, vqvae, model, pipeline.scheduler, options.resolution)
     batches = iter(loader)
-
-    def predict(
-        batch: CropBatch, generator: torch.Generator, condition_dropout: float, numbers: range, count: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of a batch at random timesteps, and the deviation of its latents.
-
-        All processes draw numbers for the `count` samples of a step, and use those with the `numbers` of the batch.
-        """
-        sample = images.to_device(batch)
-        with torch.no_grad(), accelerator.autocast():
-            latents = vqvae.encode(sample).latents.float() * vqvae.config["scaling_factor"]
-        noise = torch.randn((count, *latents.shape[1:]), generator=generator)[numbers].to(latents.device)
-        timesteps = torch.randint(num_timesteps, (count,), generator=generator)[numbers].to(latents.device)
-        noisy = noise_schedule.add_noise(latents, noise, timesteps)
-        classes = None if options.label_column is None else batch.labels
-        dropped = torch.rand(count, generator=generator)[numbers] < condition_dropout
-        labels = drop_labels(classes, dropped).to(latents.device)
-
-        # The denoiser predicts the velocity (Salimans and Ho, arXiv 2202.00512)
-        velocity = noise_schedule.get_velocity(latents, noise, timesteps)
-        return F.mse_loss(model(noisy, timesteps, class_labels=labels).sample.float(), velocity), latents.std()
 
     def validate(steps_done: int) -> None:
         if held_out is not None:
-            batches = -(-held_out.images.max_parts // options.per_device_train_batch_size // accelerator.num_processes)
-            with weights.evaluating():  # the same crops, noise and timesteps at each validation
-                losses = [
-                    predict(batch, batch_generator(number), 0.0, range(len(batch.labels)), len(batch.labels))[0]
-                    for number, batch in enumerate(held_out.loader([options.resolution], batches, seed=0))
-                ]
-            loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            log.write(steps_done, {"validation/loss": loss})
-        log_samples(log, weights, pipeline, sample_call(options, pipeline), steps_done)
+            with weights.evaluating():
+                loss = measure(run, denoise, held_out)
+            run.log.write(steps_done, {"validation/loss": loss})
+        labels = sample_labels(options, pipeline)
+        log_samples(run.log, weights, pipeline, sample_call(options, pipeline), labels, steps_done)
 
-    if checkpoint is None:
+    if run.is_new:
         validate(0)
     for step in checkpoints.steps():
         for batch in islice(batches, options.gradient_accumulation_steps):
             with accelerator.accumulate(model):
-                numbers_in_step = loader.share.numbers(loader.batch - 1)
-                generator = batch_generator(options.seed, step)
-                loss, latent_std = predict(
-                    batch, generator, options.condition_dropout, numbers_in_step, loader.share.step_size
-                )
+                sample = images.to_device(batch)  # (B, 3, side, side)
+                # All processes draw the noise of the whole step, and use the rows of their own samples.
+                noise_of_step = denoise.draw_noise(batch_generator(options.seed, step), loader.share.step_size)
+                noise = noise_of_step.rows(loader.share.numbers(loader.batch - 1))
+                classes = None if options.label_column is None else batch.labels
+                labels = drop_labels(classes, noise.draws < options.condition_dropout)
+                velocities = denoise(sample, labels, noise)
+                loss = F.mse_loss(velocities.predicted, velocities.expected)
                 accelerator.backward(loss)
-                numbers = {"loss": loss, "latent_std": latent_std}
+                numbers = {"loss": loss, "latent_std": velocities.latent_std}
                 if accelerator.sync_gradients:  # after the last batch of a step
                     numbers |= weights.update()
-                log.add(numbers, images=len(batch.sample), megapixels=batch.sample[:, 0].numel() / 1e6)
+                run.log.add(numbers, images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
 
         if options.logs_after(step):
-            log.write_training(step + 1, {"lr": weights.lr})
+            run.log.write_training(step + 1, {"lr": weights.lr})
         if options.validates_after(step):
             validate(step + 1)
+        checkpoints.after(step)
 
     validate(options.max_steps)
     denoiser.load_state_dict(weights.final())
     if accelerator.is_main_process:
-        origin = provenance(SCRIPT, options.max_steps, loader.share.step_size, "images") | log.card_rows
-        result.publish(pipeline.save_pretrained, make_card(options, result, pipeline, origin))
+        rows = provenance(SCRIPT, options.max_steps, loader.share.step_size, "images") | run.log.card_rows
+        run.result.publish(pipeline.save_pretrained, make_card(options, run.result, pipeline, rows))
+
+
+# The forward pass
+
+
+@dataclass
+class Noise:
+    """Random numbers for some samples.
+
+    Args:
+        values (`torch.Tensor` of shape `(n, channels, h, w)`): Normal noise.
+        timesteps (`torch.Tensor` of shape `(n,)`): Timesteps, int64.
+        draws (`torch.Tensor` of shape `(n,)`): Numbers in [0, 1] that decide whether a label is dropped.
+    """
+
+    values: torch.Tensor
+    timesteps: torch.Tensor
+    draws: torch.Tensor
+
+    def rows(self, numbers: range) -> "Noise":
+        """Noise for the samples with these numbers."""
+        chosen = list(numbers)
+        return Noise(self.values[chosen], self.timesteps[chosen], self.draws[chosen])
+
+
+@dataclass
+class Velocities:
+    """Velocities (Salimans and Ho, arXiv 2202.00512) of a batch, `(B, channels, h, w)`.
+
+    Args:
+        predicted (`torch.Tensor`): What the denoiser predicts, float32.
+        expected (`torch.Tensor`): What it should predict.
+        latent_std (`torch.Tensor`): Standard deviation of the latents, a scalar.
+    """
+
+    predicted: torch.Tensor
+    expected: torch.Tensor
+    latent_std: torch.Tensor
+
+
+@dataclass
+class Denoising:
+    """Adds noise to the latents of images, and lets the denoiser predict the velocity.
+
+    Args:
+        accelerator (`Accelerator`): Accelerator of the run.
+        vqvae ([`SVQVAE`]): Model of the latents.
+        model (`nn.Module`): The denoiser as the run has prepared it.
+        noise_schedule (`DDIMScheduler`): Schedule of the noise.
+        resolution (`int`): Side of the images in pixels.
+    """
+
+    accelerator: Accelerator
+    vqvae: SVQVAE
+    model: nn.Module
+    noise_schedule: DDIMScheduler
+    resolution: int
+
+    def draw_noise(self, generator: torch.Generator, count: int) -> Noise:
+        """Draws noise for `count` samples."""
+        channels = self.vqvae.config["codebook_embed_dim"]
+        side = self.resolution // self.vqvae.f
+        values = torch.randn((count, channels, side, side), generator=generator)
+        num_timesteps = self.noise_schedule.config["num_train_timesteps"]
+        timesteps = torch.randint(num_timesteps, (count,), generator=generator)
+        return Noise(values, timesteps, torch.rand(count, generator=generator))
+
+    def __call__(self, sample: torch.Tensor, labels: torch.Tensor, noise: Noise) -> Velocities:
+        """Predicts the velocities of images `(B, 3, side, side)` with labels `(B,)`."""
+        device = sample.device
+        with torch.no_grad(), self.accelerator.autocast():
+            latents = self.vqvae.encode(sample).latents.float() * self.vqvae.config["scaling_factor"]  # (B, C, h, w)
+        values = noise.values.to(device)
+        timesteps = noise.timesteps.to(device)
+        noisy = self.noise_schedule.add_noise(latents, values, timesteps)
+        predicted = self.model(noisy, timesteps, class_labels=labels.to(device)).sample.float()
+        expected = self.noise_schedule.get_velocity(latents, values, timesteps)
+        return Velocities(predicted, expected, latents.std())
+
+
+def drop_labels(labels: list[int] | None, is_dropped: torch.Tensor) -> torch.Tensor:
+    """Labels of a batch, replaced by the label of no class where they are dropped; all of them without labels."""
+    if labels is None:
+        return torch.full((len(is_dropped),), NUM_CLASSES)
+    for label in labels:
+        if not 0 <= label < NUM_CLASSES:
+            raise ValueError(f"Labels must be integers in [0, {NUM_CLASSES}), but one is {label}.")
+    return torch.tensor(labels).masked_fill(is_dropped, NUM_CLASSES)
+
+
+# Validation
+
+
+@dataclass
+class HeldOut:
+    """Images of `--validation_data_dir`.
+
+    Args:
+        rows ([`~svqvae_hf.data.image_parts.IndexedRows`]): The images.
+        digest (`str`): Digest of the set.
+    """
+
+    rows: IndexedRows
+    digest: str
+
+
+def open_held_out(options: DiffusionOptions, images: ImageSource) -> HeldOut | None:
+    """Opens the held-out images; None without `--validation_data_dir`.
+
+    Raises:
+        ValueError: If an image is trained on, or the set has other classes.
+    """
+    if options.validation_data_dir is None:
+        return None
+    columns = [] if options.label_column is None else [options.label_column]
+    with about_split("validation_split"):
+        held_out = open_images(
+            [options.validation_data_dir],
+            split=options.validation_split,
+            columns=columns,
+            keep_labels=False,
+            copy=True,
+            results=options.output_dir,
+        )
+    for trained in (images.images, images.mixed):
+        check_held_out(held_out, trained)
+    if options.label_column is not None and held_out.features[options.label_column] != images.label_feature:
+        raise ValueError(
+            f"`--validation_data_dir` must have the classes of the training images, {images.label_feature}, but has "
+            f"{held_out.features[options.label_column]}."
+        )
+    rows = cast(IndexedRows, held_out.rows)  # a copy has random access
+    return HeldOut(rows, held_out.fingerprint)
+
+
+def digests_of(images: ImageSource, held_out: HeldOut | None) -> dict[str, str]:
+    """Digests of all sets of a run, by the option that names each."""
+    digests = image_set_digests(images)
+    if held_out is not None:
+        digests["validation_data_dir"] = held_out.digest
+    return digests
+
+
+def measure(run: Run[DiffusionOptions], denoise: Denoising, held_out: HeldOut) -> float:
+    """Mean loss over the held-out images, each with its own timestep and noise, which are always the same.
+
+    The processes share the images. So the loss depends neither on their number nor on the size of a batch.
+    """
+    options = run.options
+    accelerator = run.accelerator
+    totals = torch.zeros(2, dtype=torch.float64)  # of losses and images
+    for numbers in share_of_process(held_out, accelerator, options.per_device_train_batch_size):
+        batch = read_held_out(options, held_out, numbers)
+        if not batch.numbers:
+            continue
+        noise = join_noise([denoise.draw_noise(batch_generator(number), 1) for number in batch.numbers])
+        labels = drop_labels(batch.labels, torch.zeros(len(batch.numbers), dtype=torch.bool))
+        velocities = denoise(batch.sample.to(accelerator.device), labels, noise)
+        errors = F.mse_loss(velocities.predicted, velocities.expected, reduction="none")  # (B, C, h, w)
+        losses = errors.mean((1, 2, 3))
+        totals += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
+    total, count = accelerator.reduce(totals.to(accelerator.device, torch.float32), "sum").tolist()
+    if count == 0:
+        raise ValueError("`--validation_data_dir` must hold at least one readable image, but holds none.")
+    return total / count
+
+
+@dataclass
+class HeldOutBatch:
+    """Centre crops of some held-out images.
+
+    Args:
+        numbers (`list[int]`): Their numbers in the set.
+        sample (`torch.Tensor` of shape `(B, 3, side, side)`): Crops in `PIXEL_RANGE`.
+        labels (`list[int]`, *optional*): Their labels.
+    """
+
+    numbers: list[int]
+    sample: torch.Tensor
+    labels: list[int] | None
+
+
+def share_of_process(held_out: HeldOut, accelerator: Accelerator, batch_size: int) -> Iterator[range]:
+    """Yields the numbers of the images of this process, in batches."""
+    numbers = range(accelerator.process_index, len(held_out.rows), accelerator.num_processes)
+    for start in range(0, len(numbers), batch_size):
+        yield numbers[start : start + batch_size]
+
+
+def read_held_out(options: DiffusionOptions, held_out: HeldOut, numbers: range) -> HeldOutBatch:
+    """Reads held-out images, and cuts their centres. Unreadable ones, and those without a label, are left out."""
+    policy = CropPolicy([options.resolution], center_crop=True, random_flip=False, resize_range=[1.0, 1.0])
+    read_numbers = []
+    crops: list[Any] = []
+    labels = []
+    for number in numbers:
+        row = held_out.rows[number]
+        label = 0
+        if options.label_column is not None:
+            label = row.values[options.label_column]
+        try:
+            image = read_image(row)
+        except (OSError, ValueError):
+            continue
+        if label is None:
+            continue
+        read_numbers.append(number)
+        crops.append(policy.cut(image, options.resolution, seed=[number]))
+        labels.append(label)
+    if not crops:
+        return HeldOutBatch([], torch.empty(0), None)
+    processor = SVQVAEImageProcessor(pixel_range=PIXEL_RANGE)
+    sample = processor.preprocess(crops)["pixel_values"]
+    return HeldOutBatch(read_numbers, sample, None if options.label_column is None else labels)
+
+
+def join_noise(parts: Sequence[Noise]) -> Noise:
+    """Noise of several samples, one after the other."""
+    values = torch.cat([part.values for part in parts])
+    timesteps = torch.cat([part.timesteps for part in parts])
+    draws = torch.cat([part.draws for part in parts])
+    return Noise(values, timesteps, draws)
+
+
+# Models
 
 
 @torch.no_grad()
@@ -153,32 +359,47 @@ def set_scaling_factor(vqvae: SVQVAE, images: ImageSource) -> None:
     vqvae.register_to_config(scaling_factor=1 / deviation)
 
 
-def open_held_out(options: DiffusionOptions, images: ImageSource) -> ImageSource | None:
-    """Opens the held-out images, cropped to their centres; None without `--validation_data_dir`."""
-    if options.validation_data_dir is None:
-        return None
-    centres = replace(options, center_crop=True, random_flip=False, resize_range=[1.0, 1.0], streaming=False)
-    centres.train_data_dir, centres.dataset_name = options.validation_data_dir, None
-    centres.dataset_config_name, centres.data_files, centres.mix_data_dir = None, [], None
-    centres.split = "train"
-    held_out = ImageSource(centres, images.accelerator, PIXEL_RANGE, options.label_column)
-    for trained in (images.images, images.mixed):
-        check_held_out(held_out.images, trained)
-    if held_out.label_feature != images.label_feature:
-        raise ValueError(
-            f"`--validation_data_dir` must have the classes of the training images, {images.label_feature}, but has "
-            f"{held_out.label_feature}."
-        )
-    return held_out
+def make_pipeline(vqvae: SVQVAE, denoiser: DiTTransformer2DModel, label_names: Sequence[str]) -> DiTPipeline:
+    """Pipeline of the denoiser, with the names of its classes."""
+    check_label_names(label_names)
+    names = {str(label): name for label, name in enumerate(label_names)}
+    pipeline = DiTPipeline(transformer=denoiser, vae=vqvae, scheduler=make_noise_schedule(), id2label=names)
+    pipeline.register_to_config(id2label=names)
+    return pipeline
+
+
+def check_label_names(names: Sequence[str]) -> None:
+    """Raises unless `DiTPipeline.get_label_ids` finds each class by its name.
+
+    It splits names at commas, and would take the last of several classes with an equal part.
+
+    Raises:
+        ValueError: If two classes share a part.
+    """
+    class_of_part: dict[str, str] = {}
+    for name in names:
+        for part in name.split(","):
+            part = part.strip()
+            other = class_of_part.setdefault(part, name)
+            if other != name:
+                raise ValueError(
+                    "Names of classes must differ in each part between commas, because `DiTPipeline` finds a class by "
+                    f"any part, but `{other}` and `{name}` share `{part}`. Rename one."
+                )
 
 
 def make_denoiser(options: DiffusionOptions, vqvae: SVQVAE) -> DiTTransformer2DModel:
     """Denoiser of the config for latents of this size, without its own dropout of labels."""
     source = options.model_config_name_or_path
-    description = load_network_config(source, DiTTransformer2DModel)
-    side, channels = options.resolution // vqvae.f, vqvae.config["codebook_embed_dim"]
-    sizes = {"sample_size": side, "in_channels": channels, "out_channels": channels}
-    denoiser = DiTTransformer2DModel.from_config({**description, **sizes, "num_embeds_ada_norm": NUM_CLASSES})
+    config = load_network_config(source, DiTTransformer2DModel)
+    channels = vqvae.config["codebook_embed_dim"]
+    sizes = {
+        "sample_size": options.resolution // vqvae.f,
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_embeds_ada_norm": NUM_CLASSES,
+    }
+    denoiser = DiTTransformer2DModel.from_config(config | sizes)
     divisor = vqvae.f * denoiser.config["patch_size"]
     if options.resolution % divisor:
         raise ValueError(
@@ -210,40 +431,47 @@ def read_label_names(feature: Any) -> list[str]:
     """Names of the classes; empty if the feature has none, or there are no labels."""
     if isinstance(feature, datasets.ClassLabel) and feature.num_classes <= NUM_CLASSES:
         return feature.names
-    if feature is None or (isinstance(feature, datasets.Value) and "int" in feature.dtype):
+    is_integer = isinstance(feature, datasets.Value) and "int" in feature.dtype
+    if feature is None or is_integer:
         return []
     raise ValueError(f"`--label_column` must hold integers, or at most {NUM_CLASSES} classes, but it holds {feature}.")
 
 
-def drop_labels(labels: list[int] | None, dropped: torch.Tensor) -> torch.Tensor:
-    """Labels of a batch, replaced by the label of no class where they are dropped; all of them without labels."""
-    if labels is None:
-        return torch.full((len(dropped),), NUM_CLASSES)
-    for label in labels:
-        if not 0 <= label < NUM_CLASSES:
-            raise ValueError(f"Labels must be integers in [0, {NUM_CLASSES}), but one is {label}.")
-    return torch.tensor(labels).masked_fill(dropped, NUM_CLASSES)
-
-
 def sample_call(options: DiffusionOptions, pipeline: DiTPipeline) -> dict[str, Any]:
     """Arguments of the pipeline's call for the images of a validation: each class in turn."""
-    count, call = options.num_validation_images, {"num_inference_steps": options.num_inference_steps}
+    count = options.num_validation_images
+    steps = options.num_inference_steps
     if options.label_column is None:
-        return call | {"class_labels": [NUM_CLASSES] * count, "guidance_scale": 1.0}
-    return call | {"class_labels": [index % (len(pipeline.config.id2label) or count) for index in range(count)]}
+        return {"class_labels": [NUM_CLASSES] * count, "guidance_scale": 1.0, "num_inference_steps": steps}
+    num_names = len(pipeline.config.id2label) or count
+    return {"class_labels": [index % num_names for index in range(count)], "num_inference_steps": steps}
 
 
-def make_card(options: DiffusionOptions, result: Result, pipeline: DiTPipeline, numbers: Mapping[str, str]) -> str:
+def sample_labels(options: DiffusionOptions, pipeline: DiTPipeline) -> list[str]:
+    """Labels of the images of a validation: names or numbers of classes, or numbers of images."""
+    count = options.num_validation_images
+    names = list(pipeline.config.id2label.values())
+    if options.label_column is None:
+        return [f"sample {index}" for index in range(count)]
+    if names:
+        return [names[index % len(names)] for index in range(count)]
+    return [f"class {index}" for index in range(count)]
+
+
+def make_card(options: DiffusionOptions, result: Result, pipeline: DiTPipeline, rows: Mapping[str, str]) -> str:
     """Card of the pipeline."""
-    side, steps = options.resolution, options.num_inference_steps
+    side = options.resolution
+    summary = f"Images of {side} x {side} pixels by diffusion in the latents of an SVQVAE."
     names = list(pipeline.config.id2label.values())
     if options.label_column is None:
         labels = f"[{NUM_CLASSES}], guidance_scale=1.0"
+    elif names:
+        first_name = names[0].partition(",")[0].strip()
+        labels = f"pipeline.get_label_ids([{quote(first_name)}])"
     else:
-        labels = f"pipeline.get_label_ids([{quote(names[0].split(',')[0].strip())}])" if names else "[0]"
-    summary = f"Images of {side} x {side} pixels by diffusion in the latents of an SVQVAE."
-    call = f"class_labels={labels}, num_inference_steps={steps}"
-    return generator_card(options, result, pipeline, numbers, summary, call)
+        labels = "[0]"
+    call = f"class_labels={labels}, num_inference_steps={options.num_inference_steps}"
+    return generator_card(options, result, pipeline, rows, summary, call)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Trains a next-scale transformer on the ids of a token set, as FlexVAR does, and saves a pipeline.
 
-accelerate launch training/train_next_scale.py --vqvae_name_or_path SVQVAE --model_config_name_or_path CONFIG \
+python training/train_next_scale.py --vqvae_name_or_path SVQVAE --model_config_name_or_path CONFIG \
     --token_set TOKENS --output_dir OUT
+
+With several GPUs, `accelerate launch` in place of `python`.
 """
 
 import math
@@ -12,27 +14,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from svqvae_hf import SVQVAE, NextScaleTransformer, SVQVAENextScalePipeline
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.pipelines.captions import pad_captions
 from svqvae_hf.pipelines.schedules import Size, describe, make_schedule
-from svqvae_hf.trainer.checkpoints import Checkpoints, find_checkpoint
 from svqvae_hf.trainer.configs import load_network_config
 from svqvae_hf.trainer.data.sample_order import Share, batch_generator
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenBatch, TokenSource
-from svqvae_hf.trainer.log import Log
-from svqvae_hf.trainer.optimization import make_optimizer
+from svqvae_hf.trainer.identity import token_set_digest
 from svqvae_hf.trainer.options import FRACTION, PipelineOptions, option, required, wrong
 from svqvae_hf.trainer.pipeline_run import generator_card, load_frozen_vqvae, log_samples, open_token_sets
-from svqvae_hf.trainer.publishing import Result, provenance
-from svqvae_hf.trainer.run import run_script
-from svqvae_hf.trainer.weights import Weights
+from svqvae_hf.trainer.publishing import provenance
+from svqvae_hf.trainer.run import Run, run_script
 
 SCRIPT = "training/train_next_scale.py"
 PIXEL_RANGE = (0.0, 1.0)  # of the pipeline
+CHECKED_CAPTIONS = 1000  # at a time
 UNDECAYED = ("pos_start", "pos_1LC", "scale_mul_1H11")
 
 # FlexVAR's random schedules: of 16 sides the first two, 5 of 3 to 10, 2 of 11 to 15, and the last
@@ -66,18 +66,19 @@ class NextScaleOptions(PipelineOptions):
             yield "`--caption_column` and `--tokenizer_name_or_path` need each other. Give both or neither."
 
 
-def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
+def train(run: Run[NextScaleOptions]) -> None:
     """Trains a next-scale transformer, from the start or from a checkpoint, and saves its pipeline with a card."""
-    checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_steps)
+    options = run.options
+    accelerator = run.accelerator
 
     # Tokens and model
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
     source, held_out = open_token_sets(options, vqvae)
+    run.identify(digests_of(source, held_out))
     tokenizer = load_tokenizer(options)
-    for each in (source, held_out) if tokenizer is not None else ():
-        texts = [] if each is None else [*chain(*each.captions())]
-        for start in range(0, len(texts), 1000):  # so that no caption ends the run later
-            pad_captions(tokenizer, texts[start : start + 1000], options.max_text_length)
+    if tokenizer is not None:
+        check_captions(options, source, tokenizer)
+        check_captions(options, held_out, tokenizer)
     schedule = trained_schedule(source.grids, options.num_inference_steps)
     loader = SequenceLoader(source, Share.of(options, accelerator), options.max_steps, options.seed)
     transformer = make_transformer(options, vqvae, source, tokenizer).to(accelerator.device)
@@ -91,55 +92,21 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
     )
 
     # Optimizer
-    optimizer, lr_scheduler = make_optimizer(
-        transformer, options, options.learning_rate, options.max_steps, undecayed=UNDECAYED
-    )
-    model, optimizer = accelerator.prepare(transformer, optimizer)
-    weights = Weights(options, accelerator, transformer, model, optimizer, lr_scheduler, options.use_ema)
-    checkpoints = Checkpoints(options, accelerator, checkpoint, {"weights": weights, "loader": loader})
-    result = Result.of(options, accelerator)
-    log = Log(options, accelerator, transformer, loader.contents, checkpoints.first_step)
+    weights = run.train(transformer, options.learning_rate, undecayed=UNDECAYED)
+    model = weights.model
+    checkpoints = run.begin(transformer, {"weights": weights, "loader": loader}, loader.contents)
+    predict = Predictor(options, model, vqvae, source, tokenizer)
     batches = iter(loader)
-
-    def predict(
-        batch: TokenBatch, sizes: Sequence[Size], draws: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Loss, accuracy and number of ids of a batch. The transformer predicts each scale from the previous ones.
-
-        `draws` are two numbers in [0, 1] per row, `(batch, 2)`: they decide whether its label or caption is dropped,
-        and which of its captions it has.
-        """
-        ids = [batch.ids[source.grids.index(size)].to(accelerator.device) for size in sizes]
-        labels = batch.labels.to(accelerator.device)
-        dropped = draws[:, 0] < options.condition_dropout
-        text = None
-        if tokenizer is None:
-            labels = labels.masked_fill(dropped.to(labels.device), source.num_classes)
-        else:
-            text = pad_captions(tokenizer, batch.draw_captions(draws[:, 1]), options.max_text_length)
-            text[dropped] = tokenizer.pad_token_id
-            text = text.to(labels.device)
-        codes = [vqvae.quantize.get_codebook_entry(grid).permute(0, 3, 1, 2) for grid in ids[:-1]]
-        (logits,) = model(labels, codes, sizes, text=text, return_dict=False)
-        targets = torch.cat([grid.flatten(1) for grid in ids], dim=1)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return loss, (logits.argmax(-1) == targets).float().mean(), targets.numel()
 
     def validate(steps_done: int) -> None:
         if held_out is not None:
-            rows = range(accelerator.process_index, len(held_out.rows), accelerator.num_processes)
-            totals = torch.zeros(2, device=accelerator.device)
             with weights.evaluating():
-                for start in range(0, len(rows), options.per_device_train_batch_size):
-                    batch = rows[start : start + options.per_device_train_batch_size]
-                    draws = torch.tensor([[1.0, 0.0]]).expand(len(batch), 2)  # nothing dropped, the first caption
-                    totals += len(batch) * torch.stack(predict(held_out.batch(batch), schedule, draws)[:2])
-            loss, accuracy = (accelerator.reduce(totals, "sum") / len(held_out.rows)).tolist()
-            numbers = {"loss": loss, "accuracy": accuracy, "bits_per_id": loss / math.log(2)}
-            log.write(steps_done, {f"validation/{name}": value for name, value in numbers.items()})
-        log_samples(log, weights, pipeline, sample_call(options, source), steps_done)
+                numbers = measure(run, predict, held_out, schedule)
+            run.log.write(steps_done, numbers)
+        call = sample_call(options, source)
+        log_samples(run.log, weights, pipeline, call, sample_labels(options, source), steps_done)
 
-    if checkpoint is None:
+    if run.is_new:
         validate(0)
     for step in checkpoints.steps():
         for batch in islice(batches, options.gradient_accumulation_steps):
@@ -148,24 +115,131 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
                 is_fixed = torch.rand((), generator=random) < options.schedule_share
                 sizes = schedule if is_fixed else draw_schedule(source.grids, schedule, random)
                 draws = torch.rand((loader.share.step_size, 2), generator=random)  # of all samples of the step
-                loss, accuracy, num_ids = predict(batch, sizes, draws[loader.share.numbers(loader.batch - 1)])
-                accelerator.backward(loss)
-                numbers = {"loss": loss, "accuracy": accuracy}
+                prediction = predict(batch, sizes, draws[loader.share.numbers(loader.batch - 1)])
+                accelerator.backward(prediction.loss)
+                numbers = {"loss": prediction.loss, "accuracy": prediction.accuracy}
                 if accelerator.sync_gradients:  # after the last batch of a step
                     numbers |= weights.update()
-                log.add(numbers, images=len(batch.labels), tokens=num_ids)
+                run.log.add(numbers, images=len(batch.labels), tokens=prediction.num_ids)
 
         if options.logs_after(step):
-            log.write_training(step + 1, {"lr": weights.lr})
+            run.log.write_training(step + 1, {"lr": weights.lr})
         if options.validates_after(step):
             validate(step + 1)
+        checkpoints.after(step)
 
     validate(options.max_steps)
     transformer.load_state_dict(weights.final())
     if accelerator.is_main_process:
-        origin = provenance(SCRIPT, options.max_steps, loader.share.step_size, "images") | log.card_rows
-        card = generator_card(options, result, pipeline, origin, *pipeline.describe())
-        result.publish(pipeline.save_pretrained, card)
+        rows = provenance(SCRIPT, options.max_steps, loader.share.step_size, "images") | run.log.card_rows
+        card = generator_card(options, run.result, pipeline, rows, *pipeline.describe())
+        run.result.publish(pipeline.save_pretrained, card)
+
+
+@dataclass
+class Prediction:
+    """What the transformer predicts for a batch.
+
+    Args:
+        loss (`torch.Tensor`): Cross-entropy of the ids, a scalar.
+        accuracy (`torch.Tensor`): Fraction of the ids that are most probable, a scalar.
+        num_ids (`int`): Number of predicted ids.
+    """
+
+    loss: torch.Tensor
+    accuracy: torch.Tensor
+    num_ids: int
+
+
+@dataclass
+class Predictor:
+    """Predicts the ids of each scale from the codes of the previous ones.
+
+    Args:
+        options ([`NextScaleOptions`]): Options.
+        model (`nn.Module`): The transformer as the run has prepared it.
+        vqvae ([`SVQVAE`]): Model that holds the codes.
+        source ([`TokenSource`]): Token set of the run, whose classes the transformer knows.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the captions.
+    """
+
+    options: NextScaleOptions
+    model: nn.Module
+    vqvae: SVQVAE
+    source: TokenSource
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def __call__(self, batch: TokenBatch, sizes: Sequence[Size], draws: torch.Tensor) -> Prediction:
+        """Predicts a batch.
+
+        Args:
+            batch (`TokenBatch`): Ids of all scales, with classes or captions.
+            sizes (list of `(height, width)`): Scales to predict, from coarse to fine.
+            draws (`torch.Tensor` of shape `(batch, 2)`): Two numbers in [0, 1] per row. They decide whether its label
+                or caption is dropped, and which of its captions it has.
+        """
+        device = self.vqvae.device
+        ids = []  # (B, h, w) each
+        for size in sizes:
+            ids.append(batch.ids[self.source.grids.index(size)].to(device))
+        codes = []  # (B, C, h, w) each
+        for grid in ids[:-1]:
+            codes.append(self.vqvae.quantize.get_codebook_entry(grid).permute(0, 3, 1, 2))
+        is_dropped = draws[:, 0] < self.options.condition_dropout
+        text = None
+        if self.tokenizer is None:
+            labels = batch.labels.masked_fill(is_dropped, self.source.num_classes)
+        else:
+            labels = batch.labels
+            captions = batch.draw_captions(draws[:, 1])
+            text = pad_captions(self.tokenizer, captions, self.options.max_text_length)  # (B, length)
+            text[is_dropped] = self.tokenizer.pad_token_id
+            text = text.to(device)
+        (logits,) = self.model(labels.to(device), codes, sizes, text=text, return_dict=False)  # (B, n, codes)
+        targets = torch.cat([grid.flatten(1) for grid in ids], dim=1)  # (B, n)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        accuracy = (logits.argmax(-1) == targets).float().mean()
+        return Prediction(loss, accuracy, targets.numel())
+
+
+def measure(
+    run: Run[NextScaleOptions], predict: Predictor, held_out: TokenSource, schedule: Sequence[Size]
+) -> dict[str, float]:
+    """Means over all held-out images, with the pipeline's schedule, each label and the first caption."""
+    accelerator = run.accelerator
+    batch_size = run.options.per_device_train_batch_size
+    num_rows = len(held_out.rows)
+    rows = range(accelerator.process_index, num_rows, accelerator.num_processes)
+    totals = torch.zeros(2, device=accelerator.device)  # of loss and accuracy
+    for start in range(0, len(rows), batch_size):
+        batch = held_out.batch(rows[start : start + batch_size])
+        count = len(batch.labels)
+        draws = torch.tensor([[1.0, 0.0]]).expand(count, 2)  # nothing is dropped, and the first caption is drawn
+        prediction = predict(batch, schedule, draws)
+        totals += count * torch.stack([prediction.loss, prediction.accuracy])
+    loss, accuracy = (accelerator.reduce(totals, "sum") / num_rows).tolist()
+    return {
+        "validation/loss": loss,
+        "validation/accuracy": accuracy,
+        "validation/bits_per_id": loss / math.log(2),
+    }
+
+
+def digests_of(source: TokenSource, held_out: TokenSource | None) -> dict[str, str]:
+    """Digests of the token sets, by the option that names each."""
+    digests = {"token_set": token_set_digest(source.rows)}
+    if held_out is not None:
+        digests["validation_token_set"] = token_set_digest(held_out.rows)
+    return digests
+
+
+def check_captions(options: NextScaleOptions, source: TokenSource | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for a caption that the tokenizer cannot read, so that none ends the run later."""
+    if source is None:
+        return
+    captions = list(chain.from_iterable(source.captions()))
+    for start in range(0, len(captions), CHECKED_CAPTIONS):
+        pad_captions(tokenizer, captions[start : start + CHECKED_CAPTIONS], options.max_text_length)
 
 
 def load_tokenizer(options: NextScaleOptions) -> PreTrainedTokenizerBase | None:
@@ -186,16 +260,17 @@ def make_transformer(
     options: NextScaleOptions, vqvae: SVQVAE, source: TokenSource, tokenizer: PreTrainedTokenizerBase | None
 ) -> NextScaleTransformer:
     """Transformer of the config, for this codebook, these classes or captions and this size."""
-    description = load_network_config(options.model_config_name_or_path, NextScaleTransformer)
-    derived = {
-        "num_classes": source.num_classes if tokenizer is None else 0,
-        "vocab_size": 0 if tokenizer is None else len(tokenizer),
-        "max_text_length": 0 if tokenizer is None else options.max_text_length,
+    config = load_network_config(options.model_config_name_or_path, NextScaleTransformer)
+    if tokenizer is None:
+        condition = {"num_classes": source.num_classes, "vocab_size": 0, "max_text_length": 0}
+    else:
+        condition = {"num_classes": 0, "vocab_size": len(tokenizer), "max_text_length": options.max_text_length}
+    sizes = {
         "codebook_size": vqvae.config["codebook_size"],
         "codebook_embed_dim": vqvae.config["codebook_embed_dim"],
         "position_size": 2 * max(source.grids[-1]),  # as in FlexVAR, for images twice as large
     }
-    return NextScaleTransformer.from_config({**description, **derived}).train()
+    return NextScaleTransformer.from_config(config | condition | sizes).train()
 
 
 def trained_schedule(grids: Sequence[Size], steps: int) -> list[Size]:
@@ -204,12 +279,14 @@ def trained_schedule(grids: Sequence[Size], steps: int) -> list[Size]:
     Raises:
         ValueError: If the token set lacks one of its scales.
     """
-    schedule = make_schedule(grids[-1], min(steps, max(grids[-1])))
-    if missing := [size for size in schedule if size not in grids]:
+    longer_side = max(grids[-1])
+    schedule = make_schedule(grids[-1], min(steps, longer_side))
+    missing = [size for size in schedule if size not in grids]
+    if missing:
         raise ValueError(
             f"The token set must hold the scales of the schedule, {describe(schedule)}, but lacks "
             f"{describe(missing)}. Make it again with `svqvae tokenize --sides` and each side up to "
-            f"{max(grids[-1])}, or change `--num_inference_steps`."
+            f"{longer_side}, or change `--num_inference_steps`."
         )
     return schedule
 
@@ -222,27 +299,38 @@ def draw_schedule(sizes: Sequence[Size], schedule: Sequence[Size], generator: to
         schedule (list of `(height, width)`): Schedule of the pipeline.
         generator (`torch.Generator`): Source of randomness.
     """
-
-    def draw(among: Sequence[Size], count: int) -> list[Size]:
-        return [among[index] for index in torch.randperm(len(among), generator=generator)[:count].tolist()]
-
-    def drop(drawn: list[Size], first: int, last: int) -> None:
-        drawn.pop(int(torch.randint(first, last, (), generator=generator)))
-
     sizes = list(dict.fromkeys(sizes))
+    first = sizes[:NUM_FIRST]
     inner = sizes[NUM_FIRST:-1]
-    coarse = [size for size in inner if max(size) <= COARSE_UP_TO * max(sizes[-1])]
+    last = sizes[-1]
+    coarse = [size for size in inner if max(size) <= COARSE_UP_TO * max(last)]
+    fine = inner[len(coarse) :]
     count = max(0, len(schedule) - NUM_FIRST - 1)
     num_coarse = round(COARSE_SHARE * count)
-    drawn = draw(coarse, num_coarse) + draw(inner[len(coarse) :], count - num_coarse)
-    drawn = [size for size in sizes if size in drawn or size in sizes[:NUM_FIRST] or size == sizes[-1]]
+    drawn_inner = _draw(coarse, num_coarse, generator) + _draw(fine, count - num_coarse, generator)
+    drawn = []
+    for size in sizes:
+        if size in first or size in drawn_inner or size == last:
+            drawn.append(size)
     chance = float(torch.rand((), generator=generator))
-    for _ in range(sum(chance < probability for probability in DROP_PROBABILITIES)):
+    num_dropped = sum(chance < probability for probability in DROP_PROBABILITIES)
+    for _ in range(num_dropped):
         if len(drawn) > NUM_FIRST + 1:
-            drop(drawn, NUM_FIRST, len(drawn) - 1)
+            _drop(drawn, NUM_FIRST, len(drawn) - 1, generator)
     while count_ids(drawn) > count_ids(schedule):
-        drop(drawn, max(1, len(drawn) - NUM_DROPPABLE), len(drawn))
+        _drop(drawn, max(1, len(drawn) - NUM_DROPPABLE), len(drawn), generator)
     return drawn
+
+
+def _draw(sizes: Sequence[Size], count: int, generator: torch.Generator) -> list[Size]:
+    """Draws some sizes without repetition, or all if there are fewer."""
+    order = torch.randperm(len(sizes), generator=generator)
+    return [sizes[index] for index in order[:count].tolist()]
+
+
+def _drop(sizes: list[Size], start: int, stop: int, generator: torch.Generator) -> None:
+    """Drops one of the sizes at the positions from `start` to before `stop`."""
+    sizes.pop(int(torch.randint(start, stop, (), generator=generator)))
 
 
 def count_ids(sizes: Sequence[Size]) -> int:
@@ -252,12 +340,30 @@ def count_ids(sizes: Sequence[Size]) -> int:
 
 def sample_call(options: NextScaleOptions, source: TokenSource) -> dict[str, Any]:
     """Arguments of the pipeline's call for the images of a validation: each class in turn, or the first captions."""
-    count, guidance = options.num_validation_images, {"guidance_scale": options.guidance_scale}
+    count = options.num_validation_images
     if options.caption_column is not None:
-        return {"prompt": [captions[0] for captions in source.captions(count)]} | guidance
+        return {"prompt": first_captions(source, count), "guidance_scale": options.guidance_scale}
     if source.num_classes:
-        return {"class_labels": [index % source.num_classes for index in range(count)]} | guidance
+        labels = [index % source.num_classes for index in range(count)]
+        return {"class_labels": labels, "guidance_scale": options.guidance_scale}
     return {"num_images_per_prompt": count}
+
+
+def sample_labels(options: NextScaleOptions, source: TokenSource) -> list[str]:
+    """Labels of the images of a validation: captions, names or numbers of classes, or numbers of images."""
+    count = options.num_validation_images
+    if options.caption_column is not None:
+        return first_captions(source, count)
+    if source.class_names:
+        return [source.class_names[index % source.num_classes] for index in range(count)]
+    if source.num_classes:
+        return [f"class {index % source.num_classes}" for index in range(count)]
+    return [f"sample {index}" for index in range(count)]
+
+
+def first_captions(source: TokenSource, count: int) -> list[str]:
+    """First caption of each of the first rows."""
+    return [captions[0] for captions in source.captions(count)]
 
 
 if __name__ == "__main__":

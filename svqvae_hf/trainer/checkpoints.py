@@ -7,25 +7,28 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.stateful import Stateful
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from svqvae_files.folders import Folder
+from svqvae_files.identity import output_identity
+from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import write_file
+from svqvae_hf.trainer.disk import WRITE_ERRORS, write_fault
+from svqvae_hf.trainer.identity import RunIdentity, changed_names, check_sources
 from svqvae_hf.trainer.interruption import Interruption
-from svqvae_hf.trainer.options import RunOptions, public_values
+from svqvae_hf.trainer.options import RunOptions
 
-RUN_STATE, CHECKSUMS = "run_state.pt", "checksums.json"
+RUN_STATE = "run_state.pt"
+IDENTITY = "run_identity.json"
+CHECKSUMS = "checksums.json"
+VALIDATION = "validation_"  # start of the names of sets that are measured, and not trained on
 NAME = re.compile(r"checkpoint-\d+")
 
 logger = get_logger(__name__, log_level="INFO")
@@ -39,53 +42,80 @@ class Checkpoints:
         accelerator (`Accelerator`): Accelerator that prepared the models and optimizers.
         checkpoint (`Path`, *optional*): From [`find_checkpoint`].
         states (`Mapping[str, Stateful]`): Anything else with a state, equal on all processes.
+        identity ([`~svqvae_hf.trainer.identity.RunIdentity`]): What the run is made from.
 
     Attributes:
         first_step (`int`): Steps done before.
 
     Raises:
-        ValueError: If the checkpoint is of a run with other options.
+        ValueError: If the checkpoint is damaged, or of a run with other parts.
     """
 
     def __init__(
-        self, options: RunOptions, accelerator: Accelerator, checkpoint: Path | None, states: Mapping[str, Stateful]
+        self,
+        options: RunOptions,
+        accelerator: Accelerator,
+        checkpoint: Path | None,
+        states: Mapping[str, Stateful],
+        identity: RunIdentity,
     ):
-        self.options, self.accelerator, self.states = options, accelerator, states
+        self.options = options
+        self.accelerator = accelerator
+        self.states = states
+        self.identity = identity
+        self.interruption = Interruption(accelerator)
         self.first_step = 0
         if checkpoint is not None:
-            saved = load_checkpoint(accelerator, checkpoint, states, options.optimizer)
-            for name, holder in states.items():
-                holder.load_state_dict(saved[name])
             self.first_step = checkpoint_step(checkpoint)
-            logger.info(f"Resumed from {checkpoint}")
-            old, new = saved["options"], public_values(asdict(options))
-            for name in sorted(new.keys() & old.keys() - {"resume_from_checkpoint", "output_dir"}):
-                if new[name] != old[name]:
-                    logger.info(f"Changed on resume: --{name} from {old[name]} to {new[name]}")
+            self._resume(checkpoint)
+
+    def _resume(self, checkpoint: Path) -> None:
+        saved = load_checkpoint(self.accelerator, checkpoint, self.states)
+        for name, holder in self.states.items():
+            holder.load_state_dict(saved[name])
+        logger.info(f"Resumed from {checkpoint}")
 
     def steps(self) -> Iterator[int]:
-        """Yields the number of each remaining step. After a step, saves a checkpoint if one is due.
+        """Yields the number of each remaining step, with a progress bar on a terminal.
+
+        In a step, signals are requests to end the run, which [`after`] follows.
+        """
+        last = self.options.max_steps
+        on_terminal = self.accelerator.is_local_main_process and sys.stderr.isatty()
+        steps = range(self.first_step, last)
+        bar = tqdm(steps, initial=self.first_step, total=last, unit="step", disable=not on_terminal)
+        with logging_redirect_tqdm(), self.interruption:
+            yield from bar
+
+    def after(self, step: int) -> None:
+        """Saves a checkpoint if one is due after a step, or if a signal came. All processes call it.
 
         Raises:
-            SystemExit: After a signal, once a checkpoint is saved.
+            SystemExit: After a signal, once the checkpoint is saved.
         """
-        options, accelerator = self.options, self.accelerator
-        on_terminal = accelerator.is_local_main_process and sys.stderr.isatty()
-        steps = range(self.first_step, options.max_steps)
-        bar = tqdm(steps, initial=self.first_step, total=options.max_steps, unit="step", disable=not on_terminal)
-        with logging_redirect_tqdm(), Interruption(accelerator) as interruption:
-            for step in bar:
-                yield step
-                steps_done = step + 1
-                interrupted = interruption.requested()
-                due = steps_done % options.save_steps == 0 or steps_done == options.max_steps
-                if due or interrupted:
-                    state: dict[str, Any] = {name: holder.state_dict() for name, holder in self.states.items()}
-                    state["options"] = public_values(asdict(options))
-                    save_checkpoint(accelerator, options.output_dir, steps_done, state, options.save_total_limit)
-                if interrupted:
-                    logger.info(f"Stopped by a signal at step {steps_done}. Resume: --resume_from_checkpoint latest.")
-                    sys.exit(interruption.exit_code)
+        steps_done = step + 1
+        is_last = steps_done == self.options.max_steps
+        is_due = is_last or steps_done % self.options.save_steps == 0
+        is_interrupted = self.interruption.requested()
+        if is_due or is_interrupted:
+            self._save(steps_done)
+        if is_interrupted:
+            logger.info(f"Stopped by a signal at step {steps_done}. Resume: --resume_from_checkpoint latest.")
+            sys.exit(self.interruption.exit_code)
+
+    def _save(self, steps_done: int) -> None:
+        state = {name: holder.state_dict() for name, holder in self.states.items()}
+        save_checkpoint(
+            self.accelerator,
+            self.options.output_dir,
+            steps_done,
+            state,
+            self.options.save_total_limit,
+            self.identity,
+        )
+
+
+# Finding
 
 
 def find_checkpoint(output_dir: str | Path, wanted: str | None, steps: int) -> Path | None:
@@ -101,25 +131,41 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None, steps: int) -> P
             and none is wanted.
     """
     newest = max(_checkpoints(output_dir), key=checkpoint_step, default=None)
-    if wanted is None and newest is not None:
-        raise ValueError(
-            f"A new run needs an `--output_dir` without checkpoints, but `{output_dir}` has {newest.name}. Resume it "
-            "with `--resume_from_checkpoint latest`, or choose another folder."
-        )
-    found = newest
-    if wanted not in (None, "latest"):
-        paths = Path(wanted), Path(output_dir, wanted)
-        found = next((path for path in paths if path.is_dir() and NAME.fullmatch(path.name)), None)
-        if found is None:
-            raise ValueError(f"`--resume_from_checkpoint` must be a folder, its name, or 'latest', got {wanted!r}.")
-    if found is not None and newest is not None and checkpoint_step(found) < checkpoint_step(newest):
+    if wanted is None:
+        if newest is not None:
+            raise ValueError(
+                f"A new run needs an `--output_dir` without checkpoints, but `{output_dir}` has {newest.name}. Resume "
+                "it with `--resume_from_checkpoint latest`, or choose another folder."
+            )
+        return None
+    if wanted == "latest":
+        checkpoint = newest
+    else:
+        checkpoint = _find_named(output_dir, wanted)
+    if checkpoint is None:
+        return None
+    step = checkpoint_step(checkpoint)
+    if newest is not None and step < checkpoint_step(newest):
         raise ValueError(  # `latest` and the limit are by step
-            f"A run resumed from {found.name} needs an `--output_dir` without newer checkpoints, but `{output_dir}` "
-            f"has {newest.name}. Move the newer ones away, or choose another folder and name `{found}`."
+            f"A run resumed from {checkpoint.name} needs an `--output_dir` without newer checkpoints, but "
+            f"`{output_dir}` has {newest.name}. Move the newer ones away, or choose another folder and name "
+            f"`{checkpoint}`."
         )
-    if found is not None and checkpoint_step(found) > steps:
-        raise ValueError(f"`--max_steps` must be at least {checkpoint_step(found)}, as in `{found}`, got {steps}.")
-    return found
+    if step > steps:
+        raise ValueError(f"`--max_steps` must be at least {step}, as in `{checkpoint}`, got {steps}.")
+    return checkpoint
+
+
+def _find_named(output_dir: str | Path, name: str) -> Path:
+    """Finds a checkpoint by its path, or by its name in the folder of the run."""
+    for path in (Path(name), Path(output_dir, name)):
+        if path.is_dir() and NAME.fullmatch(path.name):
+            return path
+    raise ValueError(f"`--resume_from_checkpoint` must be a folder, its name, or 'latest', got {name!r}.")
+
+
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    return [path for path in Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)]
 
 
 def checkpoint_step(path: Path) -> int:
@@ -127,8 +173,46 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.rsplit("-", 1)[1])
 
 
+def check_resumable(checkpoint: Path, identity: RunIdentity) -> None:
+    """Compares a run with its checkpoint, and logs which options have changed.
+
+    Other validation sets are allowed: they change no weight.
+
+    Args:
+        checkpoint (`Path`): Folder of the checkpoint.
+        identity ([`~svqvae_hf.trainer.identity.RunIdentity`]): What this run is made from.
+
+    Raises:
+        ValueError: If the checkpoint is damaged, or was made from other models or sets, or by another optimizer.
+    """
+    with _one_line_reason(checkpoint):
+        check_files(checkpoint)
+        recorded = RunIdentity.from_file(checkpoint / IDENTITY)
+    check_sources(checkpoint, recorded.models, identity.models)
+    check_sources(checkpoint, _trained_on(recorded.sets), _trained_on(identity.sets))
+    optimizer = recorded.options.get("optimizer")
+    if identity.options.get("optimizer") != optimizer:
+        raise ValueError(
+            f"`--optimizer` must be {optimizer} as in `{checkpoint}`, got {identity.options.get('optimizer')}."
+        )
+    for name in changed_names(recorded.options, identity.to_record()["options"]):
+        logger.info(f"Changed on resume: --{name} from {recorded.options.get(name)} to {identity.options.get(name)}")
+
+
+def _trained_on(sets: Mapping[str, str]) -> dict[str, str]:
+    return {name: digest for name, digest in sets.items() if not name.startswith(VALIDATION)}
+
+
+# Saving
+
+
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: str | Path, step: int, run_state: Mapping[str, Any], total_limit: int | None
+    accelerator: Accelerator,
+    output_dir: str | Path,
+    step: int,
+    run_state: Mapping[str, Any],
+    total_limit: int | None,
+    identity: RunIdentity,
 ) -> None:
     """Writes a checkpoint under another name, renames it to `checkpoint-STEP`, and removes the oldest ones.
 
@@ -140,6 +224,7 @@ def save_checkpoint(
         step (`int`): Steps done.
         run_state (`Mapping`): Other state that is equal on all processes: tensors and plain values.
         total_limit (`int`, *optional*): Number of newest checkpoints to keep; all by default.
+        identity ([`~svqvae_hf.trainer.identity.RunIdentity`]): What the run is made from.
 
     Raises:
         OSError: If it cannot be written. There is no `checkpoint-STEP` then; a `.partial` may be left, which the next
@@ -155,46 +240,19 @@ def save_checkpoint(
         if accelerator.is_main_process:
             # Not accelerate's `register_for_checkpointing`, because it loads with `weights_only=False`.
             torch.save(dict(run_state), partial / RUN_STATE)
+            write_file(partial / IDENTITY, json.dumps(identity.to_record()).encode())
         write_checksums(partial)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
+    except WRITE_ERRORS as error:
+        reason = write_fault(path.parent, error)
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"`{path}` cannot be written: {' '.join(str(error).split())}. Older ones are intact.") from error
+        raise OSError(f"`{path}` cannot be written: {reason}. Older checkpoints are intact.") from error
     if accelerator.is_main_process:
         os.replace(partial, path)
         if total_limit is not None:
-            for old in sorted(_checkpoints(output_dir), key=checkpoint_step)[:-total_limit]:
+            oldest_first = sorted(_checkpoints(output_dir), key=checkpoint_step)
+            for old in oldest_first[:-total_limit]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
-
-
-def load_checkpoint(accelerator: Accelerator, path: Path, names: Iterable[str], optimizer: str) -> dict[str, Any]:
-    """Loads models, optimizers and random states, and returns the run's state.
-
-    Args:
-        accelerator (`Accelerator`): Accelerator whose models, optimizers and random states are loaded.
-        path (`Path`): Folder of the checkpoint.
-        names (`Iterable[str]`): Names that the run's state must hold.
-        optimizer (`str`): Optimizer of this run.
-
-    Raises:
-        ValueError: If it was written by a run with another network or optimizer, or without some parts of this run,
-            or if it is damaged.
-    """
-    with _one_line_reason(path):
-        check_files(path)
-        run_state = torch.load(path / RUN_STATE, map_location="cpu", weights_only=True)
-    missing = sorted(set(names) - run_state.keys())
-    if missing:
-        raise ValueError(
-            f"`{path}` must hold the state of all parts of the run, but lacks {', '.join(missing)}. Use the options "
-            "of the run that wrote it, or start a new run from its model with `--pretrained_model_name_or_path`."
-        )
-    if (old := run_state["options"]["optimizer"]) != optimizer:
-        raise ValueError(f"`--optimizer` must be {old} as in `{path}`, got {optimizer}.")
-    with _one_line_reason(path):
-        accelerator.load_state(str(path))
-        accelerator.step = 0  # of accumulated batches, which a checkpoint has none of
-    return dict(run_state)
 
 
 def write_checksums(checkpoint: Path) -> None:
@@ -205,21 +263,58 @@ def write_checksums(checkpoint: Path) -> None:
         write_file(checkpoint / CHECKSUMS, json.dumps(_checksums(checkpoint)).encode())
 
 
+# Loading
+
+
+def load_checkpoint(accelerator: Accelerator, path: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Loads models, optimizers and random states, and returns the run's state.
+
+    Args:
+        accelerator (`Accelerator`): Accelerator whose models, optimizers and random states are loaded.
+        path (`Path`): Folder of the checkpoint, from [`check_resumable`].
+        names (`Iterable[str]`): Names that the run's state must hold.
+
+    Raises:
+        ValueError: If it was written by a run with another network, or without some parts of this run, or if it
+            cannot be read.
+    """
+    with _one_line_reason(path):
+        run_state = torch.load(path / RUN_STATE, map_location="cpu", weights_only=True)
+    missing = sorted(set(names) - run_state.keys())
+    if missing:
+        raise ValueError(
+            f"`{path}` must hold the state of all parts of the run, but lacks {', '.join(missing)}. Use the options "
+            "of the run that wrote it, or start a new run from its model with `--pretrained_model_name_or_path`."
+        )
+    with _one_line_reason(path):
+        accelerator.load_state(str(path))
+        accelerator.step = 0  # of accumulated batches, which a checkpoint has none of
+    return dict(run_state)
+
+
 def check_files(checkpoint: Path) -> None:
-    """Raises ValueError if a file of a checkpoint is not as it was written. Older checkpoints are not checked."""
-    recorded = Folder(checkpoint).read_json(CHECKSUMS)
-    found = {} if recorded is None else _checksums(checkpoint)
-    if damaged := [name for name, checksum in (recorded or {}).items() if found.get(name) != checksum]:
-        raise ValueError(f"`{checkpoint / damaged[0]}` is missing or damaged")
+    """Raises ValueError if a file of a checkpoint is not as it was written.
+
+    A checkpoint of transformers' `Trainer` has no checksums if its run was killed just before they were written.
+    """
+    if not (checkpoint / CHECKSUMS).exists():
+        return
+    recorded = read_json_object(checkpoint / CHECKSUMS)
+    present = _checksums(checkpoint)
+    for name, checksum in recorded.items():
+        if present.get(name) != checksum:
+            raise ValueError(f"`{checkpoint / name}` is missing or damaged")
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-    found = {}
-    for path in files:
-        with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = file_digest(file, "sha256").hexdigest()
-    return found
+    checksums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != CHECKSUMS:
+            checksums[path.relative_to(folder).as_posix()] = output_identity(path).checksum
+    return checksums
+
+
+# Errors
 
 
 @contextmanager
@@ -228,13 +323,15 @@ def _one_line_reason(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # damaged files raise errors of nearly any kind
-        faults = [line.strip() for line in str(error).splitlines()] or [repr(error)]
-        fault = faults[1] if faults[0].startswith("Error(s) in loading state_dict") else faults[0]
         raise ValueError(
             f"`{path}` must be a complete checkpoint of the same network and options, but cannot be loaded: "
-            f"{fault.partition('. ')[0].rstrip('.')}. Use the options of the run that wrote it, or another checkpoint."
+            f"{_first_fault(error)}. Use the options of the run that wrote it, or another checkpoint."
         ) from error
 
 
-def _checkpoints(output_dir: str | Path) -> list[Path]:
-    return [path for path in Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)]
+def _first_fault(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()] or [repr(error)]
+    fault = lines[0]
+    if fault.startswith("Error(s) in loading state_dict") and len(lines) > 1:
+        fault = lines[1]
+    return fault.partition(". ")[0].rstrip(".")

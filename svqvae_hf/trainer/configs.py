@@ -1,10 +1,34 @@
 """Configs of new networks, checked before they are built."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
-from svqvae_hf.hub.repositories import from_hub
+from svqvae_files.errors import explained
+from svqvae_files.json_files import read_json_object
+from svqvae_hf.hub.repositories import download_file
+
+CONFIG_FILE = "config.json"
+
+
+def read_config(source: str) -> dict[str, Any]:
+    """Reads the config of a network.
+
+    Args:
+        source (`str`): A config.json, its folder or Hub id.
+
+    Raises:
+        OSError: There is no such config.
+        ValueError: It is not a JSON object.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / CONFIG_FILE
+    elif not path.exists():
+        path = download_file(source, CONFIG_FILE, source)
+    with explained(path, "read"):
+        return read_json_object(path)
 
 
 def load_network_config(source: str, network_class: Any) -> dict[str, Any]:
@@ -15,20 +39,24 @@ def load_network_config(source: str, network_class: Any) -> dict[str, Any]:
         network_class (`type`): Class of the network.
 
     Raises:
-        OSError: If there is no such config.
-        ValueError: If it is of another class, or has a key that the class does not know.
+        OSError: There is no such config.
+        ValueError: It is not a JSON object, is of another class, or has a key that the class does not know.
     """
-    config = from_hub(network_class.load_config, source)
+    config = read_config(source)
     name = config.get("_class_name", network_class.__name__)
     if name != network_class.__name__:
         raise ValueError(f"The `_class_name` of `{source}` must be {network_class.__name__}, but is {name}.")
-    known = inspect.signature(network_class.__init__).parameters
-    check_keys(source, config, [*known, *getattr(network_class, "derived_config", ())])
+    parameters = inspect.signature(network_class.__init__).parameters
+    derived = getattr(network_class, "derived_config", ())
+    check_keys(source, config, [*parameters, *derived])
     return config
 
 
-def check_keys(source: str, config: Iterable[str], known: Iterable[str]) -> None:
+def check_keys(source: str, config: Iterable[str], allowed: Collection[str]) -> None:
     """Raises if a config has unknown keys, because another network than intended would be trained."""
-    unknown = sorted(key for key in set(config) - set(known) if not key.startswith("_"))
+    unknown = []
+    for key in sorted(config):
+        if key not in allowed and not key.startswith("_"):
+            unknown.append(key)
     if unknown:
         raise ValueError(f"`{source}` must have only keys of its class, but has {', '.join(unknown)}. Correct them.")

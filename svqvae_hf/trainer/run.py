@@ -1,20 +1,165 @@
-"""The start of a training script: its accelerator, its errors, and what must be checked first."""
+"""A training run: its start, its optimizers, what it is made from, and its errors."""
 
 import logging
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Generic
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
+from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 
+from svqvae_hf.trainer.checkpoints import Checkpoints, check_resumable, find_checkpoint
+from svqvae_hf.trainer.folder_lock import FolderLock
+from svqvae_hf.trainer.identity import RunIdentity, model_digests
+from svqvae_hf.trainer.log import Log
+from svqvae_hf.trainer.optimization import make_optimizer
 from svqvae_hf.trainer.options import Options, RunOptions, public_values, read_options
-from svqvae_hf.trainer.publishing import refuse_finished
+from svqvae_hf.trainer.publishing import Result, find_sources, refuse_finished
 from svqvae_hf.trainer.scripts import one_line_errors
+from svqvae_hf.trainer.weights import Weights
+
+
+class Run(Generic[Options]):
+    """A training run.
+
+    A script calls its methods in this order. The loop between them is the script's own:
+
+        run.identify({"train_data_dir": digest})  # is it finished, and from what does it resume?
+        weights = run.train(network, learning_rate)  # optimizer, prepared model, average of weights
+        checkpoints = run.begin(network, {"weights": weights, "loader": loader}, "1,000 images")
+        for step in checkpoints.steps():
+            ...
+            checkpoints.after(step)
+        run.result.publish(...)
+
+    Args:
+        options ([`RunOptions`]): Options.
+        accelerator (`Accelerator`): From [`make_accelerator`].
+
+    Attributes:
+        log ([`Log`]): Log of the run.
+        checkpoint (`Path`, *optional*): Checkpoint from which the run resumes, once it is identified.
+        result ([`Result`]): Result of the run, once it has begun.
+    """
+
+    identity: RunIdentity
+    result: Result
+
+    def __init__(self, options: Options, accelerator: Accelerator):
+        self.options = options
+        self.accelerator = accelerator
+        self.log = Log(options, accelerator)
+        self.checkpoint: Path | None = None
+        self.lock: FolderLock | None = None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the run does not resume."""
+        return self.checkpoint is None
+
+    def identify(self, sets: Mapping[str, str]) -> None:
+        """Compares the run with what is in its folder, and finds the checkpoint from which it resumes.
+
+        Args:
+            sets (`Mapping[str, str]`): Digests of all sets, by the option that names each. The names of sets that are
+                only measured start with `validation_`.
+
+        Raises:
+            SystemExit: If the folder holds the result of this very run.
+            ValueError: If the folder holds the result of another run, or checkpoints of a run with other models or
+                sets, or a checkpoint that is not the wanted one.
+        """
+        options = self.options
+        self.identity = RunIdentity(public_values(asdict(options)), model_digests(options), dict(sets))
+        refuse_finished(Path(options.output_dir), self.identity)
+        self.checkpoint = self._find_checkpoint()
+        if self.checkpoint is not None:
+            check_resumable(self.checkpoint, self.identity)
+
+    def _find_checkpoint(self) -> Path | None:
+        options = self.options
+        return find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_steps)
+
+    def train(
+        self,
+        network: nn.Module,
+        learning_rate: float,
+        *,
+        num_steps: int | None = None,
+        decayed_ndim: int = 2,
+        undecayed: Sequence[str] = (),
+        use_ema: bool | None = None,
+    ) -> Weights:
+        """Makes the optimizer of a network and its learning rate schedule, and prepares both for all processes.
+
+        Args:
+            network (`nn.Module`): Network to train, on its device.
+            learning_rate (`float`): Peak learning rate.
+            num_steps (`int`, *optional*): Length of the schedule; all steps of the run by default.
+            decayed_ndim (`int`, defaults to 2): Weights of at least so many dimensions decay.
+            undecayed (`Sequence[str]`, defaults to `()`): Last parts of the names of further weights without decay.
+            use_ema (`bool`, *optional*): Whether the weights are averaged; by default, as the options say.
+
+        Returns:
+            [`Weights`]: The weights, with the prepared `model` to call in the forward pass.
+        """
+        options = self.options
+        if num_steps is None:
+            num_steps = options.max_steps
+        if use_ema is None:
+            use_ema = options.use_ema
+        optimizer, lr_scheduler = make_optimizer(network, options, learning_rate, num_steps, decayed_ndim, undecayed)
+        model, optimizer = self.accelerator.prepare(network, optimizer)
+        return Weights(options, self.accelerator, network, model, optimizer, lr_scheduler, use_ema)
+
+    def begin(self, network: nn.Module, states: Mapping[str, Stateful], contents: str) -> Checkpoints:
+        """Resumes from the checkpoint, if there is one, makes the folder of the result, and starts the log.
+
+        Args:
+            network (`nn.Module`): Network that is trained, for the log.
+            states (`Mapping[str, Stateful]`): All that has a state besides models and optimizers, by name, equal on
+                all processes.
+            contents (`str`): Size of the training set, in words, for the log.
+
+        Raises:
+            OSError: If the repository on the Hub cannot be made.
+            ValueError: If the checkpoint is damaged, or of a run with other parts, or if another run writes to the
+                folder.
+        """
+        options = self.options
+        accelerator = self.accelerator
+        states = {**states, "log": self.log}
+        checkpoints = Checkpoints(options, accelerator, self.checkpoint, states, self.identity)
+        if accelerator.is_main_process:
+            self._lock_folder()
+        origin = find_sources(options)
+        self.result = Result(options, self.identity, origin, options.push_to_hub, accelerator.is_main_process)
+        self.log.start(network, contents, checkpoints.first_step)
+        return checkpoints
+
+    def _lock_folder(self) -> None:
+        """Makes the folder of the run, and keeps other runs from writing to it."""
+        folder = Path(self.options.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FolderLock(folder)
+        refuse_finished(folder, self.identity)  # by a run that has ended since
+        if self._find_checkpoint() != self.checkpoint:
+            raise ValueError(
+                f"Another run has saved a checkpoint to `{folder}` since this one started. Start it again."
+            )
+
+    def release(self) -> None:
+        """Lets other runs write to the folder."""
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
 
 
 def make_accelerator(options: RunOptions) -> Accelerator:
@@ -47,21 +192,24 @@ def make_accelerator(options: RunOptions) -> Accelerator:
     return accelerator
 
 
-def run_training(train: Callable[[Options, Accelerator], None], options: Options) -> None:
+def run_training(train: Callable[[Run[Options]], None], options: Options) -> None:
     """Calls the training function of a script, and then ends the trackers.
 
     Raises:
         SystemExit: If the folder holds the result of this very run.
-        ValueError: If it holds the result of a run with other options.
+        ValueError: If it holds the result of another run.
     """
-    refuse_finished(Path(options.output_dir), public_values(asdict(options)))
     accelerator = make_accelerator(options)
     set_seed(options.seed)
-    train(options, accelerator)
-    accelerator.end_training()
+    run = Run(options, accelerator)
+    try:
+        train(run)
+        accelerator.end_training()
+    finally:
+        run.release()
 
 
-def run_script(train: Callable[[Options, Accelerator], None], options_class: type[Options]) -> None:
+def run_script(train: Callable[[Run[Options]], None], options_class: type[Options]) -> None:
     """Calls the training function of a script with the options of the command line."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         # Ctrl-C outside of the loop ends the process at once, as SIGTERM does. An exception would wait for the workers

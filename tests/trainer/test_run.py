@@ -1,5 +1,6 @@
 """The run of a toy script: one linear layer on a few numbers."""
 
+import gc
 import multiprocessing
 import os
 import re
@@ -19,14 +20,11 @@ from processes import start
 from torch import nn
 from training_runs import cpu, forget_accelerate, logged
 
-from svqvae_hf.trainer.checkpoints import Checkpoints, find_checkpoint
-from svqvae_hf.trainer.log import Log
-from svqvae_hf.trainer.optimization import hyperparameters, make_optimizer
+from svqvae_hf.trainer.optimization import hyperparameters
 from svqvae_hf.trainer.options import RunOptions
-from svqvae_hf.trainer.publishing import Result, provenance
+from svqvae_hf.trainer.publishing import provenance
 from svqvae_hf.trainer.run import make_accelerator, run_script, run_training
 from svqvae_hf.trainer.scripts import one_line_errors
-from svqvae_hf.trainer.weights import Weights
 
 
 class ToyLoader:
@@ -52,41 +50,44 @@ def options(tmp_path):
     return {"output_dir": str(tmp_path / "out"), "max_steps": 6, "warmup_steps": 0, "learning_rate": 0.01}
 
 
-def train(settings, on_step=lambda step, network: 1.0, width=3, publish=False):
+def train(settings, on_step=lambda step, network: 1.0, width=3, publish=False, sets=None):
     """Trains two layers and returns their weights; `on_step` sees each step and returns the factor of its loss."""
     trained = []
 
-    def script(options, accelerator):
-        checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_steps)
+    def script(run):
+        options, accelerator = run.options, run.accelerator
+        run.identify(sets or {"train_data_dir": "a digest"})
         network = nn.Sequential(nn.Linear(3, width), nn.Dropout(0.5), nn.Linear(width, 1))
-        optimizer, lr_scheduler = make_optimizer(network, options, options.learning_rate, options.max_steps)
-        model, optimizer = accelerator.prepare(network, optimizer)
-        weights = Weights(options, accelerator, network, model, optimizer, lr_scheduler, options.use_ema)
+        weights = run.train(network, options.learning_rate)
         loader = ToyLoader(options.max_steps * options.gradient_accumulation_steps)
-        checkpoints = Checkpoints(options, accelerator, checkpoint, {"weights": weights, "loader": loader})
-        result, batches = Result.of(options, accelerator), iter(loader)
-        log = Log(options, accelerator, network, loader.contents, checkpoints.first_step)
+        checkpoints = run.begin(network, {"weights": weights, "loader": loader}, loader.contents)
+        batches = iter(loader)
         trained.append(weights)
         for step in checkpoints.steps():
             factor = on_step(step, network)
             for batch in islice(batches, options.gradient_accumulation_steps):
-                with accelerator.accumulate(model):
-                    loss = factor * model(batch).square().mean()
+                with accelerator.accumulate(weights.model):
+                    loss = factor * weights.model(batch).square().mean()
                     accelerator.backward(loss)
                     numbers = {"loss": loss}
                     if accelerator.sync_gradients:
                         numbers |= weights.update()
-                    log.add(numbers, rows=len(batch))
+                    run.log.add(numbers, rows=len(batch))
             if options.logs_after(step):
-                log.write_training(step + 1, {"lr": weights.lr})
+                run.log.write_training(step + 1, {"lr": weights.lr})
+            checkpoints.after(step)
         if publish:
-            card = str(provenance("toy.py", options.max_steps, 2, "toys"))
-            result.publish(lambda folder: torch.save(network.state_dict(), folder / "weights.pt"), card)
+            card = str(provenance("toy.py", options.max_steps, 2, "toys") | run.log.card_rows)
+            run.result.publish(publish if callable(publish) else save_toy(network), card)
 
     forget_accelerate()
     with cpu():
         run_training(script, RunOptions(**settings))
     return trained[0]
+
+
+def save_toy(network):
+    return lambda folder: torch.save(network.state_dict(), folder / "weights.pt")
 
 
 def assert_equal_networks(one, other):
@@ -212,7 +213,13 @@ def test_refused_resume_leaves_the_folder_as_it_was(options, change, message):
 
 @pytest.mark.parametrize(
     "change",
-    [{"use_ema": False}, {"per_device_train_batch_size": 64}, {"max_steps": 1}, {"without_checkpoints": True}],
+    [
+        {"use_ema": False},
+        {"per_device_train_batch_size": 64},
+        {"max_steps": 1},
+        {"without_checkpoints": True, "learning_rate": 1.0},
+        {"without_checkpoints": True, "max_steps": 12},
+    ],
 )
 def test_a_finished_result_is_not_rewritten_by_a_run_with_other_options(options, change):
     options |= {"use_ema": True, "max_steps": 2}
@@ -220,8 +227,8 @@ def test_a_finished_result_is_not_rewritten_by_a_run_with_other_options(options,
     before = files(options["output_dir"])
     if change.pop("without_checkpoints", False):
         shutil.rmtree(Path(options["output_dir"], "checkpoint-2"))
-        change = {"learning_rate": 1.0}
-    with pytest.raises(ValueError, match=r"holds the result of a finished run.* has other options \(--"):
+    advice = "raise `--max_steps`" if any(Path(options["output_dir"]).glob("checkpoint-*")) else "has no checkpoint"
+    with pytest.raises(ValueError, match=rf"holds the result of a finished run.* has other options \(--.*{advice}"):
         train(options | {"resume_from_checkpoint": "latest"} | change)
     assert files(options["output_dir"]) == before
 
@@ -240,7 +247,71 @@ def test_a_finished_run_started_again_says_so_and_a_longer_one_trains_further(op
     assert "'3 of 2 toys'" in Path(options["output_dir"], "README.md").read_text()
 
 
-@pytest.mark.parametrize("damage", ["optimizer.bin", "run_state.pt", "model.safetensors", "network"])
+@pytest.mark.parametrize(
+    "sets", [{"train_data_dir": "another digest"}, {}, {"train_data_dir": "a digest", "mix": "b"}]
+)
+def test_a_run_is_not_resumed_or_called_finished_with_other_data(options, sets):
+    options |= {"max_steps": 2, "resume_from_checkpoint": "latest"}
+    train(options, publish=True)
+    before = files(options["output_dir"])
+    sets = sets or {"token_set": "a digest"}
+    for change in ({}, {"max_steps": 3}):
+        with pytest.raises(ValueError, match=r"must name what `.*` was made from, but names something else"):
+            train(options | change, publish=True, sets=sets)
+    assert files(options["output_dir"]) == before
+
+
+def test_a_run_is_resumed_but_not_called_finished_with_other_validation_data(options):
+    options |= {"max_steps": 2, "resume_from_checkpoint": "latest"}
+    sets = {"train_data_dir": "a digest", "validation_data_dir": "b"}
+    train(options, publish=True, sets=sets)
+    with pytest.raises(ValueError, match="`--validation_data_dir` must name what"):
+        train(options, sets=sets | {"validation_data_dir": "c"})
+    train(options | {"max_steps": 3}, sets=sets | {"validation_data_dir": "c"})
+
+
+def test_a_killed_publication_leaves_nothing_after_the_next_one(options):
+    options |= {"max_steps": 2, "resume_from_checkpoint": "latest"}
+
+    def be_killed(folder):
+        (folder / "half.bin").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(options, publish=be_killed)
+    train(options, publish=True)
+    names = {path.name for path in Path(options["output_dir"]).iterdir()}
+    assert names == {"checkpoint-2", "README.md", "finished_run.json", "train_config.yaml", "weights.pt"}
+
+
+def test_a_card_written_after_a_resume_at_the_last_step_has_the_last_loss(options):
+    options |= {"max_steps": 2, "resume_from_checkpoint": "latest"}
+    train(options)
+    train(options, publish=True)
+    assert "'train/loss': '0." in Path(options["output_dir"], "README.md").read_text()
+
+
+def test_a_full_disk_at_the_end_is_one_line_and_the_run_can_be_resumed(options, disk, capsys):
+    options |= {"output_dir": str(disk / "out"), "max_steps": 2, "resume_from_checkpoint": "latest"}
+
+    def fill_disk(folder):
+        torch.save(torch.zeros(2**20), folder / "weights.pt")
+
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        train(options, publish=fill_disk)
+    assert stop.value.code == 2
+    del stop  # whose frames keep the file open
+    gc.collect()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "The result cannot be written to" in error
+    assert "No space left on device, the disk is full" in error
+    train(options, publish=True)
+    assert Path(disk, "out", "weights.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", ["optimizer.bin", "run_state.pt", "run_identity.json", "model.safetensors", "network"]
+)
 def test_checkpoint_that_cannot_be_loaded_is_refused_in_one_line(options, damage, capsys):
     train(options | {"max_steps": 2})
     before = files(options["output_dir"])
@@ -278,6 +349,16 @@ def test_changed_hyperparameters_are_applied_and_logged_on_resume(options, tmp_p
     assert resumed.ema.decay == 0.5
     written = yaml.safe_load(Path(options["output_dir"], "train_config.yaml").read_text())
     assert {name: written[name] for name in changes} == changes
+
+
+def test_log_lines_show_some_numbers_and_level_debug_all(options, caplog):
+    caplog.set_level("INFO")
+    train(options | {"max_steps": 2})
+    assert not logged(caplog, "train/grad_norm")
+    caplog.set_level("DEBUG", "svqvae_hf.trainer.log")
+    train(options | {"max_steps": 2, "output_dir": options["output_dir"] + "2"})
+    assert logged(caplog, "train/grad_norm")[2] > 0
+    assert 2 in logged(caplog, "train/loss")
 
 
 def test_log_lines_say_how_long_it_takes(options, caplog):

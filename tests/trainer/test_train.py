@@ -39,6 +39,7 @@ from svqvae_hf.trainer.losses.objective import Objective
 from svqvae_hf.trainer.options import read_options
 from svqvae_hf.trainer.run import run_training
 from svqvae_hf.trainer.scripts import one_line_errors
+from svqvae_hf.trainer.tracking import LABEL_HEIGHT
 from svqvae_hf.trainer.train_options import TrainOptions
 from svqvae_hf.trainer.validations import Validations
 from svqvae_hf.trainer.weights import Weights
@@ -124,6 +125,7 @@ def assert_equal_weights(one, other):
 @pytest.mark.slow
 def test_run_with_everything_on_stays_finite_and_saves_a_model_that_loads(options, inputs, caplog):
     caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG, "svqvae_hf.trainer.log")
     options |= EVERYTHING | {"lpips_weights": str(inputs / "squeeze.pth"), "gradient_accumulation_steps": 1}
     options |= {"max_steps": 16, "logging_steps": 4, "kmeans_steps": [4], "dead_code_reset_steps": 8}
     options |= {"adversarial_start": 10, "ema_decay": 0.9}
@@ -365,6 +367,60 @@ def test_recipes_adapt_a_model_of_another_family_and_keep_what_they_say(recipe, 
         assert torch.equal(after.encode_tokens(sample), before.encode_tokens(sample))
 
 
+def test_ids_that_are_kept_are_counted_alike_for_any_batch(options, inputs, caplog):
+    caplog.set_level(logging.INFO)
+    options |= SMALL | {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(inputs / "model")}
+    options |= {"train": "decoder", "train_data_dir": str(inputs / "shard-*.tar"), "max_steps": 1}
+    options |= {"validation_data_dir": [str(inputs / "images")], "resume_from_checkpoint": "latest"}
+    run(**options)
+    run(**options | {"max_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2})
+    assert logged(caplog, "validation/ids_kept") == {0: 1, 1: 1, 2: 1}
+
+
+def test_the_last_line_says_that_nothing_was_learned(options, inputs, caplog):
+    caplog.set_level(logging.INFO)
+    options |= SMALL | {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(inputs / "model")}
+    options |= {"validation_data_dir": [str(inputs / "held_out")], "load_best_model_at_end": True}
+    run(**options, max_steps=1, learning_rate=1e-12)
+    assert "nothing has changed: the saved weights are the ones that the run started from" in caplog.messages[-1]
+    assert_equal_weights(options["output_dir"], inputs / "model")
+
+
+def test_splits_of_further_sets_can_be_chosen(options, inputs, tmp_path):
+    for split, name in (("train", "alpha.png"), ("test", "grey.jpg")):
+        (tmp_path / "split" / split).mkdir(parents=True)
+        shutil.copy(inputs / "images" / name, tmp_path / "split" / split)
+    options |= SMALL | {"max_steps": 1, "train_data_dir": str(inputs / "held_out")}
+    further = {"mix_data_dir": str(tmp_path / "split"), "validation_data_dir": [str(tmp_path / "split")]}
+    for name, chosen in (("mix_split", {}), ("validation_split", {"mix_split": "train"})):
+        with cpu(), pytest.raises(ValueError, match=rf"splits .*test.* Choose one with --{name}"):
+            run_training(train.train, TrainOptions(**(options | further | chosen)))
+    run(**options, **further, mix_split="train", validation_split="test")
+    with Image.open(Path(options["output_dir"], "samples", "step-0000000.png")) as picture:
+        assert picture.width == 4 * (32 + 4) + 4, "the image and three scales"
+        strip = picture.convert("L").crop((4, 4, 36, 4 + LABEL_HEIGHT))
+    assert strip.getextrema()[0] < 100, "a label stands above it"
+
+
+def test_a_run_is_not_resumed_with_other_images_or_another_model_of_the_same_name(options, inputs, tmp_path):
+    for work in ("w1", "w2"):
+        shutil.copytree(inputs / "images", tmp_path / work / "photos")
+        make_tiny(dropout_p=0.1 if work == "w1" else 0.2).save_pretrained(tmp_path / work / "model")
+    (tmp_path / "w2" / "photos" / "narrow.png").unlink()
+    options |= SMALL | {"max_steps": 1, "resume_from_checkpoint": "latest", "model_config_name_or_path": None}
+    options |= {"train_data_dir": f"{tmp_path}/w1/photos", "pretrained_model_name_or_path": f"{tmp_path}/w1/model"}
+    run(**options)
+    for name, source in (("train_data_dir", "photos"), ("pretrained_model_name_or_path", "model")):
+        for steps in (1, 2):
+            changes = {name: f"{tmp_path}/w2/{source}", "max_steps": steps}
+            with cpu(), pytest.raises(ValueError, match=f"`--{name}` must name what .* was made from"):
+                run_training(train.train, TrainOptions(**(options | changes)))
+            training_runs.forget_accelerate()
+    with cpu(), pytest.raises(SystemExit) as finished:
+        run_training(train.train, TrainOptions(**options))
+    assert finished.value.code == 0
+
+
 def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tmp_path, monkeypatch):
     options |= SMALL | {"max_steps": 2, "validation_data_dir": [str(inputs / "held_out")]}
     options |= {"push_to_hub": True, "hub_model_id": "org/trained", "model_config_name_or_path": None}
@@ -417,6 +473,7 @@ def test_what_would_fail_the_upload_ends_the_run_before_its_first_step(
         ({"resume_from_checkpoint": "nowhere"}, "or 'latest', got 'nowhere'"),
         ({"train_data_dir": "/nowhere"}, "no file or folder matches: `/nowhere`"),
         ({"validation_data_dir": ["copies"]}, "`--validation_data_dir` must hold images that are not trained on, but"),
+        ({"model_config_name_or_path": "list.json"}, "`list.json` must hold a JSON object, but holds a list"),
         ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has base_chanels"),
         ({"lpips_weight": 1.0, "lpips_weights": "/nowhere.pth"}, "/nowhere.pth"),
     ],
@@ -426,6 +483,7 @@ def test_mistakes_are_one_line(options, inputs, changes, message, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "copies").mkdir()
     shutil.copy(inputs / "images" / "alpha.png", tmp_path / "copies" / "renamed.png")
+    (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "typo.json").write_text('{"base_chanels": 16}')
     with cpu(), pytest.raises(SystemExit) as stop, one_line_errors():
         run_training(train.train, TrainOptions(**(options | changes)))

@@ -20,6 +20,7 @@ from training_runs import assert_no_private_path, cpu, logged, run, train_at_onc
 import svqvae_hf
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.trainer.run import run_training
+from svqvae_hf.trainer.tracking import LABEL_HEIGHT
 
 DIT = {"_class_name": "DiTTransformer2DModel", "num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 2}
 DIT |= {"dropout": 0.1}
@@ -27,6 +28,8 @@ TINY_RUN = {
     **{"resolution": 16, "per_device_train_batch_size": 2, "max_steps": 2, "warmup_steps": 0},
     **{"dataloader_num_workers": 0, "num_validation_images": 2, "logging_steps": 1},
 }
+
+LOSSES: dict[str, float] = {}  # of the first validation, for any batch
 
 diffuse = partial(run, train_latent_diffusion.train, DiffusionOptions)
 
@@ -97,7 +100,7 @@ def test_killed_and_stopped_run_equals_an_unbroken_one(class_options):
 
 @pytest.mark.parametrize("factor", [1.0, 5.0])
 def test_latents_are_scaled_to_the_deviation_of_the_noise_unless_the_tokenizer_has_a_factor(options, factor, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG, "svqvae_hf.trainer.log")
     path = Path(options["output_dir"]).with_name("vqvae")
     make_tiny(scaling_factor=factor).save_pretrained(path)
     diffuse(**options | {"vqvae_name_or_path": str(path), "per_device_train_batch_size": 8})
@@ -119,6 +122,63 @@ def test_a_validation_measures_the_loss_of_held_out_images(class_options, parts,
     assert "validation/loss |" in Path(class_options["output_dir"], "README.md").read_text()
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 8])
+def test_the_loss_of_a_validation_is_a_mean_over_images_for_any_batch(
+    batch_size, class_options, photo, tmp_path, caplog
+):
+    caplog.set_level(logging.INFO)
+    for number in range(5):
+        path = tmp_path / "other" / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo.rotate(90 + number).save(path)
+    (tmp_path / "other" / "cat" / "broken.png").write_bytes(b"no image")
+    make_tiny(scaling_factor=2.0).save_pretrained(tmp_path / "vqvae")  # else it is measured, on as many batches
+    changes = {"validation_data_dir": str(tmp_path / "other"), "per_device_train_batch_size": batch_size}
+    changes["vqvae_name_or_path"] = str(tmp_path / "vqvae")
+    drawn = []
+    draw_noise = train_latent_diffusion.Denoising.draw_noise
+
+    def record(denoising, generator, count):
+        noise = draw_noise(denoising, generator, count)
+        drawn.append(noise)
+        return noise
+
+    train_latent_diffusion.Denoising.draw_noise = record
+    try:
+        diffuse(**class_options | changes | {"max_steps": 1, "num_validation_images": 0})
+    finally:
+        train_latent_diffusion.Denoising.draw_noise = draw_noise
+    (first, *_) = logged(caplog, "validation/loss").values()
+    assert len(drawn) == 5 + 1 + 5, "each image once, in both validations"
+    assert first == LOSSES.setdefault("first", first)
+
+
+def test_a_denoiser_is_not_resumed_with_another_tokenizer_of_the_same_name(options, tmp_path):
+    for work, seed in (("w1", 1), ("w2", 2)):
+        vqvae = make_tiny()
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(vqvae.encoder.conv_in.weight)
+        vqvae.save_pretrained(tmp_path / work / "vqvae")
+    options |= {"resume_from_checkpoint": "latest", "vqvae_name_or_path": f"{tmp_path}/w1/vqvae"}
+    diffuse(**options)
+    for steps in (2, 3):
+        changes = {"vqvae_name_or_path": f"{tmp_path}/w2/vqvae", "max_steps": steps}
+        with cpu(), pytest.raises(ValueError, match="`--vqvae_name_or_path` must name what .* was made from"):
+            run_training(train_latent_diffusion.train, DiffusionOptions(**(options | changes)))
+
+
+def test_classes_that_diffusers_would_confuse_are_refused(class_options, photo, tmp_path):
+    pipeline_of = train_latent_diffusion.check_label_names
+    pipeline_of(["tench, Tinca tinca", "cat"])
+    for name in ("crane, bird", "crane, machine"):
+        (tmp_path / "cranes" / name).mkdir(parents=True)
+        photo.save(tmp_path / "cranes" / name / "0.png")
+    changes = {"train_data_dir": f"{tmp_path}/cranes"}
+    with cpu(), pytest.raises(ValueError, match="`crane, bird` and `crane, machine` share `crane`"):
+        run_training(train_latent_diffusion.train, DiffusionOptions(**(class_options | changes)))
+    assert not Path(class_options["output_dir"]).exists()
+
+
 @pytest.mark.slow
 def test_bf16_run_with_everything_on_stays_finite_and_shows_samples(class_options, caplog):
     caplog.set_level(logging.INFO)
@@ -132,7 +192,7 @@ def test_bf16_run_with_everything_on_stays_finite_and_shows_samples(class_option
     names = sorted(path.name for path in (output_dir / "samples").iterdir())
     assert names == [f"step-{step:07}.png" for step in (0, 2, 3)]
     with Image.open(output_dir / "samples" / "step-0000003.png") as grid:
-        assert grid.size == (2 * 16 + 3 * 4, 16 + 2 * 4)
+        assert grid.size == (2 * 16 + 3 * 4, LABEL_HEIGHT + 16 + 2 * 4)
 
 
 def test_transformer_embeds_each_label_or_the_label_of_no_class_in_all_blocks(class_options, parts):

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from train_next_scale import NextScaleOptions, count_ids, draw_schedule
-from training_runs import assert_no_private_path, cpu, logged, run, train_at_once_and_interrupted
+from training_runs import assert_no_private_path, cpu, forget_accelerate, logged, run, train_at_once_and_interrupted
 from transformers import PreTrainedTokenizerFast
 
 import svqvae_cli
@@ -70,6 +70,23 @@ def options(parts, tmp_path):
     paths |= {"token_set": f"{parts}/latents", "output_dir": f"{tmp_path}/out", "label_column": "label"}
     steps = {"per_device_train_batch_size": 3, "max_steps": 2, "warmup_steps": 0, "logging_steps": 1}
     return paths | steps | {"num_inference_steps": 4, "num_validation_images": 2}
+
+
+def test_a_run_is_not_resumed_with_other_rows_or_another_tokenizer_of_the_same_name(options, parts, tmp_path):
+    for work, token_set in (("w1", "latents"), ("w2", "held_out")):
+        shutil.copytree(parts / token_set, tmp_path / work / "tokens")
+        make_tiny(dropout_p=0.0 if work == "w1" else 0.1).save_pretrained(tmp_path / work / "vqvae")
+    options |= {"resume_from_checkpoint": "latest", "num_validation_images": 0}
+    first = {"token_set": f"{tmp_path}/w1/tokens", "vqvae_name_or_path": f"{tmp_path}/w1/vqvae"}
+    train(**options | first)
+    for name, source in (("token_set", "tokens"), ("vqvae_name_or_path", "vqvae")):
+        for steps in (2, 3):
+            changed = first | {name: f"{tmp_path}/w2/{source}", "max_steps": steps}
+            with cpu(), pytest.raises(ValueError, match=f"`--{name}` must name what .* was made from"):
+                run_training(train_next_scale.train, NextScaleOptions(**(options | changed)))
+            forget_accelerate()
+    shutil.move(tmp_path / "w1" / "tokens", tmp_path / "moved")
+    train(**options | first | {"token_set": f"{tmp_path}/moved", "max_steps": 3})
 
 
 @pytest.mark.slow
@@ -179,7 +196,7 @@ def test_schedules_are_drawn_as_in_flexvar():
         ({"token_set": "halves"}, "must hold the scales of the schedule, 1 x 1, .*, but lacks 1 x 1, 2 x 2"),
         ({"vqvae_name_or_path": "other"}, "codebook"),
         ({"num_inference_steps": 0}, "`--num_inference_steps` must be at least 2, but is 0"),
-        ({"schedule_share": 1.5}, r"`--schedule_share` must lie in \[0, 1\], but is 1.5"),
+        ({"schedule_share": 1.5}, r"`--schedule_share` must be in \[0, 1\], got 1.5"),
     ],
 )
 def test_mistakes_are_refused(options, parts, changes, message, monkeypatch):

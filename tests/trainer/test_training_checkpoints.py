@@ -3,8 +3,9 @@ import torch
 from accelerate import Accelerator
 
 from svqvae_hf.trainer.checkpoints import RUN_STATE, find_checkpoint, load_checkpoint, save_checkpoint
+from svqvae_hf.trainer.identity import RunIdentity
 
-OPTIONS = {"optimizer": "adamw"}
+IDENTITY = RunIdentity({"optimizer": "adamw"})
 
 
 @pytest.fixture
@@ -30,20 +31,20 @@ def test_oldest_are_removed_and_what_was_left_half_written_is_replaced(tmp_path,
     (tmp_path / "checkpoint-3.partial").mkdir()
     (tmp_path / "checkpoint-3.partial" / "stale").touch()
     for step in (1, 2, 10, 3):
-        save_checkpoint(accelerator, tmp_path, step, {"mean": torch.ones(2), "options": OPTIONS}, total_limit=2)
+        save_checkpoint(accelerator, tmp_path, step, {"mean": torch.ones(2)}, 2, IDENTITY)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-3"]
     assert not (tmp_path / "checkpoint-3" / "stale").exists()
-    assert load_checkpoint(accelerator, tmp_path / "checkpoint-3", ["mean"], "adamw")["mean"].tolist() == [1, 1]
+    assert load_checkpoint(accelerator, tmp_path / "checkpoint-3", ["mean"])["mean"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("too_large", ["weights", "state of the run"])
 def test_a_full_disk_leaves_no_part_of_a_checkpoint(disk, accelerator, too_large):
-    save_checkpoint(accelerator, disk, 1, {}, total_limit=None)
+    save_checkpoint(accelerator, disk, 1, {}, None, IDENTITY)
     if too_large == "weights":
         accelerator.prepare(torch.nn.Linear(300, 300))
     run_state = {"values": torch.zeros(1 if too_large == "weights" else 100_000)}
-    with pytest.raises(OSError, match=r"/checkpoint-2` cannot be written: .+ Older ones are intact"):
-        save_checkpoint(accelerator, disk, 2, run_state, total_limit=1)
+    with pytest.raises(OSError, match=r"/checkpoint-2` cannot be written: No space left on device"):
+        save_checkpoint(accelerator, disk, 2, run_state, 1, IDENTITY)
     assert [path.name for path in disk.iterdir()] == ["checkpoint-1"]
 
 
@@ -53,9 +54,9 @@ class Malicious:
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path, accelerator, capsys):
-    save_checkpoint(accelerator, tmp_path, 1, {}, total_limit=None)
+    save_checkpoint(accelerator, tmp_path, 1, {}, None, IDENTITY)
     torch.save({"bad": Malicious()}, tmp_path / "checkpoint-1" / RUN_STATE)
     (tmp_path / "checkpoint-1" / "checksums.json").unlink()
     with pytest.raises(Exception, match="[Ww]eights.only"):
-        load_checkpoint(accelerator, tmp_path / "checkpoint-1", [], "adamw")
+        load_checkpoint(accelerator, tmp_path / "checkpoint-1", [])
     assert "executed" not in capsys.readouterr().out

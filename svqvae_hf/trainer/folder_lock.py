@@ -1,0 +1,31 @@
+"""A lock on the folder of a run, so that no two runs write to it at a time."""
+
+import fcntl
+import os
+from pathlib import Path
+
+
+class FolderLock:
+    """Lock on an existing folder. It leaves no file, and ends with the process at the latest.
+
+    Args:
+        folder (`Path`): Folder of a run.
+
+    Raises:
+        ValueError: Another run holds the lock.
+    """
+
+    def __init__(self, folder: Path):
+        self.descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise ValueError(
+                f"`{folder}` must not be the folder of another run, but one is writing to it. Wait for its end, or "
+                "choose another `--output_dir`."
+            ) from error
+
+    def release(self) -> None:
+        """Lets other runs write to the folder."""
+        os.close(self.descriptor)

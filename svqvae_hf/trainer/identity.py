@@ -1,0 +1,141 @@
+"""What a run is: its options, and the identities of the models and sets that it is made from."""
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import AutoTokenizer
+
+from svqvae_files.hub import model_folder
+from svqvae_files.identity import NOTES, model_digest, value_digest
+from svqvae_files.json_files import read_json_object
+from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.trainer.configs import read_config
+from svqvae_hf.trainer.data.image_source import ImageSource
+
+UNIMPORTANT = ("output_dir", "resume_from_checkpoint")  # options that do not change the result
+ROWS_PER_BATCH = 1000  # of a token set, which are read together
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run is, as its checkpoints and its result record it.
+
+    Args:
+        options (`dict[str, Any]`): Options by name, as they may be published.
+        models (`dict[str, str]`): Digests of the models that it starts from, by the option that names each.
+        sets (`dict[str, str]`): Digests of the image or token sets that it reads, by the option that names each.
+    """
+
+    options: dict[str, Any]
+    models: dict[str, str] = field(default_factory=dict)
+    sets: dict[str, str] = field(default_factory=dict)
+
+    def to_record(self) -> dict[str, Any]:
+        """Returns the identity as JSON holds it, without options that do not change the result."""
+        record = asdict(self)
+        for name in UNIMPORTANT:
+            record["options"].pop(name, None)
+        return record
+
+    @classmethod
+    def from_file(cls, path: Path) -> "RunIdentity":
+        """Reads an identity.
+
+        Raises:
+            OSError: The file does not exist or cannot be read.
+            ValueError: The file is damaged.
+        """
+        record = read_json_object(path)
+        for name in ("options", "models", "sets"):
+            if not isinstance(record.get(name), dict):
+                raise ValueError(f"`{path}` must be the record of a run, but has no `{name}`.")
+        return cls(record["options"], record["models"], record["sets"])
+
+
+def changed_names(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Names, in order, whose values differ in two mappings, or that only one of them has."""
+    names = sorted({*recorded, *current})
+    return [name for name in names if recorded.get(name) != current.get(name)]
+
+
+def check_sources(place: Path, recorded: Mapping[str, str], current: Mapping[str, str]) -> None:
+    """Raises unless the models or sets of a run are those that its folder or checkpoint was made from.
+
+    Args:
+        place (`Path`): Folder of the run, or its checkpoint.
+        recorded (`Mapping[str, str]`): Digests that are recorded there, by option.
+        current (`Mapping[str, str]`): Digests of this run, by option.
+
+    Raises:
+        ValueError: Digests differ.
+    """
+    changed = changed_names(recorded, current)
+    if changed:
+        raise ValueError(
+            f"`--{changed[0]}` must name what `{place}` was made from, but names something else, or it has changed "
+            "since. Restore it, or start a new run in another `--output_dir`."
+        )
+
+
+def model_digests(options: Any) -> dict[str, str]:
+    """Digests of all models, tokenizers and configs that options name, by the option.
+
+    Raises:
+        OSError: There is no such model.
+        ValueError: A file of it is damaged.
+    """
+    digests = {}
+    for name, source in vars(options).items():
+        if source is None or not name.endswith("_name_or_path"):
+            continue
+        if name.startswith("model_config"):
+            digests[name] = config_digest(source)
+        elif name.startswith("tokenizer"):
+            digests[name] = tokenizer_digest(source)
+        else:
+            digests[name] = model_digest(model_folder(source))
+    return digests
+
+
+def config_digest(source: str) -> str:
+    """Digest of the config of a new network.
+
+    Args:
+        source (`str`): A config.json, its folder or Hub id.
+    """
+    config = read_config(source)
+    return value_digest({key: value for key, value in config.items() if key not in NOTES})
+
+
+def tokenizer_digest(source: str) -> str:
+    """Digest of a tokenizer, without the weights of a model that lies beside it."""
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, source)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return model_digest(folder)
+
+
+def token_set_digest(rows: datasets.Dataset) -> str:
+    """Digest of all rows and columns of a token set, for any number of files that hold them.
+
+    It takes about a second per gigabyte.
+    """
+    digest = hashlib.sha256(str(rows.features).encode())
+    for table in rows.with_format("arrow").iter(batch_size=ROWS_PER_BATCH):
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()
+
+
+def image_set_digests(images: ImageSource) -> dict[str, str]:
+    """Digests of the image sets that a run trains on, by the option that names each."""
+    name = "dataset_name" if images.options.train_data_dir is None else "train_data_dir"
+    digests = {name: images.images.fingerprint}
+    if images.mixed is not None:
+        digests["mix_data_dir"] = images.mixed.fingerprint
+    return digests
