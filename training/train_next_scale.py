@@ -24,7 +24,6 @@ from svqvae_hf.pipelines.schedules import Size, describe, make_schedule
 from svqvae_hf.trainer.configs import load_network_config
 from svqvae_hf.trainer.data.sample_order import Share, batch_generator
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenBatch, TokenSource
-from svqvae_hf.trainer.identity import token_set_digest
 from svqvae_hf.trainer.options import FRACTION, PipelineOptions, option, required, wrong
 from svqvae_hf.trainer.pipeline_run import generator_card, load_frozen_vqvae, log_samples, open_token_sets
 from svqvae_hf.trainer.publishing import provenance
@@ -227,9 +226,9 @@ def measure(
 
 def digests_of(source: TokenSource, held_out: TokenSource | None) -> dict[str, str]:
     """Digests of the token sets, by the option that names each."""
-    digests = {"token_set": token_set_digest(source.rows)}
+    digests = {"token_set": source.digest}
     if held_out is not None:
-        digests["validation_token_set"] = token_set_digest(held_out.rows)
+        digests["validation_token_set"] = held_out.digest
     return digests
 
 

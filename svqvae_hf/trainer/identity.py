@@ -1,13 +1,11 @@
 """What a run is: its options, and the identities of the models and sets that it is made from."""
 
-import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 from transformers import AutoTokenizer
 
 from svqvae_files.hub import model_folder
@@ -18,7 +16,6 @@ from svqvae_hf.trainer.configs import read_config
 from svqvae_hf.trainer.data.image_source import ImageSource
 
 UNIMPORTANT = ("output_dir", "resume_from_checkpoint")  # options that do not change the result
-ROWS_PER_BATCH = 1000  # of a token set, which are read together
 
 
 @dataclass(frozen=True)
@@ -118,18 +115,6 @@ def tokenizer_digest(source: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return model_digest(folder)
-
-
-def token_set_digest(rows: datasets.Dataset) -> str:
-    """Digest of all rows and columns of a token set, for any number of files that hold them.
-
-    It takes about a second per gigabyte.
-    """
-    digest = hashlib.sha256(str(rows.features).encode())
-    for table in rows.with_format("arrow").iter(batch_size=ROWS_PER_BATCH):
-        for batch in table.combine_chunks().to_batches():
-            digest.update(batch.serialize())
-    return digest.hexdigest()
 
 
 def image_set_digests(images: ImageSource) -> dict[str, str]:
