@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from transformers import HfArgumentParser
 
 from svqvae_files.inputs import check_local, find_bundled
 from svqvae_hf.hub.repositories import REPO_ID, check_repo_id, public_name
+from svqvae_hf.models.checks import check_number
 from svqvae_hf.trainer.scripts import script_name
 
 OPTIMIZERS = ("adamw", "soap")
@@ -41,21 +41,6 @@ def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any
 def required(text: str) -> Any:
     """Field of an option that must be given."""
     return field(kw_only=True, metadata={"help": text})
-
-
-def check_number(
-    name: str, value: float, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
-) -> None:
-    """Raises ValueError unless a number lies in a range."""
-    if least <= value <= most and above < value < math.inf:
-        return
-    if above > -math.inf:
-        bounds = f"above {above:g}"
-    elif most < math.inf:
-        bounds = f"in [{least:g}, {most:g}]"
-    else:
-        bounds = f"at least {least:g}"
-    raise ValueError(f"`{name}` must be {bounds}, got {value!r}.")
 
 
 def wrong(options: Any, bounds: Mapping[str, float], *names: str) -> Iterator[str]:
