@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from svqvae_hf.tokens.context_model import COARSE, NEIGHBOURS, ContextModel
+from svqvae_hf.tokens.context_model import ContextModel
+from svqvae_hf.tokens.neighbourhood import num_inputs
 
 FINGERPRINT = "0123456789abcdef" * 4
 
@@ -15,7 +16,7 @@ def pattern(shape: tuple[int, ...], salt: int) -> np.ndarray:
 
 def make_context_model(fingerprint: str = FINGERPRINT, codes: int = 64, width: int = 24) -> ContextModel:
     """A context model of `codes` ids with codes of 8 numbers."""
-    groups, features, inputs = 8, 16, (len(NEIGHBOURS) + len(COARSE)) * 9 + 2
+    groups, features, inputs = 8, 16, num_inputs(8)
     shapes = {"codes": (codes, 8), "weight_1": (inputs, width), "weight_2": (width, width)}
     shapes |= {"weight_group": (width, groups), "weight_member": (width, features), "weight_code": (codes, features)}
     tensors = {name: pattern(shape, salt).astype(np.int8) for salt, (name, shape) in enumerate(shapes.items())}

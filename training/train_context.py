@@ -24,21 +24,9 @@ from torch import nn
 from svqvae_hf import SVQVAE
 from svqvae_hf.token_sets.manifest import TokenSet
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.tokens.context_model import (
-    COARSE,
-    FILE,
-    LIMIT,
-    LOGIT_SHIFT,
-    MARGIN,
-    NEIGHBOURS,
-    NEVER,
-    SHIFTS,
-    STEPS_PER_NAT,
-    ContextModel,
-    code_inputs,
-    context,
-    pad_ids,
-)
+from svqvae_hf.tokens.context_model import FILE, ContextModel
+from svqvae_hf.tokens.context_network import LOGIT_SHIFT, NEVER, SHIFTS, STEPS_PER_NAT
+from svqvae_hf.tokens.neighbourhood import COARSE, LIMIT, MARGIN, NEIGHBOURS, code_inputs, context, pad_ids
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
 NAT = STEPS_PER_NAT << LOGIT_SHIFT  # one nat in integer logits

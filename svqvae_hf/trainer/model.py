@@ -11,7 +11,7 @@ from torch import nn
 from svqvae_hf.hub.repositories import public_name
 from svqvae_hf.loaders.pretrained_models import SVQVAE
 from svqvae_hf.models.modeling_svqvae import AttnBlock, ResnetBlock
-from svqvae_hf.tokens.context_model import find_context_model
+from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.trainer.configs import load_network_config
 from svqvae_hf.trainer.train_options import TrainOptions
 
@@ -115,7 +115,7 @@ def save_model(options: TrainOptions, vqvae: SVQVAE, folder: Path) -> None:
     if options.pretrained_model_name_or_path is None:
         return
     context_model = None
-    with suppress(OSError):  # without the Hub, the trained model is kept alone
-        context_model = find_context_model(options.pretrained_model_name_or_path, vqvae.codebook_fingerprint())
-    if context_model is not None:
+    with suppress(OSError):  # without one, or without the Hub, the trained model is kept alone
+        context_model = ContextModel.from_pretrained(options.pretrained_model_name_or_path)
+    if context_model is not None and context_model.codebook_fingerprint == vqvae.codebook_fingerprint():
         context_model.save_pretrained(folder)

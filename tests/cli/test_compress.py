@@ -42,7 +42,7 @@ def test_other_context_models_are_refused(two_images, tmp_path, model, tokens, c
     assert "a.svqz` must be a token file that can be decoded, but is not: its context model must be" in error
     make_context_model("f" * 64).save_pretrained(model[1])
     argv = ["--output", tmp_path / "out", *model, "--compress"]
-    assert "a context model for its codebook" in fails(capsys, "encode", two_images / "a.png", *argv)
+    assert "must be for the codebook of its model" in fails(capsys, "encode", two_images / "a.png", *argv)
     assert not (tmp_path / "out").exists() or visible(tmp_path / "out") == []
 
 

@@ -141,6 +141,32 @@ def test_a_context_model_counts(tmp_path, photo):
     assert row["bits_per_pixel_stored"] == 8 * len(content) / (64 * 48)
 
 
+def test_offline_without_a_look_up_of_the_context_model(tmp_path, two_images, monkeypatch, capsys):
+    """The model is in the cache, but not whether it has a context model, which is the fault to name."""
+    repository = tmp_path / "cache" / "models--org--vq"
+    commit = "0123456789" * 4
+    make_tiny().save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    error = fails(capsys, "evaluate", "org/vq", two_images, "--output", tmp_path / "out")
+    assert "whether `org/vq` has a context model, `context_model.safetensors`, cannot be looked up" in error
+    assert "the Hub cannot be reached" in error
+    assert not (tmp_path / "out").exists()
+    absent = repository / ".no_exist" / commit / "context_model.safetensors"  # as a look-up with a network leaves it
+    absent.parent.mkdir(parents=True)
+    absent.touch()
+    assert svqvae("evaluate", "org/vq", two_images, "--output", tmp_path / "out", "--resolution", "32") == 0
+
+
+def test_a_context_model_of_another_codebook_is_not_counted(tmp_path):
+    make_tiny().save_pretrained(tmp_path)
+    make_context_model("b" * 64).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be for the codebook of its model"):
+        load_tokenizers(str(tmp_path))
+
+
 def test_image_files_of_equal_bits():
     def row(title, bits, psnr):
         return {"title": title, "bits_per_pixel_stored": bits, "psnr": psnr}

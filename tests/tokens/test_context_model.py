@@ -8,8 +8,9 @@ import torch
 from conftest import ROOT
 from context_models import make_context_model, pattern
 
-from svqvae_hf.tokens import context_model
-from svqvae_hf.tokens.context_model import EXACT, FILE, ContextModel, diagonals, find_context_model, probabilities
+from svqvae_hf.tokens.context_model import FILE, ContextModel, find_context_model
+from svqvae_hf.tokens.context_network import EXACT, probabilities
+from svqvae_hf.tokens.neighbourhood import NEIGHBOURS, diagonals
 
 SHAPE = 9, 13
 MATMUL = np.matmul
@@ -52,7 +53,7 @@ def test_a_diagonal_follows_the_diagonals_of_its_neighbours():
     seen = set()
     for rows, columns in diagonals(*SHAPE):
         here = {*zip(rows.tolist(), columns.tolist(), strict=True)}
-        inside = {(row + y, column + x) for row, column in here for y, x in context_model.NEIGHBOURS}
+        inside = {(row + y, column + x) for row, column in here for y, x in NEIGHBOURS}
         assert {place for place in inside if place[0] >= 0 and 0 <= place[1] < SHAPE[1]} <= seen
         seen |= here
     assert seen == {(row, column) for row in range(SHAPE[0]) for column in range(SHAPE[1])}
@@ -118,6 +119,8 @@ def test_the_largest_sums_are_exact():
     [
         ("weight_2", lambda tensor: tensor.astype(np.float32), "must be in int8 and int32"),
         ("order", np.zeros_like, "`order` must have each id once"),
+        ("bias_code", lambda tensor: tensor[1:], r"`bias_code` must have shape \(64,\), got \(63,\)"),
+        ("weight_1", lambda tensor: tensor[1:], r"`weight_1` must have shape \(155, 24\), got \(154, 24\)"),
     ],
 )
 def test_other_tensors_are_refused(name, change, message):
@@ -159,12 +162,14 @@ def test_ids_out_of_range_are_refused():
         make_context_model("a" * 64).compress(np.full((2, 2), 99_999))
 
 
-def test_only_a_context_model_of_the_same_codebook_is_found(tmp_path, monkeypatch):
+def test_a_context_model_of_another_codebook_is_an_error(tmp_path, monkeypatch):
     context_model = make_context_model("a" * 64)
     assert find_context_model(tmp_path, "a" * 64) is None
     context_model.save_pretrained(tmp_path)
     assert find_context_model(tmp_path, "a" * 64).fingerprint == context_model.fingerprint
-    assert find_context_model(tmp_path, "b" * 64) is None
+    with pytest.raises(ValueError, match="must be for the codebook .* fingerprint b{16}, but is for a{16}. Delete"):
+        find_context_model(tmp_path, "b" * 64)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="the Hub cannot be reached"):  # whether there is one is unknown
-        find_context_model("org/never-downloaded", "a" * 64)
+    message = "whether `org/gone` has a context model, `context_model.safetensors`, .* the Hub cannot be reached"
+    with pytest.raises(OSError, match=message):
+        find_context_model("org/gone", "a" * 64)

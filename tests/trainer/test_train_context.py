@@ -10,8 +10,8 @@ from context_models import make_context_model
 from token_set_parts import load, save_photos, tokenize
 
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.tokens import context_model
-from svqvae_hf.tokens.context_model import ContextModel, context, pad_ids
+from svqvae_hf.tokens.context_model import ContextModel
+from svqvae_hf.tokens.neighbourhood import context, pad_ids
 from svqvae_hf.tokens.token_files import token_file_content
 from svqvae_hf.trainer.scripts import one_line_errors
 
@@ -21,17 +21,16 @@ def make_codes(codes=100):
     return F.normalize(torch.randn(codes, 8), dim=1)
 
 
-def test_the_network_computes_the_integers_of_the_context_model(monkeypatch):
+def test_the_network_computes_the_integers_of_the_context_model():
     network = train_context.ContextNetwork(make_codes(), torch.rand(100), hidden=24, features=16)
     model = network.to_integers("0" * 64)
     ids = torch.randint(100, (5, 7)).numpy()
     rows, columns = (each.ravel() for each in np.indices(ids.shape))
     inputs = context(model.inputs, pad_ids(ids, 100), pad_ids(ids[:3, :4], 100), rows, columns)
-    groups = model.rank[ids.ravel()] // model.members
+    groups = model.rank[ids.ravel()] // model.network.num_members
     logits = network.logits(torch.from_numpy(inputs), torch.from_numpy(groups))
-    monkeypatch.setattr(context_model, "probabilities", lambda logits: logits)
-    hidden = model._hidden(inputs)
-    expected = model._group_probabilities(hidden), model._member_probabilities(hidden, groups)
+    hidden = model.network.hidden(inputs)
+    expected = model.network.group_logits(hidden), model.network.member_logits(hidden, groups)
     for found, by_numpy in zip(logits, expected, strict=True):
         assert np.array_equal(found.detach().numpy(), by_numpy)
         assert found.std() > 100

@@ -1,0 +1,155 @@
+"""The network of a context model, in exact integers.
+
+    inputs -> layer 1 -> layer 2 -> layer "group"                      -> frequencies of the groups of codes
+                                 -> layer "member" -> layer "code"     -> frequencies of the members of a group
+
+All weights and activations are integers, and every sum of products stays below 2**24, where float32 is exact in any
+order of summation. The frequencies are therefore the same on every machine.
+"""
+
+from collections.abc import Mapping
+from decimal import Context, Decimal
+from functools import cache
+
+import numpy as np
+
+from svqvae_hf.tokens.neighbourhood import LIMIT, num_inputs
+
+EXACT = 2**24  # integers below are exact in float32
+NEVER = -EXACT // 2  # logit of what does not exist
+SHIFTS = {"1": 9, "2": 8, "member": 8}  # bits dropped after each layer
+LOGIT_SHIFT = 5  # bits dropped from logits, which then have 128 steps per nat
+STEPS_PER_NAT = 128  # of the table of exponentials
+NATS = 16  # that the table covers
+PEAK = 2**20  # first entry of the table
+TOTAL = 2**16  # sum of the frequencies of a distribution
+
+
+class ContextNetwork:
+    """Computes the frequencies of ids from the ids around them.
+
+    The codes are split into groups of similar codes. An id is the number of its group and its number among the members
+    of that group, so that few frequencies are computed for it.
+
+    Args:
+        tensors (`Mapping[str, np.ndarray]`): As in [`~svqvae_hf.tokens.context_model.ContextModel`].
+
+    Attributes:
+        num_groups (`int`): Number of groups.
+        num_members (`int`): Members per group; the last group may lack some.
+
+    Raises:
+        ValueError: A tensor has another type or shape, or a sum of products could reach 2**24.
+    """
+
+    def __init__(self, tensors: Mapping[str, np.ndarray]):
+        check_tensors(tensors)
+        self.weights = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+        num_codes = len(tensors["order"])
+        self.num_groups, num_features = tensors["bias_member"].shape
+        self.num_members = -(-num_codes // self.num_groups)
+        num_lacking = self.num_groups * self.num_members - num_codes
+        weight = np.pad(self.weights["weight_code"], ((0, num_lacking), (0, 0)))
+        bias = np.pad(self.weights["bias_code"], (0, num_lacking), constant_values=NEVER)
+        self.code_weight = weight.reshape(self.num_groups, self.num_members, num_features)
+        self.code_bias = bias.reshape(self.num_groups, self.num_members)
+
+    def hidden(self, inputs: np.ndarray) -> np.ndarray:
+        """Result `(n, hidden)` of the first two layers for inputs `(n, inputs)`."""
+        first = activate(self._layer(inputs, "1"), "1")
+        return activate(self._layer(first, "2"), "2")
+
+    def group_logits(self, hidden: np.ndarray) -> np.ndarray:
+        """Logits `(n, groups)`."""
+        return self._layer(hidden, "group")
+
+    def member_logits(self, hidden: np.ndarray, groups: np.ndarray) -> np.ndarray:
+        """Logits `(n, members)` of the members of the group of each id, given the groups `(n,)`."""
+        summed = np.matmul(hidden, self.weights["weight_member"]) + self.weights["bias_member"][groups]
+        features = activate(summed, "member")  # (n, features)
+        products = np.matmul(self.code_weight[groups], features[:, :, None])  # (n, members, 1)
+        return products[..., 0] + self.code_bias[groups]
+
+    def _layer(self, values: np.ndarray, layer: str) -> np.ndarray:
+        return np.matmul(values, self.weights[f"weight_{layer}"]) + self.weights[f"bias_{layer}"]
+
+
+def activate(summed: np.ndarray, layer: str) -> np.ndarray:
+    """Drops bits of the sums of a layer, and limits them to `[0, LIMIT]`, or to `[-LIMIT, LIMIT]` for the members."""
+    lowest = -LIMIT if layer == "member" else 0
+    shifted = np.floor(summed / 2 ** SHIFTS[layer])
+    return np.clip(shifted, lowest, LIMIT)
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Converts logits to distributions.
+
+    Args:
+        logits (`np.ndarray` of shape `(n, symbols)`): Integers in float32.
+
+    Returns:
+        `np.ndarray` of shape `(n, symbols)`: Multiples of `1 / TOTAL` above 0 in float32, which sum to 1 per row.
+    """
+    num_rows, num_symbols = logits.shape
+    peaks = logits.max(1, keepdims=True)  # (n, 1)
+    steps = ((peaks - logits) / 2**LOGIT_SHIFT).astype(np.int64)
+    weights = exponentials()[np.minimum(steps, STEPS_PER_NAT * NATS)]
+    frequencies = 1 + weights * (TOTAL - num_symbols) // weights.sum(1, keepdims=True)
+    rounded_off = TOTAL - frequencies.sum(1)  # (n,)
+    frequencies[np.arange(num_rows), logits.argmax(1)] += rounded_off
+    return (frequencies / TOTAL).astype(np.float32)
+
+
+@cache
+def exponentials() -> np.ndarray:
+    """`PEAK * exp(-i / STEPS_PER_NAT)`, rounded down, and then 0. In decimals: `exp` of floats differs per machine."""
+    decimals = Context(prec=30)
+    entries = []
+    for step in range(STEPS_PER_NAT * NATS):
+        exponent = Decimal(-step) / STEPS_PER_NAT
+        entries.append(int(PEAK * exponent.exp(decimals)))
+    entries.append(0)
+    return np.array(entries)
+
+
+def check_tensors(tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises unless the tensors fit each other and are exact: see [`ContextNetwork`]."""
+    for tensor in tensors.values():
+        if tensor.dtype not in (np.int8, np.int32):
+            raise ValueError("the tensors of a context model must be in int8 and int32, but are not.")
+    _check_shapes(tensors)
+    if not np.array_equal(np.sort(tensors["order"]), np.arange(len(tensors["codes"]))):
+        raise ValueError("`order` must have each id once, but does not.")
+    for layer in ("1", "2", "group", "member", "code"):
+        largest = _largest_sum(tensors, layer)
+        if largest >= EXACT:
+            raise ValueError(f"sums of layer {layer} must stay below {EXACT}, but could reach {largest}. Retrain it.")
+
+
+def _check_shapes(tensors: Mapping[str, np.ndarray]) -> None:
+    num_codes, code_dim = tensors["codes"].shape
+    num_inputs_of_id = num_inputs(code_dim)
+    num_groups, num_features = tensors["bias_member"].shape
+    (width_1,) = tensors["bias_1"].shape
+    (width_2,) = tensors["bias_2"].shape
+    shapes = {
+        "order": (num_codes,),
+        "weight_1": (num_inputs_of_id, width_1),
+        "weight_2": (width_1, width_2),
+        "weight_group": (width_2, num_groups),
+        "bias_group": (num_groups,),
+        "weight_member": (width_2, num_features),
+        "weight_code": (num_codes, num_features),
+        "bias_code": (num_codes,),
+    }
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise ValueError(f"`{name}` must have shape {shape}, got {tensors[name].shape}.")
+
+
+def _largest_sum(tensors: Mapping[str, np.ndarray], layer: str) -> int:
+    """Largest absolute sum of products of a layer for all inputs in int8, in any order of summation."""
+    weight = np.abs(tensors[f"weight_{layer}"].astype(np.int64))
+    bias = np.abs(tensors[f"bias_{layer}"].astype(np.int64))
+    input_axis = 1 if layer == "code" else 0
+    return (weight.sum(input_axis) * (LIMIT + 1) + bias).max()

@@ -1,0 +1,104 @@
+"""What an id is predicted from, and the order in which the ids of a grid are coded.
+
+. . c . .      An id `?` is predicted from 12 ids before it, `a`, `b` and `c`, and with a coarser grid also from the
+b b b b b      id there that covers the same place and the four ids beside that one. Ids are coded in diagonals,
+b a a a b      from the upper left to the lower right. None of the ids before `?` lies on the diagonal of `?` or on
+a a ? . .      a later one, so that a whole diagonal is coded at once.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+LIMIT = 127  # of the absolute value of weights, activations and codes
+MARK = LIMIT  # input that is 0 outside the grid
+CELL_STEPS = LIMIT + 1  # steps per side of a coarser id, in which the place of an id within it is counted
+
+# Rows and columns from an id to its neighbours: ids that are coded before it, and coarser ids around its place.
+NEIGHBOURS = (
+    *((0, -1), (0, -2), (-1, -2), (-1, -1), (-1, 0), (-1, 1)),
+    *((-2, -2), (-2, -1), (-2, 0), (-2, 1), (-2, 2), (-3, 0)),
+)
+COARSE = ((0, 0), (-1, 0), (0, -1), (0, 1), (1, 0))
+SLOPE = 2  # an id lies on the diagonal `column + SLOPE * row`, after the diagonals of its neighbours
+MARGIN = 3  # largest distance to a neighbour
+AT_ONCE = 256  # ids of a diagonal whose groups are coded before their members, at most; part of the format
+
+
+def num_inputs(code_dim: int) -> int:
+    """Number of inputs of an id, for codes of `code_dim` numbers."""
+    return (len(NEIGHBOURS) + len(COARSE)) * (code_dim + 1) + 2
+
+
+def code_inputs(codes: np.ndarray) -> np.ndarray:
+    """Inputs that stand for each id: its code, and a mark. The last row stands for a place outside the grid.
+
+    Args:
+        codes (`np.ndarray` of shape `(codes, dim)`): Codes in int8.
+
+    Returns:
+        `np.ndarray` of shape `(codes + 1, dim + 1)`: Inputs in float32.
+    """
+    num_codes, code_dim = codes.shape
+    inputs = np.zeros((num_codes + 1, code_dim + 1), np.float32)
+    inputs[:num_codes, :code_dim] = codes
+    inputs[:num_codes, code_dim] = MARK
+    return inputs
+
+
+def pad_ids(ids: np.ndarray, outside: int) -> np.ndarray:
+    """Pads a grid of ids by `MARGIN` on all sides with the number that stands for the outside.
+
+    Returns:
+        `np.ndarray` of shape `(h + 2 * MARGIN, w + 2 * MARGIN)`: Ids in int64.
+    """
+    return np.pad(ids.astype(np.int64), MARGIN, constant_values=outside)
+
+
+def context(
+    inputs: np.ndarray, padded: np.ndarray, coarse: np.ndarray | None, rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
+    """Inputs of the network for some ids of a grid.
+
+    Args:
+        inputs (`np.ndarray` of shape `(codes + 1, dim + 1)`): Result of [`code_inputs`].
+        padded (`np.ndarray`): Ids, padded by [`pad_ids`].
+        coarse (`np.ndarray`, *optional*): Coarser ids, padded by [`pad_ids`].
+        rows (`np.ndarray` of shape `(n,)`): Rows of the ids.
+        columns (`np.ndarray` of shape `(n,)`): Columns of the ids.
+
+    Returns:
+        `np.ndarray` of shape `(n, inputs)`: Inputs for the neighbours, for the coarser ids around the same place, and
+        for its position within the cell of its coarser id. The last two are zeros without coarser ids.
+    """
+    parts = []
+    for down, right in NEIGHBOURS:
+        neighbours = padded[rows + MARGIN + down, columns + MARGIN + right]  # (n,)
+        parts.append(inputs[neighbours])  # (n, dim + 1)
+    if coarse is None:
+        num_missing = len(COARSE) * inputs.shape[1] + 2
+        parts.append(np.zeros((len(rows), num_missing), np.float32))
+        return np.hstack(parts)
+    height, width = padded.shape[0] - 2 * MARGIN, padded.shape[1] - 2 * MARGIN
+    coarse_height, coarse_width = coarse.shape[0] - 2 * MARGIN, coarse.shape[1] - 2 * MARGIN
+    down_steps = rows * coarse_height * CELL_STEPS // height  # (n,)
+    right_steps = columns * coarse_width * CELL_STEPS // width
+    coarse_rows = MARGIN + down_steps // CELL_STEPS
+    coarse_columns = MARGIN + right_steps // CELL_STEPS
+    for down, right in COARSE:
+        coarse_ids = coarse[coarse_rows + down, coarse_columns + right]  # (n,)
+        parts.append(inputs[coarse_ids])
+    steps = np.stack([down_steps, right_steps], 1).astype(np.float32)  # (n, 2)
+    parts.append(steps % CELL_STEPS)
+    return np.hstack(parts)
+
+
+def diagonals(height: int, width: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields rows and columns of the ids of each diagonal in the order of coding, in parts of at most `AT_ONCE`."""
+    num_diagonals = width + SLOPE * (height - 1)
+    for diagonal in range(num_diagonals):
+        first_row = max(0, -(-(diagonal - width + 1) // SLOPE))  # the first whose column is below the width
+        end_row = min(height, diagonal // SLOPE + 1)  # after the last whose column is not negative
+        for start in range(first_row, end_row, AT_ONCE):
+            rows = np.arange(start, min(start + AT_ONCE, end_row))
+            yield rows, diagonal - SLOPE * rows
