@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from svqvae_hf.models.checks import INTEGER_LIMIT, SCALE_SOURCES
+from svqvae_hf.models.checks import INTEGER_LIMIT, SCALE_SOURCES, check_scales_differ
 from svqvae_hf.models.resizing import grid_shape
 from svqvae_hf.tokens.context_model import ContextModel
 
-MAGIC, VERSION = b"SVQZ", 1
+MAGIC = b"SVQZ"
+VERSION = 1
 HEADER = struct.Struct("<4s4B4I8s")
 SCALE = struct.Struct("<dI")
 CRC = struct.Struct("<I")
@@ -59,17 +60,16 @@ def compress(record: Mapping[str, Any], grids: Sequence[np.ndarray], model: Cont
             f"the ids must be of the context model's codebook, with fingerprint {model.codebook_fingerprint}, got "
             f"{record['codebook_fingerprint']}. Use the context model of the tokenizer that encoded them."
         )
-    chunks: dict[int, bytes] = {}
+    order = coding_order([grid.shape for grid in grids])
+    chunks: dict[int, bytes] = {}  # by the index of the scale
     coarse = None
-    for index in coding_order([grid.shape for grid in grids]):
-        chunks[index], coarse = model.compress(grids[index], coarse), grids[index]
-    header = HEADER.pack(
-        *(MAGIC, VERSION, record["f"], SCALE_SOURCES.index(record["scale_from"]), len(grids)),
-        *(record[name] or 0 for name in ("height", "width", "tile_size", "overlap")),
-        bytes.fromhex(model.fingerprint)[:8],
-    )
-    header += b"".join(SCALE.pack(scale, len(chunks[index])) for index, scale in enumerate(record["scales"]))
-    return b"".join(part + CRC.pack(zlib.crc32(part)) for part in (header, *chunks.values()))
+    for index in order:
+        chunks[index] = model.compress(grids[index], coarse)
+        coarse = grids[index]
+    content = _with_checksum(_pack_header(record, chunks, model.fingerprint))
+    for index in order:
+        content += _with_checksum(chunks[index])
+    return content
 
 
 def read_compressed(content: bytes) -> CompressedTokens:
@@ -81,32 +81,22 @@ def read_compressed(content: bytes) -> CompressedTokens:
     Raises:
         ValueError: The content is damaged or cut.
     """
-    end = HEADER.size
-    magic, version, f, source, count, *numbers, fingerprint = HEADER.unpack(_take(content, 0, end))
-    if magic != MAGIC or version != VERSION:
-        raise ValueError(f"it must start with {MAGIC!r} and version {VERSION}, got {magic!r} and {version}.")
-    end += count * SCALE.size
-    entries = _take(content, HEADER.size, end)
-    end = _check(content, 0, end)
-    height, width, tile_size, overlap = numbers
-    scales, sizes = zip(*SCALE.iter_unpack(entries), strict=True) if count else ((), ())
-    if not (f and count and source < len(SCALE_SOURCES) and all(0 < scale < INTEGER_LIMIT for scale in scales)):
-        raise ValueError(f"its header must have f, scales and their source in range, got {f}, {scales} and {source}.")
-    shapes = [grid_shape(height, width, f, scale) for scale in scales]
-    chunks: dict[int, bytes] = {}
+    header = _unpack_header(content)
+    record = header.record
+    shapes = _shapes(record)
+    chunks: dict[int, bytes] = {}  # by the index of the scale
+    position = header.end
     for index in coding_order(shapes):
-        if math.prod(shapes[index]) * LEAST_BITS > 8 * (sizes[index] + CRC.size):
-            raise ValueError(f"its {sizes[index]} bytes cannot hold {math.prod(shapes[index])} ids.")
-        chunks[index] = _take(content, end, end + sizes[index])
-        end = _check(content, end, end + sizes[index])
-    if end < len(content):
-        raise ValueError(f"it must end after {end} bytes, but has {len(content)}.")
-    record = {
-        **{"height": height, "width": width, "f": f, "scale_from": SCALE_SOURCES[source]},
-        **{"tile_size": tile_size or None, "overlap": overlap if tile_size else None},
-        "scales": scales,
-    }
-    return CompressedTokens(record, fingerprint.hex(), [chunks[index] for index in range(count)])
+        size = header.chunk_sizes[index]
+        num_ids = math.prod(shapes[index])
+        if num_ids * LEAST_BITS > 8 * (size + CRC.size):
+            raise ValueError(f"its {size} bytes cannot hold {num_ids} ids.")
+        chunks[index] = _take_checked(content, position, position + size)
+        position += size + CRC.size
+    if position < len(content):
+        raise ValueError(f"it must end after {position} bytes, but has {len(content)}.")
+    chunks_by_scale = [chunks[index] for index in range(len(shapes))]
+    return CompressedTokens(record, header.fingerprint, chunks_by_scale)
 
 
 def decompress(compressed: CompressedTokens, model: ContextModel) -> list[np.ndarray]:
@@ -120,12 +110,12 @@ def decompress(compressed: CompressedTokens, model: ContextModel) -> list[np.nda
             f"its context model must be {compressed.fingerprint}, got {model.fingerprint[:16]}. Decode it with the "
             "model that encoded it."
         )
-    record = compressed.record
-    shapes = [grid_shape(record["height"], record["width"], record["f"], scale) for scale in record["scales"]]
-    grids: dict[int, np.ndarray] = {}
+    shapes = _shapes(compressed.record)
+    grids: dict[int, np.ndarray] = {}  # by the index of the scale
     coarse = None
     for index in coding_order(shapes):
-        coarse = grids[index] = model.decompress(compressed.chunks[index], shapes[index], coarse)
+        grids[index] = model.decompress(compressed.chunks[index], shapes[index], coarse)
+        coarse = grids[index]
     return [grids[index] for index in range(len(shapes))]
 
 
@@ -134,14 +124,84 @@ def coding_order(shapes: Sequence[Sequence[int]]) -> list[int]:
     return sorted(range(len(shapes)), key=lambda index: math.prod(shapes[index]))
 
 
+class _Header(NamedTuple):
+    """The header of a file, and where it ends, with its checksum."""
+
+    record: dict[str, Any]
+    fingerprint: str
+    chunk_sizes: list[int]
+    end: int
+
+
+def _pack_header(record: Mapping[str, Any], chunks: Mapping[int, bytes], fingerprint: str) -> bytes:
+    scales = record["scales"]
+    header = HEADER.pack(
+        MAGIC,
+        VERSION,
+        record["f"],
+        SCALE_SOURCES.index(record["scale_from"]),
+        len(scales),
+        record["height"],
+        record["width"],
+        record["tile_size"] or 0,
+        record["overlap"] or 0,
+        bytes.fromhex(fingerprint)[:8],
+    )
+    for index, scale in enumerate(scales):
+        header += SCALE.pack(scale, len(chunks[index]))
+    return header
+
+
+def _unpack_header(content: bytes) -> _Header:
+    numbers = HEADER.unpack(_take(content, 0, HEADER.size))
+    magic, version, f, source_index, num_scales, height, width, tile_size, overlap, fingerprint = numbers
+    if magic != MAGIC or version != VERSION:
+        raise ValueError(f"it must start with {MAGIC!r} and version {VERSION}, got {magic!r} and {version}.")
+    end = HEADER.size + num_scales * SCALE.size
+    header = _take_checked(content, 0, end)
+    scales = []
+    chunk_sizes = []
+    for scale, chunk_size in SCALE.iter_unpack(header[HEADER.size :]):
+        scales.append(scale)
+        chunk_sizes.append(chunk_size)
+    are_in_range = all(0 < scale < INTEGER_LIMIT for scale in scales)
+    if f == 0 or num_scales == 0 or source_index >= len(SCALE_SOURCES) or not are_in_range:
+        raise ValueError(
+            f"its header must have f, scales and their source in range, got {f}, {tuple(scales)} and {source_index}."
+        )
+    check_scales_differ(scales)
+    record = {
+        "height": height,
+        "width": width,
+        "f": f,
+        "scale_from": SCALE_SOURCES[source_index],
+        "tile_size": tile_size if tile_size else None,
+        "overlap": overlap if tile_size else None,
+        "scales": tuple(scales),
+    }
+    return _Header(record, fingerprint.hex(), chunk_sizes, end + CRC.size)
+
+
+def _shapes(record: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Shapes of the grids of all scales."""
+    height, width, f = record["height"], record["width"], record["f"]
+    return [grid_shape(height, width, f, scale) for scale in record["scales"]]
+
+
+def _with_checksum(part: bytes) -> bytes:
+    return part + CRC.pack(zlib.crc32(part))
+
+
 def _take(content: bytes, start: int, end: int) -> bytes:
     if len(content) < end:
         raise ValueError(f"it is cut short at {len(content)} bytes.")
     return content[start:end]
 
 
-def _check(content: bytes, start: int, end: int) -> int:
-    """Checks the CRC that follows a part, and returns the end of both."""
-    if _take(content, end, end + CRC.size) != CRC.pack(zlib.crc32(content[start:end])):
+def _take_checked(content: bytes, start: int, end: int) -> bytes:
+    """A part of the content without the checksum that follows. Raises if the checksum differs."""
+    part = _take(content, start, end)
+    checksum = _take(content, end, end + CRC.size)
+    if checksum != CRC.pack(zlib.crc32(part)):
         raise ValueError("its checksum differs, so it is damaged.")
-    return end + CRC.size
+    return part

@@ -20,7 +20,8 @@ class Encoding:
     """How images were encoded.
 
     Args:
-        scales (`tuple[float, ...]`): Output side over input side, one per grid of ids, in their order.
+        scales (`tuple[float, ...]`): Output side over input side, one per grid of ids, in their order. They differ
+            within six digits, because they name the files of decoded images.
         f (`int`): Pixels per latent side of the model.
         tile_size (`int`, *optional*): Side in pixels of the tiles that images were encoded in; `None` without tiles.
         overlap (`int`, *optional*): Overlap of these tiles in pixels; `None` without tiles.
@@ -67,35 +68,51 @@ class Encoding:
 
     def to_record(self) -> dict[str, Any]:
         """Content of a JSON document that [`from_record`] reads: the format version, and all values except ids."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "ids"}
-        return {"format_version": FORMAT_VERSION, **values}
+        record: dict[str, Any] = {"format_version": FORMAT_VERSION}
+        for field in dataclasses.fields(self):
+            if field.name != "ids":
+                record[field.name] = getattr(self, field.name)
+        return record
 
     @classmethod
-    def from_record(cls, record: Any, **others: Any) -> Self:
+    def from_record(cls, record: Any, **further_values: Any) -> Self:
         """Reads the content of a JSON document.
 
         Args:
             record: Content.
-            **others: Values that it does not have.
+            **further_values: Values that are stored elsewhere, such as the ids.
 
         Raises:
             ValueError: It has another version, lacks a value, or has one that is out of range.
         """
         if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"it must have format version {FORMAT_VERSION}, got {record!r:.80}.")
-        fields = [field for field in dataclasses.fields(cls) if field.name not in others]
-        missing = [each.name for each in fields if each.default is dataclasses.MISSING and each.name not in record]
+        values = {}
+        missing = []
+        for field in dataclasses.fields(cls):
+            if field.name in further_values:
+                continue
+            if field.name in record:
+                values[field.name] = record[field.name]
+            elif field.default is dataclasses.MISSING:
+                missing.append(field.name)
         if missing:
             raise ValueError(f"it must also have {', '.join(missing)}.")
-        values = {field.name: record[field.name] for field in fields if field.name in record}
-        if not isinstance(values["scales"], list):
-            raise ValueError(f"its scales must be a list, got {values['scales']!r:.80}.")
-        return cls(**values | {"scales": tuple(values["scales"])}, **others)
+        scales = values["scales"]
+        if not isinstance(scales, list):
+            raise ValueError(f"its scales must be a list, got {scales!r:.80}.")
+        values["scales"] = tuple(scales)
+        return cls(**values, **further_values)
 
 
 def encoding_of(model: SVQVAE, scales: Sequence[float], scale_from: str, tiles: Tiles | None = None) -> dict[str, Any]:
     """How a model encodes images, as arguments of [`Encoding`]. By default, with the tiles that are enabled on it."""
-    tile_size, overlap = tiles or model.tiles_of_call() or (None, None)
+    tile_size = overlap = None
+    if tiles is None:
+        tiles = model.tiles_of_call()
+    if tiles is not None:
+        tile_size = tiles.tile_size
+        overlap = tiles.overlap
     return {
         "scales": tuple(map(float, scales)),
         "f": model.f,

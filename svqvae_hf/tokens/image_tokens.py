@@ -1,6 +1,5 @@
 """Encodes one image to its tokens and back, and checks the memory that this needs."""
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -82,7 +81,8 @@ def image_tokens(
         tiles ([`Tiles`], *optional*): Tile size and overlap that the model was called with.
     """
     scales = check_scales(scales)
-    scale_from = "latents" if set(scales) == {1} else scale_from
+    if scales == [1]:
+        scale_from = "latents"
     return ImageTokens(ids, height, width, **encoding_of(model, scales, scale_from, tiles))
 
 
@@ -122,21 +122,26 @@ def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """
     if image.size == size:
         return image
-    shrinks = size[0] < image.width or size[1] < image.height
-    return image.resize(size, Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC)
+    width, height = size
+    if width < image.width or height < image.height:
+        return image.resize(size, Image.Resampling.BOX)
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
     """Whether an error means that memory is exhausted; PyTorch says so only in the message."""
-    return isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error)) is not None
+    if isinstance(error, MemoryError):
+        return True
+    return re.search("allocate|out of memory", str(error)) is not None
 
 
 def available_memory(device: torch.device) -> int:
     """Bytes that PyTorch can allocate on a device: free memory, and on a GPU also its unused reserve."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+    return free + unused
 
 
 def choose_tiles(
@@ -167,18 +172,24 @@ def choose_tiles(
         TooLargeError: The estimate exceeds the available memory.
         ValueError: `tile_size` or `overlap` does not fit the model.
     """
-    largest = max(1, *scales)
+    largest_scale = max(1, *scales)
+    largest_height = largest_scale * height
+    largest_width = largest_scale * width
     tiles = model.tiles_of_call(tile_size, overlap)
-    if tiles is None and whole_bytes(model, largest * height, largest * width) > GIB:
+    if tiles is None and whole_bytes(model, largest_height, largest_width) > GIB:
         tiles = model.tiles_of_call(model.tile_size)
-    limit = tiles.tile_size if tiles else math.inf
-    sides = [min(limit, largest * side) for side in (height, width)]
-    needed = images * (whole_bytes(model, *sides) + PIXEL_BYTES * largest**2 * height * width)
+    if tiles is None:
+        network_bytes = whole_bytes(model, largest_height, largest_width)
+        mode = "without tiles"
+    else:
+        side = tiles.tile_size
+        network_bytes = whole_bytes(model, min(side, largest_height), min(side, largest_width))
+        mode = f"in tiles of {side} pixels"
+    needed = images * (network_bytes + PIXEL_BYTES * largest_height * largest_width)
     available = available_memory(execution_device(model))
     if needed > available:
         raise TooLargeError(
-            f"an image of {largest * width:.0f} x {largest * height:.0f} pixels "
-            f"{f'in tiles of {limit} pixels' if tiles else 'without tiles'} would take about "
+            f"an image of {largest_width:.0f} x {largest_height:.0f} pixels {mode} would take about "
             f"{needed / GIB:,.2f} GiB of memory, but {available / GIB:,.2f} GiB are available. Use smaller scales, "
             "smaller tiles or a smaller image, or `--large` on the command line."
         )
@@ -187,6 +198,7 @@ def choose_tiles(
 
 def whole_bytes(model: SVQVAE, height: float, width: float) -> float:
     """Estimates the memory of an image as a whole: four float32 feature maps of the widest at full resolution."""
-    encoder, decoder = model.config["encoder_ch_mult"], model.config["decoder_ch_mult"]
-    channels = model.config["base_channels"] * max(encoder[0], *decoder[:2])  # the second level is enlarged
+    first_encoder_level = model.config["encoder_ch_mult"][0]
+    first_decoder_levels = model.config["decoder_ch_mult"][:2]  # the second one is enlarged
+    channels = model.config["base_channels"] * max(first_encoder_level, *first_decoder_levels)
     return FEATURES_HELD * 4 * channels * height * width

@@ -47,21 +47,26 @@ class ImageTokens(Encoding):
         super().__post_init__()
         check_integers({"height": self.height, "width": self.width})
         if not isinstance(self.ids, list | tuple) or not 0 < len(self.ids) == len(self.scales):
-            found = f"a {type(self.ids).__name__} of {len(self.ids)}"
-            raise ValueError(f"`ids` must be a list of one grid per scale, got {found} for {len(self.scales)} scales.")
-        for ids, scale in zip(self.ids, self.scales, strict=True):
-            expected = self.grid(scale, self.height, self.width)
-            if tuple(ids.shape) != expected:
-                raise ValueError(
-                    f"the ids of scale {scale:g} must have shape {expected} for an image of {self.height} x "
-                    f"{self.width} pixels and f = {self.f}, got {tuple(ids.shape)}."
-                )
-            grid = ids.cpu().numpy()  # because PyTorch has no minimum for uint16
-            low, high, end = grid.min(), grid.max(), self.codebook_size
-            if grid.dtype.kind not in "iu" or low < 0 or high >= end:
-                raise ValueError(
-                    f"scale {scale:g} needs integer ids in [0, {end}), got {grid.dtype} in [{low}, {high}]."
-                )
+            ids = f"a {type(self.ids).__name__} of {len(self.ids)}"
+            raise ValueError(f"`ids` must be a list of one grid per scale, got {ids} for {len(self.scales)} scales.")
+        for ids_of_scale, scale in zip(self.ids, self.scales, strict=True):
+            self._check_grid(ids_of_scale, scale)
+
+    def _check_grid(self, ids: torch.Tensor, scale: float) -> None:
+        """Raises unless the ids of a scale match the image and the codebook."""
+        expected = self.grid(scale, self.height, self.width)
+        if tuple(ids.shape) != expected:
+            raise ValueError(
+                f"the ids of scale {scale:g} must have shape {expected} for an image of {self.height} x "
+                f"{self.width} pixels and f = {self.f}, got {tuple(ids.shape)}."
+            )
+        grid = ids.cpu().numpy()  # because PyTorch has no minimum for uint16
+        low = grid.min()
+        high = grid.max()
+        if grid.dtype.kind not in "iu" or low < 0 or high >= self.codebook_size:
+            raise ValueError(
+                f"scale {scale:g} needs integer ids in [0, {self.codebook_size}), got {grid.dtype} in [{low}, {high}]."
+            )
 
     def bits_per_pixel(self, index: int) -> float:
         """Bits of the ids of one scale per pixel of the original image, if all ids are equally likely."""
@@ -107,10 +112,12 @@ def token_file_content(tokens: ImageTokens, context_model: ContextModel | None =
     check_tokens(tokens)
     if context_model is not None:
         return compress(tokens.to_record(), [ids.cpu().numpy() for ids in tokens.ids], context_model)
-    dtype = ID_DTYPES[tokens.codebook_size > UINT16_CODES]
-    grids = {f"ids_{i}": ids.to("cpu", dtype).contiguous() for i, ids in enumerate(tokens.ids)}
+    dtype = torch.uint16 if tokens.codebook_size <= UINT16_CODES else torch.int32
+    grids = {}
+    for index, ids in enumerate(tokens.ids):
+        grids[f"ids_{index}"] = ids.to("cpu", dtype).contiguous()
     record = tokens.to_record()
-    record[CHECKSUM] = _checksum(record, [*grids.values()])
+    record[CHECKSUM] = _checksum(record, list(grids.values()))
     return safetensors.torch.save(grids, {METADATA_KEY: json.dumps(record)})
 
 
@@ -135,7 +142,8 @@ def load_tokens(path: str | os.PathLike, context_model: ContextModel | None = No
         if is_compressed(path):
             return decompressed_tokens(read_compressed(Path(path).read_bytes()), context_model)
         with safe_open(path, framework="pt") as file:
-            return _tokens_from(file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()})
+            grids = {name: file.get_tensor(name) for name in file.keys()}
+            return _tokens_from(file.metadata() or {}, grids)
     except (SafetensorError, ValueError, RecursionError) as error:  # hostile files raise the last
         raise _undecodable(path, error) from error
 
@@ -155,8 +163,9 @@ def decompressed_tokens(compressed: CompressedTokens, context_model: ContextMode
             "it is compressed, so `context_model` must be its context model, got None. Load one with "
             "`ContextModel.from_pretrained`, or decode the file with `svqvae decode`."
         )
+    grids = decompress(compressed, context_model)
     return ImageTokens(
-        ids=[torch.from_numpy(grid) for grid in decompress(compressed, context_model)],
+        ids=[torch.from_numpy(grid) for grid in grids],
         codebook_size=len(context_model.order),
         codebook_fingerprint=context_model.codebook_fingerprint,
         **compressed.record,
@@ -165,7 +174,9 @@ def decompressed_tokens(compressed: CompressedTokens, context_model: ContextMode
 
 def load_scales(path: str | os.PathLike) -> tuple[float, ...]:
     """Reads the scales of a token file, see [`load_tokens`]."""
-    return load_compressed(path).record["scales"] if is_compressed(path) else load_tokens(path).scales
+    if is_compressed(path):
+        return load_compressed(path).record["scales"]
+    return load_tokens(path).scales
 
 
 def is_compressed(path: str | os.PathLike) -> bool:
@@ -189,19 +200,23 @@ def _undecodable(path: str | os.PathLike, error: Exception) -> ValueError:
 def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor]) -> ImageTokens:
     if METADATA_KEY not in metadata:
         raise ValueError(f"its metadata must have the key {METADATA_KEY!r}, got {sorted(metadata)!r:.80}.")
-    names = [f"ids_{i}" for i in range(len(grids))]
+    names = [f"ids_{index}" for index in range(len(grids))]
     if sorted(grids) != sorted(names) or any(grid.dtype not in ID_DTYPES for grid in grids.values()):
-        found = {name: str(grid.dtype) for name, grid in sorted(grids.items())}
-        raise ValueError(f"its tensors must be ids_0, ids_1 and so on of type uint16 or int32, got {found!r:.80}.")
+        dtypes = {name: str(grid.dtype) for name, grid in sorted(grids.items())}
+        raise ValueError(f"its tensors must be ids_0, ids_1 and so on of type uint16 or int32, got {dtypes!r:.80}.")
     record = json.loads(metadata[METADATA_KEY])
-    tokens = ImageTokens.from_record(record, ids=[grids[name].long() for name in names])
+    stored_grids = [grids[name] for name in names]
+    tokens = ImageTokens.from_record(record, ids=[grid.long() for grid in stored_grids])
     checksum = record.pop(CHECKSUM, None)  # files of 0.1 have none
-    if checksum not in (None, _checksum(record, [grids[name] for name in names])):
+    if checksum is not None and checksum != _checksum(record, stored_grids):
         raise ValueError("its checksum differs, so it is damaged.")
     return tokens
 
 
 def _checksum(record: dict[str, Any], grids: list[torch.Tensor]) -> int:
     """CRC-32 of the metadata and of the ids as they are stored, little-endian."""
-    stored = [grid.numpy().astype(f"<{'u2' if grid.dtype == torch.uint16 else 'i4'}").tobytes() for grid in grids]
-    return zlib.crc32(b"".join([json.dumps(record).encode(), *stored]))
+    checksum = zlib.crc32(json.dumps(record).encode())
+    for grid in grids:
+        number_format = "<u2" if grid.dtype == torch.uint16 else "<i4"
+        checksum = zlib.crc32(grid.numpy().astype(number_format).tobytes(), checksum)
+    return checksum

@@ -78,6 +78,7 @@ def test_another_model_is_refused(path):
         ({"source": 2}, [1.0], "in range, got 4, (1.0,) and 2"),
         ({"version": 2}, [1.0], "version 1, got b'SVQZ' and 2"),
         ({}, [], "in range, got 4, () and 0"),
+        ({}, [1.0, 1.0], "scales must differ within six digits"),
         ({}, [math.nan], "got 4, (nan,) and 0"),
         ({}, [math.inf], "got 4, (inf,) and 0"),
         ({}, [-1.0], "got 4, (-1.0,) and 0"),

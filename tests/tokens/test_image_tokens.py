@@ -28,6 +28,13 @@ def test_ids_alone_are_not_decoded(tiny_model):
         decode_image(tiny_model, ids)
 
 
+def test_equal_scales_are_refused_before_the_work(tiny_model, crop, monkeypatch):
+    monkeypatch.setattr(tiny_model, "encode_tokens", pytest.fail)
+    for scales in ([1, 1], [0.5, 1.0, 0.50000001]):
+        with pytest.raises(ValueError, match="scales must differ within six digits"):
+            encode_image(tiny_model, crop, scales)
+
+
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("scale_from", SCALE_SOURCES)
 def test_decoding_the_encoded_is_the_forward_pass(tiny_model, crop, tiled, scale_from):
