@@ -1,6 +1,5 @@
 """Encodes and decodes images larger than memory, from file to file, one tile after the other."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,16 +39,20 @@ def encode_large(model: SVQVAE, source: Path, tiles: Tiles | None = None) -> Ima
     """
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     device = execution_device(model)
-    tiles = tiles or Tiles(model.tile_size, model.overlap)
+    if tiles is None:
+        tiles = Tiles(model.tile_size, model.overlap)
     with open_large_image(source) as image:
-        ids = torch.empty([-(-side // model.f) for side in (image.height, image.width)], dtype=torch.int32)
+        grid_height = -(-image.height // model.f)
+        grid_width = -(-image.width // model.f)
+        ids = torch.empty(grid_height, grid_width, dtype=torch.int32)
 
         def read(rows: slice, columns: slice) -> torch.Tensor:
             """Sample `(1, 3, rows, columns)`. Padding repeats the last row and column, as in [`SVQVAE.encode`]."""
-            bottom, right = max(0, rows.stop - image.height), max(0, columns.stop - image.width)
-            pixels = image.read(slice(rows.start, rows.stop - bottom), slice(columns.start, columns.stop - right))
+            bottom = min(rows.stop, image.height)
+            right = min(columns.stop, image.width)
+            pixels = image.read(slice(rows.start, bottom), slice(columns.start, right))
             sample = processor(pixels)["pixel_values"].to(device, model.dtype)
-            return F.pad(sample, (0, right, 0, bottom), mode="replicate")
+            return F.pad(sample, (0, columns.stop - right, 0, rows.stop - bottom), mode="replicate")
 
         for area, latents in _run_tiles(model, model.encode_window, read, ids.shape, model.f, tiles):
             ids[area.rows, area.columns] = model.quantize.nearest_ids(latents)[0].to("cpu", ids.dtype)
@@ -75,33 +78,40 @@ def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path, tiles: Tiles 
             f"a large image must have scale 1 alone, got {scales}. Decode it without --large, or encode it at scale 1."
         )
     check_same_codebook(model, tokens)
-    f, (ids,) = model.f, tokens.ids
+    (ids,) = tokens.ids
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     device = execution_device(model)
-    tiles = tiles or Tiles(model.tile_size, model.overlap)
+    if tiles is None:
+        tiles = Tiles(model.tile_size, model.overlap)
 
     def read(rows: slice, columns: slice) -> torch.Tensor:
+        """Quantised latents `(1, codebook_embed_dim, rows, columns)`."""
         window = ids[rows, columns].to(device, torch.int64)
-        shape = 1, *window.shape, model.config["codebook_embed_dim"]
+        shape = (1, *window.shape, model.config["codebook_embed_dim"])
         return model.quantize.get_codebook_entry(window, shape).to(model.dtype)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with new_file(target) as partial, TiffWriter(partial, tokens.height, tokens.width) as output:
         for area, decoded in _run_tiles(model, model.decode_window, read, ids.shape, 1, tiles):
-            top, left = area.rows.start * f, area.columns.start * f
-            (image,) = processor.postprocess(decoded[..., : tokens.height - top, : tokens.width - left])
+            top = area.rows.start * model.f
+            left = area.columns.start * model.f
+            inside = decoded[..., : tokens.height - top, : tokens.width - left]  # without the padding of the image
+            (image,) = processor.postprocess(inside)
             output.write(top, left, np.asarray(image))
 
 
 def _run_tiles(
     model: SVQVAE, run: RunWindow, read: Read, size: torch.Size, input_stride: int, tiles: Tiles
 ) -> Iterator[tuple[Area, torch.Tensor]]:
+    """Yields area and result of each tile, see [`run_tiles`]. Shows a progress bar on a terminal."""
     hook = getattr(model, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(model)  # loads offloaded weights, as `encode` and `decode` do
     check_tiles(model.f, tiles.tile_size, tiles.overlap)
     height, width = size
     tiled = TiledRun(run, read, (height, width), tiles.tile_size // model.f, tiles.overlap // model.f, input_stride)
-    total = math.prod(len(tile_axis(side, tiled.tile, tiled.overlap)) for side in size)
+    tile_rows = tile_axis(height, tiled.tile, tiled.overlap)
+    tile_columns = tile_axis(width, tiled.tile, tiled.overlap)
+    total = len(tile_rows) * len(tile_columns)
     results = run_tiles(tiled)
     return iter(tqdm(results, total=total, unit="tile", leave=False, delay=1, disable=None))

@@ -29,8 +29,9 @@ class LargeImage:
     """
 
     def __init__(self, path: Path, page: Any):
-        self.path, self.page = path, page
         _check_page(path, page)
+        self.path = path
+        self.page = page
         self.height: int = page.imagelength
         self.width: int = page.imagewidth
         self._tiles: dict[int, np.ndarray | None] = {}  # of the last window, by number
@@ -38,38 +39,58 @@ class LargeImage:
     def read(self, rows: slice, columns: slice) -> np.ndarray:
         """Returns pixels `(rows, columns, 3)` in uint8, as `load_image` does."""
         with _named_errors(self.path):
-            values = self._values(rows, columns)
-        if values.dtype.itemsize == 2 and values.shape[2] > 1:
+            values = self._values(rows, columns)  # (rows, columns, channels)
+        num_channels = values.shape[2]
+        if values.dtype.itemsize == 2 and num_channels > 1:
             values = (values >> 8).astype(np.uint8)  # Pillow reads 16-bit colours like this
-        return np.asarray(to_rgb(Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)))
+        if num_channels == 1:
+            values = values[..., 0]  # (rows, columns)
+        return np.asarray(to_rgb(Image.fromarray(values)))
 
     def _values(self, rows: slice, columns: slice) -> np.ndarray:
         """Returns stored values. Tiles that the next window needs as well are not decoded again."""
-        height, width = self.page.chunks[:2]
-        across = -(-self.width // width)
-        down, right = range(rows.start // height, -(-rows.stop // height)), -(-columns.stop // width)
-        numbers = [y * across + x for y in down for x in range(columns.start // width, right)]
-        self._tiles = {n: self._tiles[n] if n in self._tiles else self._decode(n) for n in numbers}
-        shape = rows.stop - rows.start, columns.stop - columns.start, self.page.samplesperpixel
+        shape = (rows.stop - rows.start, columns.stop - columns.start, self.page.samplesperpixel)
         values = np.full(shape, self.page.nodata, self.page.dtype)
-        for number, tile in self._tiles.items():
-            if tile is not None:
-                top, left = number // across * height - rows.start, number % across * width - columns.start
-                y = slice(max(0, top), min(len(values), top + len(tile)))
-                x = slice(max(0, left), min(values.shape[1], left + tile.shape[1]))
-                values[y, x, : tile.shape[2]] = tile[y.start - top : y.stop - top, x.start - left : x.stop - left]
+        tile_height, tile_width = self.page.chunks[:2]
+        tiles_per_row = -(-self.width // tile_width)
+        tiles_of_window = {}
+        for tile_row in range(rows.start // tile_height, -(-rows.stop // tile_height)):
+            for tile_column in range(columns.start // tile_width, -(-columns.stop // tile_width)):
+                number = tile_row * tiles_per_row + tile_column
+                tile = self._tiles[number] if number in self._tiles else self._decode(number)
+                tiles_of_window[number] = tile
+                if tile is not None:
+                    top = tile_row * tile_height - rows.start
+                    left = tile_column * tile_width - columns.start
+                    _paste(tile, values, top, left)
+        self._tiles = tiles_of_window
         return values
 
     def _decode(self, number: int) -> np.ndarray | None:
         """Decodes a tile to `(height, width, channels)`; None if the file leaves it out."""
-        page, offset, size = self.page, self.page.dataoffsets[number], self.page.databytecounts[number]
+        page = self.page
+        offset = page.dataoffsets[number]
+        size = page.databytecounts[number]
         if offset == 0 or size == 0:
             return None
         page.parent.filehandle.seek(offset)
         content = page.parent.filehandle.read(size)  # at once: properties of the page read tags from the file
-        tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
-        present = {name: table for name, table in tables.items() if table is not None}
-        return page.decode(content, number, **present)[0][0]  # the only plane along the depth
+        tables = {}
+        if page.jpegtables is not None:
+            tables["jpegtables"] = page.jpegtables
+        if page.jpegheader is not None:
+            tables["jpegheader"] = page.jpegheader
+        planes, *_ = page.decode(content, number, **tables)  # (depth, height, width, channels)
+        return planes[0]
+
+
+def _paste(tile: np.ndarray, values: np.ndarray, top: int, left: int) -> None:
+    """Copies the part of a tile that lies in a window. The tile begins at `(top, left)`, perhaps outside of it."""
+    height, width, _ = values.shape
+    tile_height, tile_width, num_channels = tile.shape
+    y = slice(max(0, top), min(height, top + tile_height))
+    x = slice(max(0, left), min(width, left + tile_width))
+    values[y, x, :num_channels] = tile[y.start - top : y.stop - top, x.start - left : x.stop - left]
 
 
 @contextmanager
@@ -109,27 +130,40 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 def _check_page(path: Path, page: Any) -> None:
     """Raises if a page cannot be read."""
-    grey, jpeg = page.photometric == PHOTOMETRIC.MINISBLACK, page.compression == COMPRESSION.JPEG
-    coloured = page.photometric == PHOTOMETRIC.RGB or (page.photometric == PHOTOMETRIC.YCBCR and jpeg)
-    orientation = page.tags.valueof("Orientation", 1)
-    if (
-        not (grey or coloured)
-        or EXTRA_CHANNELS.get(page.samplesperpixel) != page.extrasamples
-        or grey != (page.samplesperpixel == 1)
-        or page.bitspersample not in (8, 16)
-        or page.dtype not in (np.uint8, np.uint16)
-        or page.axes not in ("YX", "YXS")
-        or orientation != 1
-        or not page.is_tiled
-    ):
+    if not _is_supported(page):
         kind = getattr(page.photometric, "name", page.photometric)
+        tiles = "tiles" if page.is_tiled else "no tiles"
         raise ValueError(
             f"a TIFF must be grey, RGB or RGBA with 8 or 16 bits, upright and in tiles, got {kind} with "
-            f"{page.samplesperpixel} channels, {page.bitspersample} bits, orientation {orientation} and "
-            f"{'' if page.is_tiled else 'no '}tiles. Convert it: vips autorot INPUT OUTPUT.tif[tile,bigtiff]."
+            f"{page.samplesperpixel} channels, {page.bitspersample} bits, orientation {_orientation(page)} and "
+            f"{tiles}. Convert it: vips autorot INPUT OUTPUT.tif[tile,bigtiff]."
         )
     if is_chunk_too_large(page.chunks, page.dtype.itemsize):
         raise ValueError(f"tiles must have at most {MAX_CHUNK_BYTES >> 20} MiB, got {page.chunks}. Use smaller ones.")
     if not all(isinstance(side, int) and side > 0 for side in page.shape):
         raise ValueError("its sides must be whole numbers of at least 1.")
     check_segments(page.databytecounts, math.prod(page.chunked), path.stat().st_size)
+
+
+def _is_supported(page: Any) -> bool:
+    """Whether a page is grey, RGB or RGBA with 8 or 16 bits, upright and in tiles."""
+    is_jpeg = page.compression == COMPRESSION.JPEG
+    is_grey = page.photometric == PHOTOMETRIC.MINISBLACK
+    is_coloured = page.photometric == PHOTOMETRIC.RGB or (page.photometric == PHOTOMETRIC.YCBCR and is_jpeg)
+    if is_grey:
+        has_channels = page.samplesperpixel == 1
+    else:
+        has_channels = is_coloured and page.samplesperpixel > 1
+    return (
+        has_channels
+        and EXTRA_CHANNELS.get(page.samplesperpixel) == page.extrasamples
+        and page.bitspersample in (8, 16)
+        and page.dtype in (np.uint8, np.uint16)
+        and page.axes in ("YX", "YXS")
+        and _orientation(page) == 1
+        and page.is_tiled
+    )
+
+
+def _orientation(page: Any) -> Any:
+    return page.tags.valueof("Orientation", 1)

@@ -19,22 +19,39 @@ class TiffWriter:
     """
 
     def __init__(self, path: Path, height: int, width: int):
-        tile = {"tile": (TILE_PX, TILE_PX), "photometric": "rgb", "metadata": None}
-        tifffile.imwrite(path, shape=(height, width, 3), dtype=np.uint8, bigtiff=True, **tile)
+        tifffile.imwrite(
+            path,
+            shape=(height, width, 3),
+            dtype=np.uint8,
+            bigtiff=True,
+            tile=(TILE_PX, TILE_PX),
+            photometric="rgb",
+            metadata=None,
+        )
         with tifffile.TiffFile(path) as file:
             self._offsets = file.pages[0].dataoffsets
-        self._across = -(-width // TILE_PX)
+        self._tiles_per_row = -(-width // TILE_PX)
         self._file = path.open("r+b")
 
     def write(self, top: int, left: int, pixels: np.ndarray) -> None:
         """Writes pixels `(rows, columns, 3)` in uint8 at a position."""
-        bottom, right = top + pixels.shape[0], left + pixels.shape[1]
-        for y in range(top, bottom):
-            for tile in range(left // TILE_PX, -(-right // TILE_PX)):
-                start, stop = max(left, tile * TILE_PX), min(right, (tile + 1) * TILE_PX)
-                within = y % TILE_PX * TILE_PX + start % TILE_PX
-                self._file.seek(self._offsets[y // TILE_PX * self._across + tile] + within * 3)
-                self._file.write(pixels[y - top, start - left : stop - left].tobytes())
+        num_rows, num_columns, _ = pixels.shape
+        right = left + num_columns
+        first_tile = left // TILE_PX
+        end_tile = -(-right // TILE_PX)
+        for row in range(num_rows):
+            y = top + row
+            for tile in range(first_tile, end_tile):
+                start = max(left, tile * TILE_PX)
+                end = min(right, (tile + 1) * TILE_PX)
+                self._seek(y, start)
+                self._file.write(pixels[row, start - left : end - left].tobytes())
+
+    def _seek(self, y: int, x: int) -> None:
+        """Goes to the place of a pixel in the file."""
+        tile = y // TILE_PX * self._tiles_per_row + x // TILE_PX
+        pixel_in_tile = y % TILE_PX * TILE_PX + x % TILE_PX
+        self._file.seek(self._offsets[tile] + pixel_in_tile * 3)
 
     def __enter__(self) -> Self:
         return self
