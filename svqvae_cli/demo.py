@@ -12,6 +12,7 @@ import argparse
 from svqvae_cli.arguments import Parser, model, not_empty, positive
 from svqvae_cli.errors import require_extra
 from svqvae_cli.files import check_source
+from svqvae_files.file_names import DEFAULT_GENERATOR
 
 
 def add_arguments(parser: Parser) -> None:
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
     check_source(args.generator or args.model)
     with require_extra("demo", "demo"):
         from svqvae_hf.demo import generator_page
+        from svqvae_hf.demo.hints import SCENES
         from svqvae_hf.demo.page import Page, build, serving
     import threading
 
@@ -42,7 +44,9 @@ def run(args: argparse.Namespace) -> None:
         blocks = build(Page(model))
     else:  # an empty one is the bundled generator
         pipeline = load_generator(args.generator, args.device, args.dtype)
-        blocks = generator_page.build(generator_page.GeneratorPage(pipeline))
+        is_bundled = args.generator in (False, DEFAULT_GENERATOR)
+        hints = SCENES if is_bundled else None
+        blocks = generator_page.build(generator_page.GeneratorPage(pipeline, hints))
     with serving(blocks, args.host, args.port) as address:
         print(f"{address} shows the page until Ctrl-C", flush=True)
         threading.Event().wait()

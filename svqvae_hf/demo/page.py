@@ -64,16 +64,17 @@ class Page:
             start = time.perf_counter()
             tokens = encode_image(self.model, original, SCALES, tiles=tiles)
             seconds = time.perf_counter() - start
-            previews = preview_scales(self.model, tokens, original)
-            shown = list(progress.tqdm(previews, "decoding", len(SCALES), "scales"))
-            facts = f"{original.width} × {original.height} pixels, encoded in {seconds:.2f} s"
-            return _result_values(f"<p><b>{html.escape(Path(photograph).name)}</b> {facts}</p>", shown, original)
+            decoding = preview_scales(self.model, tokens, original)
+            previews = list(progress.tqdm(decoding, "decoding", len(SCALES), "scales"))
         except (ValueError, OSError) as error:  # without the folders of this machine
             return _error_values(str(error).replace(photograph, Path(photograph).name))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             return _error_values("Out of memory. Use a smaller image.")
+        name = html.escape(Path(photograph).name)
+        size = f"{original.width} × {original.height} pixels"
+        return _result_values(f"<p><b>{name}</b> {size}, encoded in {seconds:.2f} s</p>", previews, original)
 
 
 def build(page: Page) -> gr.Blocks:
@@ -106,17 +107,21 @@ def build(page: Page) -> gr.Blocks:
                 with gr.Tabs(visible=False, selected="1", elem_id="results") as tabs:
                     scale_tabs = [_scale_tab(scale) for scale in SCALES]
         cleared = [summary, tabs]
-        event = {
-            "outputs": [*cleared, *(component for tab in scale_tabs for component in tab)],
-            "show_progress_on": summary,
-            "concurrency_limit": VISITORS_AT_ONCE,
-            "api_visibility": "private",
-        }
+        outputs = list(cleared)
+        for slider, figures, code_grid in scale_tabs:
+            outputs += [slider, figures, code_grid]
         at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        encode = {"fn": page.encode, "inputs": photograph, **event}
         show_example = example.click(lambda _: str(EXAMPLE), example, photograph, **at_once)
         for start in (photograph.upload, show_example.then):
-            start(lambda: _cleared_values(BUSY), None, cleared, **at_once).then(**encode)
+            busy = start(lambda: _cleared_values(BUSY), None, cleared, **at_once)
+            busy.then(
+                page.encode,
+                photograph,
+                outputs,
+                show_progress_on=summary,
+                concurrency_limit=VISITORS_AT_ONCE,
+                api_visibility="private",
+            )
         photograph.clear(lambda: _cleared_values(EMPTY), None, cleared, **at_once)
     return blocks
 
@@ -182,10 +187,10 @@ def _scale_tab(scale: float) -> tuple[gr.ImageSlider, gr.HTML, gr.HTML]:
 def _result_values(summary: str, previews: Sequence[ScalePreview], original: Image.Image) -> list[Any]:
     """Values of the page's outputs after a success."""
     values = [summary, gr.Tabs(visible=True)]
-    left = save_pil_to_cache(original, CACHE, name="original", format="png")
+    original_file = save_pil_to_cache(original, CACHE, name="original", format="png")
     for preview in previews:
-        right = save_pil_to_cache(preview.image, CACHE, name=f"scale_{preview.scale:g}", format="png")
-        values += [(left, right), _figures_html(preview.figures), preview.code_grid]
+        preview_file = save_pil_to_cache(preview.image, CACHE, name=f"scale_{preview.scale:g}", format="png")
+        values += [(original_file, preview_file), _figures_html(preview.figures), preview.code_grid]
     return values
 
 
@@ -197,15 +202,17 @@ def _cleared_values(summary: str) -> list[Any]:
 def _error_values(message: str) -> list[Any]:
     """Values of the page's outputs after an error."""
     alert = f"<p class='error' role='alert'>{html.escape(message)}</p>"
-    return [*_cleared_values(alert), *[gr.skip()] * (3 * len(SCALES))]
+    values = _cleared_values(alert)
+    for _ in SCALES:
+        values += [gr.skip(), gr.skip(), gr.skip()]
+    return values
 
 
 def _figures_html(figures: dict[str, str]) -> str:
-    cells = [
-        f"<div><dt>{name}</dt><dd>{value}</dd><dd class='note'>{FIGURE_NOTES[name]}</dd></div>"
-        for name, value in figures.items()
-    ]
-    return f"<dl class='figures'>{''.join(cells)}</dl>"
+    cells = ""
+    for name, value in figures.items():
+        cells += f"<div><dt>{name}</dt><dd>{value}</dd><dd class='note'>{FIGURE_NOTES[name]}</dd></div>"
+    return f"<dl class='figures'>{cells}</dl>"
 
 
 def _check_size(path: str) -> None:

@@ -53,7 +53,8 @@ def preview_scales(model: SVQVAE, tokens: ImageTokens, original: Image.Image) ->
     Yields:
         [`ScalePreview`]: One per scale, in the order of `tokens`, as soon as it is decoded.
     """
-    for index, (ids, scale) in enumerate(zip(tokens.ids, tokens.scales, strict=True)):
+    for index, scale in enumerate(tokens.scales):
+        ids = tokens.ids[index]
         one_scale = dataclasses.replace(tokens, ids=[ids], scales=(scale,))
         (image,) = decode_image(model, one_scale, tiles=tokens.tiles)
         height, width = ids.shape
@@ -78,23 +79,26 @@ def draw_codes(model: SVQVAE, codes: torch.Tensor) -> np.ndarray:
         `np.ndarray` of shape `(codes, f, f, 3)`: Pictures in uint8.
     """
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
-    low, high = model.f // 2, model.f // 2 + model.f
+    middle = slice(model.f // 2, model.f // 2 + model.f)  # of the rows and columns of two codes
     looks: list[np.ndarray] = []
     with torch.inference_mode():
         for batch in codes.split(CODES_AT_ONCE):
             grids = batch[:, None, None].expand(-1, 2, 2).contiguous()  # (codes, 2, 2)
-            sample = model.decode(grids.to(execution_device(model))).sample
-            looks += map(np.asarray, processor.postprocess(sample[:, :, low:high, low:high]))
+            sample = model.decode(grids.to(execution_device(model))).sample  # (codes, 3, 2 * f, 2 * f)
+            for look in processor.postprocess(sample[:, :, middle, middle]):
+                looks.append(np.asarray(look))
     return np.stack(looks)
 
 
 def _code_grid(model: SVQVAE, ids: torch.Tensor) -> dict[str, Any]:
+    height, width = ids.shape
     codes, cells = ids.unique(return_inverse=True)
+    cell_bytes = cells.numpy().astype("<u4").tobytes()
     return {
-        "width": ids.shape[1],
-        "height": ids.shape[0],
+        "width": width,
+        "height": height,
         "codes": codes.tolist(),
-        "cells": base64.b64encode(cells.numpy().astype("<u4").tobytes()).decode(),
+        "cells": base64.b64encode(cell_bytes).decode(),
         "looks": _sheet_url(draw_codes(model, codes)),
         "columns": SHEET_COLUMNS,
         "look_px": model.f,
@@ -103,11 +107,14 @@ def _code_grid(model: SVQVAE, ids: torch.Tensor) -> dict[str, Any]:
 
 def _sheet_url(looks: np.ndarray) -> str:
     """Pictures of shape `(codes, side, side, 3)` on one sheet, as a data URL."""
-    count, side = looks.shape[:2]
-    rows = -(-count // SHEET_COLUMNS)
-    sheet = np.zeros((rows * SHEET_COLUMNS, side, side, 3), np.uint8)
-    sheet[:count] = looks
-    grid = sheet.reshape(rows, SHEET_COLUMNS, side, side, 3).swapaxes(1, 2)
+    num_looks, side = looks.shape[:2]
+    num_rows = -(-num_looks // SHEET_COLUMNS)
+    cells = np.zeros((num_rows * SHEET_COLUMNS, side, side, 3), np.uint8)
+    cells[:num_looks] = looks
+    grid = cells.reshape(num_rows, SHEET_COLUMNS, side, side, 3)
+    grid = grid.swapaxes(1, 2)  # (rows, side, SHEET_COLUMNS, side, 3)
+    sheet = Image.fromarray(grid.reshape(num_rows * side, SHEET_COLUMNS * side, 3))
     content = io.BytesIO()
-    Image.fromarray(grid.reshape(rows * side, SHEET_COLUMNS * side, 3)).save(content, "png")
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    sheet.save(content, "png")
+    encoded = base64.b64encode(content.getvalue()).decode()
+    return f"data:image/png;base64,{encoded}"

@@ -19,8 +19,9 @@ from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from svqvae_files.hub import hub_reason
 from svqvae_files.outputs import write_file
-from svqvae_hf.hub.repositories import from_hub, hub_reason
+from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.tokens.context_network import ContextNetwork, probabilities
 from svqvae_hf.tokens.neighbourhood import MARGIN, code_inputs, context, diagonals, pad_ids
 

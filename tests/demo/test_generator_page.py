@@ -5,15 +5,19 @@ import pytest
 import torch
 from conftest import Lazy, make_tiny
 from generators import make_autoregressive
+from make_scenes import GROUNDS, OBJECTS
 from next_scale_golden import make_transformer
 from PIL import Image
 from tiny_language_models import load_extended
+from transformers import AutoTokenizer
 
-from svqvae_hf import SVQVAENextScalePipeline
+from svqvae_hf import DEFAULT_GENERATOR, SVQVAENextScalePipeline
 from svqvae_hf.language.image_language_model import ImageLanguageModel
+from svqvae_hf.pipelines.captions import unknown_words
 
 demo = Lazy("svqvae_hf.demo.generator_page")
-SETTINGS = {"label": 1, "prompt": "", "seed": 7, "guidance": 2.0}
+generators = Lazy("svqvae_hf.demo.page_generators")
+SETTINGS = {"label": 1, "prompt": "", "seed": 7, "guidance": 2.0, "temperature": 1.0}
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def next_scale():
 def sample(pipeline, **arguments):
     """Image of the pipeline, and the ids after each step."""
     steps = []
-    options = {"class_labels": 1, "guidance_scale": 2.0, "top_p": demo.TOP_P} | arguments
+    options = {"class_labels": 1, "guidance_scale": 2.0, "top_p": generators.TOP_P} | arguments
     generator = torch.Generator().manual_seed(7)
 
     def note(*call):
@@ -99,7 +103,7 @@ def test_painted_part_is_generated_anew(next_scale):
 def test_a_language_model_draws_edits_and_describes():
     model = ImageLanguageModel(*load_extended())
     page, settings = demo.GeneratorPage(model), SETTINGS | {"prompt": "a cat"}
-    assert page.classes == [("no class", demo.NO_CLASS)]
+    assert page.classes == [("no class", generators.NO_CLASS)]
     values = list(page.generate(**settings))
     (image,) = model.draw(["a cat"], generator=torch.Generator().manual_seed(7), guidance_scale=2.0)
     np.testing.assert_array_equal(pictures(values)[-1], image)
@@ -121,3 +125,46 @@ def test_mistakes_are_shown_in_the_page(next_scale):
     (values,) = page.generate(**(SETTINGS | {"guidance": 1e9}))
     assert "role='alert'>`guidance_scale` must be in" in values[0]
     assert not values[1].visible
+
+
+@pytest.mark.parametrize("seed", [1e20, -1, float("nan")])
+def test_a_seed_out_of_range_is_an_error_in_the_page(next_scale, seed):
+    (values,) = demo.GeneratorPage(next_scale).generate(**(SETTINGS | {"seed": seed}))
+    assert f"role='alert'>The seed must be a whole number from 0 to 4294967295, got {seed:g}." in values[0]
+
+
+def test_no_seed_is_0(next_scale):
+    page = demo.GeneratorPage(next_scale)
+    without, with_0 = (list(page.generate(**(SETTINGS | {"seed": seed}))) for seed in (None, 0))
+    np.testing.assert_array_equal(pictures(without)[-1], pictures(with_0)[-1])
+    assert "seed 0" in without[-1][0]
+
+
+def test_one_dot_of_paint_counts(next_scale):
+    mask = demo.painted_mask(drawn((100, 200, 101, 201)), (16, 16))
+    assert np.argwhere(np.asarray(mask)).tolist() == [[200 * 16 // demo.EDITOR_PX, 100 * 16 // demo.EDITOR_PX]]
+
+
+def test_temperature_is_in_the_open():
+    model = ImageLanguageModel(*load_extended())
+    page = demo.GeneratorPage(model)
+    assert page.generator.seed_note == "Another number makes another picture"
+    model.language_model.generation_config.generation_kwargs = {"temperature": 0.1}
+    page = demo.GeneratorPage(model)
+    assert page.generator.temperature == 0.1
+    assert page.generator.seed_note == "At a temperature of 0.1, many numbers make the same picture"
+    settings = SETTINGS | {"prompt": "a cat"}
+    warm, cold = (pictures(page.generate(**(settings | {"temperature": value})))[-1] for value in (1.0, 0.0))
+    assert not np.array_equal(warm, cold)
+    (expected,) = model.draw(["a cat"], temperature=0.0, guidance_scale=2.0)
+    np.testing.assert_array_equal(cold, expected)
+
+
+def test_hints_of_the_bundled_model_are_true():
+    """They name what the training pictures show, and the model knows each word of the examples."""
+    hints = Lazy("svqvae_hf.demo.hints").SCENES
+    assert hints.objects == tuple(OBJECTS)
+    assert hints.backgrounds == tuple(GROUNDS)
+    tokenizer = AutoTokenizer.from_pretrained(DEFAULT_GENERATOR)
+    assert unknown_words(tokenizer, hints.examples) == []
+    assert unknown_words(tokenizer, [*hints.objects, *hints.backgrounds]) == []

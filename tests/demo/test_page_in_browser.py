@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import os
 import urllib.request
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Event
 
 import numpy as np
@@ -14,6 +14,7 @@ from conftest import ROOT, make_tiny, require_package, skip_or_fail
 from next_scale_golden import make_transformer
 from PIL import Image
 from processes import start
+from tiny_language_models import load_extended
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAENextScalePipeline
 from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
@@ -25,17 +26,22 @@ SCREENSHOTS = ROOT / "outputs" / "screenshots"
 
 
 def serve(folder, addresses):
-    """Serves the page of photographs and a page that generates, and sends their addresses."""
+    """Serves the page of photographs, a page that generates and one with prompts, and sends their addresses."""
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read at import
     from svqvae_cli.loading import load_generator, load_model
     from svqvae_hf.demo.generator_page import GeneratorPage
     from svqvae_hf.demo.generator_page import build as build_generator
+    from svqvae_hf.demo.hints import PromptHints
     from svqvae_hf.demo.page import Page, build, serving
+    from svqvae_hf.language.image_language_model import ImageLanguageModel
 
     photographs = build(Page(load_model(None, "cpu", "float32")))
     generator = build_generator(GeneratorPage(load_generator(f"{folder}/pipeline", "cpu", "float32")))
-    with serving(photographs, "127.0.0.1", None) as first, serving(generator, "127.0.0.1", None) as second:
-        addresses.send([first, second])
+    hints = PromptHints(("a cat", "a red key"), ("cat", "key"), ("red",), "One object.")
+    drawing = build_generator(GeneratorPage(ImageLanguageModel(*load_extended()), hints))
+    with ExitStack() as stack:
+        pages = [stack.enter_context(serving(page, "127.0.0.1", None)) for page in (photographs, generator, drawing)]
+        addresses.send(pages)
         Event().wait()
 
 
@@ -53,7 +59,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def addresses(browser, tmp_path_factory):
-    """Addresses of the page of photographs and of a page that generates, both from one process."""
+    """Addresses of the page of photographs and of two pages that generate, all from one process."""
     folder = tmp_path_factory.mktemp("demo")
     pipeline = SVQVAENextScalePipeline(make_tiny(), make_transformer(), schedule=[1, 2, 3, 4, 6, 8])
     pipeline.save_pretrained(folder / "pipeline")
@@ -97,6 +103,12 @@ def page(browser, addresses, viewport):
 @pytest.fixture
 def generator_page(browser, addresses, viewport):
     with visit(browser, addresses[1], viewport) as page:
+        yield page
+
+
+@pytest.fixture
+def drawing_page(browser, addresses, viewport):
+    with visit(browser, addresses[2], viewport) as page:
         yield page
 
 
@@ -285,3 +297,16 @@ def test_a_button_that_is_pressed_again_waits_and_reads_the_new_settings(generat
         pictures.append(generated(page))
     assert (pictures[0] == pictures[2]).all()
     assert (pictures[0] != pictures[1]).any()
+
+
+def test_an_example_is_pressed_and_drawn(drawing_page):
+    page = drawing_page
+    page.locator("#examples button", has_text="a red key").click()
+    page.locator("#summary p", has_text="“a red key”, seed 0").filter(has_text="pixels").wait_for()
+    assert page.locator("#prompt textarea").input_value() == "a red key"
+    page.locator("#objects button").click()
+    page.locator("#objects p", has_text="cat, key.").wait_for()
+    page.screenshot(path=SCREENSHOTS / "prompts.png", full_page=True)
+    page.get_by_label("Seed").fill("1e20")
+    page.locator("#run").click()
+    page.locator("#summary .error", has_text="The seed must be a whole number from 0 to 4294967295").wait_for()

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, VQModel
 
-from svqvae_files.inputs import BUNDLED
+from svqvae_files.file_names import BUNDLED, REPO_ID
 from svqvae_hf.evaluation.tokenizers.diffusers_models import AutoencoderKLTokenizer, SVQVAETokenizer, VQModelTokenizer
 from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
-from svqvae_hf.hub.repositories import REPO_ID, from_hub, is_hub_id, public_name
+from svqvae_hf.hub.repositories import from_hub, is_hub_id, public_name
 from svqvae_hf.models.image_files import IMAGE_SUFFIXES
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.tokens.context_model import find_context_model
