@@ -20,7 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "conversion"))
 
 from compare import load_original
 
-OURS, ORIGINAL, VQ_MODEL, KL = "svqvae-hf", "the original", "diffusers VQModel", "diffusers AutoencoderKL"
+OURS = "svqvae-hf"
+ORIGINAL = "the original"
+VQ_MODEL = "diffusers VQModel"
+KL = "diffusers AutoencoderKL"
 MULTIPLIERS = (1, 2, 2, 4)
 LATENT_PIXELS = 2 ** (len(MULTIPLIERS) - 1)
 CODEBOOK = (16384, 8)
@@ -77,8 +80,11 @@ class Contestant(NamedTuple):
     @torch.inference_mode()
     def reconstruct(self, model: nn.Module, sample: torch.Tensor, tiles: Tiles | None) -> Any:
         """Encodes, quantises and decodes, as a whole if `tiles` is None."""
-        output = model(sample, **({} if tiles is None else tiles._asdict()))
-        return output[0] if self.name == ORIGINAL else output.sample
+        options = {} if tiles is None else tiles._asdict()
+        output = model(sample, **options)
+        if self.name == ORIGINAL:
+            return output[0]
+        return output.sample
 
 
 def make_checkpoint(path: Path, base_channels: int) -> None:
@@ -93,11 +99,11 @@ def make_checkpoint(path: Path, base_channels: int) -> None:
 
 def make_diffusers_model(name: str, base_channels: int) -> nn.Module:
     """Makes `VQModel`, the same network weight by weight, or `AutoencoderKL` with latents of 8 channels."""
-    plain = len(MULTIPLIERS) - 1
+    num_plain = len(MULTIPLIERS) - 1  # levels without attention
     widths = {
         "block_out_channels": tuple(base_channels * multiplier for multiplier in MULTIPLIERS),
-        "down_block_types": ("DownEncoderBlock2D",) * plain + ("AttnDownEncoderBlock2D",),
-        "up_block_types": ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * plain,
+        "down_block_types": ("DownEncoderBlock2D",) * num_plain + ("AttnDownEncoderBlock2D",),
+        "up_block_types": ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * num_plain,
         "layers_per_block": 2,
     }
     size, dim = CODEBOOK
@@ -121,6 +127,6 @@ def count_operations(base_channels: int, side: int) -> int:
 def prepare(contestant: Contestant, side: int, tiles: Tiles | None = None) -> Callable[[], Any]:
     """Loads and warms up a model, and returns its reconstruction of an image as a function."""
     model = contestant.load()
-    small = LATENT_PIXELS if tiles is None else tiles.tile_size + LATENT_PIXELS
-    contestant.reconstruct(model, contestant.sample(small), tiles)
+    warm_up_side = LATENT_PIXELS if tiles is None else tiles.tile_size + LATENT_PIXELS
+    contestant.reconstruct(model, contestant.sample(warm_up_side), tiles)
     return functools.partial(contestant.reconstruct, model, contestant.sample(side), tiles)

@@ -28,10 +28,16 @@ Size = tuple[int, int]
 
 def read_size(text: str) -> Size:
     """Parses `WIDTHxHEIGHT`."""
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if found is None:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
         raise argparse.ArgumentTypeError(f"must be a size such as 2048x1024, got {text!r}")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
+
+
+def scan_path(folder: str, size: Size) -> Path:
+    """Path of the TIFF of a size."""
+    width, height = size
+    return Path(folder, f"{width}x{height}.tif")
 
 
 def write_scan(path: Path, size: Size) -> None:
@@ -88,7 +94,7 @@ def growth_parser() -> argparse.ArgumentParser:
             f"--{name}",
             type=read_size,
             nargs="*",
-            default=[read_size(each) for each in default],
+            default=[read_size(size) for size in default],
             metavar="WxH",
             help=f"sizes of images (default: {' '.join(default)})",
         )
@@ -102,14 +108,14 @@ def growth_parser() -> argparse.ArgumentParser:
 def make_row(method: str, size: Size, costs: Sequence[Cost]) -> Row:
     """Medians of one method and size."""
     width, height = size
-    seconds, cpu_seconds, peak_mib = median_cost(costs)
+    median = median_cost(costs)
     return {
         "method": method,
         "image": f"{width} x {height}",
-        "seconds": seconds,
-        "microseconds per pixel": seconds / (width * height) * 1e6,
-        "CPU microseconds per pixel": cpu_seconds / (width * height) * 1e6,
-        "peak memory, MiB": peak_mib,
+        "seconds": median.seconds,
+        "microseconds per pixel": median.seconds / (width * height) * 1e6,
+        "CPU microseconds per pixel": median.cpu_seconds / (width * height) * 1e6,
+        "peak memory, MiB": median.peak_mib,
         "rounds": [cost._asdict() for cost in costs],
     }
 
@@ -118,16 +124,19 @@ def main() -> None:
     """Reads the arguments, runs the benchmark and reports."""
     options, machine = parse_options(growth_parser())
     sizes = {WHOLE: options.whole, TILES: options.tiles, FILES: options.files}
-    costs: dict[tuple[str, Size], list[Cost]] = {(method, size): [] for method in sizes for size in sizes[method]}
+    costs: dict[tuple[str, Size], list[Cost]] = {}
+    for method, sizes_of_method in sizes.items():
+        for size in sizes_of_method:
+            costs[method, size] = []
     with tempfile.TemporaryDirectory() as folder:
-        scans = {size: Path(folder, f"{size[0]}x{size[1]}.tif") for _, size in costs}
         for size in options.files:
-            write_scan(scans[size], size)
+            write_scan(scan_path(folder, size), size)
         for _ in range(options.rounds):
-            for (method, size), measured in costs.items():
-                work = (prepare, method, size, scans[size], options)
-                measured.append(in_own_process(options.device, options.threads, *work))
-    rows = [make_row(method, size, measured) for (method, size), measured in costs.items()]
+            for (method, size), costs_of_run in costs.items():
+                scan = scan_path(folder, size)
+                cost = in_own_process(options.device, options.threads, prepare, method, size, scan, options)
+                costs_of_run.append(cost)
+    rows = [make_row(method, size, costs_of_run) for (method, size), costs_of_run in costs.items()]
     report(options, machine, {"Pixels to ids to pixels": rows})
 
 

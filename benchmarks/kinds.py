@@ -20,10 +20,14 @@ from torchvision.utils import make_grid, save_image
 
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 
-COLOURS, COLOUR_SIDE, BATCH = 500, 128, 20
-SMALL, LARGE = (32, 64, 96), 512  # pixels
+COLOURS = 500
+COLOUR_SIDE = 128  # of a flat image, in pixels
+BATCH = 20
+SMALL = (32, 64, 96)  # sides of small images, in pixels
+LARGE = 512  # side of the images that they are cut from
 SCALE_2 = 6  # pictures of a kind that are measured at scale 2, which takes four times as long
-WORST, SHOWN = 2, 256  # pictures of a kind that are shown, and their side in pixels
+WORST = 2  # pictures of a kind that are shown
+SHOWN = 256  # their side in pixels
 
 
 def reconstruct(model: SVQVAE, sample: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
@@ -32,56 +36,82 @@ def reconstruct(model: SVQVAE, sample: torch.Tensor, scale: float = 1.0) -> torc
     return output.clamp(0, 1).mul(255).round() / 255
 
 
-def psnr(image: torch.Tensor, other: torch.Tensor) -> float:
+def psnr(image: torch.Tensor, output: torch.Tensor) -> float:
     """PSNR in dB."""
-    return -10 * (image - other).square().mean().clamp(min=1e-10).log10().item()
+    return -10 * (image - output).square().mean().clamp(min=1e-10).log10().item()
 
 
 def measure_folder(model: SVQVAE, images: Sequence[torch.Tensor]) -> tuple[dict[str, float], list[torch.Tensor]]:
     """PSNR at scale 1, gain of scale 2 over scale 1 enlarged, and the worst pictures beside their output."""
-    outputs = [reconstruct(model, image) for image in images]
-    figures = [psnr(image, output) for image, output in zip(images, outputs, strict=True)]
+    outputs = []
+    decibels = []
     gains = []
-    for image, output in list(zip(images, outputs, strict=True))[:SCALE_2]:
-        large, enlarged = (F.interpolate(each, scale_factor=2, mode="bicubic").clamp(0, 1) for each in (image, output))
-        gains.append(psnr(large, reconstruct(model, image, 2.0)) - psnr(large, enlarged))
-    order = sorted(range(len(images)), key=figures.__getitem__)[:WORST]
-    pairs = [shown(each[index]) for index in order for each in (images, outputs)]
-    return {"PSNR, dB": fmean(figures), "scale 2 over scale 1 enlarged, dB": fmean(gains)}, pairs
+    for image in images:
+        output = reconstruct(model, image)
+        outputs.append(output)
+        decibels.append(psnr(image, output))
+        if len(gains) < SCALE_2:
+            gains.append(gain_of_scale_2(model, image, output))
+    worst_first = sorted(range(len(images)), key=lambda index: decibels[index])
+    pictures = []
+    for index in worst_first[:WORST]:
+        pictures += [show(images[index]), show(outputs[index])]
+    return {"PSNR, dB": fmean(decibels), "scale 2 over scale 1 enlarged, dB": fmean(gains)}, pictures
 
 
-def shown(image: torch.Tensor) -> torch.Tensor:
+def gain_of_scale_2(model: SVQVAE, image: torch.Tensor, output: torch.Tensor) -> float:
+    """PSNR of a reconstruction at scale 2 minus PSNR of the enlarged reconstruction at scale 1."""
+    target = enlarge(image)
+    return psnr(target, reconstruct(model, image, 2.0)) - psnr(target, enlarge(output))
+
+
+def enlarge(image: torch.Tensor) -> torch.Tensor:
+    """Image of twice the size, bicubic."""
+    return F.interpolate(image, scale_factor=2, mode="bicubic").clamp(0, 1)
+
+
+def show(image: torch.Tensor) -> torch.Tensor:
     """A square of an image for the page: its centre, or all of a small one, enlarged."""
-    cut = centre(image, min(SHOWN, *image.shape[-2:]))
+    height, width = image.shape[-2:]
+    cut = centre(image, min(SHOWN, height, width))
     return F.interpolate(cut, size=(SHOWN, SHOWN), mode="nearest")
 
 
 def measure_colours(model: SVQVAE, seed: int) -> dict[str, float]:
     """Mean error of flat images in levels of 255: mean over colours, 95th percentile, maximum."""
-    errors = []
-    for colours in torch.rand(COLOURS, 3, generator=torch.Generator().manual_seed(seed)).split(BATCH):
-        sample = colours.mul(255).round()[..., None, None].expand(-1, -1, COLOUR_SIDE, COLOUR_SIDE) / 255
-        errors.append(255 * (reconstruct(model, sample) - sample).abs().mean((1, 2, 3)))
-    every = torch.cat(errors)
-    return {"mean": every.mean().item(), "95 % below": every.quantile(0.95).item(), "maximum": every.max().item()}
+    colours = torch.rand(COLOURS, 3, generator=torch.Generator().manual_seed(seed)).mul(255).round()
+    batch_errors = []
+    for batch in colours.split(BATCH):
+        sample = batch[..., None, None].expand(-1, -1, COLOUR_SIDE, COLOUR_SIDE) / 255  # (batch, 3, side, side)
+        difference = reconstruct(model, sample) - sample
+        batch_errors.append(255 * difference.abs().mean((1, 2, 3)))
+    errors = torch.cat(batch_errors)  # (COLOURS,)
+    return {
+        "mean": errors.mean().item(),
+        "95 % below": errors.quantile(0.95).item(),
+        "maximum": errors.max().item(),
+    }
 
 
 def measure_small(model: SVQVAE, images: Sequence[torch.Tensor]) -> dict[str, float]:
     """PSNR of cropped centres minus PSNR of the same pixels within the larger picture."""
-    figures: dict[str, list[float]] = {f"{side} pixels": [] for side in SMALL}
+    differences: dict[int, list[float]] = {side: [] for side in SMALL}
     for image in images:
         large = centre(image, LARGE)
         output = reconstruct(model, large)
         for side in SMALL:
             small = centre(large, side)
-            difference = psnr(small, reconstruct(model, small)) - psnr(small, centre(output, side))
-            figures[f"{side} pixels"].append(difference)
-    return {name: fmean(values) for name, values in figures.items()}
+            alone = psnr(small, reconstruct(model, small))
+            within = psnr(small, centre(output, side))
+            differences[side].append(alone - within)
+    return {f"{side} pixels": fmean(values) for side, values in differences.items()}
 
 
 def centre(image: torch.Tensor, side: int) -> torch.Tensor:
     """Centre of an image, on the grid of 8 pixels."""
-    top, left = ((length - side) // 16 * 8 for length in image.shape[-2:])
+    height, width = image.shape[-2:]
+    top = (height - side) // 16 * 8
+    left = (width - side) // 16 * 8
     return image[..., top : top + side, left : left + side]
 
 
@@ -109,10 +139,11 @@ def main() -> None:
         model = SVQVAE.from_pretrained(name, torch_dtype=torch.float32).eval()
         figures = {f"colours of seed {options.seed}": measure_colours(model, options.seed)}
         for kind, images in kinds.items():
-            figures[kind], pairs = measure_folder(model, images)
-            worst += pairs
-            if large := [image for image in images if min(image.shape[-2:]) >= LARGE]:
-                figures[f"{kind}, centres alone against within {LARGE}"] = measure_small(model, large)
+            figures[kind], pictures = measure_folder(model, images)
+            worst += pictures
+            large_images = [image for image in images if min(image.shape[-2:]) >= LARGE]
+            if large_images:
+                figures[f"{kind}, centres alone against within {LARGE}"] = measure_small(model, large_images)
         for kind, numbers in figures.items():
             for figure, value in numbers.items():
                 rows.setdefault(f"{kind} | {figure}", []).append(value)
@@ -121,7 +152,8 @@ def main() -> None:
     print("| kind | figure |", " | ".join(options.models), "|")
     print("|---" * (2 + len(options.models)) + "|")
     for row, values in rows.items():
-        print(f"| {row} |", " | ".join(f"{value:.2f}" for value in values), "|")
+        cells = [f"{value:.2f}" for value in values]
+        print(f"| {row} |", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":

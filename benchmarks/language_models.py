@@ -10,7 +10,6 @@
 import sys
 import time
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from svqvae_hf import SVQVAEProcessor
 from svqvae_hf.language.grammar import ImageGrammar
+from svqvae_hf.models.image_vocabulary import ImageVocabulary
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
@@ -37,72 +37,115 @@ SAMPLES_AT_ONCE = 1000  # of each prompt
 
 def by_heart(model: PreTrainedModel, processor: SVQVAEProcessor, tokens: str) -> list[Row]:
     """Compares the most likely answers of a model with the pairs of a token set."""
-    settings, rows = read_settings(tokens), datasets.load_dataset(tokens, split="train")
-    captions, grids = rows["caption"], [max(row_tokens(row, settings).ids, key=torch.numel).long() for row in rows]
+    settings = read_settings(tokens)
+    captions = []
+    grids = []  # of the scale with most ids
+    for row in datasets.load_dataset(tokens, split="train"):
+        captions.append(row["caption"])
+        grids.append(max(row_tokens(row, settings).ids, key=torch.numel).long())
 
-    def answers(contents: list[str], length: int) -> list[list[torch.Tensor]]:
-        conversations = [[{"role": "user", "content": content}] for content in contents]
-        texts = processor.apply_chat_template(conversations, add_generation_prompt=True)
-        inputs = processor(text=texts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
-        grammar = ImageGrammar(model.config)
-        made = model.generate(
-            **inputs,
-            max_new_tokens=length,
-            do_sample=False,
-            eos_token_id=processor.tokenizer.eos_token_id,
-            logits_processor=[grammar],
-        )
-        new = made[:, inputs["input_ids"].shape[1] :].cpu()
-        return [processor.vocabulary.split(each) for each in new]
+    most_ids = max(grid.numel() for grid in grids)
+    equal_images = 0
+    for answer, grid in zip(answers(model, processor, captions, most_ids + 8), grids, strict=True):
+        if len(answer) > 1 and torch.equal(answer[1], grid):
+            equal_images += 1
 
-    drawn = answers(captions, max(ids.numel() for ids in grids) + 8)
-    images = [len(made) > 1 and torch.equal(made[1], ids) for made, ids in zip(drawn, grids, strict=True)]
-    told = answers([*map(processor.image_text, grids)], 64)
-    texts = [processor.decode(made[0], skip_special_tokens=True).split() for made in told]
+    image_texts = [processor.image_text(grid) for grid in grids]
+    equal_captions = 0
+    for answer, caption in zip(answers(model, processor, image_texts, 64), captions, strict=True):
+        text = processor.decode(answer[0], skip_special_tokens=True)
+        if text.split() == caption.split():
+            equal_captions += 1
     return [
-        {"direction": "text to image", "pairs": len(grids), "equal": sum(images)},
-        {
-            "direction": "image to text",
-            "pairs": len(grids),
-            "equal": sum(text == caption.split() for text, caption in zip(texts, captions, strict=True)),
-        },
+        {"direction": "text to image", "pairs": len(grids), "equal": equal_images},
+        {"direction": "image to text", "pairs": len(grids), "equal": equal_captions},
     ]
+
+
+def answers(
+    model: PreTrainedModel, processor: SVQVAEProcessor, contents: list[str], length: int
+) -> list[list[torch.Tensor]]:
+    """The most likely answer to each content, split into texts and images in turn."""
+    conversations = [[{"role": "user", "content": content}] for content in contents]
+    texts = processor.apply_chat_template(conversations, add_generation_prompt=True)
+    inputs = processor(text=texts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
+    sequences = model.generate(
+        **inputs,
+        max_new_tokens=length,
+        do_sample=False,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        logits_processor=[ImageGrammar(model.config)],
+    )
+    prompt_length = inputs["input_ids"].shape[1]
+    return [processor.vocabulary.split(sequence[prompt_length:]) for sequence in sequences.cpu()]
 
 
 def sample_grammar(model: PreTrainedModel, processor: SVQVAEProcessor, samples: int, length: int) -> Row:
     """Samples sequences from random logits, from prompts of several lengths with padding on the left."""
-    vocabulary, grammar = processor.vocabulary, ImageGrammar(model.config)
-    starts = [[], [vocabulary.begin], vocabulary.begin_image(vocabulary.grids[0])]
-    prompts = torch.tensor([[1] * (2 - len(start)) + start for start in starts]).repeat(SAMPLES_AT_ONCE, 1)
-    generator = torch.Generator().manual_seed(0)
-    images, malformed, barred = 0, 0, 0.0
+    vocabulary = processor.vocabulary
+    padding = 1
+    no_image = [padding, padding]
+    begun_image = [padding, vocabulary.begin]
+    prompts = torch.tensor([no_image, begun_image, vocabulary.begin_image(vocabulary.grids[0])])
+    prompts = prompts.repeat(SAMPLES_AT_ONCE, 1)
+    sampler = RandomSampler(vocabulary, ImageGrammar(model.config))
+    images = 0
+    malformed = 0
+    num_sequences = 0
+    while num_sequences < samples:
+        sequences = sampler.sample(prompts, length)[: samples - num_sequences]
+        num_sequences += len(sequences)
+        for sequence in sequences:
+            try:
+                images += len(vocabulary.split(sequence)) // 2
+            except ValueError:
+                malformed += 1
+    return {
+        "sequences": samples,
+        "images": images,
+        "malformed": malformed,
+        "probability of codes outside images": sampler.probability_outside,
+    }
 
-    def sample(tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Samples from random logits, and cuts off the images that are not finished."""
-        nonlocal barred
-        inside = (tokens == vocabulary.begin).any(1)
+
+class RandomSampler:
+    """Samples tokens from random logits, as the grammar allows.
+
+    Args:
+        vocabulary ([`ImageVocabulary`]): Image tokens.
+        grammar ([`ImageGrammar`]): Grammar.
+
+    Attributes:
+        probability_outside (`float`): Probability of codes outside images, summed over all tokens so far.
+    """
+
+    def __init__(self, vocabulary: ImageVocabulary, grammar: ImageGrammar):
+        self.vocabulary = vocabulary
+        self.grammar = grammar
+        self.generator = torch.Generator().manual_seed(0)
+        self.probability_outside = 0.0
+
+    def sample(self, tokens: torch.Tensor, length: int) -> list[torch.Tensor]:
+        """Continues prompts `(batch, tokens)`, and cuts off the images that are not finished."""
+        vocabulary = self.vocabulary
+        is_inside = (tokens == vocabulary.begin).any(1)  # (batch,)
         for _ in range(length):
-            logits = torch.randn(len(tokens), grammar.bias.shape[1], generator=generator)
+            logits = torch.randn(len(tokens), self.grammar.bias.shape[1], generator=self.generator)
             logits[:, vocabulary.begin] += 6
-            probabilities = grammar(tokens, logits).softmax(-1)
-            barred += probabilities[~inside, vocabulary.first_token : vocabulary.begin].sum().item()
-            token = (probabilities / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
-            inside = (inside | (token == vocabulary.begin)) & (token != vocabulary.end)
+            probabilities = self.grammar(tokens, logits).softmax(-1)  # (batch, vocabulary)
+            codes = probabilities[~is_inside, vocabulary.first_token : vocabulary.begin]
+            self.probability_outside += codes.sum().item()
+            waiting_times = torch.empty_like(logits).exponential_(generator=self.generator)
+            token = (probabilities / waiting_times).argmax(-1)  # drawn by these probabilities
+            is_inside = (is_inside | (token == vocabulary.begin)) & (token != vocabulary.end)
             tokens = torch.cat([tokens, token[:, None]], dim=1)
-        last = [
-            (row == vocabulary.begin).nonzero()[-1] if unfinished else len(row)
-            for row, unfinished in zip(tokens, inside, strict=True)
-        ]
-        return [row[:stop] for row, stop in zip(tokens, last, strict=True)]
-
-    chunks = (sample(prompts) for _ in range(-(-samples // len(prompts))))
-    for sequence in islice((sequence for chunk in chunks for sequence in chunk), samples):
-        try:
-            images += len(vocabulary.split(sequence)) // 2
-        except ValueError:
-            malformed += 1
-    probability = {"probability of codes outside images": barred}
-    return {"sequences": samples, "images": images, "malformed": malformed, **probability}
+        sequences = []
+        for row, is_unfinished in zip(tokens, is_inside, strict=True):
+            if is_unfinished:
+                last_begin = (row == vocabulary.begin).nonzero()[-1]
+                row = row[:last_begin]
+            sequences.append(row)
+        return sequences
 
 
 def speed(model: PreTrainedModel, processor: SVQVAEProcessor, rounds: int) -> list[Row]:
@@ -130,14 +173,15 @@ def speed(model: PreTrainedModel, processor: SVQVAEProcessor, rounds: int) -> li
         "plain training": lambda: train(lambda: model(tokens, labels=labels, use_cache=False).loss),
     }
     _, seconds = take_turns(contestants, rounds, str(model.device))
-    return [
-        {
+    rows = []
+    for name in ("generation", "training"):
+        row = {
             "run": name,
             "tokens per second": BATCH * NEW_TOKENS / seconds[name],
             "ratio to the plain model": seconds[f"plain {name}"] / seconds[name],
         }
-        for name in ("generation", "training")
-    ]
+        rows.append(row)
+    return rows
 
 
 def main() -> None:

@@ -7,14 +7,16 @@ batches. PSNR is the mean of the held-out crops. The place of an id is plain if 
 levels there is below `PLAIN`.
 """
 
+import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import make_parser, parse_options, report
+from measuring import Row, make_parser, parse_options, report
 from torch import nn
 
 from svqvae_hf.data.image_rows import ImageRow, read_image
@@ -25,8 +27,12 @@ from svqvae_hf.evaluation.tokenizers.auto import load_tokenizers
 from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer, count
 
 HELD_OUT_EVERY = 10  # images
-BATCH, LAYERS, WIDTH, HEADS = 16, 4, 128, 4
-LEARNING_RATE, WARM_UP = 1e-3, 20  # a constant rate after the warm-up, so that each printed step is comparable
+BATCH = 16
+LAYERS = 4
+WIDTH = 128
+HEADS = 4
+LEARNING_RATE = 1e-3  # constant after the warm-up, so that each printed step is comparable
+WARM_UP = 20  # steps
 PLAIN = 8.0  # levels of 255
 
 
@@ -41,8 +47,10 @@ class Learner(nn.Module):
 
     def __init__(self, codebook_size: int, rows: int, columns: int):
         super().__init__()
-        self.left, self.above = (nn.Embedding(codebook_size + 1, WIDTH) for _ in range(2))  # the last is the outside
-        self.row, self.column = (nn.Parameter(0.02 * torch.randn(n, WIDTH)) for n in (rows, columns))
+        self.left = nn.Embedding(codebook_size + 1, WIDTH)  # the last one stands for the outside
+        self.above = nn.Embedding(codebook_size + 1, WIDTH)
+        self.row = nn.Parameter(0.02 * torch.randn(rows, WIDTH))
+        self.column = nn.Parameter(0.02 * torch.randn(columns, WIDTH))
         layer = nn.TransformerEncoderLayer(
             WIDTH, HEADS, 4 * WIDTH, dropout=0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -54,12 +62,13 @@ class Learner(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Bits of each id, for ids `(batch, rows, columns)`."""
         outside = self.left.num_embeddings - 1
-        left = F.pad(ids, (1, 0), value=outside)[..., :-1]
+        left = F.pad(ids, (1, 0), value=outside)[..., :-1]  # (batch, rows, columns)
         above = F.pad(ids, (0, 0, 1, 0), value=outside)[:, :-1]
-        hidden = self.left(left) + self.above(above) + self.row[:, None] + self.column
+        inputs = self.left(left) + self.above(above) + self.row[:, None] + self.column  # (batch, rows, columns, WIDTH)
         mask = nn.Transformer.generate_square_subsequent_mask(ids[0].numel(), device=ids.device)
-        hidden = self.layers(hidden.flatten(1, 2), mask, is_causal=True)
-        nats = F.cross_entropy(self.logits(hidden).flatten(0, 1).float(), ids.flatten(), reduction="none")
+        hidden = self.layers(inputs.flatten(1, 2), mask, is_causal=True)  # (batch, rows * columns, WIDTH)
+        logits = self.logits(hidden).flatten(0, 1).float()  # (batch * rows * columns, codebook_size)
+        nats = F.cross_entropy(logits, ids.flatten(), reduction="none")
         return nats.view(ids.shape) / math.log(2)
 
 
@@ -70,7 +79,8 @@ def draw_crops(rows: Sequence[ImageRow], side: int, number: int) -> Iterator[tor
         image = read_image(rows[index % len(rows)])
         if min(image.size) < side:
             raise ValueError(f"images must have sides of at least {side} pixels, but one has {image.size}.")
-        x, y = (int(random.integers(length - side + 1)) for length in image.size)
+        x = int(random.integers(image.width - side + 1))
+        y = int(random.integers(image.height - side + 1))
         yield to_tensor(image.crop((x, y, x + side, y + side)))
 
 
@@ -85,8 +95,9 @@ def encode(tokenizer: Tokenizer, crop: torch.Tensor) -> tuple[Any, torch.Tensor]
 
 def is_plain(crop: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Which places `(rows, columns)` of a crop are plain."""
-    blocks = crop[0].float().mean(0).unflatten(0, (rows, -1)).unflatten(2, (columns, -1))
-    return blocks.std((1, 3)) < PLAIN  # of (rows, height, columns, width)
+    grey = crop[0].float().mean(0)  # (height, width)
+    blocks = grey.unflatten(0, (rows, -1)).unflatten(2, (columns, -1))  # (rows, f, columns, f)
+    return blocks.std((1, 3)) < PLAIN
 
 
 def learn(
@@ -94,7 +105,9 @@ def learn(
 ) -> list[torch.Tensor]:
     """Trains a learner on ids, and returns the bits of each held-out id after each of some steps."""
     torch.manual_seed(seed)
-    learner, measured = Learner(codebook_size, *ids.shape[1:]), []
+    _, rows, columns = ids.shape
+    learner = Learner(codebook_size, rows, columns)
+    bits_after_steps = []
     optimizer = torch.optim.AdamW(learner.parameters(), LEARNING_RATE, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARM_UP))
     for step, batch in enumerate(ids[torch.randperm(len(ids))].split(BATCH), start=1):
@@ -106,8 +119,70 @@ def learn(
         schedule.step()
         if step in steps:
             with torch.no_grad():
-                measured.append(torch.cat([learner(each) for each in held_out.split(BATCH)]))
-    return measured
+                bits = [learner(held_out_batch) for held_out_batch in held_out.split(BATCH)]
+            bits_after_steps.append(torch.cat(bits))
+    return bits_after_steps
+
+
+@dataclass
+class HeldOut:
+    """Held-out crops.
+
+    Args:
+        ids (`torch.Tensor` of shape `(crops, rows, columns)`): Their ids.
+        is_plain (`torch.Tensor` of shape `(crops, rows, columns)`): Which places are plain.
+        psnr (`float`): Mean PSNR in dB of the crops that the ids decode to.
+    """
+
+    ids: torch.Tensor
+    is_plain: torch.Tensor
+    psnr: float
+
+
+@torch.inference_mode()
+def read_held_out(tokenizer: Tokenizer, images: Sequence[ImageRow], options: argparse.Namespace) -> HeldOut:
+    """Encodes and decodes the held-out crops."""
+    ids = []
+    plain_places = []
+    decibels = []
+    for crop in draw_crops(images, options.side, options.held_out):
+        codes, grid = encode(tokenizer, crop.to(options.device))
+        rows, columns = grid.shape
+        decoded = to_tensor(to_image(tokenizer.decode(codes)))
+        ids.append(grid)
+        plain_places.append(is_plain(crop, rows, columns))
+        decibels.append(psnr(decoded, crop).item())
+    return HeldOut(torch.stack(ids), torch.stack(plain_places), float(np.mean(decibels)))
+
+
+@torch.inference_mode()
+def read_ids(tokenizer: Tokenizer, images: Sequence[ImageRow], options: argparse.Namespace) -> torch.Tensor:
+    """Ids `(crops, rows, columns)` to learn from."""
+    grids = []
+    for crop in draw_crops(images, options.side, BATCH * max(options.steps)):
+        _, grid = encode(tokenizer, crop.to(options.device))
+        grids.append(grid)
+    return torch.stack(grids)
+
+
+def bits_row(bits_after_steps: Sequence[torch.Tensor], held_out: HeldOut, steps: Sequence[int]) -> dict[str, float]:
+    """Figures of one learner."""
+    row = {}
+    for step, bits in zip(steps, bits_after_steps, strict=True):
+        row[f"bits per id, step {step}"] = bits.mean().item()
+    final = bits_after_steps[-1]
+    row["plain places"] = final[held_out.is_plain].mean().item()
+    row["busy places"] = final[~held_out.is_plain].mean().item()
+    row["bits per crop"] = final.sum((1, 2)).mean().item()
+    return row
+
+
+def summary_row(title: str, summarise: Callable[[list[float]], Any], rows: Sequence[dict[str, float]]) -> Row:
+    """Summary of the figures of all learners."""
+    summary: dict[str, Any] = {"seed": title}
+    for figure in rows[0]:
+        summary[figure] = float(summarise([row[figure] for row in rows]))
+    return summary
 
 
 def main() -> None:
@@ -123,29 +198,25 @@ def main() -> None:
     options.steps.sort()
     (tokenizer,) = load_tokenizers(options.tokenizer, options.device)
     images = list(open_images([options.images]))
-    learned_from = [image for index, image in enumerate(images) if index % HELD_OUT_EVERY]
-    grids, plain, decibels = [], [], []
-    with torch.inference_mode():
-        crops = draw_crops(learned_from, options.side, BATCH * max(options.steps))
-        ids = torch.stack([encode(tokenizer, crop.to(options.device))[1] for crop in crops])
-        for crop in draw_crops(images[::HELD_OUT_EVERY], options.side, options.held_out):
-            codes, grid = encode(tokenizer, crop.to(options.device))
-            grids.append(grid)
-            plain.append(is_plain(crop, *grid.shape))
-            decibels.append(psnr(to_tensor(to_image(tokenizer.decode(codes))), crop).item())
-    held_out, is_place_plain = torch.stack(grids), torch.stack(plain)
-    table = []
+    images_to_learn = [image for index, image in enumerate(images) if index % HELD_OUT_EVERY]
+    held_out_images = images[::HELD_OUT_EVERY]
+    ids = read_ids(tokenizer, images_to_learn, options)
+    held_out = read_held_out(tokenizer, held_out_images, options)
+    figures = []
+    rows: list[Row] = []
     for seed in options.seeds:
-        bits = learn(ids.clone(), held_out.clone(), tokenizer.codebook_size, options.steps, seed)
-        figures = {f"bits per id, step {step}": each.mean() for step, each in zip(options.steps, bits, strict=True)}
-        figures |= {"plain places": bits[-1][is_place_plain].mean(), "busy places": bits[-1][~is_place_plain].mean()}
-        figures["bits per crop"] = bits[-1].sum((1, 2)).mean()
-        table.append({name: value.item() for name, value in figures.items()})
-    rows = [{"seed": str(seed), **figures} for seed, figures in zip(options.seeds, table, strict=True)]
-    for name, summarise in (("mean", np.mean), ("spread", np.ptp)):
-        rows.append({"seed": name} | {key: float(summarise([each[key] for each in table])) for key in table[0]})
-    share = is_place_plain.float().mean().item()
-    crops_row = {"PSNR, dB": float(np.mean(decibels)), "ids per crop": ids[0].numel(), "plain places": share}
+        # Copies, because tensors of inference mode have no gradients.
+        bits = learn(ids.clone(), held_out.ids.clone(), tokenizer.codebook_size, options.steps, seed)
+        figures_of_seed = bits_row(bits, held_out, options.steps)
+        figures.append(figures_of_seed)
+        rows.append({"seed": str(seed), **figures_of_seed})
+    rows.append(summary_row("mean", np.mean, figures))
+    rows.append(summary_row("spread", np.ptp, figures))
+    crops_row = {
+        "PSNR, dB": held_out.psnr,
+        "ids per crop": ids[0].numel(),
+        "plain places": held_out.is_plain.float().mean().item(),
+    }
     report(options, machine, {"Crops": [crops_row], "Bits": rows})
 
 

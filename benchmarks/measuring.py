@@ -27,7 +27,8 @@ MIB = 1 << 20
 # Imported once, in the process from which the measured processes fork. It does not find modules of this folder.
 PRELOADED = [
     "svqvae_hf.loaders.checkpoints",
-    *(f"diffusers.models.autoencoders.{name}" for name in ("autoencoder_kl", "vq_model")),
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.autoencoders.vq_model",
 ]
 RSS_PEAK_RESET = "5"  # see proc(5), /proc/pid/clear_refs
 
@@ -51,7 +52,11 @@ class Cost(NamedTuple):
 
 def median_cost(costs: Sequence[Cost]) -> Cost:
     """Median of each field."""
-    return Cost(*map(statistics.median, zip(*costs, strict=True)))
+    return Cost(
+        seconds=statistics.median([cost.seconds for cost in costs]),
+        cpu_seconds=statistics.median([cost.cpu_seconds for cost in costs]),
+        peak_mib=statistics.median([cost.peak_mib for cost in costs]),
+    )
 
 
 def make_parser(description: str, rounds: int) -> argparse.ArgumentParser:
@@ -114,16 +119,22 @@ def take_turns(
 
 def time_once(run: Callable[[], Any], device: str) -> float:
     """Times one run in seconds; on a GPU between two events on its stream."""
-    if torch.device(device).type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    if not is_gpu(device):
+        begun = time.perf_counter()
         run()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000
-    begun = time.perf_counter()
+        return time.perf_counter() - begun
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    start.record()
     run()
-    return time.perf_counter() - begun
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def is_gpu(device: str) -> bool:
+    """Whether a device is a GPU of CUDA."""
+    return torch.device(device).type == "cuda"
 
 
 def in_own_process(device: str, threads: int, prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> Cost:
@@ -146,41 +157,58 @@ def _measure(device: str, threads: int, prepare: Callable[..., Callable[[], Any]
     torch.set_num_threads(threads)
     use_device(device)
     run = prepare(*arguments)
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory of loading to the system
-        Path("/proc/self/clear_refs").write_text(RSS_PEAK_RESET)
-        before = _resident_memory("VmRSS")
-    begun, cpu_begun = time.perf_counter(), time.process_time()
+    if is_gpu(device):
+        return _measure_on_gpu(run)
+    return _measure_on_cpu(run)
+
+
+def _measure_on_gpu(run: Callable[[], Any]) -> Cost:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    begun = time.perf_counter()
+    cpu_begun = time.process_time()
     run()
-    if on_gpu:
-        torch.cuda.synchronize()
-    seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu_begun
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _resident_memory("VmHWM")
-    return Cost(seconds, cpu_seconds, (peak - before) / MIB)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - begun
+    cpu_seconds = time.process_time() - cpu_begun
+    return Cost(seconds, cpu_seconds, (torch.cuda.max_memory_allocated() - before) / MIB)
+
+
+def _measure_on_cpu(run: Callable[[], Any]) -> Cost:
+    ctypes.CDLL(None).malloc_trim(0)  # returns freed memory of loading to the system
+    Path("/proc/self/clear_refs").write_text(RSS_PEAK_RESET)
+    before = _resident_memory("VmRSS")
+    begun = time.perf_counter()
+    cpu_begun = time.process_time()
+    run()
+    seconds = time.perf_counter() - begun
+    cpu_seconds = time.process_time() - cpu_begun
+    return Cost(seconds, cpu_seconds, (_resident_memory("VmHWM") - before) / MIB)
 
 
 def _resident_memory(name: str) -> int:
     """Resident memory of this process in bytes: the current (`VmRSS`) or the peak (`VmHWM`)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            _, kibibytes, _ = line.split()
+            return int(kibibytes) << 10
+    raise OSError(f"/proc/self/status must have `{name}`, but does not. Measure on Linux.")
 
 
 def use_device(device: str) -> None:
     """Makes a numbered GPU the one whose events and memory are measured."""
-    if torch.device(device).type == "cuda" and torch.device(device).index is not None:
+    if is_gpu(device) and torch.device(device).index is not None:
         torch.cuda.set_device(device)
 
 
 def describe_machine(device: str, threads: int) -> dict[str, Any]:
     """Describes the hardware and the versions that the figures depend on."""
     use_device(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    fields = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    fields = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        fields[name.strip()] = value.strip()
     flags = fields.get("flags", fields.get("Features", ""))  # on x86, and on ARM
     instructions = [flag for flag in BFLOAT16_FLAGS if flag in flags.split()]
     return {
@@ -189,7 +217,7 @@ def describe_machine(device: str, threads: int) -> dict[str, Any]:
         "threads": threads,
         "bfloat16 instructions": ", ".join(instructions) or "none",
         "memory, GiB": round(psutil.virtual_memory().total / (1 << 30)),
-        "GPU": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "none",
+        "GPU": torch.cuda.get_device_name(device) if is_gpu(device) else "none",
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "load at the start": round(os.getloadavg()[0], 1),
@@ -205,9 +233,12 @@ def report(options: argparse.Namespace, machine: Row, tables: Mapping[str, Seque
         tables (`Mapping[str, Sequence[Mapping]]`): Rows by title, in full precision. A list, such as the seconds of
             all rounds, is only written to JSON.
     """
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_folders, sys.argv[1:])])
-    words = ", ".join(f"{name}: {value}" for name, value in machine.items())
-    parts = [f"`{command}`", words, *(f"## {title}\n\n{_markdown(rows)}" for title, rows in tables.items())]
+    arguments = [_without_folders(argument) for argument in sys.argv[1:]]
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
+    facts = [f"{name}: {value}" for name, value in machine.items()]
+    parts = [f"`{command}`", ", ".join(facts)]
+    for title, rows in tables.items():
+        parts.append(f"## {title}\n\n{_markdown(rows)}")
     text = "\n\n".join(parts) + "\n"
     print(text)
     if options.output:
@@ -219,16 +250,26 @@ def report(options: argparse.Namespace, machine: Row, tables: Mapping[str, Seque
 
 def _without_folders(argument: str) -> str:
     """Cuts an absolute path to its last part, because folders of this machine mean nothing elsewhere."""
-    return Path(argument).name if Path(argument).is_absolute() else argument
+    if Path(argument).is_absolute():
+        return Path(argument).name
+    return argument
 
 
 def _markdown(rows: Sequence[Row]) -> str:
     columns = [name for name in rows[0] if not isinstance(rows[0][name], list)]
-    lines = [columns, ["---"] * len(columns), *([_cell(row[name]) for name in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [_line(columns), _line(["---"] * len(columns))]
+    for row in rows:
+        lines.append(_line([_cell(row[name]) for name in columns]))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return "" if value is None else str(value)
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"

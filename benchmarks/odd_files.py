@@ -39,7 +39,8 @@ CHANGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "end": lambda content, chance: content[:-3],
     "longer": lambda content, chance: content + content,
     "zeros": lambda content, chance: content[: len(content) // 3].ljust(len(content), b"\0"),
-    **{f"bytes{number}": lambda content, chance: change_bytes(content, chance, 64) for number in range(2)},
+    "bytes0": lambda content, chance: change_bytes(content, chance, 64),
+    "bytes1": lambda content, chance: change_bytes(content, chance, 64),
     "start": lambda content, chance: change_bytes(content[:64], chance, 64) + content[64:],
 }
 # A bitmap of run lengths, for which Pillow has no limit.
@@ -52,25 +53,39 @@ OTHERS = {
     "page.png": b"<!DOCTYPE html><html></html>",
     "vector.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
 }
-RESULTS = {  # where a command names the pictures that it has made
-    "encode": lambda out: {path.stem for path in out.glob("*.safetensors")},
-    "reconstruct": lambda out: {path.stem.removesuffix("_x1") for path in out.glob("*.png")},
-    "tokenize": lambda out: {Path(key).stem for key in keys_of(out)},
-    "evaluate": lambda out: {
-        Path(image["name"]).stem
-        for file in out.glob("report.json")
-        for image in json.loads(file.read_text())["images"]
-    },
-}
 OPTIONS = {"tokenize": ["--workers", "0"], "evaluate": ["--codecs", "--scales", "1"]}
 PRELOADED = ["svqvae_cli.loading", "svqvae_hf.evaluation.report", "svqvae_hf.token_sets.writer"]
 
 
-def keys_of(out: Path) -> list[str]:
-    """Keys of the rows of a token set."""
+def encoded(out: Path) -> list[str]:
+    """Names of the pictures that `encode` has read."""
+    return [path.name for path in out.glob("*.safetensors")]
+
+
+def reconstructed(out: Path) -> list[str]:
+    """Names of the pictures that `reconstruct` has read."""
+    return [path.name.replace("_x1", "") for path in out.glob("*.png")]
+
+
+def tokenized(out: Path) -> list[str]:
+    """Names of the pictures that `tokenize` has read."""
     import pyarrow.parquet as pq
 
-    return [key for path in out.glob("data/*/*.parquet") for key in pq.read_table(path)["key"].to_pylist()]
+    keys = []
+    for path in out.glob("data/*/*.parquet"):
+        keys += pq.read_table(path)["key"].to_pylist()
+    return keys
+
+
+def evaluated(out: Path) -> list[str]:
+    """Names of the pictures that `evaluate` has read."""
+    if not (out / "report.json").exists():
+        return []
+    report = json.loads((out / "report.json").read_text())
+    return [image["name"] for image in report["images"]]
+
+
+RESULTS = {"encode": encoded, "reconstruct": reconstructed, "tokenize": tokenized, "evaluate": evaluated}
 
 
 def change_bytes(content: bytes, chance: random.Random, one_in: int) -> bytes:
@@ -88,16 +103,31 @@ def odd_files() -> dict[str, bytes]:
     files = dict(OTHERS)
     for kind, modes in KINDS.items():
         for mode in modes:
-            image = Image.fromarray(pixels).convert({"F": "L", "I;16": "I"}.get(mode, mode))
-            image = Image.fromarray(pixels[..., 0] / np.float32(255)) if mode == "F" else image
-            image = Image.fromarray(pixels[..., 0] * np.uint16(257)) if mode == "I;16" else image
-            saved = io.BytesIO()
-            options = {"save_all": True, "append_images": [image]} if kind in ("GIF", "MPO") else {}
-            image.save(saved, kind, **options)
+            content = save(image_of_mode(pixels, mode), kind)
             suffix = "jpg" if kind == "MPO" else kind.lower()
             for name, change in CHANGES.items():
-                files[f"{kind}_{mode.replace(';', '')}_{name}.{suffix}"] = change(saved.getvalue(), chance)
+                files[f"{kind}_{mode.replace(';', '')}_{name}.{suffix}"] = change(content, chance)
     return files
+
+
+def image_of_mode(pixels: np.ndarray, mode: str) -> Image.Image:
+    """Image in a mode of Pillow, from pixels `(height, width, 3)` in uint8."""
+    grey = pixels[..., 0]
+    if mode == "F":
+        return Image.fromarray(grey / np.float32(255))
+    if mode == "I;16":
+        return Image.fromarray(grey * np.uint16(257))
+    return Image.fromarray(pixels).convert(mode)
+
+
+def save(image: Image.Image, kind: str) -> bytes:
+    """Content of an image file; of two equal pictures if the kind may hold several."""
+    file = io.BytesIO()
+    if kind in ("GIF", "MPO"):
+        image.save(file, kind, save_all=True, append_images=[image])
+    else:
+        image.save(file, kind)
+    return file.getvalue()
 
 
 def run_command(argv: Sequence[str], output: Path) -> None:
@@ -116,7 +146,9 @@ def check(command: str, name: str, content: bytes, model: str, folder: Path) -> 
     """Returns `"read"`, `"skipped"`, or what went wrong when a command was given an odd file."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    photos, out, output = folder / "photos", folder / "out", folder / "output.txt"
+    photos = folder / "photos"
+    out = folder / "out"
+    output = folder / "output.txt"
     photos.mkdir(parents=True)
     (photos / f"odd.{name.rpartition('.')[2]}").write_bytes(content)
     Image.new("RGB", (24, 24), "teal").save(photos / "photo.png")
@@ -125,13 +157,15 @@ def check(command: str, name: str, content: bytes, model: str, folder: Path) -> 
     process = context.Process(target=run_command, args=(argv, output))
     process.start()
     process.join()
-    made = RESULTS[command](out) if process.exitcode in (0, 1) else set()
-    if (process.exitcode, made) == (0, {"odd", "photo"}):
+    results = []
+    if process.exitcode in (0, 1):
+        results = sorted({Path(name).stem for name in RESULTS[command](out)})
+    printed = output.read_text()
+    if process.exitcode == 0 and results == ["odd", "photo"]:
         return "read"
-    is_named = "1 of 2 inputs were skipped" in output.read_text()
-    if (process.exitcode, made, is_named) == (1, {"photo"}, True):
+    if process.exitcode == 1 and results == ["photo"] and "1 of 2 inputs were skipped" in printed:
         return "skipped"
-    return f"exit code {process.exitcode}, made {sorted(made)}: {output.read_text()[-300:]}"
+    return f"exit code {process.exitcode}, made {results}: {printed[-300:]}"
 
 
 def main() -> None:
@@ -150,14 +184,18 @@ def main() -> None:
         files = dict(random.Random(options.seed).sample(list(files.items()), options.sample))
     with TemporaryDirectory() as folder:
         for command in options.commands:
-            found = {
-                name: check(command, name, content, options.model, Path(folder, command, name))
-                for name, content in files.items()
-            }
-            print(command, dict(Counter(each if each in ("read", "skipped") else "failed" for each in found.values())))
-            for name, result in found.items():
-                if result not in ("read", "skipped"):
-                    print(f"  {name}: {result}")
+            counts = Counter()
+            failures = []
+            for name, content in files.items():
+                result = check(command, name, content, options.model, Path(folder, command, name))
+                if result in ("read", "skipped"):
+                    counts[result] += 1
+                else:
+                    counts["failed"] += 1
+                    failures.append(f"  {name}: {result}")
+            print(command, dict(counts))
+            for failure in failures:
+                print(failure)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ from svqvae_hf.tokens.context_model import ContextModel, find_context_model
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 from svqvae_hf.tokens.token_files import token_file_content
 
-SIDE, MARGIN, SPACING = 384, 8, 2.0  # of a page, in pixels; lines are so many heights apart
+SIDE = 384  # of a page, in pixels
+MARGIN = 8  # of a page, in pixels
+SPACING = 2.0  # heights from line to line
 LETTERS = "abcdefghijkmnopqrstuvwxyz"  # without l, which some fonts draw like I
 CODECS = ("JPEG", "AVIF")
 
@@ -43,8 +45,22 @@ def draw_word(script: str, random: Random) -> str:
     """A word of random characters."""
     if script == "Latin":
         return "".join(random.choices(LETTERS, k=random.randint(3, 9)))
-    codes = (bytes([random.choice(range(0xB0, 0xD7)), random.choice(range(0xA1, 0xFF))]) for _ in range(4))
-    return b"".join(codes).decode("gb2312")  # the commonest 3,666 characters
+    characters = []
+    for _ in range(4):
+        row = random.choice(range(0xB0, 0xD7))  # of the commonest 3,666 characters
+        column = random.choice(range(0xA1, 0xFF))
+        characters.append(bytes([row, column]).decode("gb2312"))
+    return "".join(characters)
+
+
+def draw_text(script: str, random: Random, fits: Callable[[str], bool]) -> str:
+    """A line of at least one word, and as many words as fit."""
+    text = draw_word(script, random)
+    while True:
+        longer = f"{text} {draw_word(script, random)}"
+        if not fits(longer):
+            return text
+        text = longer
 
 
 def draw_page(font_path: str, script: str, height: int, random: Random) -> tuple[Image.Image, list[Line]]:
@@ -52,17 +68,18 @@ def draw_page(font_path: str, script: str, height: int, random: Random) -> tuple
     sample = "H" if script == "Latin" else "国"
     _, top, _, bottom = ImageFont.truetype(font_path, 1000).getbbox(sample)
     font = ImageFont.truetype(font_path, 1000 * height / (bottom - top))
-    page, lines = Image.new("RGB", (SIDE, SIDE), "white"), []
+    page = Image.new("RGB", (SIDE, SIDE), "white")
     draw = ImageDraw.Draw(page)
-    for row in range(int((SIDE - 2 * MARGIN) / (SPACING * height))):
-        words = [draw_word(script, random)]
-        while draw.textlength(" ".join([*words, word := draw_word(script, random)]), font) < SIDE - 2 * MARGIN:
-            words.append(word)
-        text, y = " ".join(words), MARGIN + SPACING * height * (row + 0.75)
-        draw.text((MARGIN, y), text, "black", font, anchor="ls")
-        left, top, right, bottom = draw.textbbox((MARGIN, y), text, font, anchor="ls")
-        border = height / 4
-        lines.append(Line(text, (max(0, left - border), max(0, top - border), right + border, bottom + border)))
+    width = SIDE - 2 * MARGIN
+    border = height / 4
+    lines = []
+    for row in range(int(width / (SPACING * height))):
+        text = draw_text(script, random, lambda text: draw.textlength(text, font) < width)
+        place = MARGIN, MARGIN + SPACING * height * (row + 0.75)
+        draw.text(place, text, "black", font, anchor="ls")
+        left, top, right, bottom = draw.textbbox(place, text, font, anchor="ls")
+        box = max(0, left - border), max(0, top - border), right + border, bottom + border
+        lines.append(Line(text, box))
     return page, lines
 
 
@@ -79,17 +96,31 @@ def versions(
         bits = 8 * len(token_file_content(tokens, context))
         for codec in CODECS:
             content = save_within(page, codec, bits)
-            yield f"{codec}, bits of scale {scale:g}", open_image(content) if 8 * len(content) <= bits else None
+            fits = 8 * len(content) <= bits
+            yield f"{codec}, bits of scale {scale:g}", open_image(content) if fits else None
 
 
 def wrong_characters(engine: Callable[..., Any], image: Image.Image, lines: list[Line]) -> float:
     """Fraction of characters that are read wrongly, without spaces; a line that is not read is wrong as a whole."""
-    factor, read = image.width / SIDE, []
+    factor = image.width / SIDE
+    texts_read = []
+    texts = []
     for line in lines:
-        crop = image.crop(tuple(round(factor * edge) for edge in line.box))
-        found, _ = engine(crop, use_det=False, use_cls=False, use_rec=True)
-        read.append("".join(text for text, _ in found or []).replace(" ", ""))
-    return min(1.0, char_error_rate(read, [line.text.replace(" ", "") for line in lines]).item())
+        box = tuple(round(factor * edge) for edge in line.box)
+        results, _ = engine(image.crop(box), use_det=False, use_cls=False, use_rec=True)
+        text_read = ""
+        if results is not None:
+            text_read = "".join(text for text, _ in results)
+        texts_read.append(text_read.replace(" ", ""))
+        texts.append(line.text.replace(" ", ""))
+    return min(1.0, char_error_rate(texts_read, texts).item())
+
+
+def mean_percent(fractions: list[float | None]) -> float | None:
+    """Mean in percent; `None` if a value is missing."""
+    if None in fractions:
+        return None
+    return round(100 * sum(fractions) / len(fractions), 1)
 
 
 def main() -> None:
@@ -104,19 +135,27 @@ def main() -> None:
     options, machine = parse_options(parser, "cpu")
     from rapidocr_onnxruntime import RapidOCR  # after the options, because no extra installs it
 
-    model, engine, random = SVQVAE.from_pretrained(options.model), RapidOCR(), Random(options.seed)
+    model = SVQVAE.from_pretrained(options.model)
+    engine = RapidOCR()
+    random = Random(options.seed)
     context = find_context_model(options.model, model.codebook_fingerprint())
     tables: dict[str, list[Row]] = {}
     for script, fonts in (("Latin", options.latin), ("Han", options.han)):
-        for height in options.heights if fonts else []:
-            wrong = defaultdict(list)
+        if not fonts:
+            continue
+        rows: list[Row] = []
+        for height in options.heights:
+            fractions = defaultdict(list)  # of wrong characters, by the title of a version
             for font in fonts:
                 page, lines = draw_page(font, script, height, random)
                 for title, image in versions(model, context, page, options.scales):
-                    wrong[title].append(None if image is None else 100 * wrong_characters(engine, image, lines))
-            means = {title: None if None in each else round(sum(each) / len(each), 1) for title, each in wrong.items()}
-            row = {"height": height} | means
-            tables.setdefault(f"{script}, {len(fonts)} fonts: wrong characters, %", []).append(row)
+                    fraction = None if image is None else wrong_characters(engine, image, lines)
+                    fractions[title].append(fraction)
+            row: dict[str, Any] = {"height": height}
+            for title, fractions_of_version in fractions.items():
+                row[title] = mean_percent(fractions_of_version)
+            rows.append(row)
+        tables[f"{script}, {len(fonts)} fonts: wrong characters, %"] = rows
     report(options, {**machine, "seed": options.seed}, tables)
 
 

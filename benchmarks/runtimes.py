@@ -53,14 +53,18 @@ class Tokenizer(NamedTuple):
 
 def load(runtime: str, dtype: str, checkpoint: Path, graphs: Path, threads: int) -> Tokenizer:
     """Loads the model in a runtime."""
+    encoder = graphs / "encoder.onnx"
+    decoder = graphs / "decoder.onnx"
     if runtime == ONNX:
-        return Tokenizer(*(load_onnx(graphs / f"{name}.onnx", threads) for name in ("encoder", "decoder")))
+        return Tokenizer(load_onnx(encoder, threads), load_onnx(decoder, threads))
     if runtime == OPENVINO:
-        return Tokenizer(*(load_openvino(graphs / f"{name}.onnx", dtype, threads) for name in ("encoder", "decoder")))
+        return Tokenizer(load_openvino(encoder, dtype, threads), load_openvino(decoder, dtype, threads))
     model = SVQVAE.from_single_file(checkpoint).to(DTYPES[dtype])
-    encode, decode = model.encode_tokens, model.decode_tokens
+    encode = model.encode_tokens
+    decode = model.decode_tokens
     if runtime == COMPILED:
-        encode, decode = torch.compile(encode), torch.compile(decode)
+        encode = torch.compile(encode)
+        decode = torch.compile(decode)
     return Tokenizer(lambda sample: encode(sample.to(model.dtype)), lambda ids: decode(ids).float())
 
 
@@ -86,40 +90,54 @@ def openvino_core() -> openvino.Core:
     return openvino.Core()
 
 
+class Parity(NamedTuple):
+    """Fraction of ids that equal eager's, and the largest difference of a pixel in grey levels."""
+
+    ids_equal: float
+    largest_difference: float
+
+
+@torch.inference_mode()
+def parity_with(reference: Tokenizer, tokenizer: Tokenizer, sample: torch.Tensor) -> Parity:
+    """Compares a runtime with another one on an image."""
+    ids = reference.encode(sample)
+    ids_equal = (tokenizer.encode(sample) == ids).float().mean().item()
+    difference = tokenizer.decode(ids) - reference.decode(ids)
+    return Parity(ids_equal, 255 * difference.abs().max().item())
+
+
 def compare(side: int, checkpoint: Path, graphs: Path, options: argparse.Namespace) -> list[Row]:
     """Compares the runtimes at one image size, with a row per runtime and precision."""
     sample = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    tokenizers, first_runs, parity = {}, {}, {}
+    tokenizers = {}
+    first_runs = {}
     for runtime in options.runtimes:
-        for dtype in filter(options.dtypes.__contains__, RUNTIMES[runtime]):
+        for dtype in RUNTIMES[runtime]:
+            if dtype not in options.dtypes:
+                continue
             label = f"{runtime}, {dtype}"
             begun = time.perf_counter()
             tokenizer = load(runtime, dtype, checkpoint, graphs, options.threads)
             tokenizer.reconstruct(sample)
             first_runs[label] = time.perf_counter() - begun
             tokenizers[label] = tokenizer
-    with torch.inference_mode():
-        reference = next(iter(tokenizers.values()))
-        ids = reference.encode(sample)
-        pixels = reference.decode(ids)
-        for label, tokenizer in tokenizers.items():
-            equal = (tokenizer.encode(sample) == ids).float().mean().item()
-            parity[label] = equal, 255 * (tokenizer.decode(ids) - pixels).abs().max().item()
     runs = {label: functools.partial(tokenizer.reconstruct, sample) for label, tokenizer in tokenizers.items()}
     seconds, medians = take_turns(runs, options.rounds, "cpu")
-    first = next(iter(medians))
-    return [
-        {
+    first = next(iter(tokenizers))
+    rows = []
+    for label, tokenizer in tokenizers.items():
+        parity = parity_with(tokenizers[first], tokenizer, sample)
+        row = {
             "runtime": label,
             "seconds": medians[label],
             f"times as fast as {first}": medians[first] / medians[label],
-            "ids equal": f"{parity[label][0]:.3%}",
-            "largest difference of a pixel, grey levels": parity[label][1],
+            "ids equal": f"{parity.ids_equal:.3%}",
+            "largest difference of a pixel, grey levels": parity.largest_difference,
             "start, seconds": first_runs[label] - medians[label],
             "rounds": seconds[label],
         }
-        for label in runs
-    ]
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -132,13 +150,13 @@ def main() -> None:
     options, machine = parse_options(parser, "cpu")
     versions = {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__}
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint, graphs = Path(folder, "svqvae.safetensors"), Path(folder, "graphs")
+        checkpoint = Path(folder, "svqvae.safetensors")
+        graphs = Path(folder, "graphs")
         make_checkpoint(checkpoint, options.base_channels)
         export_graphs(SVQVAE.from_single_file(checkpoint), graphs)
-        tables = {
-            f"{side} x {side}, encoded and decoded": compare(side, checkpoint, graphs, options)
-            for side in options.sides
-        }
+        tables = {}
+        for side in options.sides:
+            tables[f"{side} x {side}, encoded and decoded"] = compare(side, checkpoint, graphs, options)
     report(options, {**machine, **versions}, tables)
 
 

@@ -13,6 +13,7 @@ import argparse
 import functools
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,54 +32,91 @@ def multiply(left: torch.Tensor, right: torch.Tensor) -> None:
 
 def compare_models(side: int, contestants: list[Contestant], options: argparse.Namespace) -> list[Row]:
     """Compares the models at one image size, with a row per contestant."""
-    runs = {each.label: prepare(each, side) for each in contestants}
-    outputs = {label: run() for label, run in runs.items()}
-    matrices = torch.randn(2, MATMUL_SIDE, MATMUL_SIDE, device=options.device)
-    products = {
-        f"matmul, {dtype}": functools.partial(multiply, *matrices.to(dtype))
-        for dtype in {each.dtype for each in contestants}
-    }
+    runs = {}
+    outputs = {}
+    for contestant in contestants:
+        run = prepare(contestant, side)
+        runs[contestant.label] = run
+        outputs[contestant.label] = run()
+    products = matrix_products(contestants, options.device)
     seconds, medians = take_turns(runs | products, options.rounds, options.device)
-    del runs
-    reference = next((each for each in contestants if each.name == ORIGINAL), contestants[0]).label
+    del runs, run  # the models, which are not to be in memory below
+    reference = find_reference(contestants).label
+    operations = count_operations(options.base_channels, side)
     rows = []
-    for each in contestants:
-        rate = MATMULS * 2 * MATMUL_SIDE**3 / medians[f"matmul, {each.dtype}"]
-        operations = count_operations(options.base_channels, side)
-        same_weights = each.name in (OURS, ORIGINAL)
-        error = (outputs[each.label].float() - outputs[reference].float()).square().mean().item()
-        rows.append(
-            {
-                "contestant": each.label,
-                "seconds": medians[each.label],
-                f"times as fast as {reference}": medians[reference] / medians[each.label],
-                "fraction of the matmul rate": operations / medians[each.label] / rate,
-                "matmul, GFLOP/s": rate / 1e9,
-                "peak memory, MiB": in_own_process(options.device, options.threads, prepare, each, side).peak_mib,
-                "agreement, dB": -10 * math.log10(error) if same_weights and error else None,
-                "rounds": seconds[each.label],
-            }
-        )
+    for contestant in contestants:
+        label = contestant.label
+        rate = MATMULS * 2 * MATMUL_SIDE**3 / medians[matmul_label(contestant.dtype)]
+        agreement = None
+        if contestant.name in (OURS, ORIGINAL):  # with the same weights
+            agreement = agreement_db(outputs[label], outputs[reference])
+        cost = in_own_process(options.device, options.threads, prepare, contestant, side)
+        row = {
+            "contestant": label,
+            "seconds": medians[label],
+            f"times as fast as {reference}": medians[reference] / medians[label],
+            "fraction of the matmul rate": operations / medians[label] / rate,
+            "matmul, GFLOP/s": rate / 1e9,
+            "peak memory, MiB": cost.peak_mib,
+            "agreement, dB": agreement,
+            "rounds": seconds[label],
+        }
+        rows.append(row)
     return rows
+
+
+def matmul_label(dtype: torch.dtype) -> str:
+    """Name of the matrix products of a precision."""
+    return f"matmul, {dtype}"
+
+
+def matrix_products(contestants: list[Contestant], device: str) -> dict[str, Callable[[], None]]:
+    """Matrix products in the precision of each contestant, by [`matmul_label`]."""
+    matrices = torch.randn(2, MATMUL_SIDE, MATMUL_SIDE, device=device)
+    products = {}
+    for contestant in contestants:
+        left, right = matrices.to(contestant.dtype)
+        products[matmul_label(contestant.dtype)] = functools.partial(multiply, left, right)
+    return products
+
+
+def find_reference(contestants: list[Contestant]) -> Contestant:
+    """The original if it takes part, otherwise the first contestant."""
+    for contestant in contestants:
+        if contestant.name == ORIGINAL:
+            return contestant
+    return contestants[0]
+
+
+def agreement_db(output: torch.Tensor, reference: torch.Tensor) -> float | None:
+    """PSNR in dB of samples in [0, 1]; `None` if they are equal."""
+    error = (output.float() - reference.float()).square().mean().item()
+    if error == 0:
+        return None
+    return -10 * math.log10(error)
 
 
 def compare_tiles(contestants: list[Contestant], options: argparse.Namespace) -> list[Row]:
     """Compares our model and the original by tiles, with a row per contestant."""
-    work = (options.tiled_side, Tiles(options.tile_size, options.overlap, tuple(options.patch_nums)))
-    runs = {each.label: prepare(each, *work) for each in contestants}
+    side = options.tiled_side
+    tiles = Tiles(options.tile_size, options.overlap, tuple(options.patch_nums))
+    runs = {contestant.label: prepare(contestant, side, tiles) for contestant in contestants}
     seconds, medians = take_turns(runs, options.rounds, options.device)
     del runs
     first = contestants[0].label
-    return [
-        {
-            "contestant": each.label,
-            "seconds": medians[each.label],
-            f"times as fast as {first}": medians[first] / medians[each.label],
-            "peak memory, MiB": in_own_process(options.device, options.threads, prepare, each, *work).peak_mib,
-            "rounds": seconds[each.label],
+    rows = []
+    for contestant in contestants:
+        label = contestant.label
+        cost = in_own_process(options.device, options.threads, prepare, contestant, side, tiles)
+        row = {
+            "contestant": label,
+            "seconds": medians[label],
+            f"times as fast as {first}": medians[first] / medians[label],
+            "peak memory, MiB": cost.peak_mib,
+            "rounds": seconds[label],
         }
-        for each in contestants
-    ]
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -98,17 +136,23 @@ def main() -> None:
         checkpoint = Path(folder, "svqvae.safetensors")
         make_checkpoint(checkpoint, options.base_channels)
 
-        def make(name: str, dtype: str) -> Contestant:
-            return Contestant(name, DTYPES[dtype], checkpoint, options.original, options.device)
+        def make(*names: str) -> list[Contestant]:
+            contestants = []
+            for dtype in options.dtypes:
+                for name in names:
+                    contestant = Contestant(name, DTYPES[dtype], checkpoint, options.original, options.device)
+                    contestants.append(contestant)
+            return contestants
 
-        ours = [make(OURS, dtype) for dtype in options.dtypes]
-        original = [make(ORIGINAL, dtype) for dtype in options.dtypes] if options.original else []
-        others = [make(name, dtype) for dtype in options.dtypes for name in (VQ_MODEL, KL)]
+        ours = make(OURS)
+        originals = make(ORIGINAL) if options.original else []
         for side in options.sides:
-            tables[f"{side} x {side}, as a whole"] = compare_models(side, ours + original + others, options)
+            contestants = ours + originals + make(VQ_MODEL, KL)
+            tables[f"{side} x {side}, as a whole"] = compare_models(side, contestants, options)
         if options.tiled_side:
             title = f"{options.tiled_side} x {options.tiled_side}, by tiles, patch_nums {options.patch_nums}"
-            tables[title] = compare_tiles([each for each in original if each.dtype == torch.float32] + ours, options)
+            exact_originals = [original for original in originals if original.dtype == torch.float32]
+            tables[title] = compare_tiles(exact_originals + ours, options)
     report(options, machine, tables)
 
 

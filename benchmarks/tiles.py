@@ -40,11 +40,21 @@ def moved_axis(length: int, tile: int, overlap: int) -> list[tuple[slice, slice]
     tiles = tile_axis(length, tile, overlap)
     if len(tiles) == 1:
         return tiles
-    cuts = [0, *((core.start + core.stop) // 2 for _, core in tiles), length]
-    cores = list(zip(cuts, cuts[1:], strict=False))
-    window = max(min(stop + overlap, length) - max(0, start - overlap) for start, stop in cores)
-    starts = [min(max(0, start - overlap), length - window) for start, _ in cores]
-    return [(slice(start, start + window), slice(*core)) for start, core in zip(starts, cores, strict=True)]
+    cores = []
+    start = 0
+    for _, core in tiles:
+        middle = (core.start + core.stop) // 2
+        cores.append(slice(start, middle))
+        start = middle
+    cores.append(slice(start, length))
+    window = 0  # length of the longest core with its overlap, which all tiles have
+    for core in cores:
+        window = max(window, min(core.stop + overlap, length) - max(0, core.start - overlap))
+    moved = []
+    for core in cores:
+        first = min(max(0, core.start - overlap), length - window)
+        moved.append((slice(first, first + window), core))
+    return moved
 
 
 class Measurement:
@@ -53,9 +63,11 @@ class Measurement:
     def __init__(self, model: SVQVAE, image: torch.Tensor):
         self.model = model
         self.image = image[..., FRAME:-FRAME, FRAME:-FRAME]
-        (rows, top), (columns, left) = (border_bands(length, model) for length in self.image.shape[-2:])
-        self.along_image = top[:, None] | left
-        self.along_tiles = (rows[:, None] | columns) & ~self.along_image
+        height, width = self.image.shape[-2:]
+        rows_along_tiles, rows_along_image = border_bands(height, model)
+        columns_along_tiles, columns_along_image = border_bands(width, model)
+        self.along_image = rows_along_image[:, None] | columns_along_image  # (height, width)
+        self.along_tiles = (rows_along_tiles[:, None] | columns_along_tiles) & ~self.along_image
         self.inside = ~self.along_tiles & ~self.along_image
         model.enable_tiling(model.tile_size, model.overlap)
         self.ids, self.tiled = self.reconstruct()
@@ -64,7 +76,8 @@ class Measurement:
     def reconstruct(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the ids of the image and its reconstruction."""
         ids = self.model.encode_tokens(self.image)
-        return ids, self.model.resize_to_image(self.model.decode(ids).sample, self.image.shape[-2:], scale=1)
+        decoded = self.model.decode(ids).sample
+        return ids, self.model.resize_to_image(decoded, self.image.shape[-2:], scale=1)
 
     def error(self, output: torch.Tensor, where: torch.Tensor) -> float:
         """Mean squared error in a region."""
@@ -94,25 +107,27 @@ class Measurement:
         """Figures of the reconstruction as a whole, and of its agreement with the tiled one."""
         self.model.disable_tiling()
         ids, whole = self.reconstruct()
+        ratio = self.error(whole, self.along_tiles) / self.error(whole, self.inside)
         return {
             "PSNR whole, dB": agreement(whole, self.image),
-            "error of the same pixels in the whole image": self.error(whole, self.along_tiles)
-            / self.error(whole, self.inside),
+            "error of the same pixels in the whole image": ratio,
             "agreement, dB": agreement(self.tiled, whole),
             "ids equal": (self.ids == ids).float().mean().item(),
         }
 
 
-def agreement(output: torch.Tensor, other: torch.Tensor) -> float:
+def agreement(output: torch.Tensor, reference: torch.Tensor) -> float:
     """PSNR in dB of two samples in [0, 1]."""
-    return psnr(output, other, data_range=1.0).item()
+    return psnr(output, reference, data_range=1.0).item()
 
 
 def measure(model: SVQVAE, image: torch.Tensor, with_whole: bool) -> dict[str, float]:
     """All figures of one image."""
     measurement = Measurement(model, image)
     figures = measurement.measure_tiles() | measurement.compare_with_moved_grid()
-    return figures | (measurement.compare_with_whole() if with_whole else {})
+    if with_whole:
+        figures |= measurement.compare_with_whole()
+    return figures
 
 
 def main() -> None:
@@ -130,12 +145,14 @@ def main() -> None:
     model = SVQVAE.from_pretrained(options.model, pixel_range=(0, 1)).eval().to(options.device)
     model.enable_tiling(options.tile_size, options.overlap)
     processor = SVQVAEImageProcessor(pixel_range=(0, 1))
-    figures = [
-        measure(model, processor(path)["pixel_values"].to(options.device), not options.tiled_only)
-        for path in tqdm(paths)
-    ]
-    values = {name: [each[name] for each in figures] for name in figures[0]}
-    rows: list[Row] = [{"figure": name, "mean": np.mean(each).item(), "images": each} for name, each in values.items()]
+    figures_of_images = []
+    for path in tqdm(paths):
+        image = processor(path)["pixel_values"].to(options.device)
+        figures_of_images.append(measure(model, image, not options.tiled_only))
+    rows: list[Row] = []
+    for name in figures_of_images[0]:
+        values = [figures[name] for figures in figures_of_images]
+        rows.append({"figure": name, "mean": np.mean(values).item(), "images": values})
     report(options, machine, {f"Means over {len(paths)} images": rows})
 
 

@@ -40,7 +40,8 @@ def measure_side(options: argparse.Namespace, folder: Path, side: int) -> list[R
     write_images(paths, folder, side, count)
     images = open_images([str(folder)])
     processor = SVQVAEImageProcessor.from_model(model)
-    sample = processor([load_image(path) for path in sorted(folder.iterdir())])["pixel_values"].to(options.device)
+    loaded_images = [load_image(path) for path in sorted(folder.iterdir())]
+    sample = processor(loaded_images)["pixel_values"].to(options.device)
 
     def bare() -> None:
         for batch in sample.split(options.batch_size):
@@ -53,22 +54,25 @@ def measure_side(options: argparse.Namespace, folder: Path, side: int) -> list[R
         out = folder.with_name(f"tokens-{side}-{next(numbers)}")
         tokenize_set(model, images, out, model_name="bundled", num_workers=workers, **settings)
 
-    first = "encode_tokens of tensors in memory"
-    runs = {first: bare} | {f"tokenize_set, {number} workers": partial(tokenize, number) for number in options.workers}
+    in_memory = "encode_tokens of tensors in memory"
+    runs = {in_memory: bare}
+    for num_workers in options.workers:
+        runs[f"tokenize_set, {num_workers} workers"] = partial(tokenize, num_workers)
     for run in runs.values():
         run()  # warms up
     seconds, medians = take_turns(runs, options.rounds, options.device)
-    return [
-        {
+    rows = []
+    for name in runs:
+        row = {
             "side": side,
             "images": count,
             "method": name,
             "images per second": count / medians[name],
-            "ratio to tensors in memory": medians[first] / medians[name],
-            "rounds": times,
+            "ratio to tensors in memory": medians[in_memory] / medians[name],
+            "rounds": seconds[name],
         }
-        for name, times in seconds.items()
-    ]
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -81,7 +85,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="reading processes (default: 0 1)")
     options, machine = parse_options(parser)
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row for side in options.sides for row in measure_side(options, Path(folder, str(side)), side)]
+        rows = []
+        for side in options.sides:
+            rows += measure_side(options, Path(folder, str(side)), side)
     report(options, machine, {"token sets": rows})
 
 

@@ -5,9 +5,9 @@ crops for each recipe, and then in bfloat16 with crops of other numbers and side
 PyTorch's default memory format.
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ def make_step(
     sample = torch.rand(count, 3, side, side).to(device, memory_format=layout)
 
     def step() -> None:
-        with torch.autocast(sample.device.type, torch.bfloat16) if bfloat16 else nullcontext():
+        with torch.autocast(sample.device.type, torch.bfloat16, enabled=bfloat16):
             output = vqvae(sample, SCALES, scale_from="latents")
             loss, _ = objective(objective.pairs(sample, output), output, step=0)
         loss.backward()
@@ -62,7 +62,8 @@ def time_steps(steps: Mapping[str, Callable[[], None]], rounds: int, device: str
     for _ in range(2):  # warms up
         for step in steps.values():
             step()
-    return take_turns(steps, rounds, device)[1]
+    _, medians = take_turns(steps, rounds, device)
+    return medians
 
 
 def main() -> None:
@@ -72,26 +73,39 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256, help="side of a recipe's crop in pixels (default: 256)")
     parser.add_argument("--crops", type=int, help="only the first N of the other numbers and sides of crops")
     options, machine = parse_options(parser)
-    model = (options.model_config, options.device)
-    medians = time_steps(
-        {name: make_step(*model, 1, options.side, **recipe) for name, recipe in RECIPES.items()},
-        *(options.rounds, options.device),
-    )
-    plain = next(iter(medians.values()))
-    recipes: list[Row] = [
-        {"recipe": name, "seconds per step": seconds, "times as fast as plain": plain / seconds}
-        for name, seconds in medians.items()
-    ]
-    steps = {each: make_step(*model, *each, bfloat16=True) for each in CROPS[: options.crops]}
-    crops: list[Row] = [
-        {
+    recipes = f"One crop of {options.side} x {options.side}"
+    report(options, machine, {recipes: compare_recipes(options), "Crops": compare_crops(options)})
+
+
+def compare_recipes(options: argparse.Namespace) -> list[Row]:
+    """Times a step on one crop by each recipe."""
+    steps = {}
+    for name, recipe in RECIPES.items():
+        steps[name] = make_step(options.model_config, options.device, 1, options.side, **recipe)
+    medians = time_steps(steps, options.rounds, options.device)
+    plain = next(iter(RECIPES))
+    rows = []
+    for name, seconds in medians.items():
+        row = {"recipe": name, "seconds per step": seconds, "times as fast as plain": medians[plain] / seconds}
+        rows.append(row)
+    return rows
+
+
+def compare_crops(options: argparse.Namespace) -> list[Row]:
+    """Times a step in bfloat16 on several numbers and sides of crops."""
+    steps = {}
+    for count, side in CROPS[: options.crops]:
+        steps[count, side] = make_step(options.model_config, options.device, count, side, bfloat16=True)
+    medians = time_steps(steps, options.rounds, options.device)
+    rows = []
+    for (count, side), seconds in medians.items():
+        row = {
             "crops per step, bfloat16": f"{count} x {side}²",
             "seconds per step": seconds,
             "seconds per megapixel": seconds * 1e6 / (count * side**2),
         }
-        for (count, side), seconds in time_steps(steps, options.rounds, options.device).items()
-    ]
-    report(options, machine, {f"One crop of {options.side} x {options.side}": recipes, "Crops": crops})
+        rows.append(row)
+    return rows
 
 
 if __name__ == "__main__":
