@@ -57,9 +57,10 @@ class Comparison:
 
     def __str__(self) -> str:
         equal = 1 - (self.ties + self.unequal) / self.ids
+        verdict = "ok" if self.passed else "DIFFERS"
         return (
             f"latents {self.latents:.1e}  ids {equal:8.3%} equal, {self.ties} near ties, {self.unequal} others  "
-            f"sample {self.sample:.1e}  {'ok' if self.passed else 'DIFFERS'}"
+            f"sample {self.sample:.1e}  {verdict}"
         )
 
 
@@ -76,7 +77,8 @@ def load_original(checkout: Path, checkpoint: Checkpoint) -> nn.Module:
     config = checkpoint.config
     # The original's constructor leaves these two at their defaults.
     sizes = {"ch": config["base_channels"], "num_res_blocks": config["num_res_blocks"]}
-    original.Encoder, original.Decoder = partial(original.Encoder, **sizes), partial(original.Decoder, **sizes)
+    original.Encoder = partial(original.Encoder, **sizes)
+    original.Decoder = partial(original.Decoder, **sizes)
     args = original.ModelArgs(
         codebook_size=config["codebook_size"],
         codebook_embed_dim=config["codebook_embed_dim"],
@@ -89,18 +91,26 @@ def load_original(checkout: Path, checkpoint: Checkpoint) -> nn.Module:
 
 def samples(images: list[Path], f: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields names and samples `(1, 3, height, width)` in [0, 1]: crops of the images, or random ones."""
-    processor = SVQVAEImageProcessor()
-    cell = CELL_LATENTS * f
-    for image in images:
-        sample = processor(image)["pixel_values"]
-        height, width = (min(side // cell * cell, MAX_LATENTS * f) for side in sample.shape[-2:])
-        if 0 in (height, width):
-            raise ValueError(f"Images must have sides of at least {cell} pixels, but `{image}` is smaller.")
-        yield image.name, sample[..., :height, :width]
     if not images:
         generator = torch.Generator().manual_seed(0)
         for h, w in RANDOM_LATENTS:
             yield f"random {w * f} x {h * f}", torch.rand(1, 3, h * f, w * f, generator=generator)
+    processor = SVQVAEImageProcessor()
+    for image in images:
+        sample = processor(image)["pixel_values"]
+        height = side_of_crop(sample.shape[-2], f)
+        width = side_of_crop(sample.shape[-1], f)
+        if height == 0 or width == 0:
+            raise ValueError(
+                f"Images must have sides of at least {CELL_LATENTS * f} pixels, but `{image}` is smaller."
+            )
+        yield image.name, sample[..., :height, :width]
+
+
+def side_of_crop(side: int, f: int) -> int:
+    """Largest side of a crop in pixels that each scale takes; 0 if the image is too small."""
+    cell = CELL_LATENTS * f
+    return min(side // cell * cell, MAX_LATENTS * f)
 
 
 def compare(original: nn.Module, ours: SVQVAE, sample: torch.Tensor, scale: float) -> Comparison:
@@ -110,7 +120,8 @@ def compare(original: nn.Module, ours: SVQVAE, sample: torch.Tensor, scale: floa
     difference = (latents - original_latents).abs().max().item()
     if scale != 1:
         size = [round(scale * side) for side in original_latents.shape[-2:]]
-        original_latents = F.interpolate(original_latents, size, mode="area" if scale < 1 else "bilinear")
+        mode = "area" if scale < 1 else "bilinear"
+        original_latents = F.interpolate(original_latents, size, mode=mode)
     quantized, _, (_, _, original_ids) = original.quantize(original_latents)
     original_sample = original.decode(quantized).clamp(0, 1)
 
@@ -118,14 +129,17 @@ def compare(original: nn.Module, ours: SVQVAE, sample: torch.Tensor, scale: floa
     original_ids = original_ids.view(ids.shape)
     unequal = ids != original_ids
     directions = F.normalize(original_latents, dim=1).movedim(1, -1)[unequal]  # (unequal, codebook_embed_dim)
-    codes, original_codes = (ours.quantize.get_codebook_entry(rows[unequal]) for rows in (ids, original_ids))
-    ties = ((directions * (codes - original_codes)).sum(-1).abs() < TIE).sum().item()
+    codes = ours.quantize.get_codebook_entry(ids[unequal])  # (unequal, codebook_embed_dim)
+    original_codes = ours.quantize.get_codebook_entry(original_ids[unequal])
+    cosine_differences = (directions * (codes - original_codes)).sum(-1)  # (unequal,)
+    ties = (cosine_differences.abs() < TIE).sum().item()
+    sample_difference = ours.decode_tokens(original_ids) - original_sample
     return Comparison(
         latents=difference,
         ids=ids.numel(),
         ties=ties,
         unequal=unequal.sum().item() - ties,
-        sample=(ours.decode_tokens(original_ids) - original_sample).abs().max().item(),
+        sample=sample_difference.abs().max().item(),
     )
 
 
@@ -143,7 +157,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         checkpoint = read_checkpoint(args.checkpoint, SVQVAE)
-        original, ours = load_original(args.original_checkout, checkpoint), checkpoint.model(SVQVAE)
+        original = load_original(args.original_checkout, checkpoint)
+        ours = checkpoint.model(SVQVAE)
         passed = True
         for name, sample in samples(args.images, ours.f):
             for scale in SCALES:

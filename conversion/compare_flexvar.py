@@ -11,6 +11,8 @@ import argparse
 import importlib
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,14 +35,33 @@ SCHEDULES = (
     (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 23, 32),
 )
 SAMPLED_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # FlexVAR takes the most likely ids of other sides
-TOP_K, TOP_P = 900, 0.95
-RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # arguments of FlexVAR, and of the pipeline
-    "rising guidance": ({"cfg": 2.5}, {"guidance_scale": 3.5}),
-    "constant guidance": (
+TOP_K = 900
+TOP_P = 0.95
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """A form of guidance.
+
+    Args:
+        name (`str`): Its name.
+        flexvar_options (`dict[str, Any]`): Arguments of FlexVAR.
+        options (`dict[str, Any]`): Arguments of the pipeline.
+    """
+
+    name: str
+    flexvar_options: dict[str, Any]
+    options: dict[str, Any]
+
+
+GUIDANCES = (
+    Guidance("rising guidance", {"cfg": 2.5}, {"guidance_scale": 3.5}),
+    Guidance(
+        "constant guidance",
         {"cfg": 4.0, "used_llamagen_cfg": True},
         {"guidance_scale": 4.0, "guidance_mode": "constant"},
     ),
-}
+)
 
 
 def load_original(checkout: Path, checkpoint: Checkpoint) -> nn.Module:
@@ -69,33 +90,52 @@ def load_original(checkout: Path, checkpoint: Checkpoint) -> nn.Module:
 def compare(original: nn.Module, pipeline: SVQVAENextScalePipeline) -> Iterator[tuple[bool, str]]:
     """Yields whether each comparison passed, and its line."""
     labels = torch.arange(IMAGES) % pipeline.transformer.config["num_classes"]
-    codebook = pipeline.vqvae.quantize.embedding.weight
-    tokenizer = SimpleNamespace(
-        quantize=SimpleNamespace(embedding=SimpleNamespace(weight=codebook)), decode_code=lambda ids, shape: ids
-    )
+    codebook_size = pipeline.vqvae.config["codebook_size"]
     for schedule in SCHEDULES:
         title = f"{len(schedule)} scales to {schedule[-1]} x {schedule[-1]}"
         distance = logits_distance(original, pipeline, labels, schedule)
         yield distance <= TOLERANCE, f"{title}: logits of one pass up to {distance:.1e} apart"
-        greedy = [step for step, side in enumerate(schedule) if side > TRAINED_SIDE or side not in SAMPLED_SIDES]
-        for name, (theirs, ours) in RUNS.items():
-            for kind, top_k, top_p in (("greedy", 1, 0.0), ("sampled", min(TOP_K, len(codebook)), TOP_P)):
-                expected = original.autoregressive_infer_cfg(
-                    tokenizer, IMAGES, labels, schedule, SEED, top_k=top_k, top_p=top_p, **theirs
-                )
-                ids = pipeline(
-                    labels.tolist(),
-                    *[schedule[-1] * pipeline.vqvae.f] * 2,
-                    schedule=schedule,
-                    top_k=top_k,
-                    top_p=top_p or 1.0,
-                    greedy_scales=greedy,
-                    generator=torch.Generator().manual_seed(SEED),
-                    output_type="latent",
-                    **ours,
-                ).images
-                equal = (ids.flatten(1) == expected).double().mean().item()
-                yield equal == 1, f"{title}, {name}, {kind}: {equal:.3%} of the ids equal"
+        for guidance in GUIDANCES:
+            run = f"{title}, {guidance.name}"
+            equal = equal_ids(original, pipeline, labels, schedule, guidance, top_k=1, top_p=0.0)
+            yield equal == 1, f"{run}, greedy: {equal:.3%} of the ids equal"
+            top_k = min(TOP_K, codebook_size)
+            equal = equal_ids(original, pipeline, labels, schedule, guidance, top_k, TOP_P)
+            yield equal == 1, f"{run}, sampled: {equal:.3%} of the ids equal"
+
+
+def equal_ids(
+    original: nn.Module,
+    pipeline: SVQVAENextScalePipeline,
+    labels: torch.Tensor,
+    schedule: Sequence[int],
+    guidance: Guidance,
+    top_k: int,
+    top_p: float,
+) -> float:
+    """Fraction of the ids of the last scale that are equal. FlexVAR takes a `top_p` of 0 for 1."""
+    tokenizer = SimpleNamespace(quantize=pipeline.vqvae.quantize, decode_code=lambda ids, shape: ids)
+    expected = original.autoregressive_infer_cfg(
+        tokenizer, IMAGES, labels, schedule, SEED, top_k=top_k, top_p=top_p, **guidance.flexvar_options
+    )
+    greedy_scales = []
+    for step, side in enumerate(schedule):
+        if side > TRAINED_SIDE or side not in SAMPLED_SIDES:
+            greedy_scales.append(step)
+    image_side = schedule[-1] * pipeline.vqvae.f
+    ids = pipeline(
+        labels.tolist(),
+        image_side,
+        image_side,
+        schedule=schedule,
+        top_k=top_k,
+        top_p=top_p or 1.0,
+        greedy_scales=greedy_scales,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="latent",
+        **guidance.options,
+    ).images
+    return (ids.flatten(1) == expected).double().mean().item()
 
 
 def logits_distance(
@@ -103,11 +143,18 @@ def logits_distance(
 ) -> float:
     """Largest difference of the logits of all scales, given random codes."""
     torch.manual_seed(SEED)
-    config, sizes = pipeline.transformer.config, [(side, side) for side in schedule]
-    codes = [F.normalize(torch.randn(IMAGES, config["codebook_embed_dim"], *size), dim=1) for size in sizes[:-1]]
-    resized = [F.interpolate(grid, size, mode="bicubic") for grid, size in zip(codes, sizes[1:], strict=True)]
-    expected = original(labels, torch.cat([grid.flatten(2).transpose(1, 2) for grid in resized], dim=1), schedule)
-    return (pipeline.transformer(labels, codes, sizes).logits - expected).abs().max().item()
+    dim = pipeline.transformer.config["codebook_embed_dim"]
+    codes = []  # of each scale but the last
+    inputs = []  # of FlexVAR: the codes of a scale, resized to the next
+    for side, next_side in pairwise(schedule):
+        grid = F.normalize(torch.randn(IMAGES, dim, side, side), dim=1)
+        resized = F.interpolate(grid, (next_side, next_side), mode="bicubic")
+        codes.append(grid)
+        inputs.append(resized.flatten(2).transpose(1, 2))  # (IMAGES, next_side ** 2, dim)
+    expected = original(labels, torch.cat(inputs, dim=1), schedule)
+    sizes = [(side, side) for side in schedule]
+    logits = pipeline.transformer(labels, codes, sizes).logits
+    return (logits - expected).abs().max().item()
 
 
 @torch.no_grad()
@@ -122,13 +169,17 @@ def main() -> int:
     try:
         checkpoint = read_next_scale_checkpoint(args.checkpoint, NextScaleTransformer)
         original = load_original(args.flexvar_checkout, checkpoint)
-        codes = {name: checkpoint.config[name] for name in ("codebook_size", "codebook_embed_dim")}
-        vqvae = SVQVAE(base_channels=32, **codes)  # decodes nothing here
+        vqvae = SVQVAE(  # decodes nothing here
+            base_channels=32,
+            codebook_size=checkpoint.config["codebook_size"],
+            codebook_embed_dim=checkpoint.config["codebook_embed_dim"],
+        )
         pipeline = SVQVAENextScalePipeline(vqvae, checkpoint.model(NextScaleTransformer), schedule=[1, TRAINED_SIDE])
         pipeline.set_progress_bar_config(disable=True)
         passed = True
         for holds, line in compare(original, pipeline):
-            print(f"{line}  {'ok' if holds else 'DIFFERS'}")
+            verdict = "ok" if holds else "DIFFERS"
+            print(f"{line}  {verdict}")
             passed &= holds
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -86,7 +86,9 @@ class Original:
         )
         recording.remove()
         logits = torch.stack(steps, dim=1)
-        return ids.long(), logits if guidance_scale == 1 else guide(logits, guidance_scale)
+        if guidance_scale != 1:
+            logits = guide(logits, guidance_scale)
+        return ids.long(), logits
 
 
 class Converted:
@@ -104,22 +106,27 @@ class Converted:
 
     def logits(self, ids: torch.Tensor, condition: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Logits `(2 * images, ids, codes)` of one pass, the second half without conditions."""
-        codes, count = self.model.config.codebook_size, ids.shape[1]
-        first = codes + (condition if mask is None else condition.new_zeros(len(ids), dtype=torch.int64))
-        first = torch.cat([first, torch.full_like(first, self.model.config.unconditional_token)])
-        tokens = torch.cat([first[:, None], ids.repeat(2, 1)], dim=1)
+        num_codes = self.model.config.codebook_size
+        num_ids = ids.shape[1]
         captions = {}
-        if mask is not None:
+        if mask is None:
+            labels = condition  # (images,)
+        else:
+            labels = condition.new_zeros(len(ids), dtype=torch.int64)
             captions = {"prompt_embeds": condition.repeat(2, 1, 1), "prompt_attention_mask": mask.repeat(2, 1)}
-        return self.model(tokens, **captions).logits[:, :count, :codes].float()
+        first = num_codes + labels
+        first_of_both = torch.cat([first, torch.full_like(first, self.model.config.unconditional_token)])
+        tokens = torch.cat([first_of_both[:, None], ids.repeat(2, 1)], dim=1)  # (2 * images, 1 + ids)
+        return self.model(tokens, **captions).logits[:, :num_ids, :num_codes].float()
 
     def greedy_ids(self, condition: torch.Tensor, mask: torch.Tensor | None, guidance_scale: float) -> torch.Tensor:
         """Most likely ids `(images, ids)`."""
-        given = {"class_labels": condition}
-        if mask is not None:
-            given = {"prompt_embeds": condition, "prompt_attention_mask": mask}
-        call = {"guidance_scale": guidance_scale, "temperature": 0, "output_type": "latent"}
-        return self.pipeline(**given, **call).images.flatten(1)
+        if mask is None:
+            conditions = {"class_labels": condition}
+        else:
+            conditions = {"prompt_embeds": condition, "prompt_attention_mask": mask}
+        result = self.pipeline(guidance_scale=guidance_scale, temperature=0, output_type="latent", **conditions)
+        return result.images.flatten(1)
 
 
 def import_original(checkout: Path) -> tuple[ModuleType, ModuleType]:
@@ -129,7 +136,9 @@ def import_original(checkout: Path) -> tuple[ModuleType, ModuleType]:
             f"`{checkout}` must be a checkout of FoundationVision/LlamaGen, but has no autoregressive/models/gpt.py."
         )
     sys.path.insert(0, str(checkout))
-    return tuple(importlib.import_module(f"autoregressive.models.{name}") for name in ("gpt", "generate"))
+    gpt = importlib.import_module("autoregressive.models.gpt")
+    generate = importlib.import_module("autoregressive.models.generate")
+    return gpt, generate
 
 
 def make_condition(checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -140,25 +149,31 @@ def make_condition(checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor |
     tokens = config["num_condition_tokens"]
     lengths = torch.linspace(1, tokens, IMAGES).long()
     mask = (torch.arange(tokens) >= tokens - lengths[:, None]).long()
-    return F.normalize(torch.randn(IMAGES, tokens, config["caption_dim"]), dim=-1) * mask[..., None], mask
+    features = F.normalize(torch.randn(IMAGES, tokens, config["caption_dim"]), dim=-1)
+    return features * mask[..., None], mask
 
 
 def compare(checkout: Path, checkpoint: Checkpoint) -> Iterator[tuple[bool, str]]:
     """Yields whether each comparison passed, and its line."""
-    original, converted = Original(checkout, checkpoint), Converted(checkpoint)
+    original = Original(checkout, checkpoint)
+    converted = Converted(checkpoint)
     torch.manual_seed(0)
     condition, mask = make_condition(checkpoint)
     ids = torch.randint(checkpoint.config["codebook_size"], (IMAGES, checkpoint.config["grid_size"] ** 2))
     exact = original.logits(ids, condition, mask)
     for dtype in (torch.float32, torch.bfloat16):
-        for model in (original.model, converted.model):
-            model.to(dtype)
+        original.model.to(dtype)
+        converted.model.to(dtype)
         if mask is not None:
             condition = condition.to(dtype)
         logits = original.logits(ids, condition, mask)
-        tolerance = FLOAT32_TOLERANCE if dtype == torch.float32 else _distance(logits, exact)
         distance = _distance(converted.logits(ids, condition, mask), logits)
-        allowed = "allowed" if dtype == torch.float32 else "the original's own rounding"
+        if dtype == torch.float32:
+            tolerance = FLOAT32_TOLERANCE
+            allowed = "allowed"
+        else:
+            tolerance = _distance(logits, exact)
+            allowed = "the original's own rounding"
         line = f"logits of one pass up to {distance:.1e} apart, {allowed} {tolerance:.1e}"
         yield distance <= tolerance, f"{dtype}  {line}"
         for guidance_scale in GUIDANCE_SCALES:
@@ -167,34 +182,33 @@ def compare(checkout: Path, checkpoint: Checkpoint) -> Iterator[tuple[bool, str]
             margin = 2 * (2 * guidance_scale - 1) * tolerance
             for attention, kernels in ATTENTION.items():
                 with sdpa_kernel(kernels):
-                    found = converted.greedy_ids(condition, mask, guidance_scale)
-                passed, line = compare_ids(found, expected, chosen_by, margin)
+                    converted_ids = converted.greedy_ids(condition, mask, guidance_scale)
+                passed, line = compare_ids(converted_ids, expected, chosen_by, margin)
                 yield passed, f"{dtype}  guidance {guidance_scale:g}, {attention} attention: {line}"
 
 
-def compare_ids(found: torch.Tensor, expected: torch.Tensor, logits: torch.Tensor, margin: float) -> tuple[bool, str]:
+def compare_ids(ids: torch.Tensor, expected: torch.Tensor, logits: torch.Tensor, margin: float) -> tuple[bool, str]:
     """Compares ids `(images, ids)`, given the logits `(images, ids, codes)` of the expected ones.
 
     The first unequal id of an image may have a logit up to `margin` below the expected one. Later ids depend on it,
     and are not compared.
     """
-    unequal = found != expected
-    rows = unequal.any(1).nonzero().flatten()
-    firsts = unequal[rows].float().argmax(1)
-    best, ours = (logits[rows, firsts, ids[rows, firsts]] for ids in (expected, found))
-    line = f"all {found.shape[1]} ids equal in {len(found) - len(rows)} of {len(found)} images"
-    if not len(rows):
+    unequal = ids != expected
+    rows = unequal.any(1).nonzero().flatten()  # images with an unequal id
+    line = f"all {ids.shape[1]} ids equal in {len(ids) - len(rows)} of {len(ids)} images"
+    if len(rows) == 0:
         return True, line
-    gap = (best - ours).max().item()
-    where = ", ".join(map(str, firsts.tolist()))
-    return (
-        gap <= margin,
-        f"{line}, first unequal at {where} in others, logits up to {gap:.1e} apart, allowed {margin:.1e}",
-    )
+    firsts = unequal[rows].float().argmax(1)  # place of the first unequal id of each of these images
+    expected_logits = logits[rows, firsts, expected[rows, firsts]]
+    logits_of_ids = logits[rows, firsts, ids[rows, firsts]]
+    gap = (expected_logits - logits_of_ids).max().item()
+    places = ", ".join(str(first) for first in firsts.tolist())
+    line += f", first unequal at {places} in others, logits up to {gap:.1e} apart, allowed {margin:.1e}"
+    return gap <= margin, line
 
 
-def _distance(logits: torch.Tensor, others: torch.Tensor) -> float:
-    return (logits - others).abs().max().item()
+def _distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    return (logits - reference).abs().max().item()
 
 
 @torch.no_grad()
@@ -212,7 +226,8 @@ def main() -> int:
         checkpoint = read_llamagen(args.checkpoint, grid_size=args.grid_size, num_attention_heads=args.num_heads)
         passed = True
         for holds, line in compare(args.llamagen_checkout, checkpoint):
-            print(f"{line.removeprefix('torch.')}  {'ok' if holds else 'DIFFERS'}")
+            verdict = "ok" if holds else "DIFFERS"
+            print(f"{line.removeprefix('torch.')}  {verdict}")
             passed &= holds
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -17,26 +17,41 @@ TRIES = 8
 def draw(server: str, model: str, caption: str, scale: float = 1.5, **sampling: float) -> torch.Tensor:
     """Draws the ids `(height, width)` of one picture."""
     processor = SVQVAEProcessor.from_pretrained(model)
-    vocabulary, grid = processor.vocabulary, processor.vocabulary.grids[0]
-    texts = [processor.no_condition, caption, processor.no_condition]  # the first wakes the server before the pair
-    answer = {"role": "assistant", "content": processor.begin_image(grid)}
-    chats = [[{"role": "user", "content": text}, answer] for text in texts]
-    prompts = [processor.apply_chat_template(chat, continue_final_message=True) for chat in chats]
-    inputs = processor(text=prompts)["input_ids"]
-    request = {"model": model, "prompt": inputs, "return_token_ids": True, "seed": 0, **sampling}
-    request |= dict.fromkeys(["max_tokens", "min_tokens"], grid[0] * grid[1])
-    request["allowed_token_ids"] = [*range(vocabulary.first_token, vocabulary.begin)]
+    vocabulary = processor.vocabulary
+    grid = vocabulary.grids[0]
+    rows, columns = grid
+    begun_answer = {"role": "assistant", "content": processor.begin_image(grid)}
+    prompts = []
+    for text in (processor.no_condition, caption, processor.no_condition):  # the first wakes the server for the pair
+        chat = [{"role": "user", "content": text}, begun_answer]
+        prompts.append(processor.apply_chat_template(chat, continue_final_message=True))
+    request = {
+        "model": model,
+        "prompt": processor(text=prompts)["input_ids"],
+        "return_token_ids": True,
+        "seed": 0,
+        "max_tokens": rows * columns,
+        "min_tokens": rows * columns,
+        "allowed_token_ids": list(range(vocabulary.first_token, vocabulary.begin)),
+        **sampling,
+    }
     for _ in range(TRIES):
-        pair = {"guidance_pair": uuid4().hex, "guidance_scale": scale, "no_condition": vocabulary.no_condition}
-        answer = httpx.post(f"{server}/v1/completions", json=request | {"vllm_xargs": pair}, timeout=600)
-        _, ids, others = (choice["token_ids"] for choice in answer.raise_for_status().json()["choices"])
-        if ids == others:  # else the pair was not in one step, so it was drawn without guidance
-            return torch.tensor(ids).view(grid) - vocabulary.first_token
+        request["vllm_xargs"] = {
+            "guidance_pair": uuid4().hex,
+            "guidance_scale": scale,
+            "no_condition": vocabulary.no_condition,
+        }
+        answer = httpx.post(f"{server}/v1/completions", json=request, timeout=600)
+        _, guided, partner = answer.raise_for_status().json()["choices"]
+        if guided["token_ids"] == partner["token_ids"]:  # else they were not in one step, and drawn without guidance
+            return torch.tensor(guided["token_ids"]).view(grid) - vocabulary.first_token
     raise RuntimeError(f"the server joined no pair in {TRIES} tries. Start it with the logits processor.")
 
 
 if __name__ == "__main__":
     server, model, *captions = sys.argv[1:]
-    grids = [draw(server, model, text, temperature=0.1, top_k=20, seed=i) for i, text in enumerate(captions)]
+    grids = []
+    for number, caption in enumerate(captions):
+        grids.append(draw(server, model, caption, temperature=0.1, top_k=20, seed=number))
     for number, image in enumerate(SVQVAEProcessor.from_pretrained(model).decode_images(grids)):
         image.save(f"{number}.png")

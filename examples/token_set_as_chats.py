@@ -32,11 +32,11 @@ def main() -> None:
     mix = Mix(caption_fraction=args.caption_fraction, condition_dropout=args.condition_dropout, seed=args.seed)
     processor = SVQVAEProcessor.from_pretrained(args.language_model)
     examples = ChatExamples(processor, 0, None, mix, args.token_set, args.caption_column)
-    rows = (
-        {"messages": examples.conversation(row, np.random.default_rng((mix.seed, index)))}
-        for index, row in enumerate(examples.pairs)
-    )
-    datasets.Dataset.from_list([*rows]).to_json(args.out)
+    chats = []
+    for index, row in enumerate(examples.pairs):
+        random = np.random.default_rng((mix.seed, index))
+        chats.append({"messages": examples.conversation(row, random)})
+    datasets.Dataset.from_list(chats).to_json(args.out)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,21 @@ The server's option is `--logits-processors vllm_guidance:GuidancePairs`, with t
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-Request = tuple[str, float, bool, list[int]]  # pair, scale, whether it is conditional, tokens so far
+
+class Request(NamedTuple):
+    """A request of a pair: its pair, the scale of guidance, whether it has the caption, and its tokens so far."""
+
+    pair: str
+    scale: float
+    is_conditional: bool
+    tokens: list[int]
 
 
 class GuidancePairs(LogitsProcessor):
@@ -53,17 +60,20 @@ class GuidancePairs(LogitsProcessor):
         if "guidance_pair" not in extra:
             return None
         is_conditional = extra["no_condition"] not in (prompt or ())
-        return str(extra["guidance_pair"]), extra["guidance_scale"], is_conditional, tokens
+        return Request(str(extra["guidance_pair"]), extra["guidance_scale"], is_conditional, tokens)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Joins logits `(requests, vocab_size)` in place."""
         steps: dict[tuple[str, int], dict[bool, int]] = {}
-        for row, (pair, _, is_conditional, tokens) in self.requests.items():
-            steps.setdefault((pair, len(tokens)), {})[is_conditional] = row
+        for row, request in self.requests.items():
+            rows_of_step = steps.setdefault((request.pair, len(request.tokens)), {})
+            rows_of_step[request.is_conditional] = row
         for rows in steps.values():
-            if len(rows) == 2:
-                conditional, unconditional = logits[rows[True]], logits[rows[False]]
-                guided = unconditional + self.requests[rows[True]][1] * (conditional - unconditional)
-                allowed = conditional.isfinite() & unconditional.isfinite()
-                logits[[*rows.values()]] = guided.where(allowed, -torch.inf)
+            if len(rows) < 2:
+                continue  # without its partner
+            conditional = logits[rows[True]]
+            unconditional = logits[rows[False]]
+            guided = unconditional + self.requests[rows[True]].scale * (conditional - unconditional)
+            allowed = conditional.isfinite() & unconditional.isfinite()
+            logits[list(rows.values())] = guided.where(allowed, -torch.inf)
         return logits
