@@ -27,7 +27,8 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
 
 
 class AttnBlock(nn.Module):
@@ -50,7 +51,8 @@ class Resample(nn.Module):
         self.conv = Conv2d(c, c, 3, padding=1) if up else Conv2d(c, c, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
+        resized = F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1))
+        return self.conv(resized)
 
 
 class Level(nn.Module):
@@ -74,7 +76,8 @@ def middle(c, groups):
 class Encoder(nn.Module):
     def __init__(self, c_image, base, ch_mult, num_blocks, groups, z):
         super().__init__()
-        c, last = [base, *(base * mult for mult in ch_mult)], len(ch_mult) - 1
+        c = [base, *(base * mult for mult in ch_mult)]
+        last = len(ch_mult) - 1
         self.conv_in = Conv2d(c_image, base, 3, padding=1)
         self.conv_blocks = nn.Sequential(
             *(Level(c[i], c[i + 1], num_blocks, groups, i == last, downsample=i < last) for i in range(last + 1))
@@ -90,7 +93,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, c_image, base, ch_mult, num_blocks, groups, z):
         super().__init__()
-        c, last = [base * mult for mult in (ch_mult[-1], *reversed(ch_mult))], len(ch_mult) - 1
+        c = [base * mult for mult in (ch_mult[-1], *reversed(ch_mult))]
+        last = len(ch_mult) - 1
         self.conv_in = Conv2d(z, c[0], 3, padding=1)
         self.mid = middle(c[0], groups)
         self.conv_blocks = nn.Sequential(
@@ -107,9 +111,10 @@ class SVQVAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         assert config["codebook_l2_norm"], "only codebooks on the unit sphere"
-        self.config, self.f = config, 2 ** (len(config["encoder_ch_mult"]) - 1)
-        base, blocks, groups = (config[key] for key in ("base_channels", "num_res_blocks", "norm_num_groups"))
-        z, dim = config["z_channels"], config["codebook_embed_dim"]
+        self.config = config
+        self.f = 2 ** (len(config["encoder_ch_mult"]) - 1)
+        base, blocks = config["base_channels"], config["num_res_blocks"]
+        groups, z, dim = config["norm_num_groups"], config["z_channels"], config["codebook_embed_dim"]
         self.encoder = Encoder(config["in_channels"], base, config["encoder_ch_mult"], blocks, groups, z)
         self.decoder = Decoder(config["out_channels"], base, config["decoder_ch_mult"], blocks, groups, z)
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config["codebook_size"], dim)})
@@ -141,7 +146,8 @@ def load(folder):
 if __name__ == "__main__":
     folder, photo, target = sys.argv[1:]
     model = load(folder)
-    image = torch.from_numpy(np.array(ImageOps.exif_transpose(Image.open(photo)).convert("RGB"))).movedim(-1, 0)[None]
-    ids = model.encode(image)
-    height, width = image.shape[-2:]
-    Image.fromarray(model.decode(ids)[0, :, :height, :width].movedim(0, -1).numpy()).save(target)
+    image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
+    pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)[None]  # (1, 3, height, width)
+    ids = model.encode(pixels)
+    decoded = model.decode(ids)[0, :, : image.height, : image.width]  # without the padding
+    Image.fromarray(decoded.movedim(0, -1).numpy()).save(target)
