@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from svqvae_files.inputs import printable
+
 
 class SkippedError(ValueError):
     """Some inputs were skipped, and all others are done."""
@@ -17,10 +19,7 @@ def check_none_skipped(skipped: int, total: int) -> None:
 
 def one_line(message: str) -> str:
     """A message on one line, without control characters of a broken file, which must not reach the terminal."""
-    letters = []
-    for letter in " ".join(message.split()):
-        letters.append(letter if letter.isprintable() else ascii(letter)[1:-1])
-    return "".join(letters)
+    return printable(" ".join(message.split()))
 
 
 @contextmanager

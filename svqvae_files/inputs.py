@@ -77,6 +77,17 @@ def readable(name: str) -> str:
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
+def printable(text: str) -> str:
+    """Text for a terminal or a page: line breaks and control characters, which names may have, become escapes."""
+    characters = []
+    for character in text:
+        if character.isprintable():
+            characters.append(character)
+        else:
+            characters.append(ascii(character)[1:-1])
+    return "".join(characters)
+
+
 def expand_braces(pattern: str) -> list[str]:
     """Expands braces as a shell does: `{00..07}` to numbers of equal width, and `{a,b}` to each of its words."""
     braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)

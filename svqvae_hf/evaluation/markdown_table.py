@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from svqvae_files.inputs import printable
+
 
 class MarkdownTable:
     """Collects rows of text, and pads them to columns that are aligned to the right.
@@ -15,10 +17,13 @@ class MarkdownTable:
         self.rows: list[list[str]] = []
 
     def add_row(self, cells: Sequence[str]) -> None:
-        """Adds a row with one cell per column."""
+        """Adds a row with one cell per column, whose characters need not be printable."""
         if len(cells) != len(self.titles):
             raise ValueError(f"`cells` must be one per column, got {len(cells)} for {len(self.titles)} columns.")
-        self.rows.append(list(cells))
+        row = []
+        for cell in cells:
+            row.append(printable(cell).replace("|", r"\|"))
+        self.rows.append(row)
 
     def lines(self) -> list[str]:
         """Lines of the table: titles, a rule, and the rows."""

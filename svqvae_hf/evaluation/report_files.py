@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from svqvae_files.inputs import printable
 from svqvae_files.outputs import write_file
 from svqvae_hf.evaluation.report import Report
 
@@ -70,7 +71,7 @@ def _section(heading: str, items: Sequence[str]) -> list[str]:
 def _skipped_items(report: Report) -> list[str]:
     items = []
     for image in report.skipped:
-        items.append(f"`{image['name']}` (index {image['index']}): {image['reason']}")
+        items.append(f"`{printable(image['name'])}` (index {image['index']}): {image['reason']}")
     return items
 
 

@@ -8,7 +8,7 @@ from conftest import make_tiny
 
 from svqvae_hf.evaluation.evaluate import evaluate
 from svqvae_hf.evaluation.reconstruction_table import ReconstructionFigures, table_row
-from svqvae_hf.evaluation.report import METRICS
+from svqvae_hf.evaluation.report import METRICS, Report
 from svqvae_hf.evaluation.report_files import write_report
 from svqvae_hf.evaluation.tokenizers.diffusers_models import SVQVAETokenizer
 
@@ -69,6 +69,17 @@ def test_command_writes_the_report_once(saved_model, photos, tmp_path, capsys):
     assert svqvae(*argv, "--overwrite") == 1
 
 
+def test_names_with_control_characters_stay_in_their_line(tmp_path):
+    name = "a\x1b[2J\nb.png"
+    skipped = [{"index": 0, "name": name, "reason": "broken"}]
+    rows = [{"title": f"x|{name}", "psnr": 20.0}]
+    report = Report(title="Evaluation", settings={}, rows=rows, images=[], skipped=skipped, notes=[])
+    assert report.table()[-1] == r"| x\|a\x1b[2J\nb.png |    20.00 |"
+    write_report(report, tmp_path)
+    assert r"- `a\x1b[2J\nb.png` (index 0): broken" in (tmp_path / "report.md").read_text().splitlines()
+    assert json.loads((tmp_path / "report.json").read_text())["skipped"] == skipped
+
+
 def test_one_code_takes_no_bits(photo):
     """Ids of a codebook of one code take no bits, which must not be divided by."""
     figures = ReconstructionFigures(
@@ -81,6 +92,5 @@ def test_one_code_takes_no_bits(photo):
         bits_per_pixel=0.0,
         psnr=math.inf,
     )
-    assert table_row(9, "photo", [figures, figures], 1).split() == [
-        *("photo", "1", f"{photo.width}x{photo.height}", "24", "0.0000", "inf", "100.0%")
-    ]
+    cells = table_row(9, "photo", [figures, figures], 1).split()
+    assert cells == ["photo", "1", f"{photo.width}x{photo.height}", "24", "0.0000", "inf", "100.0%"]
