@@ -2,7 +2,8 @@
 
 Writes report.json and report.md. With --beside, --codecs or a MODEL
 of another class, all tokenizers are compared at the size of the images. With
---generated, writes how far the generated images are from DATA.
+--generated, writes how far the generated images are from DATA, which may
+then be a reference batch of published evaluations (.npz).
 On several GPUs:
   accelerate launch -m svqvae_cli evaluate DATA --model MODEL --output DIR
 
@@ -12,6 +13,7 @@ On several GPUs:
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from svqvae_cli.arguments import Parser, forbid_options, image_set_options, model, path, path_or_name
@@ -19,6 +21,8 @@ from svqvae_cli.errors import check_none_skipped, require_extra
 from svqvae_cli.files import check_absent, check_data, check_output, check_source, find_inputs
 from svqvae_files.file_names import DEFAULT_MODEL, IMAGE_SUFFIXES
 
+REFERENCE_SUFFIX = ".npz"
+FID_NETWORK = "Inception (FID)"
 CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.codecs`
 OPTIONS_OF_SVQVAES = ("scales", "scale_from", "tile_size", "overlap")
 OPTIONS_OF_MODELS = (*OPTIONS_OF_SVQVAES, "model", "beside", "codecs", "lpips_weights", "lpips_net")
@@ -65,10 +69,10 @@ def run(args: argparse.Namespace) -> None:
         networks["lpips"] = load_lpips(args.lpips_net, args.lpips_weights)
     if args.inception_weights is not None:
         networks["inception"] = load_inception(args.inception_weights)
-    images = open_images(args.data, keep_labels=False, results=args.output, **image_set_options(args))
     if args.generated is not None:
-        report = _judge(args, images, networks)
+        report = _judge(args, networks)
     else:
+        images = open_images(args.data, keep_labels=False, results=args.output, **image_set_options(args))
         report = _evaluate(args, images, networks)
     if state.is_main_process:
         _write(args, report)
@@ -156,18 +160,29 @@ def _codec_tokenizers(names: Sequence[str]) -> list[Any]:
     return tokenizers
 
 
-def _judge(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> Any:
-    """Compares generated images with the set."""
+def _judge(args: argparse.Namespace, networks: dict[str, Any]) -> Any:
+    """Compares generated images with the set, or with a reference batch of published evaluations."""
     from svqvae_cli.loading import load_model
     from svqvae_hf.data.image_sets import open_images
     from svqvae_hf.evaluation.generated import TokenizerFeatures, compare_generated
+    from svqvae_hf.evaluation.reference_batch import ReferenceBatch
 
+    statistics = {}
+    resolution = args.resolution
+    if len(args.data) == 1 and args.data[0].endswith(REFERENCE_SUFFIX):
+        forbid_options(args, "is not for a reference batch", "resolution", *image_set_options(args))
+        images = ReferenceBatch(Path(args.data[0]))
+        statistics[FID_NETWORK] = images.statistics
+        resolution = images.side
+    else:
+        images = open_images(args.data, keep_labels=False, results=args.output, **image_set_options(args))
     bundled = TokenizerFeatures(load_model(None, args.device, "float32"))
     features = {bundled.title: bundled}
     if networks["inception"] is not None:
-        features["Inception (FID)"] = networks["inception"].to(args.device)
+        features[FID_NETWORK] = networks["inception"].to(args.device)
     files = [os.fspath(file.path) for file in find_inputs([args.generated], IMAGE_SUFFIXES, args.output)]
-    generated = open_images(files)
-    report = compare_generated(generated, images, features, resolution=args.resolution, device=args.device)
+    report = compare_generated(
+        open_images(files), images, features, resolution=resolution, statistics=statistics, device=args.device
+    )
     report.settings["generated"] = args.generated
     return report

@@ -12,6 +12,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 
 from svqvae_hf.evaluation.measuring import Images, measure_images, to_tensor
+from svqvae_hf.evaluation.reference_batch import FeatureStatistics
 from svqvae_hf.evaluation.report import MANY_IMAGES, Report
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
@@ -52,6 +53,7 @@ def compare_generated(
     networks: Mapping[str, nn.Module],
     *,
     resolution: int | None = None,
+    statistics: Mapping[str, FeatureStatistics] | None = None,
     device: str | torch.device = "cpu",
 ) -> Report:
     """Compares a set of generated images with an image set.
@@ -64,6 +66,9 @@ def compare_generated(
             features `(batch, n)`.
         resolution (`int`, *optional*): Side to which both are resized and cropped; by default the shorter side of the
             first generated image.
+        statistics (`Mapping[str, FeatureStatistics]`, *optional*): Statistics of the features of a larger set, by the
+            names of networks, from which the Fréchet distance is computed instead of from `images`. See
+            [`~svqvae_hf.evaluation.reference_batch.ReferenceBatch`].
         device (`str` or `torch.device`, defaults to `"cpu"`): Device to work on.
 
     Raises:
@@ -95,7 +100,11 @@ def compare_generated(
     for title, network in networks.items():
         generated_features = torch.stack([record[title] for record in generated_records])  # (n, dim)
         real_features = torch.stack([record[title] for record in real_records])
-        distance = _frechet_distance(generated_features, real_features)
+        if statistics is not None and title in statistics:
+            real_statistics = statistics[title]
+        else:
+            real_statistics = _statistics_of(real_features)
+        distance = _frechet_distance(_statistics_of(generated_features), real_statistics)
         row: dict[str, Any] = {"title": title, "frechet_distance": distance, "precision": None, "recall": None}
         if not isinstance(network, TokenizerFeatures):
             row |= _precision_and_recall(generated_features, real_features)
@@ -110,12 +119,25 @@ def compare_generated(
     )
 
 
-def _frechet_distance(generated: torch.Tensor, real: torch.Tensor) -> float:
-    """Distance between two sets of features `(n, dim)`. Rounding may make it negative, which is cut off."""
-    generated_statistics = fid_features_to_statistics(generated.double())
-    real_statistics = fid_features_to_statistics(real.double())
-    distance = fid_statistics_to_metric(generated_statistics, real_statistics, verbose=False)[KEY_METRIC_FID]
-    return max(0.0, distance)
+def _statistics_of(features: torch.Tensor) -> FeatureStatistics:
+    """Statistics of features `(n, dim)`."""
+    statistics = fid_features_to_statistics(features.double())
+    return FeatureStatistics(statistics["mu"], statistics["sigma"])
+
+
+def _frechet_distance(generated: FeatureStatistics, real: FeatureStatistics) -> float:
+    """Distance between two sets of features. Rounding may make it negative, which is cut off."""
+    if generated.mean.shape != real.mean.shape:
+        raise ValueError(
+            f"the statistics must be of features with {len(generated.mean)} dimensions, got {len(real.mean)}. Compute "
+            "them with the same network."
+        )
+    result = fid_statistics_to_metric(
+        {"mu": generated.mean, "sigma": generated.covariance},
+        {"mu": real.mean, "sigma": real.covariance},
+        verbose=False,
+    )
+    return max(0.0, result[KEY_METRIC_FID])
 
 
 def _precision_and_recall(generated: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
