@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from svqvae_hf.evaluation.measuring import Records, to_image, to_tensor
+from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
 from svqvae_hf.tokens.image_tokens import TooLargeError
 
 QUALITIES = (1, 5, 10, 20, 40, 75)
@@ -59,24 +60,24 @@ def open_image(content: bytes) -> Image.Image:
         return image.convert("RGB")
 
 
-def add_image_files(rows: Records, codecs: Sequence[str | None]) -> None:
+def add_image_files(rows: Records, tokenizers: Sequence[Tokenizer]) -> None:
     """Adds the PSNR of image files of as many stored bits to the rows of models, interpolated between qualities.
 
     Args:
         rows (`list[dict[str, Any]]`): Rows of the table.
-        codecs (`Sequence[str | None]`): Codec of each row; `None` for a model.
+        tokenizers (`Sequence[Tokenizer]`): Tokenizer of each row.
     """
-    for codec in CODECS:
-        points = []
-        for row, codec_of_row in zip(rows, codecs, strict=True):
-            if codec_of_row == codec:
-                points.append((row["bits_per_pixel_stored"], row["psnr"]))
-        if not points:
-            continue
-        points.sort()
-        rates = [rate for rate, _ in points]
-        psnrs = [psnr for _, psnr in points]
-        for row, codec_of_row in zip(rows, codecs, strict=True):
+    points_by_codec: dict[str, list[tuple[float, float]]] = {}  # stored bits per pixel, and PSNR
+    rows_of_models = []
+    for row, tokenizer in zip(rows, tokenizers, strict=True):
+        if isinstance(tokenizer, CodecTokenizer):
+            points = points_by_codec.setdefault(tokenizer.codec, [])
+            points.append((row["bits_per_pixel_stored"], row["psnr"]))
+        else:
+            rows_of_models.append(row)
+    for codec, points in points_by_codec.items():
+        rates, psnrs = np.array(sorted(points)).T  # of the qualities, in ascending order
+        for row in rows_of_models:
             rate = row["bits_per_pixel_stored"]
-            if codec_of_row is None and rates[0] <= rate <= rates[-1]:
+            if rates[0] <= rate <= rates[-1]:
                 row[f"as_{codec.lower()}"] = float(np.interp(math.log(rate), np.log(rates), psnrs))

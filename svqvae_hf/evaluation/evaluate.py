@@ -47,9 +47,7 @@ def evaluate(
     Raises:
         ValueError: If an option is out of range, titles are equal, or all images are skipped.
     """
-    titles = [tokenizer.title for tokenizer in tokenizers]
-    if not titles or len(set(titles)) < len(titles):
-        raise ValueError(f"`tokenizers` must be one or more with different titles, got {titles}.")
+    _check_titles(tokenizers)
     device = torch.device(device)
     state = PartialState(cpu=device.type == "cpu")
     if lpips is not None:
@@ -58,10 +56,11 @@ def evaluate(
 
     def measure(image: Image.Image, index: int, name: str) -> dict[str, Any]:
         measured_images = [meter.measure(image) for meter in meters]
+        results = []
         # Sums grow only after all tokenizers have measured the image, because one of them may run out of memory.
         for meter, measured in zip(meters, measured_images, strict=True):
             meter.add(measured)
-        results = [measured.values for measured in measured_images]
+            results.append(measured.values)
         return {"width": image.width, "height": image.height, "results": results}
 
     records, skipped = measure_images(measure, images, resolution, state)
@@ -72,11 +71,9 @@ def evaluate(
         results = [record["results"][number] for record in records]
         rows.append(meter.row(results, num_pixels))
         notes += tokenizer_notes(meter.tokenizer.title, results, lpips)
-    codebook_sizes = [tokenizer.codebook_size for tokenizer in tokenizers]
-    notes += codebook_notes(rows, codebook_sizes, len(records))
+    notes += codebook_notes(rows, tokenizers, len(records))
     if not own_size:
-        codecs = [getattr(tokenizer, "codec", None) for tokenizer in tokenizers]
-        add_image_files(rows, codecs)
+        add_image_files(rows, tokenizers)
     return Report(
         title="Evaluation",
         settings={"images": len(records), "resolution": resolution, "device": device.type},
@@ -85,3 +82,9 @@ def evaluate(
         skipped=skipped,
         notes=notes,
     )
+
+
+def _check_titles(tokenizers: Sequence[Tokenizer]) -> None:
+    titles = [tokenizer.title for tokenizer in tokenizers]
+    if not titles or len(set(titles)) < len(titles):
+        raise ValueError(f"`tokenizers` must be one or more with different titles, got {titles}.")

@@ -7,6 +7,7 @@ from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.measuring import Records
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.report import MANY_IMAGES, METRICS
+from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
 
 IDS_PER_CODE = 10  # with fewer, the frequencies of codes say little
 
@@ -43,12 +44,15 @@ def tokenizer_notes(title: str, results: Records, lpips: LPIPS | None) -> list[s
     return notes + _exact_image_notes(title, results)
 
 
-def codebook_notes(rows: Records, codebook_sizes: Sequence[int | None], num_images: int) -> list[str]:
+def codebook_notes(rows: Records, tokenizers: Sequence[Tokenizer], num_images: int) -> list[str]:
     """Says for which tokenizers the set has few ids per code."""
     titles = []
-    for row, codebook_size in zip(rows, codebook_sizes, strict=True):
-        if codebook_size and row["tokens"] * num_images < IDS_PER_CODE * codebook_size:
-            titles.append(row["title"])
+    for row, tokenizer in zip(rows, tokenizers, strict=True):
+        if not tokenizer.codebook_size:
+            continue
+        ids_per_code = row["tokens"] * num_images / tokenizer.codebook_size
+        if ids_per_code < IDS_PER_CODE:
+            titles.append(tokenizer.title)
     if not titles:
         return []
     return [

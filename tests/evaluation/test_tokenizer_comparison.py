@@ -177,7 +177,7 @@ def test_image_files_of_equal_bits():
         row("JPEG, quality 5", 0.1, 20.0),
         row("JPEG, quality 9", 0.4, 26.0),
     ]
-    add_image_files(rows, [None, None, "JPEG", "JPEG"])
+    add_image_files(rows, [Exact(), Exact(), CodecTokenizer("JPEG", 5), CodecTokenizer("JPEG", 9)])
     assert rows[0]["as_jpeg"] == pytest.approx(23)
     for row_without_value in rows[1:]:
         assert "as_jpeg" not in row_without_value
