@@ -165,7 +165,7 @@ def check_absent(path: Path) -> None:
 
 
 def check_source(source: str | None, subfolder: bool = False) -> None:
-    """Raises ValueError unless a model can be loaded from `source`: a folder or a Hub id, here with a subfolder."""
+    """Raises ValueError unless a model can be loaded from `source`: a folder or a Hub id, here with subfolders."""
     if source is None:  # the bundled model
         return
     path = Path(source)
@@ -173,7 +173,7 @@ def check_source(source: str | None, subfolder: bool = False) -> None:
         raise ValueError(f"a model must be a folder or a Hub id, got the file `{source}`. Use `svqvae convert` on it.")
     if path.is_dir():
         return
-    pattern = rf"{REPO_ID}(/[\w.-]+)?" if subfolder else REPO_ID
+    pattern = rf"{REPO_ID}(/\w[\w.-]*)*" if subfolder else REPO_ID
     if not re.fullmatch(pattern, source):
         raise ValueError(
             f"there is no file or folder `{source}`. On the Hub a model is `org/repo`. An original checkpoint, "

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from svqvae_cli.files import find_inputs
+from svqvae_cli.files import check_source, find_inputs
 from svqvae_files import file_names
 from svqvae_hf.models import image_files
 
@@ -51,3 +51,14 @@ def test_folders_are_searched_with_their_subfolders_but_not_the_output(tmp_path)
     assert found[0].target(tmp_path / "out", "_x1.png") == tmp_path / "out" / "a" / "c" / "e_x1.png"
     with pytest.raises(ValueError, match="--output must not be an input folder"):
         find_inputs([str(tmp_path)], (".png",), tmp_path / "a" / "..")
+
+
+@pytest.mark.parametrize("source", ["org/repo", "org/repo/vqvae", "org/repo/models/vqvae"])
+def test_a_part_of_a_repository_may_lie_at_any_depth(source):
+    check_source(source, subfolder=True)
+
+
+@pytest.mark.parametrize("source", ["org/repo/", "org/repo/../vqvae", "org/repo//vqvae", "/gone/repo/vqvae"])
+def test_no_other_path_is_taken_for_a_part_of_a_repository(source):
+    with pytest.raises(ValueError, match="there is no file or folder"):
+        check_source(source, subfolder=True)
