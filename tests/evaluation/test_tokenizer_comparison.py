@@ -150,14 +150,14 @@ def test_offline_without_a_look_up_of_the_context_model(tmp_path, two_images, mo
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    error = fails(capsys, "evaluate", "org/vq", two_images, "--output", tmp_path / "out")
+    error = fails(capsys, "evaluate", two_images, "--model", "org/vq", "--output", tmp_path / "out")
     assert "whether `org/vq` has a context model, `context_model.safetensors`, cannot be looked up" in error
     assert "the Hub cannot be reached" in error
     assert not (tmp_path / "out").exists()
     absent = repository / ".no_exist" / commit / "context_model.safetensors"  # as a look-up with a network leaves it
     absent.parent.mkdir(parents=True)
     absent.touch()
-    assert svqvae("evaluate", "org/vq", two_images, "--output", tmp_path / "out", "--resolution", "32") == 0
+    assert svqvae("evaluate", two_images, "--model", "org/vq", "--output", tmp_path / "out", "--resolution", "32") == 0
 
 
 def test_a_context_model_of_another_codebook_is_not_counted(tmp_path):
