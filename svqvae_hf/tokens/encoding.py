@@ -111,8 +111,7 @@ def encoding_of(model: SVQVAE, scales: Sequence[float], scale_from: str, tiles: 
     if tiles is None:
         tiles = model.tiles_of_call()
     if tiles is not None:
-        tile_size = tiles.tile_size
-        overlap = tiles.overlap
+        tile_size, overlap = tiles
     return {
         "scales": tuple(map(float, scales)),
         "f": model.f,

@@ -82,7 +82,7 @@ def test_missing_weights_are_an_error(tmp_path):
     [
         ('{"_class_name": "AutoencoderOobleck"}', "name one of SVQVAE, VQModel, AutoencoderKL, got AutoencoderOobl"),
         ('{"model_type": ["janus"]}', r"got \['janus'\]"),
-        ("[1]", "got no class"),
+        ("[1]", "must hold a JSON object, but holds a list"),
         ("{", "is not a valid JSON file"),
         (None, "has no config.json"),
     ],
