@@ -16,6 +16,7 @@ from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.models import tiling
+from svqvae_hf.models.tiling import Tiles
 from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 from svqvae_hf.trainer import checkpoints
@@ -54,10 +55,10 @@ def work(folder, language_model):
 
 
 def use_tokenizer(model, sample, photo):
-    for tiles in ((), (32, 4)):
-        for ids in model.encode_tokens(sample, [1, 0.5, 2], "image", *tiles):
+    for tiles in (None, Tiles(32, 4)):
+        for ids in model.encode_tokens(sample, [1, 0.5, 2], "image", tiles):
             assert ids.device == model.decode_tokens(ids).device == sample.device
-        decode_image(model, encode_image(model, photo, [1, 0.5], "latents", tiles or None), tiles or None)
+        decode_image(model, encode_image(model, photo, [1, 0.5], "latents", tiles), tiles)
     quantized = model.quantize(model.encode(sample).latents)[0]
     assert model.decode(quantized, force_not_quantize=True).sample.device == sample.device
     model.train()(sample, [1, 0.5], tile_size=32).sample[0].mean().backward()
