@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
     def _check_options(self, words: Sequence[str]) -> None:
         """Raises for options that the parser does not have. Like argparse, it takes a unique start for an option."""
-        options = []
+        options: list[str] = []
         for action in self._actions:
             options += action.option_strings
         faults = []

@@ -179,6 +179,15 @@ def test_urls_without_a_bucket_are_refused(two_images, tmp_path, capsys, monkeyp
     assert names(tmp_path) == ["two_images"]
 
 
+@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}])
+def test_tokenize_needs_rank_and_world_size_together(environment, two_images, tmp_path, capsys, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    error = fails(capsys, "tokenize", two_images, "--output", tmp_path / "out")
+    assert "RANK and WORLD_SIZE must be the number of this process and the number of processes" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_train_names_the_script(capsys):
     assert "no command `train`, because models are trained by scripts" in fails(capsys, "train", "photos")
 

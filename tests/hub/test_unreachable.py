@@ -7,7 +7,7 @@ from cli_runner import fails
 from huggingface_hub import constants
 from transformers import AutoConfig
 
-from svqvae_hf import SVQVAE, SVQVAEAutoregressivePipeline
+from svqvae_hf import SVQVAE, ContextModel, SVQVAEAutoregressivePipeline
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.token_sets.settings import read_settings
 
@@ -17,6 +17,7 @@ LOADERS = {
     "pipeline": SVQVAEAutoregressivePipeline.from_pretrained,
     "checkpoint": lambda repo_id: SVQVAE.from_single_file(f"{repo_id}:file.pt"),
     "token set": read_settings,
+    "context model": ContextModel.from_pretrained,
     "config": lambda repo_id: from_hub(AutoConfig.from_pretrained, repo_id),
 }
 
