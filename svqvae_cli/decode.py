@@ -71,7 +71,7 @@ def _decode_set(args: argparse.Namespace) -> None:
     with prefix_errors(name):
         check_same_codebook(model, settings)
         print_deleted(folder.delete_versions_before(source))
-        written, kept = detokenize_set(
+        num_written, num_kept = detokenize_set(
             model,
             name,
             args.output,
@@ -80,9 +80,9 @@ def _decode_set(args: argparse.Namespace) -> None:
             writing=partial(_recorded, folder=folder, source=source),
             context_model=context_model,
         )
-    if kept:
-        print(f"resumed: {kept:,} of {written + kept:,} images were there")
-    print(f"written  {args.output} (images: {written})")
+    if num_kept:
+        print(f"resumed: {num_kept:,} of {num_written + num_kept:,} images were there")
+    print(f"written  {args.output} (images: {num_written})")
 
 
 def _source_of_set(name: str, folder: OutputFolder) -> Source:

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     state = PartialState(cpu=find_device(args.device).type == "cpu")
     if args.device is None:  # accelerate numbers CPUs, torch does not
         args.device = "cpu" if state.device.type == "cpu" else str(state.device)
-    networks = {"lpips": None, "inception": None}
+    networks: dict[str, Any] = {"lpips": None, "inception": None}
     if args.lpips_weights is not None:
         networks["lpips"] = load_lpips(args.lpips_net, args.lpips_weights)
     if args.inception_weights is not None:

@@ -56,6 +56,6 @@ def model_folder(source: str | os.PathLike) -> Path:
     if path.exists():
         return path
     try:
-        return Path(snapshot_download(str(source), allow_patterns=MODEL_FILES))
+        return Path(snapshot_download(str(source), allow_patterns=list(MODEL_FILES)))
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:
         raise OSError(f"could not load the model `{source}`: {hub_reason(error)}") from error

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ def detokenize_set(
     *,
     max_images: int | None = None,
     keep: Callable[[list[Path]], bool] = lambda paths: False,
-    writing: Callable[[list[Path]], AbstractContextManager[None]] = nullcontext,
+    writing: Callable[[list[Path]], AbstractContextManager[Any]] = nullcontext,
     context_model: ContextModel | None = None,
 ) -> tuple[int, int]:
     """Decodes the rows of a token set to image files.

@@ -1,23 +1,26 @@
-"""Errors of the Hub in the words of a user."""
+"""A model on the Hub is the same as its folder."""
 
-import pytest
-from huggingface_hub import errors
+import shutil
 
-from svqvae_files.hub import hub_reason
+from hub_server import run_python, serve_hub
+
+from svqvae_files.file_names import DEFAULT_MODEL
+from svqvae_files.identity import model_digest
+
+DIGEST = """
+import sys
+from svqvae_files.hub import model_folder
+from svqvae_files.identity import model_digest
+assert "torch" not in sys.modules
+print(model_digest(model_folder("org/model")))
+"""
 
 
-def test_the_reason_is_the_cause_that_is_known():
-    error = OSError("wrapped")
-    error.__cause__ = errors.EntryNotFoundError("no such file")
-    assert hub_reason(error) == "the repository has no such file."
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_a_circle_of_causes_ends(known):
-    """Libraries that raise an error again in the handler of its own wrapper make one."""
-    first = OSError("first")
-    second = errors.HTTPError("second") if known else OSError("second")
-    first.__cause__ = second
-    second.__cause__ = first
-    expected = "the Hub cannot be reached." if known else "first."
-    assert hub_reason(first).startswith(expected)
+def test_a_model_on_the_hub_has_the_digest_of_its_folder(tmp_path):
+    with serve_hub(tmp_path) as env:
+        repository = tmp_path / "hub" / "org" / "model"
+        shutil.copytree(DEFAULT_MODEL, repository / "main")
+        (repository / "settings.json").write_text("{}")
+        online = run_python(DIGEST, env)
+        offline = run_python(DIGEST, env | {"HF_HUB_OFFLINE": "1"})
+    assert online == offline == model_digest(DEFAULT_MODEL) + "\n"
