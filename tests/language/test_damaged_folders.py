@@ -73,7 +73,7 @@ def test_language_models(tmp_path, capsys):
     model.generation_config.generation_kwargs = {"guidance_scale": 3.0, "temperature": 0.5}
     ImageLanguageModel(model, processor).save_pretrained(folder)
     del model.generation_config.generation_kwargs
-    command = [folder, "--prompt", "a cat"]
+    command = ["--model", folder, "--prompt", "a cat"]
     check_damages(folder, extended("llama"), tmp_path, capsys, command)
 
 
@@ -81,7 +81,7 @@ def test_language_models(tmp_path, capsys):
 def test_llamagen(tmp_path, capsys):
     make_autoregressive().save_pretrained(tmp_path / "pipeline")
     make_autoregressive(hidden_size=64).save_pretrained(tmp_path / "other")
-    command = [tmp_path / "pipeline", "--class", 1]
+    command = ["--model", tmp_path / "pipeline", "--class", 1]
     folder = tmp_path / "pipeline" / "language_model"
     check_damages(folder, tmp_path / "other" / "language_model", tmp_path, capsys, command)
 
@@ -99,8 +99,8 @@ def save_adapter(folder: Path, family: str) -> Path:
 @pytest.mark.slow
 def test_adapters(tmp_path, capsys):
     folder, other = save_adapter(tmp_path / "adapter", "qwen"), save_adapter(tmp_path / "other", "llama")
-    command = [extended("qwen"), "--adapter", folder, "--prompt", "a cat"]
-    plain = draw(capsys, tmp_path / "plain", extended("qwen"), "--prompt", "a cat")
+    command = ["--model", extended("qwen"), "--adapter", folder, "--prompt", "a cat"]
+    plain = draw(capsys, tmp_path / "plain", "--model", extended("qwen"), "--prompt", "a cat")
     assert plain != draw(capsys, tmp_path / "adapted", *command)
     (folder / "README.md").unlink(missing_ok=True)
     content = (folder / BASE_FILE).read_bytes()
@@ -111,7 +111,8 @@ def test_adapters(tmp_path, capsys):
 def test_an_adapter_without_its_tensors_or_of_another_base_is_an_error(tmp_path, capsys):
     folder = save_adapter(tmp_path / "adapter", "qwen")
     weights = load_file(folder / "adapter_model.safetensors")
-    command = ["generate", extended("qwen"), "--adapter", folder, "--prompt", "a cat", "--output", tmp_path / "out"]
+    command = ["generate", "--model", extended("qwen"), "--output", tmp_path / "out"]
+    command += ["--adapter", folder, "--prompt", "a cat"]
     half = dict(sorted(weights.items())[: len(weights) // 2])
     for kept, message in [(half, "lacks 4 of 8: "), ({}, "lacks 8 of 8: ")]:
         save_file(kept, folder / "adapter_model.safetensors")
