@@ -54,7 +54,7 @@ def _rows(parts: Sequence[ImagePart]) -> Iterator[dict[str, Any]]:
 
 def _embedded(source: ImageSource) -> dict[str, Any]:
     """An image as it is stored in the copy, with the bytes of an image at a URL."""
-    image = {"path": None, "bytes": None, "fault": None}
+    image: dict[str, Any] = {"path": None, "bytes": None, "fault": None}
     if isinstance(source, dict):
         image |= source
     is_url = "://" in (image["path"] or "")

@@ -19,9 +19,11 @@ NOT_PART_OF_A_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"  # repository and r
 
 
 class ImagePart(Protocol):
-    """A part of an image set, which can be read independently of the others. Its name says which images it holds."""
+    """A part of an image set, which can be read independently of the others."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Says which images the part holds."""
 
     def read(self) -> Iterator[ImageRow]:
         """Yields the images, always in the same order."""

@@ -253,6 +253,5 @@ def _open_repository(name: str, data_files: Sequence[str], selection: Selection)
     files.check_order()
     if files.are_tars:
         return _open_tars(files, selection)
-    with explained_set(name):
-        stream = open_stream(files, name, selection)
+    stream = open_stream(files, name, selection)
     return ImageSet(stream.parts, stream.features, files, stream.image_column, stream.length)

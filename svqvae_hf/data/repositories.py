@@ -13,6 +13,7 @@ from svqvae_files.identity import InputIdentity
 from svqvae_hf.data.image_parts import row_key
 from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
 from svqvae_hf.data.selection import Selection
+from svqvae_hf.data.set_errors import explained_set
 from svqvae_hf.data.set_files import METADATA_FILES
 from svqvae_hf.data.tables import select_columns
 from svqvae_hf.untrusted.set_rows import confine_row
@@ -133,7 +134,8 @@ def open_stream(files: RepositoryFiles, name: str, selection: Selection) -> Open
         name (`str`): Folder of the set, or its name on the Hub.
         selection ([`Selection`]): The column of the images, by default found by its type, and columns to keep.
     """
-    rows = files.builder.as_streaming_dataset(files.split)
+    with explained_set(name):
+        rows = files.builder.as_streaming_dataset(files.split)
     image_column, column_names = select_columns(rows.features or datasets.Features(), selection)
     features = datasets.Features({column: rows.features[column] for column in column_names})
     length = None
