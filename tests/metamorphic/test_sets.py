@@ -5,6 +5,7 @@
 Each case draws a kind of set and a change from a seed, which is printed.
 """
 
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -30,7 +32,8 @@ from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.trainer.data.token_sequences import TokenSource
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
-COUNT = int(os.environ.get("METAMORPHIC", "60"))
+COUNT = int(os.environ.get("METAMORPHIC", "0"))  # cases of each test; 0: a sample of a few seconds
+SECONDS = {"images": 4, "tokens": 8, "damage": 3}
 SEED = int(os.environ.get("SEED", time.time()))
 IMAGES = 12
 CROPS = {"model_name": "tiny", "crops": "centre", "resolution": 16}
@@ -328,6 +331,19 @@ def spoil(folder: Path, rng: random.Random) -> str:
 # The tests
 
 
+def cases(kind: str, count: int) -> Iterator[int]:
+    """Numbers of the cases: as many as are asked for, or for the seconds of a sample."""
+    note(f"SEED={SEED} METAMORPHIC={COUNT}")
+    end = time.monotonic() + SECONDS[kind]
+    if COUNT:
+        yield from range(count)
+        return
+    for case in itertools.count():
+        if time.monotonic() > end:
+            return
+        yield case
+
+
 def note(text: str) -> None:
     """Prints a line, which pytest shows if the test fails."""
     sys.stdout.write(f"{text}\n")
@@ -348,8 +364,7 @@ def made_sets(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
 
 def test_image_sets(tmp_path):
     rng = random.Random(SEED)
-    note(f"SEED={SEED} METAMORPHIC={COUNT}")
-    for case in range(COUNT):
+    for case in cases("images", COUNT):
         kind = rng.choice(list(KINDS))
         change = rng.choice(IMAGE_CHANGES)
         note(f"image sets, case {case}: {kind}, {change.__name__}")
@@ -360,10 +375,9 @@ def test_image_sets(tmp_path):
 
 def test_token_sets(tmp_path, made_sets):
     rng = random.Random(SEED)
-    note(f"SEED={SEED} METAMORPHIC={COUNT}")
-    for case in range(max(len(TOKEN_CHANGES), COUNT // 4)):
+    for case in cases("tokens", COUNT // 4):
         kind = rng.choice(list(KINDS))
-        change = TOKEN_CHANGES[case % len(TOKEN_CHANGES)]
+        change = rng.choice(TOKEN_CHANGES)
         note(f"token sets, case {case}: {kind}, {change.__name__}")
         images, expected = made_sets[kind]
         out = tmp_path / str(case) / "out"
@@ -374,14 +388,13 @@ def test_token_sets(tmp_path, made_sets):
 
 def test_damaged_token_sets(tmp_path, made_sets):
     rng = random.Random(SEED)
-    note(f"SEED={SEED} METAMORPHIC={COUNT}")
     readers = {
         "decode": lambda folder: detokenize_set(make_tiny(), folder, tmp_path / "images", max_images=1000),
         "train": lambda folder: TokenSource(str(folder), None),
         "rows": read_set,
         "resume": None,
     }
-    for case in range(COUNT):
+    for case in cases("damage", COUNT):
         kind = rng.choice(list(KINDS))
         images, expected = made_sets[kind]
         folder = tmp_path / str(case) / "out"
