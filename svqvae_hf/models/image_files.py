@@ -126,9 +126,10 @@ def _scale_transparent_value(image: Image.Image) -> None:
     Of a colour with 16 bits Pillow keeps the higher 8.
     """
     value = image.info.get("transparency")
-    if image.format != "PNG" or value is None or not image.tile:  # decoded already
+    tiles = getattr(image, "tile", [])  # how Pillow will decode the pixels; none once it has
+    if image.format != "PNG" or value is None or not tiles:
         return
-    layout = image.tile[0].args
+    layout = tiles[0].args
     if layout in PNG_GREY_FACTORS and isinstance(value, int):
         image.info["transparency"] = value * PNG_GREY_FACTORS[layout]
     elif layout == "RGB;16B":
