@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
-from svqvae_hf.data.image_rows import read_image
+from svqvae_hf.data.image_rows import ImageRow, read_image
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.metrics import count_codes
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
@@ -34,6 +34,19 @@ def colour_latents(model: SVQVAE, levels: int) -> torch.Tensor:
     return F.normalize(torch.cat(latents).float(), dim=-1)
 
 
+def count_uses(model: SVQVAE, rows: list[ImageRow]) -> torch.Tensor:
+    """How often each code is used in some images of a set, at several scales."""
+    processor = SVQVAEImageProcessor()
+    num_codes = model.config["codebook_size"]
+    counts = torch.zeros(num_codes, dtype=torch.int64)
+    step = max(1, len(rows) // COUNTED)
+    for row in tqdm(rows[::step], desc="images"):
+        sample = processor(read_image(row))["pixel_values"]
+        for ids in model.encode_tokens(sample, scales=SCALES):
+            counts += count_codes(ids, num_codes)
+    return counts
+
+
 @torch.inference_mode()
 def main() -> None:
     """Reads the arguments and writes the model."""
@@ -48,13 +61,10 @@ def main() -> None:
     weight = model.quantize.embedding.weight
     if len(weight) <= LEVELS**3:
         raise ValueError(f"MODEL must have more than {LEVELS**3:,} codes, one per colour, got {len(weight)}.")
-    rows, processor = list(open_images([options.images])), SVQVAEImageProcessor()
-    counts = torch.zeros(len(weight), dtype=torch.int64)
-    for row in tqdm(rows[:: max(1, len(rows) // COUNTED)], desc="images"):
-        for ids in model.encode_tokens(processor(read_image(row))["pixel_values"], scales=SCALES):
-            counts += count_codes(ids, len(weight))
-    new = colour_latents(model, LEVELS)
-    weight[counts.argsort(stable=True)[: len(new)]] = new  # the rarest
+    counts = count_uses(model, list(open_images([options.images])))
+    colours = colour_latents(model, LEVELS)
+    rarest = counts.argsort(stable=True)[: len(colours)]
+    weight[rarest] = colours
     model.save_pretrained(options.out)
 
 

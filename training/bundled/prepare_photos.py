@@ -27,6 +27,7 @@ SQUARE = 512  # pixels
 SHORT_SIDES = (512, 1024)  # pixels
 HELD_OUT = ("chelsea.png", "perched-osprey.jpg")  # photographs of the README and of the docs
 VALIDATION_EVERY = 20  # photographs
+COLUMNS = {"registry", "package", "path", "licence"}  # of the list
 
 
 def unpack(packages: Sequence[str], folder: Path) -> Path:
@@ -40,9 +41,12 @@ def unpack(packages: Sequence[str], folder: Path) -> Path:
 
 def fetch_packages(rows: list[dict[str, str]], folder: Path) -> None:
     """Downloads the packages of the list and unpacks them into a new folder."""
-    unpack(sorted({row["package"] for row in rows if row["registry"] == "debian"}), folder)
-    pypi = sorted({row["package"] for row in rows if row["registry"] == "pypi"})
-    call(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder), *pypi)
+    packages: dict[str, set[str]] = {"debian": set(), "pypi": set()}
+    for row in rows:
+        packages[row["registry"]].add(row["package"])
+    unpack(sorted(packages["debian"]), folder)
+    download = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
+    call(*download, *sorted(packages["pypi"]))
     for wheel in folder.glob("*.whl"):
         with zipfile.ZipFile(wheel) as content:
             content.extractall(folder)
@@ -58,7 +62,7 @@ def read_list(file: Path) -> list[dict[str, str]]:
     """Reads the table of photographs, without those whose licence is not stated."""
     with file.open(newline="") as table:
         reader = csv.DictReader(table, delimiter="\t")
-        missing = sorted({"registry", "package", "path", "licence"} - {*(reader.fieldnames or ())})
+        missing = sorted(COLUMNS - set(reader.fieldnames or []))
         if missing:
             raise ValueError(f"`--list` must have the columns {', '.join(missing)}, but `{file}` does not.")
         return [row for row in reader if row["licence"] != "not stated"]
@@ -66,19 +70,37 @@ def read_list(file: Path) -> list[dict[str, str]]:
 
 def squares(image: Image.Image) -> list[Image.Image]:
     """Cuts the centre of a photograph into squares, once per short side that is not longer than its own."""
-    cut = []
+    cuts = []
     for short_side in SHORT_SIDES:
         shrink = short_side / min(image.size)
         if shrink > 1:
             continue
-        sized = image.resize([round(shrink * length) for length in image.size], Image.Resampling.LANCZOS)
-        columns, rows = (length // SQUARE for length in sized.size)
-        left, top = (sized.width - columns * SQUARE) // 2, (sized.height - rows * SQUARE) // 2
-        for row in range(rows):
-            for column in range(columns):
-                x, y = left + column * SQUARE, top + row * SQUARE
-                cut.append(sized.crop((x, y, x + SQUARE, y + SQUARE)))
-    return cut or [image]
+        size = (round(shrink * image.width), round(shrink * image.height))
+        cuts += _squares_of(image.resize(size, Image.Resampling.LANCZOS))
+    return cuts or [image]
+
+
+def _squares_of(image: Image.Image) -> list[Image.Image]:
+    """The squares that fit around the centre, row by row."""
+    columns = image.width // SQUARE
+    rows = image.height // SQUARE
+    left = (image.width - columns * SQUARE) // 2
+    top = (image.height - rows * SQUARE) // 2
+    cuts = []
+    for row in range(rows):
+        for column in range(columns):
+            x = left + column * SQUARE
+            y = top + row * SQUARE
+            cuts.append(image.crop((x, y, x + SQUARE, y + SQUARE)))
+    return cuts
+
+
+def find_photographs(rows: list[dict[str, str]], packages: Path, folder: Path | None) -> list[Path]:
+    """Photographs of the list and of a folder, without those of the docs."""
+    paths = [Path(packages, row["path"].lstrip("/")) for row in rows]
+    if folder is not None:
+        paths += sorted(folder.glob("*.png"))
+    return [path for path in paths if path.name not in HELD_OUT]
 
 
 def main() -> None:
@@ -98,12 +120,11 @@ def main() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         for part in ("train", "validation"):
             (partial / part).mkdir(parents=True)
-        paths = [Path(packages, row["path"].lstrip("/")) for row in rows]
-        paths += sorted(options.folder.glob("*.png")) if options.folder else []
-        for number, path in enumerate(tqdm([path for path in paths if path.name not in HELD_OUT], unit="photo")):
-            folder = partial / ("train" if number % VALIDATION_EVERY else "validation")
+        photographs = find_photographs(rows, packages, options.folder)
+        for number, path in enumerate(tqdm(photographs, unit="photo")):
+            part = "train" if number % VALIDATION_EVERY else "validation"
             for index, square in enumerate(squares(load_image(path))):
-                square.save(folder / f"{number:04d}-{index:02d}.bmp")
+                square.save(partial / part / f"{number:04d}-{index:02d}.bmp")
     partial.rename(options.out)
 
 
