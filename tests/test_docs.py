@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import write_reference
 from cli_runner import svqvae
 from conftest import ROOT
 from hub_server import serve_hub
@@ -185,6 +186,21 @@ def test_architecture_names_each_subpackage():
     assert named == SUBPACKAGES
 
 
+@pytest.mark.parametrize("page", write_reference.PAGES)
+def test_reference_is_current(page):
+    """Otherwise run `PYTHONPATH=training python docs/write_reference.py`."""
+    assert (ROOT / "docs" / "reference" / page).read_text() == write_reference.PAGES[page]()
+
+
+def test_each_capability_has_its_room_and_its_test():
+    table = PAGES[ROOT / "docs" / "architecture.md"].partition("## Capabilities")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\w[^|]*) \| `([\w/]+)` \| `([\w/.]+)` \|$", table, re.MULTILINE)
+    assert 30 < len(rows) < 50
+    for capability, room, test in rows:
+        assert (ROOT / room).is_dir() or (ROOT / "svqvae_hf" / room).is_dir(), capability
+        assert (ROOT / test).is_file(), capability
+
+
 # Site
 
 BUILD = """
@@ -214,7 +230,7 @@ def test_site_builds_without_network_and_shows_docstrings(tmp_path):
         assert shown in text
     assert "encode_window" not in text
     assert "TileContext" not in text
-    commands_page = (tmp_path / "command_line.html").read_text()
+    commands_page = (tmp_path / "reference" / "commands.html").read_text()
     assert all(f'id="svqvae-{name}"' in commands_page for name in COMMANDS)
     assert "0.1.0" in (tmp_path / "changelog.html").read_text()
     assert "<strong>Args</strong>" in text
