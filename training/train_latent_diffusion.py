@@ -380,11 +380,11 @@ def check_label_names(names: Sequence[str]) -> None:
     for name in names:
         for part in name.split(","):
             part = part.strip()
-            other = class_of_part.setdefault(part, name)
-            if other != name:
+            first_class = class_of_part.setdefault(part, name)
+            if first_class != name:
                 raise ValueError(
                     "Names of classes must differ in each part between commas, because `DiTPipeline` finds a class by "
-                    f"any part, but `{other}` and `{name}` share `{part}`. Rename one."
+                    f"any part, but `{first_class}` and `{name}` share `{part}`. Rename one."
                 )
 
 
@@ -449,13 +449,16 @@ def sample_call(options: DiffusionOptions, pipeline: DiTPipeline) -> dict[str, A
 
 def sample_labels(options: DiffusionOptions, pipeline: DiTPipeline) -> list[str]:
     """Labels of the images of a validation: names or numbers of classes, or numbers of images."""
-    count = options.num_validation_images
     names = list(pipeline.config.id2label.values())
-    if options.label_column is None:
-        return [f"sample {index}" for index in range(count)]
-    if names:
-        return [names[index % len(names)] for index in range(count)]
-    return [f"class {index}" for index in range(count)]
+    labels = []
+    for index in range(options.num_validation_images):
+        if options.label_column is None:
+            labels.append(f"sample {index}")
+        elif names:
+            labels.append(names[index % len(names)])
+        else:
+            labels.append(f"class {index}")
+    return labels
 
 
 def make_card(options: DiffusionOptions, result: Result, pipeline: DiTPipeline, rows: Mapping[str, str]) -> str:

@@ -306,7 +306,8 @@ def draw_schedule(sizes: Sequence[Size], schedule: Sequence[Size], generator: to
     fine = inner[len(coarse) :]
     count = max(0, len(schedule) - NUM_FIRST - 1)
     num_coarse = round(COARSE_SHARE * count)
-    drawn_inner = _draw(coarse, num_coarse, generator) + _draw(fine, count - num_coarse, generator)
+    drawn_inner = _draw(coarse, num_coarse, generator)
+    drawn_inner += _draw(fine, count - num_coarse, generator)
     drawn = []
     for size in sizes:
         if size in first or size in drawn_inner or size == last:
@@ -353,11 +354,14 @@ def sample_labels(options: NextScaleOptions, source: TokenSource) -> list[str]:
     count = options.num_validation_images
     if options.caption_column is not None:
         return first_captions(source, count)
-    if source.class_names:
-        return [source.class_names[index % source.num_classes] for index in range(count)]
-    if source.num_classes:
-        return [f"class {index % source.num_classes}" for index in range(count)]
-    return [f"sample {index}" for index in range(count)]
+    labels = []
+    for index in range(count):
+        if not source.num_classes:
+            labels.append(f"sample {index}")
+            continue
+        label = index % source.num_classes
+        labels.append(source.class_names[label] if source.class_names else f"class {label}")
+    return labels
 
 
 def first_captions(source: TokenSource, count: int) -> list[str]:

@@ -26,7 +26,7 @@ def parameter_groups(
         undecayed (`Sequence[str]`, defaults to `()`): Last parts of the names of further parameters without decay.
     """
     decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    not_decayed: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -34,8 +34,8 @@ def parameter_groups(
         if parameter.ndim >= decayed_ndim and last_part not in undecayed:
             decayed.append(parameter)
         else:
-            others.append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+            not_decayed.append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
 
 
 def make_optimizer(
