@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,28 @@ CONTAINERS = ("model", "module", "state_dict")  # keys of the weights in files o
 
 # Heads of the sizes that LlamaGen defines, by layers and channels: B, L, XL, XXL, XXXL, 1B, 3B, 7B.
 HEADS = {
-    **{(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1536): 24, (48, 2560): 40},
-    **{(22, 2048): 32, (24, 3200): 32, (32, 4096): 32},
+    (12, 768): 12,
+    (24, 1024): 16,
+    (36, 1280): 20,
+    (48, 1536): 24,
+    (48, 2560): 40,
+    (22, 2048): 32,
+    (24, 3200): 32,
+    (32, 4096): 32,
 }
+
+
+@dataclass(frozen=True)
+class FileWeight:
+    """A weight of a file.
+
+    Args:
+        shape (`tuple[int, ...]`): Its shape.
+        names (`list[str]`): Its name here, or the names of the weights that it stacks along its rows.
+    """
+
+    shape: tuple[int, ...]
+    names: list[str]
 
 
 def read_llamagen(
@@ -51,109 +71,139 @@ def read_llamagen(
     """
     path = locate_checkpoint(source)
     content = load_checkpoint_file(path, source)
-    found = find_language_model(content)
-    if found is None:
+    container = find_language_model(content)
+    if container is None:
         raise ValueError(
             f"`{source}` must be a checkpoint of a language model of LlamaGen, but has no `{EMBEDDING}`, at "
             f"its top level or in {', '.join(CONTAINERS)}. Load a tokenizer with `SVQVAE.from_single_file`."
         )
-    weights = select_weights(content, found, source, use_ema=use_ema)
+    weights = select_weights(content, container, source, use_ema=use_ema)
     table = weights.pop(TABLE, None)
     check_tensors(weights, source)
     sizes = _read_sizes(weights, source)
-    check_weights(weights, {name: torch.Size(shape) for name, (shape, _) in _layout(sizes).items()}, source)
-    layers, hidden = sizes["num_hidden_layers"], sizes["hidden_size"]
-    heads = num_attention_heads or HEADS.get((layers, hidden))
-    if heads is None:
-        raise ValueError(
-            f"`{source}` has {layers} layers of {hidden} channels, which is not a size that LlamaGen defines, and "
-            "does not state the number of heads, `n_head` in training. Pass `num_attention_heads`, or `--num-heads` "
-            "to `svqvae convert`."
-        )
-    grid_size = _find_grid_size(table, sizes["num_condition_tokens"], grid_size, source)
-    config = {**sizes, "grid_size": grid_size, "num_attention_heads": heads}
-    return Checkpoint(str(source), path, use_ema, LLAMAGEN, config, _rename(weights, sizes))
+    layout = _layout(sizes)
+    shapes = {name: torch.Size(weight.shape) for name, weight in layout.items()}
+    check_weights(weights, shapes, source)
+    config = dict(sizes)
+    config["grid_size"] = _find_grid_size(table, sizes["num_condition_tokens"], grid_size, source)
+    config["num_attention_heads"] = num_attention_heads or _find_heads(sizes, source)
+    return Checkpoint(str(source), path, use_ema, LLAMAGEN, config, _rename(weights, layout, sizes["num_classes"]))
 
 
 def find_language_model(content: Mapping[str | None, Any]) -> dict[Any, Any] | None:
     """Returns the weights of a language model of LlamaGen from the content of its file, or None for other files."""
-    for weights in (content, *(content.get(name) for name in (None, *CONTAINERS))):
+    candidates: list[Any] = [content, content.get(None)]
+    for name in CONTAINERS:
+        candidates.append(content.get(name))
+    for weights in candidates:
         if isinstance(weights, dict) and EMBEDDING in weights:
             return weights
     return None
 
 
+def _find_heads(sizes: Mapping[str, Any], source: str | Path) -> int:
+    """Number of heads of the sizes that LlamaGen defines."""
+    layers = sizes["num_hidden_layers"]
+    hidden = sizes["hidden_size"]
+    if (layers, hidden) not in HEADS:
+        raise ValueError(
+            f"`{source}` has {layers} layers of {hidden} channels, which is not a size that LlamaGen defines, and "
+            "does not state the number of heads, `n_head` in training. Pass `num_attention_heads`, or `--num-heads` "
+            "to `svqvae convert`."
+        )
+    return HEADS[layers, hidden]
+
+
 def _read_sizes(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict[str, Any]:
     """Config values that are sizes of weights."""
-    condition = CAPTION if CAPTION in weights else CLASSES
+    reads_captions = CAPTION in weights
+    condition = CAPTION if reads_captions else CLASSES
     axes = {
         "codebook_size": (EMBEDDING, 0),
         "hidden_size": (EMBEDDING, 1),
         "intermediate_size": ("layers.0.feed_forward.w1.weight", 0),
-        "rows": (condition, 0),
-        "channels": (condition, 1),
+        "condition_rows": (condition, 0),
+        "condition_channels": (condition, 1),
     }
     sizes = read_sizes(weights, axes, source)
-    rows, channels = sizes.pop("rows"), sizes.pop("channels")
-    with_captions = condition == CAPTION
-    layers = count_numbers(weights, LLAMAGEN.level_prefix)
-    check_depth(f"`{source}`", {"layers": layers})
-    return {
-        **sizes,
-        "num_classes": 1 if with_captions else rows - 1,
-        "num_condition_tokens": rows if with_captions else 1,
-        "caption_dim": channels if with_captions else None,
-        "num_hidden_layers": layers,
-    }
+    condition_rows = sizes.pop("condition_rows")
+    condition_channels = sizes.pop("condition_channels")
+    sizes["num_hidden_layers"] = count_numbers(weights, LLAMAGEN.level_prefix)
+    check_depth(f"`{source}`", {"layers": sizes["num_hidden_layers"]})
+    if reads_captions:
+        return sizes | {
+            "num_classes": 1,
+            "num_condition_tokens": condition_rows,
+            "caption_dim": condition_channels,
+        }
+    return sizes | {"num_classes": condition_rows - 1, "num_condition_tokens": 1, "caption_dim": None}
 
 
-def _layout(sizes: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], list[str]]]:
-    """Shape of each weight of a file with these sizes, and its name here, or the names of those that it stacks."""
-    codes, hidden, inner = (sizes[name] for name in ("codebook_size", "hidden_size", "intermediate_size"))
-    layer = {
-        "attention.wqkv.weight": ((3 * hidden, hidden), [f"self_attn.{each}_proj.weight" for each in "qkv"]),
-        "attention.wo.weight": ((hidden, hidden), ["self_attn.o_proj.weight"]),
-        "feed_forward.w1.weight": ((inner, hidden), ["mlp.gate_proj.weight"]),
-        "feed_forward.w3.weight": ((inner, hidden), ["mlp.up_proj.weight"]),
-        "feed_forward.w2.weight": ((hidden, inner), ["mlp.down_proj.weight"]),
-        "attention_norm.weight": ((hidden,), ["input_layernorm.weight"]),
-        "ffn_norm.weight": ((hidden,), ["post_attention_layernorm.weight"]),
-    }
-    layout: dict[str, tuple[tuple[int, ...], list[str]]] = {
-        EMBEDDING: ((codes, hidden), [EMBEDDED]),
-        "norm.weight": ((hidden,), ["model.norm.weight"]),
-        "output.weight": ((codes, hidden), ["lm_head.weight"]),
+def _layout(sizes: Mapping[str, Any]) -> dict[str, FileWeight]:
+    """Weights of a file with these sizes, by their names in it."""
+    codes = sizes["codebook_size"]
+    hidden = sizes["hidden_size"]
+    layout = {
+        EMBEDDING: FileWeight((codes, hidden), [EMBEDDED]),
+        "norm.weight": FileWeight((hidden,), ["model.norm.weight"]),
+        "output.weight": FileWeight((codes, hidden), ["lm_head.weight"]),
     }
     for index in range(sizes["num_hidden_layers"]):
-        for name, (shape, ours) in layer.items():
-            layout[f"layers.{index}.{name}"] = shape, [f"model.layers.{index}.{each}" for each in ours]
-    if sizes["caption_dim"] is None:
-        return layout | {CLASSES: ((sizes["num_classes"] + 1, hidden), [CLASSES])}
-    return layout | {
-        "cls_embedding.cap_proj.fc1.weight": ((hidden, sizes["caption_dim"]), ["caption_projection.fc1.weight"]),
-        "cls_embedding.cap_proj.fc2.weight": ((hidden, hidden), ["caption_projection.fc2.weight"]),
-        CAPTION: ((sizes["num_condition_tokens"], sizes["caption_dim"]), ["uncond_embedding"]),
+        for name, weight in _layer_layout(hidden, sizes["intermediate_size"]).items():
+            names = [f"model.layers.{index}.{weight_name}" for weight_name in weight.names]
+            layout[f"layers.{index}.{name}"] = FileWeight(weight.shape, names)
+    caption_dim = sizes["caption_dim"]
+    if caption_dim is None:
+        layout[CLASSES] = FileWeight((sizes["num_classes"] + 1, hidden), [CLASSES])
+        return layout
+    projection = "cls_embedding.cap_proj"
+    layout[f"{projection}.fc1.weight"] = FileWeight((hidden, caption_dim), ["caption_projection.fc1.weight"])
+    layout[f"{projection}.fc2.weight"] = FileWeight((hidden, hidden), ["caption_projection.fc2.weight"])
+    layout[CAPTION] = FileWeight((sizes["num_condition_tokens"], caption_dim), ["uncond_embedding"])
+    return layout
+
+
+def _layer_layout(hidden: int, inner: int) -> dict[str, FileWeight]:
+    """Weights of a layer, by their names in it."""
+    attention = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"]
+    return {
+        "attention.wqkv.weight": FileWeight((3 * hidden, hidden), attention),
+        "attention.wo.weight": FileWeight((hidden, hidden), ["self_attn.o_proj.weight"]),
+        "feed_forward.w1.weight": FileWeight((inner, hidden), ["mlp.gate_proj.weight"]),
+        "feed_forward.w3.weight": FileWeight((inner, hidden), ["mlp.up_proj.weight"]),
+        "feed_forward.w2.weight": FileWeight((hidden, inner), ["mlp.down_proj.weight"]),
+        "attention_norm.weight": FileWeight((hidden,), ["input_layernorm.weight"]),
+        "ffn_norm.weight": FileWeight((hidden,), ["post_attention_layernorm.weight"]),
     }
 
 
-def _rename(weights: dict[str, torch.Tensor], sizes: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _rename(
+    weights: dict[str, torch.Tensor], layout: Mapping[str, FileWeight], num_classes: int
+) -> dict[str, torch.Tensor]:
     """Moves weights to this library's names, in float32. Emptying `weights` holds each tensor in memory only once."""
     renamed: dict[str, torch.Tensor] = {}
-    for name, (_, ours) in _layout(sizes).items():
-        parts = weights.pop(name).float().chunk(len(ours))
-        renamed |= {key: part.clone() for key, part in zip(ours, parts, strict=True)}
-    codes = renamed[EMBEDDED]
+    for file_name, file_weight in layout.items():
+        stacked = weights.pop(file_name).float()
+        parts = stacked.chunk(len(file_weight.names))
+        for name, part in zip(file_weight.names, parts, strict=True):
+            renamed[name] = part.clone()
     # The rows of classes and of no class follow the codes. With captions nothing reads them.
-    classes = renamed.pop(CLASSES, codes.new_zeros(sizes["num_classes"] + 1, codes.shape[1]))
-    return renamed | {EMBEDDED: torch.cat([codes, classes])}
+    codes = renamed[EMBEDDED]
+    classes = renamed.pop(CLASSES, None)
+    if classes is None:
+        classes = codes.new_zeros(num_classes + 1, codes.shape[1])
+    renamed[EMBEDDED] = torch.cat([codes, classes])
+    return renamed
 
 
 def _find_grid_size(table: Any, condition_tokens: int, grid_size: int | None, source: str | Path) -> int:
-    if isinstance(table, torch.Tensor) and table.ndim and table.shape[0] > condition_tokens:
-        found = math.isqrt(table.shape[0] - condition_tokens)
-        if grid_size not in (None, found):
-            raise ValueError(f"`grid_size` must be {found}, as `{TABLE}` in `{source}` tells, got {grid_size}.")
-        return found
+    """Rows and columns of ids, from the table of angles in a file or as they were passed."""
+    has_table = isinstance(table, torch.Tensor) and table.ndim > 0 and table.shape[0] > condition_tokens
+    if has_table:
+        stored_size = math.isqrt(table.shape[0] - condition_tokens)
+        if grid_size not in (None, stored_size):
+            raise ValueError(f"`grid_size` must be {stored_size}, as `{TABLE}` in `{source}` tells, got {grid_size}.")
+        return stored_size
     if grid_size is None:
         raise ValueError(
             f"`{source}` does not state the size of its images. Pass `grid_size`, or the side in pixels to "
