@@ -18,6 +18,7 @@ from svqvae_cli.files import check_source
 from svqvae_cli.runs import Run
 from svqvae_files.file_names import DEFAULT_GENERATOR
 
+LOW_TEMPERATURE = 0.5  # up to which most images of a caption are the same
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # arguments that a pipeline has under the same names
 
 
@@ -91,6 +92,7 @@ def _generate(args: argparse.Namespace, work: Run[str], rows: Mapping[str, int])
     _warn_of_unknown_words(pipeline, args.prompt or [])
     seeds = {stem: args.seed + number for number, stem in enumerate(work.targets)}
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    _tell_temperature(pipeline, args)
     for batch in _batches(work.files(), args.batch_size):
         generators = [torch.Generator().manual_seed(seeds[stem]) for stem in batch]
         rows_of_batch = [rows[stem] for stem in batch]
@@ -117,6 +119,18 @@ def _warn_of_unknown_words(pipeline: Any, prompts: list[str]) -> None:
     if keep_known_words(pipeline.tokenizer, prompts) != prompts:
         message = say_unknown(unknown_words(pipeline.tokenizer, prompts))
         print(f"svqvae: {message}", file=sys.stderr)
+
+
+def _tell_temperature(pipeline: Any, args: argparse.Namespace) -> None:
+    """Says that a model samples at a low temperature of its own, because its seeds then hardly change an image."""
+    own_sampling = getattr(pipeline, "sampling", None)
+    if own_sampling is None or args.temperature is not None or own_sampling["temperature"] > LOW_TEMPERATURE:
+        return
+    print(
+        f"svqvae: the model's temperature is {own_sampling['temperature']:g}, so seeds hardly change an image. "
+        "For others, pass --temperature 1.",
+        file=sys.stderr,
+    )
 
 
 def _check_options(pipeline: Any, args: argparse.Namespace) -> None:

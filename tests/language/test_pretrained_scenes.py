@@ -35,7 +35,15 @@ def test_folder_is_as_large_as_documented():
 def test_the_command_draws_without_a_model(tmp_path, capsys):
     assert svqvae("generate", "--prompt", "a whale above a guitar on pink", "--output", tmp_path / "out") == 0
     assert (tmp_path / "out" / "prompt_0_0.png").is_file()
-    capsys.readouterr()
+    told = (
+        "svqvae: the model's temperature is 0.1, so seeds hardly change an image. For others, pass --temperature 1.\n"
+    )
+    assert told in capsys.readouterr().err
+    warm = ["--prompt", "a fox on pink", "--temperature", 1, "--num-images", 2, "--output", tmp_path / "warm"]
+    assert svqvae("generate", *warm) == 0
+    assert "temperature" not in capsys.readouterr().err
+    first, second = sorted((tmp_path / "warm").glob("*.png"))
+    assert first.read_bytes() != second.read_bytes()
     assert svqvae("generate", "--prompt", "a lovely fox on pink", "a fox on pink", "--output", tmp_path / "two") == 0
     assert "svqvae: unknown to the model and left out: lovely\n" in capsys.readouterr().err
     error = fails(capsys, "generate", "--prompt", "Unicorns!", "--output", tmp_path / "none")
