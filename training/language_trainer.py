@@ -69,7 +69,7 @@ WITHOUT_EFFECT = {
     "use_cache": "a cache would not tell packed examples apart",
 }
 OF_ADAMW = ("adam_epsilon", "optim", "optim_args", "optim_target_modules")
-OF_VALIDATIONS = ("do_eval", "eval_delay", "eval_on_start", "eval_steps", "per_device_eval_batch_size")
+OF_VALIDATIONS = ("eval_delay", "eval_on_start", "eval_steps", "per_device_eval_batch_size")
 
 
 @dataclass
@@ -124,10 +124,14 @@ def argument_faults(arguments: TrainingArguments, options: LanguageRunOptions) -
         for name in OF_ADAMW:
             if _is_changed(arguments, name):
                 yield f"`--{name}` has no effect with `--optimizer {options.optimizer}`. Leave one of them out."
-    if options.validation_token_set is None:
-        for name in OF_VALIDATIONS:
-            if _is_changed(arguments, name):
-                yield f"`--{name}` has no effect without `--validation_token_set`. Add it, or leave `--{name}` out."
+    if options.validation_token_set is not None:
+        return
+    if _is_changed(arguments, "eval_strategy"):
+        yield "`--eval_strategy` needs `--validation_token_set`. Add it, or leave `--eval_strategy` out."
+        return  # it sets others
+    for name in OF_VALIDATIONS:
+        if _is_changed(arguments, name):
+            yield f"`--{name}` has no effect without `--validation_token_set`. Add it, or leave `--{name}` out."
 
 
 def _is_changed(arguments: TrainingArguments, name: str) -> bool:
@@ -155,7 +159,9 @@ class LanguageRun:
 
     def __init__(self, script: str, options: LanguageRunOptions, arguments: TrainingArguments):
         raise_faults(argument_faults(arguments, options))
-        self.script, self.options, self.arguments = script, options, arguments
+        self.script = script
+        self.options = options
+        self.arguments = arguments
         self.output_dir = Path(arguments.output_dir)
         self.described = public_values(asdict(options) | arguments.to_dict())
         self.identity = RunIdentity(self.described, model_digests(options))

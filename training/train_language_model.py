@@ -22,7 +22,6 @@ from language_trainer import (
 )
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     PreTrainedModel,
@@ -30,6 +29,7 @@ from transformers import (
 )
 
 from svqvae_hf import SVQVAEProcessor
+from svqvae_hf.loaders.causal_models import load_causal_model
 from svqvae_hf.loaders.folder_checks import check_files
 from svqvae_hf.loaders.saved_parts import record_parts
 from svqvae_hf.models.image_vocabulary import ImageVocabulary
@@ -107,7 +107,7 @@ def load_language_model(options: LanguageModelOptions) -> tuple[PreTrainedModel,
     tokenizer = processor.tokenizer
     if not tokenizer.pad_token:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(
+    model = load_causal_model(
         source,
         dtype="auto" if options.lora_rank else torch.float32,
         attn_implementation=options.attn_implementation,

@@ -135,7 +135,7 @@ class ChatExamples(Dataset):
     def text_example(self, row: dict[str, Any]) -> dict[str, list[int]]:
         """A text with any number of images. All of its tokens are learned."""
         tokens = text_tokens(self.processor, row)
-        return {"input_ids": tokens, "labels": tokens}
+        return {"input_ids": tokens, "labels": list(tokens)}  # a copy, because transformers pads tokens in place
 
     def conversation(self, row: dict[str, Any], rng: np.random.Generator) -> list[dict[str, str]]:
         """Messages that ask for an image or for its first caption."""
@@ -224,8 +224,8 @@ def chat(question: str, answer: str) -> list[dict[str, str]]:
 def common_start(tokens: Sequence[int], others: Sequence[int]) -> int:
     """Number of equal tokens at the start of two sequences."""
     count = 0
-    for token, other in zip(tokens, others, strict=False):
-        if token != other:
+    for token, other_token in zip(tokens, others, strict=False):
+        if token != other_token:
             break
         count += 1
     return count
@@ -267,8 +267,8 @@ def check_disjoint(pairs: Any, held_out: Any) -> None:
     for number, key in enumerate(pairs["key"]):
         for other_number in held_out_rows.get(key, []):
             row = pairs[number]
-            other = held_out[other_number]
-            if all(row[column] == other.get(column) for column in id_columns):
+            other_row = held_out[other_number]
+            if all(row[column] == other_row.get(column) for column in id_columns):
                 raise ValueError(
                     f"`--validation_token_set` must hold other images than `--token_set`, but `{key}` is in both sets."
                 )

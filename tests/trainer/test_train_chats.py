@@ -374,6 +374,7 @@ def test_the_loss_of_a_validation_does_not_depend_on_its_batches(train, tmp_path
         ({"num_train_epochs": 2}, "`--num_train_epochs` has no effect, because `--max_steps` decides the length"),
         ({"optimizer": "soap", "adam_epsilon": 1e-6}, "`--adam_epsilon` has no effect with `--optimizer soap`"),
         ({"eval_delay": 3}, "`--eval_delay` has no effect without `--validation_token_set`"),
+        ({"eval_strategy": "steps"}, "`--eval_strategy` needs `--validation_token_set`"),
     ],
 )
 def test_arguments_without_effect_are_refused(train, changes, message, tmp_path):

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, make_tiny
+from language_trainer import read_run_options
 from peft import PeftModel
 from PIL import Image
 from pipeline_parts import text_components
@@ -218,6 +219,16 @@ def test_commands_of_the_documentation_train_validate_and_draw(classes, parts, t
     call = ["--class", "class1", "1", "--num-images", "3", "--guidance-scale", "2", "--device", "cpu"]
     assert svqvae_cli.main(["generate", "--model", str(folder), *call, "--output", str(tmp_path / "new")]) == 0
     assert len([*(tmp_path / "new").glob("*.png")]) == 2 * 3
+
+
+def test_a_recipe_in_bfloat16_is_read_on_a_cpu(classes, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    recipe = str(ROOT / "training" / "configs" / "train_llamagen.yaml")
+    words = ["--vqvae_name_or_path", "org/model", "--token_set", "tokens", "--output_dir", classes["output_dir"]]
+    options, arguments = read_run_options(LlamaGenOptions, [recipe, *words])
+    assert options.label_column == "label"
+    assert arguments.bf16
+    assert arguments.use_cpu
 
 
 @pytest.mark.parametrize("condition_dropout", [0.0, 1.0])
