@@ -6,17 +6,17 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCardData
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from svqvae_files.outputs import check_new_folder, new_folder
 from svqvae_hf.hub.model_cards import table_rows
 from svqvae_hf.hub.origin import STARTED_FROM, find_origin
 from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.loaders.causal_models import load_causal_model
 from svqvae_hf.loaders.folder_checks import check_files
 from svqvae_hf.loaders.pretrained_models import SVQVAE, SVQVAEProcessor
 from svqvae_hf.loaders.saved_parts import record_parts
 from svqvae_hf.models.image_vocabulary import CONFIG_KEY, PLACEHOLDER, ImageVocabulary
-from svqvae_hf.models.loading import check_weights
 from svqvae_hf.models.processing_svqvae import tokenizer_digest
 
 # Before a chat template: joins the parts of a message to one text, with a placeholder for each image.
@@ -79,14 +79,13 @@ def _load_language_model(source: str | Path) -> tuple[PreTrainedModel, PreTraine
     """Loads a causal language model of transformers with its tokenizer, strictly."""
     check_files(source)
     try:
-        model, info = from_hub(AutoModelForCausalLM.from_pretrained, source, dtype="auto", output_loading_info=True)
+        model = load_causal_model(source, dtype="auto")
         tokenizer = from_hub(AutoTokenizer.from_pretrained, source)
     except ValueError as error:
         raise ValueError(
             f"`{source}` must be a causal language model of transformers with its tokenizer, but does not load: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    check_weights(str(source), info)
     return model, tokenizer
 
 

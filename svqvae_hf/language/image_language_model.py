@@ -4,16 +4,17 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from svqvae_files.json_files import read_json_object
 from svqvae_hf.hub.code import write_code
 from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.loaders.causal_models import load_causal_model
 from svqvae_hf.loaders.folder_checks import check_files
 from svqvae_hf.loaders.pretrained_models import SVQVAEProcessor
 from svqvae_hf.loaders.saved_parts import record_parts
 from svqvae_hf.models.image_vocabulary import CONFIG_KEY, ImageVocabulary
-from svqvae_hf.models.loading import check_merged, check_weights, copy_code
+from svqvae_hf.models.loading import check_merged, copy_code
 from svqvae_hf.pipelines.any_to_any import ImageLanguagePipeline
 from svqvae_hf.pipelines.image_chats import ImageChats
 from svqvae_hf.pipelines.repository_index import hub_options, write_json
@@ -65,10 +66,7 @@ class ImageLanguageModel(ImageChats):
         config, _ = from_hub(PreTrainedConfig.get_config_dict, source, **hub)
         ImageVocabulary.from_config(config)  # raises if it has no image tokens
         processor = SVQVAEProcessor.from_pretrained(source, **hub)
-        options["output_loading_info"] = True
-        language_model, info = from_hub(AutoModelForCausalLM.from_pretrained, source, **options)
-        check_weights(str(source), info)
-        return cls(language_model, processor)
+        return cls(load_causal_model(source, **options), processor)
 
     def save_pretrained(self, folder: str | os.PathLike, *, standalone: bool = False) -> None:
         """Saves both.

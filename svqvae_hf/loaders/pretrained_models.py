@@ -8,8 +8,6 @@ from typing import Any, Self
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from svqvae_hf.hub.code import write_code
@@ -17,6 +15,7 @@ from svqvae_hf.hub.model_cards import model_card
 from svqvae_hf.hub.origin import find_origin
 from svqvae_hf.hub.publishing import CardMixin
 from svqvae_hf.hub.repositories import from_hub, public_name
+from svqvae_hf.loaders.causal_models import misfit_explained
 from svqvae_hf.loaders.checkpoint_files import Checkpoint
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.loaders.folder_checks import check_files
@@ -189,13 +188,8 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
         check_files(os.path.join(source, kwargs.get("subfolder") or ""))
         with_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # `check_weights` lists them in one line
-        try:
+        with misfit_explained(source):
             model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except (SafetensorError, StrictDataclassError, KeyError, RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"`{source}` cannot be loaded, because its files are damaged: {reason}.") from error
         check_weights(source, info)
         if with_info:
             return model, info

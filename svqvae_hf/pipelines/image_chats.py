@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from transformers import BatchFeature, PreTrainedModel
 
@@ -23,7 +24,7 @@ WHITE = 127  # the darkest grey of a mask that counts as black; masks in JPEG fi
 
 
 class ImageChats:
-    """A language model with image tokens, and its processor. Its prompts are as in `training/train_chats.py`.
+    """A language model with image tokens, and its processor. Its prompts are as in `training/train_language_model.py`.
 
     Args:
         language_model ([`~transformers.PreTrainedModel`]): Language model.
@@ -229,12 +230,24 @@ class ImageChats:
         answer = {"role": "assistant", "content": ANSWER}  # before which templates may write more than for none
         conversations = [[{"role": "user", "content": question}, answer] for question in questions]
         texts = []
-        for chat in self.processor.apply_chat_template(conversations):
+        for chat in self._apply_template(conversations):
             before_answer = chat.rpartition(ANSWER)[0]
             texts.append((before_answer + start).rstrip(" "))  # a space would be joined with the word after it
         inputs = self.processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
         arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         return BatchFeature(arguments).to(self.language_model.device)
+
+    def _apply_template(self, conversations: list[list[dict[str, str]]]) -> list[str]:
+        """Texts of conversations. Raises for a damaged template."""
+        try:
+            chats = self.processor.apply_chat_template(conversations)
+        except TemplateError as error:
+            raise ValueError(
+                f"the chat template must be a whole template of Jinja, but is damaged: {error}. Restore the file."
+            ) from error
+        if any(ANSWER not in chat for chat in chats):
+            raise ValueError("the chat template must write what the assistant answers, but leaves it out. Restore it.")
+        return chats
 
 
 def _check_prompts(prompts: Sequence[Any]) -> None:

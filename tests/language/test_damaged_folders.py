@@ -33,7 +33,7 @@ def damage(path: Path, kind: str, other: Path) -> None:
 def draw(capsys, out: Path, *words: object) -> bytes | None:
     """Image of the command; None if it ended with an error of one line."""
     capsys.readouterr()
-    code = svqvae("generate", *words, "--seed", 1, "--output", out)
+    code = svqvae("generate", "--model", *words, "--seed", 1, "--output", out)
     captured = capsys.readouterr()
     if code == 0:
         (image,) = out.glob("*.png")
@@ -124,7 +124,7 @@ def test_an_adapter_without_its_tensors_or_of_another_base_is_an_error(tmp_path,
     changed = load_file(base / "model.safetensors")
     changed["model.norm.weight"] = torch.full_like(changed["model.norm.weight"], 2)
     save_file(changed, base / "model.safetensors", metadata={"format": "pt"})
-    command[1] = base
+    command[2] = base
     assert svqvae(*command) == 2
     assert "was made for another model or other weights of it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -173,6 +173,20 @@ def test_a_damaged_sampling_is_explained(stored):
     del pipe.language_model.generation_config.generation_kwargs
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for message in messages %}{{ message.content", "must be a whole template of Jinja, but is damaged"),
+        ("{{ messages[0].content }}", "must write what the assistant answers, but leaves it out"),
+    ],
+)
+def test_a_damaged_template_is_explained(monkeypatch, template, message):
+    pipe = ImageLanguageModel(*load_extended("qwen"))
+    monkeypatch.setattr(pipe.processor, "chat_template", template)
+    with pytest.raises(ValueError, match=message):
+        pipe.draw("a cat")
+
+
 @pytest.mark.parametrize("entries", [[], None, "x", {}, {"first_token": 3}, {"f": "8"}])
 def test_damaged_image_tokens_are_explained(entries):
     vocabulary = load_extended("qwen")[1].vocabulary.to_config()
