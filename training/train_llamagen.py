@@ -129,7 +129,8 @@ def main(options: LlamaGenOptions, arguments: TrainingArguments) -> None:
 
     def save(folder: Path) -> Path:
         language_model = LlamaGenForCausalLM.from_pretrained(folder)
-        parts.pipeline(language_model, source.class_names).save_pretrained(folder / "pipeline")
+        pipeline: Any = parts.pipeline(language_model, source.class_names)
+        pipeline.save_pretrained(folder / "pipeline")
         return folder / "pipeline"
 
     def make_card(result: Result, rows: dict[str, str]) -> str:
@@ -155,7 +156,7 @@ def start_new(options: LlamaGenOptions) -> Start:
 
 def start_from_pipeline(options: LlamaGenOptions) -> Start:
     """Loads a pipeline, whose LlamaGen is trained further in float32."""
-    pipeline = SVQVAEAutoregressivePipeline.from_pretrained(options.pipeline_name_or_path)
+    pipeline = SVQVAEAutoregressivePipeline.from_pretrained(str(options.pipeline_name_or_path))
     parts = Parts(pipeline.vqvae, pipeline.text_encoder, pipeline.tokenizer)
     source, held_out = open_token_sets(options, parts.vqvae, pipeline.config["class_names"])
     model = pipeline.language_model.float()

@@ -199,9 +199,9 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
         self, attention_mask: torch.Tensor | None, prompt_attention_mask: torch.Tensor | None, tokens: int
     ) -> torch.Tensor | None:
         """Mask of the caption and of the `tokens - 1` tokens after it, `(batch, positions)`."""
-        if prompt_attention_mask is None and attention_mask is None:
-            return None
         if prompt_attention_mask is None:
+            if attention_mask is None:
+                return None
             prompt_attention_mask = attention_mask[:, :1].expand(-1, self.config.num_condition_tokens)
         if attention_mask is None:
             return F.pad(prompt_attention_mask, (0, tokens - 1), value=1)

@@ -48,7 +48,7 @@ class Mix:
         """The first caption in the stated fraction, otherwise any."""
         if rng.random() < self.first_caption_fraction:
             return captions[0]
-        return captions[rng.integers(len(captions))]
+        return captions[int(rng.integers(len(captions)))]
 
 
 class LlamaGenExamples(Dataset):
@@ -82,7 +82,7 @@ class LlamaGenExamples(Dataset):
         tokens = torch.cat([condition, ids[-1].flatten()])  # (1 + ids,)
         labels = tokens.clone()
         labels[0] = IGNORED
-        example = {"input_ids": tokens, "labels": labels}
+        example: dict[str, Any] = {"input_ids": tokens, "labels": labels}
         if captions is not None:
             example["caption"] = self.mix.draw_caption(captions[0], rng)
         return example
@@ -191,8 +191,8 @@ class ChatExamples(Dataset):
         longest_safe = self.context - longest_rest - MARGIN
         for start in range(0, len(self.pairs), CAPTION_BATCH):
             batch = self.pairs.select_columns([self.caption_column])[start : start + CAPTION_BATCH]
-            captions = []
-            row_numbers = []  # of each caption
+            captions: list[str] = []
+            row_numbers: list[int] = []  # of each caption
             for number, value in enumerate(batch[self.caption_column], start):
                 row_captions = [value] if isinstance(value, str) else value
                 captions += row_captions
@@ -260,7 +260,7 @@ def check_disjoint(pairs: Any, held_out: Any) -> None:
     """
     if not len(pairs):
         return
-    held_out_rows = {}
+    held_out_rows: dict[str, list[int]] = {}
     for number, key in enumerate(held_out["key"]):
         held_out_rows.setdefault(key, []).append(number)
     id_columns = sorted(name for name in pairs.column_names if name.startswith("ids_"))
