@@ -171,9 +171,10 @@ def _judge(args: argparse.Namespace, networks: dict[str, Any]) -> Any:
     resolution = args.resolution
     if len(args.data) == 1 and args.data[0].endswith(REFERENCE_SUFFIX):
         forbid_options(args, "is not for a reference batch", "resolution", *image_set_options(args))
-        images = ReferenceBatch(Path(args.data[0]))
-        statistics[FID_NETWORK] = images.statistics
-        resolution = images.side
+        batch = ReferenceBatch(Path(args.data[0]))
+        statistics[FID_NETWORK] = batch.statistics
+        resolution = batch.side
+        images: Any = batch
     else:
         images = open_images(args.data, keep_labels=False, results=args.output, **image_set_options(args))
     bundled = TokenizerFeatures(load_model(None, args.device, "float32"))
