@@ -21,10 +21,11 @@ reconstruct: install
 generate: install
 	$(BIN)/svqvae generate --prompt "a whale above a guitar on pink" "three foxes on white" --output outputs/scenes --overwrite
 
-# Chromium, for the test of the demo's page, from Debian's packages; as root.
+# Chromium, for the tests of pages, and npm, which downloads the runtime of `svqvae export --web`; as root.
 browser:
 	apt-get update -qq
 	apt-get install -qq --yes --no-install-recommends chromium-headless-shell
+	command -v npm || apt-get install -qq --yes --no-install-recommends npm
 
 test: install
 	$(BIN)/$(PYTEST)

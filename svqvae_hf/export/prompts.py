@@ -1,0 +1,45 @@
+"""Prompts of a language model that draws, split so that a page can put a caption into them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from svqvae_hf.pipelines.image_chats import ANSWER, ImageChats
+
+CAPTION = "<|caption|>"  # stands for a caption in a template
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """Text around a caption, up to the first code of the image.
+
+    Args:
+        before (`str`): Text before the caption.
+        after (`str`): Text after it.
+        add_special_tokens (`bool`): Whether the tokenizer adds special tokens, which the text itself does not have.
+    """
+
+    before: str
+    after: str
+    add_special_tokens: bool
+
+    def tokens(self, tokenizer: Any, caption: str) -> list[int]:
+        """Tokens of the prompt with a caption."""
+        text = self.before + caption + self.after
+        return tokenizer(text, add_special_tokens=self.add_special_tokens).input_ids
+
+
+def prompt_template(model: ImageChats, grid: tuple[int, int]) -> PromptTemplate:
+    """Applies the chat template of a model to a caption, as [`ImageChats.draw`] does, and splits the result.
+
+    Args:
+        model ([`ImageChats`]): Language model and processor.
+        grid (`tuple[int, int]`): Rows and columns of the image.
+    """
+    chat = [{"role": "user", "content": CAPTION}, {"role": "assistant", "content": ANSWER}]
+    text = model.processor.apply_chat_template(chat)
+    before_answer = text.rpartition(ANSWER)[0]
+    before, _, after = before_answer.partition(CAPTION)
+    bos = model.tokenizer.bos_token
+    has_special_tokens = bool(bos) and before.startswith(bos)
+    begin_image = model.processor.begin_image(grid)
+    return PromptTemplate(before, after + begin_image, add_special_tokens=not has_special_tokens)
