@@ -88,7 +88,7 @@ def ids_of_rows(model: ImageChats, draw_row: RowGraph, caption: str | None, draw
     for row in range(rows):
         tokens_above = (drawn[:row].flatten() + vocabulary.first_token).tolist()
         tokens = [prompt + tokens_above for prompt in prompts]
-        inputs = {
+        inputs: dict[str, np.ndarray] = {
             "tokens": np.array(tokens, np.int64),
             "pads": np.array(pads, np.int64),
             "past": np.zeros(past_shape, np.float32),

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import onnx
 import onnxruntime
 import torch
 
-import svqvae_hf
 from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import check_new_folder, new_folder
 from svqvae_hf.export.comparison import compare_graphs
@@ -103,7 +103,7 @@ def export_page(
         for path in PAGE_FOLDER.iterdir():
             shutil.copy(path, folder)
         extract_runtime(archives, folder / "runtime")
-        settings: dict[str, Any] = {"version": svqvae_hf.__version__, "drawing": None, "photographs": None}
+        settings: dict[str, Any] = {"version": version("svqvae-hf"), "drawing": None, "photographs": None}
         if drawing is not None:
             checked = write_drawing_graphs(drawing, folder / "drawing")
             lines.append(f"checked  {checked}")

@@ -21,7 +21,10 @@ function start(section, request, onMessage, transfer = []) {
   jobs.set(job, (message) => {
     if (message.kind === "progress") return showProgress(section.result, message);
     find("progress", section.result).hidden = true;
-    if (message.kind === "error") return say(section.result, message.message, true);
+    if (message.kind === "error") {
+      jobs.delete(job); // other files may still report progress
+      return say(section.result, message.message, true);
+    }
     onMessage(message);
   });
   worker.postMessage({ job, ...request }, transfer);
