@@ -78,15 +78,6 @@ def test_an_image_with_an_exif_orientation(tiny_model, crop):
     assert torch.equal(tokens.ids[0], encode_image(tiny_model, upright, [1.0]).ids[0])
 
 
-@pytest.mark.parametrize("scales", [[1, 1], [0.5, 1, 0.5000001]])
-def test_equal_scales_are_refused_because_they_name_files(tiny_model, crop, scales):
-    with pytest.raises(ValueError, match=r"scales must differ within six digits, got .*\. Leave one out"):
-        encode_image(tiny_model, crop, scales)
-    tokens = encode_image(tiny_model, crop, [1, 0.5])
-    with pytest.raises(ValueError, match="scales must differ"):
-        dataclasses.replace(tokens, scales=(1.0, 1.0))
-
-
 def test_ids_of_another_model_raise(tiny_model, crop):
     tokens = encode_image(tiny_model, crop, [1.0])
     finer = dataclasses.replace(tokens, f=2, ids=[torch.zeros(18, 29, dtype=torch.int64)])
