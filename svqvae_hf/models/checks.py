@@ -47,8 +47,9 @@ def check_number(
         ValueError: The value is not a number, out of the range, infinite or NaN.
     """
     if isinstance(value, Real) and not isinstance(value, bool):
-        in_range = least <= value <= most and value > above
-        if in_range and math.isfinite(value):
+        number = float(value)
+        in_range = least <= number <= most and number > above
+        if in_range and math.isfinite(number):
             return
     raise ValueError(f"`{name}` must be {_describe_range(least, above, most)}, got {value!r:.80}.")
 
@@ -316,7 +317,7 @@ def check_scales(scales: Any, name: str = "`scales`") -> list[float]:
             scale = scale.item()
         if not isinstance(scale, Real) or isinstance(scale, bool):
             raise TypeError(f"{name} must be a number or a list of numbers, got {scales!r}.")
-        if not 0 < scale < math.inf:
+        if not 0 < float(scale) < math.inf:
             raise ValueError(f"{name} must be finite and above 0, got {scale}.")
         checked.append(scale if isinstance(scale, int) else float(scale))
     return checked
