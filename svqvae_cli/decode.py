@@ -175,8 +175,8 @@ def _read_tokens(path: Path, model: Any, args: argparse.Namespace) -> Any:
 
 def _asked_tiles(
     model: Any, args: argparse.Namespace, stored_tile_size: int | None, stored_overlap: int | None
-) -> tuple[int, int] | None:
-    """Tile size and overlap of the command line, or else of the token file; `None` if neither has tiles."""
+) -> Any:
+    """Tiles of the command line, or else of the token file; `None` if neither has tiles."""
     tile_size = stored_tile_size if args.tile_size is None else args.tile_size
     overlap = stored_overlap if args.overlap is None else args.overlap
     return model.tiles_of_call(tile_size, overlap)
