@@ -37,6 +37,7 @@ from svqvae_hf.trainer.data.sample_order import DIGEST, SAMPLES_PER_STEP, check_
 from svqvae_hf.trainer.examples import IGNORED
 from svqvae_hf.trainer.identity import UNIMPORTANT, RunIdentity, model_digests
 from svqvae_hf.trainer.interruption import Interruption
+from svqvae_hf.trainer.muon import MuonAndAdam, muon_groups
 from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM, hyperparameters, resume_schedule
 from svqvae_hf.trainer.options import FRACTION, OPTIMIZERS, option, public_values, raise_faults, read_options, wrong
 from svqvae_hf.trainer.publishing import Result, find_sources, provenance, refuse_finished
@@ -83,7 +84,7 @@ class LanguageRunOptions:
     first_caption_fraction: float = option(0.0, "Fraction of images drawn from the first caption, not from any.")
     scheduled_sampling: float = option(0.0, "Largest fraction of ids that the model reads as it draws them; slower.")
     attn_implementation: str | None = option(None, "Attention of transformers; `eager` is fast for short examples.")
-    optimizer: str = option("adamw", "SOAP takes longer per step than AdamW, but learns more in it.", OPTIMIZERS)
+    optimizer: str = option("adamw", "Muon and SOAP learn more per step; Muon is faster.", (*OPTIMIZERS, "muon"))
     lora_rank: int = option(0, "Rank of LoRA on all linear layers, with the rows of image tokens; 0 trains all.")
     license: str | None = option(None, "Licence for the card, by its id on the Hub; by default, from sources' cards.")
 
@@ -217,7 +218,7 @@ class LanguageRun:
             loss=ModalityLoss(codes),
             scheduled_sampling=self.options.scheduled_sampling,
             encode=encode,
-            optimizer_cls_and_kwargs=optimizer_class(self.options, self.arguments),
+            optimizer_cls_and_kwargs=optimizer_class(model, self.options, self.arguments),
         )
         self.is_main = trainer.is_world_process_zero()
         origin = find_sources(self.options)
@@ -501,13 +502,18 @@ class ModalitySums:
     hits: float
 
 
-def optimizer_class(options: LanguageRunOptions, arguments: TrainingArguments) -> tuple[type, dict[str, Any]] | None:
+def optimizer_class(
+    model: torch.nn.Module, options: LanguageRunOptions, arguments: TrainingArguments
+) -> tuple[type, dict[str, Any]] | None:
     """Class and arguments of the optimizer; None for transformers' AdamW."""
     if options.optimizer == "adamw":
         return None
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    if options.optimizer == "muon":
+        groups = muon_groups(model, arguments.weight_decay)
+        return MuonAndAdam, {"params": groups, "lr": arguments.learning_rate, "betas": betas}
     from pytorch_optimizer.optimizer.soap import SOAP  # takes a second
 
-    betas = (arguments.adam_beta1, arguments.adam_beta2)
     return SOAP, {"lr": arguments.learning_rate, "betas": betas, "max_precondition_dim": MAX_PRECONDITION_DIM}
 
 
