@@ -3,8 +3,9 @@ from random import Random
 
 import numpy as np
 import pytest
-from make_scenes import GROUNDS, HELD_OUT_PAIRS, OBJECTS, WORDINGS, Scene, make_rows, plural
+from make_scenes import GROUNDS, HELD_OUT_PAIRS, OBJECTS, Scene, make_rows
 from PIL import Image
+from scene_captions import PLAIN, CaptionWriter, Recipe, plural
 from scenes import LAYOUTS, PROMPTS, Grader, grade
 
 
@@ -21,20 +22,61 @@ def scenes(count, held_out):
 
 
 def names_in(text):
-    """Objects of a caption, in its order."""
-    others = {name: (name, *WORDINGS["objects"].get(name, ())) for name in OBJECTS}
-    singular = {form: name for name, words in others.items() for word in words for form in (word, plural(word))}
+    """Objects of a plain caption, in its order."""
+    singular = {form: name for name in OBJECTS for form in (name, plural(name))}
     return [singular[word] for word in re.findall(r"\w+", text) if word in singular]
 
 
 def test_captions_name_the_objects_and_the_ground_of_their_scene():
+    own_words = {"names": 0, "wordnet_names": 0, "adjectives": 0, "colours": 0, "typos": 0}
+    writer = CaptionWriter(Recipe(**own_words))
+    random = Random(0)
     for scene in scenes(200, False) + scenes(50, True):
-        grounds = scene.ground, *WORDINGS["grounds"][scene.ground]
         for held_out in (False, True):
-            caption = scene.caption(Random(0), held_out)
-            assert set(names_in(caption)) == {name for _, name in scene.objects}
-            assert any(ground in caption for ground in grounds) or not held_out
-            assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|[{}]", caption)
+            caption = scene.caption(random, held_out, writer)
+            assert set(names_in(caption.lower())) == set(scene.names), caption
+            assert scene.ground in caption or not held_out
+            assert not re.search(r"\ba [aeiou]|[{}]", caption)
+
+
+def test_every_phrase_and_frame_of_every_writer_can_be_filled_in():
+    writer = CaptionWriter(Recipe())
+    for voice in writer.voices:
+        for kind in PLAIN:
+            names = 2 if " " in kind else 1
+            for phrase in voice[kind]:
+                slots = set(re.findall(r"{(\w+)}", phrase))
+                assert slots <= {"0", "1", "many", "size", "g"}
+                assert {"0", "many"} & slots, phrase
+                assert ("1" in slots) == (names == 2), phrase
+                assert "size" not in slots or kind in ("small", "large")
+        assert all({*re.findall(r"{(\w+)}", frame)} == {"p", "g"} for frame in voice["frames"])
+        assert all({*re.findall(r"{(\w+)}", lead)} == {"p"} for lead in voice["leads"])
+
+
+def test_no_name_means_two_objects():
+    owners = {}
+    for wordings in (*CaptionWriter(Recipe()).voices, CaptionWriter(Recipe()).wordnet):
+        for name, others in wordings["objects"].items():
+            for other in others:
+                assert other.lower() not in OBJECTS
+                assert owners.setdefault(other.lower(), name) == name, other
+
+
+@pytest.mark.parametrize(
+    ("noun", "several"),
+    [
+        ("fox", "foxes"),
+        ("key", "keys"),
+        ("puppy", "puppies"),
+        ("bear cub", "bear cubs"),
+        ("slice of pizza", "slices of pizza"),
+        ("elephant calf", "elephant calves"),
+        ("aircraft", "aircraft"),
+    ],
+)
+def test_plurals(noun, several):
+    assert plural(noun) == several
 
 
 def test_plain_captions_mean_their_own_scene_alone():
@@ -43,6 +85,7 @@ def test_plain_captions_mean_their_own_scene_alone():
         assert [other for other in drawn.values() if other.means(text)] == [scene]
     means = Scene("red", (("left", "fox"), ("right", "pear"))).means
     assert all(map(means, ("a fox beside a pear", "a pear beside a fox on red", "a fox left of a pear")))
+    assert all(map(means, ("a fox and a pear on red", "a pear and a fox")))
     assert not any(map(means, ("a pear left of a fox", "a fox beside a pear on blue", "a fox above a pear")))
 
 
@@ -58,9 +101,14 @@ def test_every_everyday_prompt_can_be_fulfilled():
 def test_training_shows_no_held_out_pair_or_wording(objects):
     assert all(set(names_in(row["short_caption"])) not in HELD_OUT_PAIRS for row in make_rows(0, 200, False, objects))
     assert all(scene.held_out for scene in scenes(50, True))
+    writer = CaptionWriter(Recipe(noise=0, typos=0))  # noise can make one wording of two
     for scene in scenes(5, False):
-        seen, held_out = ({scene.caption(Random(number), each) for number in range(2000)} for each in (False, True))
-        assert len(held_out) > 300 > len(seen & held_out) == 0
+        seen, held_out = (
+            {scene.caption(Random(number), is_held_out, writer) for number in range(500)}
+            for is_held_out in (False, True)
+        )
+        assert len(held_out) > 300
+        assert len(seen & held_out) == 0
 
 
 def test_the_grader_reads_shifted_scenes_and_sees_each_mistake(objects):

@@ -1,63 +1,69 @@
-"""Makes a small language model that knows the words of scenes and has learned nothing: `make_scene_words.py OUT`."""
+"""Makes a small language model that knows words of captions and has learned nothing: `make_scene_words.py OUT`."""
 
-import re
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from random import Random
 
 import torch
-from make_scenes import GROUNDS, OBJECTS, WORDINGS
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from make_scenes import Scene
+from scene_captions import read_wordings
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
-SPECIAL = ["<unk>", "<s>", "</s>"]
+BEGIN, END = "<s>", "</s>"
+VOCABULARY = 1536
+CAPTIONS = 20000  # from which the tokenizer learns
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
+SPELLED_OUT = {"[’‘`]": "'", "&|\\+": " and ", "\\bw/": "with ", "[\\s_]+": " "}
 
 
-def list_words(part: Any = WORDINGS) -> list[str]:
-    """Words of the wordings."""
-    if isinstance(part, dict):
-        part = [*part.values()]
-    return re.findall(r"(?<!{)\b[a-z0-9]+\b(?!})", part) if isinstance(part, str) else [*chain(*map(list_words, part))]
+def make_tokenizer(texts: list[str], size: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Makes a tokenizer of byte pairs, which ignores case. Every text has tokens.
 
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Makes a tokenizer of whole words, which ignores case and punctuation. A plural is two tokens."""
-    tokens = [*SPECIAL, "##s", "##es", *dict.fromkeys([*OBJECTS, *GROUNDS, *list_words(), "are"])]  # of "there are"
-    tokenizer = Tokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
-    strip = [normalizers.Replace(Regex(pattern), by) for pattern, by in ((r"['’]", ""), (r"[^\p{L}\p{N}]+", " "))]
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *strip])
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    unknown, begin, end = SPECIAL
+    Args:
+        texts (`list[str]`): Texts to learn from.
+        size (`int`): Number of tokens.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    spelled_out = [normalizers.Replace(Regex(pattern), text) for pattern, text in SPELLED_OUT.items()]
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase(), *spelled_out]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[BEGIN, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token=unknown,
-        bos_token=begin,
-        eos_token=end,
-        pad_token=end,
-        chat_template=TEMPLATE,
+        tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END, chat_template=TEMPLATE
     )
 
 
-def main() -> None:
-    """Reads the arguments and writes the folder."""
-    parser = script_parser(__doc__)
-    parser.add_argument("out", type=Path, help="folder to write")
-    out = parser.parse_args().out
-    out.mkdir(parents=True)
-    tokenizer = make_tokenizer()
-    config = LlamaConfig(
+def example_texts() -> list[str]:
+    """Captions of scenes, and other words."""
+    random = Random(0)
+    captions = [Scene.draw(random, held_out=False).caption(random) for _ in range(CAPTIONS)]
+    return captions + read_wordings("wordnet")["words"]
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """Makes a model with random weights, the last of each block zero, so that it learns faster."""
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
+        hidden_size=192,
+        intermediate_size=384,
         num_hidden_layers=6,
-        num_attention_heads=4,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        head_dim=64,
         max_position_embeddings=256,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
         tie_word_embeddings=True,
@@ -66,7 +72,21 @@ def main() -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(out)
+    model = Qwen3ForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
+
+
+def main() -> None:
+    """Reads the arguments and writes the folder."""
+    parser = script_parser(__doc__)
+    parser.add_argument("out", type=Path, help="folder to write")
+    out = parser.parse_args().out
+    out.mkdir(parents=True)
+    tokenizer = make_tokenizer(example_texts())
+    make_model(tokenizer).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

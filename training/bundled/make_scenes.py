@@ -1,23 +1,22 @@
 """Makes an image set of scenes: emoji on plain grounds, with captions.
 
-    python training/bundled/make_scenes.py OUT --count 30000
+    python training/bundled/make_scenes.py OUT --count 80000
 
 A scene shows one object in one of two sizes, two to four of a kind, or two objects beside or above one another,
 each shifted by 4 pixels. The objects come from Noto Color Emoji (Debian: `apt install fonts-noto-color-emoji`;
-SIL OFL 1.1). `wordings.json` has the parts of the captions. One in ten pairs of objects occurs only in the split
-`test`, and one in four wordings in no caption.
+SIL OFL 1.1). `scene_captions.py` writes the captions. One in ten pairs of objects occurs only in the split `test`, and
+one in four pairs of a phrase and a frame in no caption.
 """
 
 import itertools
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import datasets
 from PIL import Image, ImageDraw, ImageFont
+from scene_captions import CaptionWriter, Recipe, plain_phrases
 
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
@@ -56,8 +55,9 @@ SLOTS = {  # centre, and longer side of the object, in pixels
 ONE, TWO, THREE = ("small", "large"), ("left", "right"), ("top left", "top right", "bottom")
 FOUR = (*THREE[:2], "bottom left", "bottom right")
 RELATIONS = (TWO, ("top", "bottom"))
-WORDINGS = json.loads(Path(__file__).with_name("wordings.json").read_text("utf-8"))
-CAPTIONS = 8  # of each scene, after the plain one
+WRITER = CaptionWriter(Recipe())
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+CAPTIONS = 4  # of each scene, after the plain one
 SHIFTS = (-4, 4)  # pixels; they differ by the 8 of an id, so ids repeat
 PAIRS = [frozenset(pair) for pair in itertools.combinations(OBJECTS, 2)]
 HELD_OUT_PAIRS = frozenset(Random(0).sample(PAIRS, len(PAIRS) // 10))
@@ -77,44 +77,33 @@ class Scene:
 
     @property
     def kind(self) -> str:
-        """Its key in `wordings.json`."""
-        slots, names = zip(*self.objects, strict=True)
-        if len(set(names)) < len(names):
-            return str(len(names))
-        return f"one {slots[0]}" if len(slots) == 1 else " ".join(slots)
+        """Its key in the wordings."""
+        slots = [slot for slot, _ in self.objects]
+        if len(slots) == 1:
+            return slots[0]
+        if len(set(self.names)) == 1:
+            return NUMBERS[len(slots)]
+        return " ".join(slots)
+
+    @property
+    def names(self) -> list[str]:
+        """Its objects."""
+        return [name for _, name in self.objects]
 
     def plain(self) -> list[str]:
         """Plain captions that the scene fulfils, with and without its ground, the shortest full one first."""
-        phrases = [self.fill(form) for form in WORDINGS["plain"].get(self.kind, ())]
-        return [f"{phrase}{ground}" for phrase in phrases for ground in (f" on {self.ground}", "")]
+        captions = []
+        for phrase in plain_phrases(self.kind, self.names):
+            captions += [f"{phrase} on {self.ground}", phrase]
+        return captions
 
     def means(self, plain: str) -> bool:
         """Whether the scene fulfils a plain caption."""
         return plain in self.plain()
 
-    def caption(self, random: Random, held_out: bool = False) -> str:
-        """A caption in English. One in four pairs of a phrase and a frame is held out; those name the ground."""
-        phrase, frame, lead = (random.randrange(len(WORDINGS[key])) for key in (self.kind, "frames", "leads"))
-        if ((phrase + frame) % 4 == 0) != held_out:
-            return self.caption(random, held_out)
-        names, forms = [name for _, name in self.objects], WORDINGS["objects"]
-        if random.random() < 0.1:
-            names = [random.choice(forms.get(name, [name])) for name in names]
-        ground = random.choice([*[self.ground] * 4, *WORDINGS["grounds"][self.ground]])
-        text = WORDINGS[self.kind][phrase]
-        if held_out or random.random() < 0.85:
-            text = WORDINGS["frames"][frame].format(text, ground)
-        if random.random() < 0.4 and re.match(r"(a|the|one|two|three|four|\d) ", text):
-            text = WORDINGS["leads"][lead].format(text)
-        return self.fill(text, names)
-
-    def fill(self, text: str, names: Sequence[str] = ()) -> str:
-        """Fills in the names of the objects, with their articles."""
-        names = names or [name for _, name in self.objects]
-        text = text.format(*names, many=plural(names[0]))
-        if self.kind.isdigit():
-            text = text.replace("there is", "there are")
-        return re.sub(r"\ba (?=[aeiou])", "an ", text)
+    def caption(self, random: Random, held_out: bool = False, writer: CaptionWriter = WRITER) -> str:
+        """A caption in English; see [`CaptionWriter.write`]."""
+        return writer.write(self.kind, self.names, self.ground, random, held_out)
 
     @classmethod
     def draw(cls, random: Random, held_out: bool) -> "Scene":
@@ -139,11 +128,6 @@ class Scene:
             dx, dy = (random.choice(SHIFTS) if random else 0 for _ in "xy")
             picture.paste(shape, (x + dx - shape.width // 2, y + dy - shape.height // 2), shape)
         return picture
-
-
-def plural(noun: str) -> str:
-    """Plural of an object."""
-    return noun + ("es" if noun[-1] in "sx" else "s")
 
 
 def load_objects(font: Path = FONT) -> dict[str, Image.Image]:
@@ -178,7 +162,7 @@ def main() -> None:
     """Reads the arguments and writes one Parquet file per split."""
     parser = script_parser(__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--count", type=int, default=30000, help="scenes in the split train")
+    parser.add_argument("--count", type=int, default=80000, help="scenes in the split train")
     parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf (default: Debian's)")
     options = parser.parse_args()
     objects = load_objects(options.font)

@@ -39,87 +39,18 @@ run=(accelerate launch --cpu --num_processes 1 --num_machines 1 --num_cpu_thread
 
 # All sides, as next-scale generation needs them; a language model takes the last.
 svqvae tokenize "$work/scenes/train.parquet" --output "$work/tokens" --model "$work/tokenizer" --crops centre --resolution 96 --sides $(seq 12) \
-    --scale-from latents --keep short_caption
+    --scale-from latents --keep caption short_caption
 
 [ -d "$work/words" ] || python training/bundled/make_scene_words.py "$work/words"
 [ -d "$work/extended" ] || svqvae extend-lm "$work/words" --output "$work/extended" --vqvae "$work/tokenizer"
 
-# A language model, in 7.7 hours on the same core: plain captions and others mixed, then plain ones alone, then mostly others.
-train_words() {
-    python training/train_language_model.py --token_set "$work/tokens" --per_device_train_batch_size 32 --use_cpu --bf16 --attn_implementation eager \
-        --no_packing --no_completion_only_loss --condition_dropout 0.1 --optimizer soap --adam_beta1 0.95 --adam_beta2 0.95 --warmup_steps 40 \
-        --logging_steps 20 --save_steps 100 --save_total_limit 2 --report_to none --resume_from_checkpoint latest "$@"
-}
-train_words --model_name_or_path "$work/extended" --output_dir "$work/mixed" --max_steps 800 --learning_rate 2e-3 \
-    --lr_scheduler_type constant_with_warmup --caption_fraction 0.15 --first_caption_fraction 0.6 --seed 8
-train_words --model_name_or_path "$work/mixed" --output_dir "$work/plain" --max_steps 900 --learning_rate 2e-3 \
-    --lr_scheduler_type constant_with_warmup --caption_fraction 0.1 --first_caption_fraction 1 --seed 9
-train_words --model_name_or_path "$work/plain" --output_dir "$work/wordings" --max_steps 1700 --learning_rate 1.5e-3 \
-    --lr_scheduler_type linear --caption_fraction 0.2 --first_caption_fraction 0.2 --scheduled_sampling 0.5 --seed 10
-train_words --model_name_or_path "$work/wordings" --output_dir "$work/more_wordings" --max_steps 2300 --learning_rate 1.2e-3 \
-    --lr_scheduler_type linear --caption_fraction 0.2 --first_caption_fraction 0.1 --scheduled_sampling 0.5 --seed 11
-train_words --model_name_or_path "$work/more_wordings" --output_dir "$work/most_wordings" --max_steps 1150 --learning_rate 9e-4 \
-    --lr_scheduler_type linear --caption_fraction 0.2 --first_caption_fraction 0.1 --scheduled_sampling 0.5 --seed 12
-train_words --model_name_or_path "$work/most_wordings" --output_dir "$work/warm" --max_steps 1524 --learning_rate 1.5e-3 \
-    --lr_scheduler_type polynomial --lr_scheduler_kwargs '{"power": 1, "lr_end": 7.48e-4}' \
-    --caption_fraction 0.2 --first_caption_fraction 0.2 --scheduled_sampling 0.5 --seed 13
-
-# Scenes on black and red, on which the model failed most, are seen three times as often.
-[ -d "$work/dark_tokens" ] || python - "$work" <<'PY'
-import shutil
-import sys
-from pathlib import Path
-
-import numpy as np
-import pyarrow.parquet as pq
-
-work = Path(sys.argv[1])
-shutil.rmtree(work / "dark_tokens.partial", ignore_errors=True)
-shutil.copytree(work / "tokens", work / "dark_tokens.partial")
-(file,) = (work / "dark_tokens.partial").rglob("*.parquet")
-table = pq.read_table(file)
-captions = table["short_caption"].to_pylist()
-dark = [row for row, caption in enumerate(captions) if caption.endswith((" on black", " on red"))]
-rows = np.random.default_rng(0).permutation([*range(len(captions)), *dark, *dark])
-pq.write_table(table.take(rows), file, row_group_size=1500)
-(work / "dark_tokens.partial").rename(work / "dark_tokens")
-PY
-train_words --token_set "$work/dark_tokens" --model_name_or_path "$work/warm" --output_dir "$work/dark" \
-    --max_steps 1450 --learning_rate 8e-4 --lr_scheduler_type linear --caption_fraction 0.2 --first_caption_fraction 0.2 --scheduled_sampling 0.5 --seed 14
-
-# New scenes, each seen once: after more steps on the same ones, the model draws fewer held-out pairs right. In the
-# third part, two of five are on black and red.
-if [ ! -d "$work/new_scenes" ]; then
-    rm -rf "$work/new_scenes.partial"
-    python training/bundled/make_scenes.py "$work/new_scenes.partial" --count 222000 ${FONT:+--font "$FONT"}
-    python - "$work/new_scenes.partial" <<'PY'
-import sys
-from pathlib import Path
-
-import pyarrow.parquet as pq
-
-folder = Path(sys.argv[1])
-table = pq.read_table(folder / "train.parquet")
-captions = table["short_caption"].to_pylist()
-dark = [row for row in range(94000, 222000) if (row - 94000) % 8 < 3 or captions[row].endswith((" on black", " on red"))]
-for part, rows in enumerate((range(30000, 62000), range(62000, 94000), dark), start=1):
-    pq.write_table(table.take([*rows]), folder / f"part_{part}.parquet", row_group_size=1500)
-PY
-    mv "$work/new_scenes.partial" "$work/new_scenes"
-fi
-for part in 1 2 3; do
-    svqvae tokenize "$work/new_scenes/part_$part.parquet" --output "$work/new_tokens_$part" --model "$work/tokenizer" --crops centre --resolution 96 \
-        --sides 12 --scale-from latents --keep short_caption
-done
-train_new() {
-    train_words --lr_scheduler_type linear --caption_fraction 0.2 --first_caption_fraction 0.2 --scheduled_sampling 0.5 "$@"
-}
-train_new --token_set "$work/new_tokens_1" --model_name_or_path "$work/dark" --output_dir "$work/new_1" \
-    --max_steps 1000 --learning_rate 8e-4 --seed 16
-train_new --token_set "$work/new_tokens_2" --model_name_or_path "$work/new_1" --output_dir "$work/new_2" \
-    --max_steps 1000 --learning_rate 8e-4 --seed 17
-train_new --token_set "$work/new_tokens_3" --model_name_or_path "$work/new_2" --output_dir "$work/language_model" \
-    --max_steps 1600 --learning_rate 1e-3 --seed 18
+# One run that learns to draw and to describe, from new weights.
+python training/train_language_model.py --token_set "$work/tokens" --model_name_or_path "$work/extended" --output_dir "$work/language_model" \
+    --per_device_train_batch_size 32 --use_cpu --bf16 --attn_implementation eager --no_packing \
+    --condition_dropout 0.08 --caption_fraction 0.12 --first_caption_fraction 0.15 \
+    --optimizer muon --learning_rate 6e-3 --adam_beta2 0.95 --warmup_steps 40 --max_steps 6000 \
+    --lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs '{"num_decay_steps": 3000, "decay_type": "linear"}' \
+    --logging_steps 20 --save_steps 200 --save_total_limit 2 --report_to none --resume_from_checkpoint latest --seed 1
 
 # A next-scale transformer for the same ids, in 42 minutes; it reads the plain captions alone.
 echo '{"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 32}' >"$work/next_scale.json"

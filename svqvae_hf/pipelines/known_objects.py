@@ -1,0 +1,95 @@
+"""Names the objects of a prompt that a model cannot draw."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+FILE = "known_objects.json"  # beside the weights of a language model
+WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
+PURPOSES = ("for", "like")  # "three carrots for the soup", "red like wine": what follows need not be drawn
+DETERMINERS = ("a", "an", "the", "my", "our", "your", "his", "her", "their", "some")
+
+
+@dataclass(frozen=True)
+class KnownObjects:
+    """Names of what a model can draw, and of other things.
+
+    Args:
+        names (`frozenset[str]`): Names and words, in lower case, that the training captions have.
+        others (`frozenset[str]`): Nouns, in singular, of things that the model cannot draw.
+    """
+
+    names: frozenset[str]
+    others: frozenset[str]
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike) -> Self | None:
+        """Reads them from the folder or Hub id of a language model, or returns None if it has none."""
+        path = Path(source, FILE)
+        if not Path(source).is_dir():
+            try:
+                path = Path(hf_hub_download(str(source), FILE))
+            except (EntryNotFoundError, OSError):
+                return None
+        if not path.is_file():
+            return None
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return cls(frozenset(entries["names"]), frozenset(entries["others"]))
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes them to the folder of a language model."""
+        entries = {"names": sorted(self.names), "others": sorted(self.others)}
+        Path(folder, FILE).write_text(json.dumps(entries, indent=0), encoding="utf-8")
+
+    def unknown(self, prompt: str) -> list[str]:
+        """Words of a prompt for things that the model cannot draw, in the order of the prompt."""
+        words = WORD.findall(prompt.lower().replace("’", "'"))
+        unknown = []
+        position = 0
+        while position < len(words):
+            length = self.known_length(words[position:])
+            if length:
+                position += length
+                continue
+            word = words[position]
+            is_thing = any(form in self.others for form in singulars(word))
+            if is_thing and not has_purpose(words[:position]) and word not in unknown:
+                unknown.append(word)
+            position += 1
+        return unknown
+
+    def known_length(self, words: list[str]) -> int:
+        """Number of words of the longest known name with which words start, or 0."""
+        for length in range(min(4, len(words)), 0, -1):
+            start = " ".join(words[: length - 1])
+            for form in singulars(words[length - 1]):
+                if f"{start} {form}".strip() in self.names:
+                    return length
+        return 0
+
+
+def singulars(word: str) -> list[str]:
+    """A word, and nouns of which it may be the plural."""
+    forms = [word]
+    if word.endswith("ies"):
+        forms.append(f"{word[:-3]}y")
+    if word.endswith("ves"):
+        forms.append(f"{word[:-3]}f")
+    if word.endswith("es"):
+        forms.append(word[:-2])
+    if word.endswith("s"):
+        forms.append(word[:-1])
+    return forms
+
+
+def has_purpose(words: list[str]) -> bool:
+    """Whether the words before a noun say that it is what the picture is for, or what something is like."""
+    if words and words[-1] in DETERMINERS:
+        words = words[:-1]
+    return bool(words) and words[-1] in PURPOSES

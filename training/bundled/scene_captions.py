@@ -1,0 +1,275 @@
+"""Writes captions of scenes in the wordings of several writers.
+
+`wordings/` has one JSON file per writer: phrases for each kind of scene, frames that name the ground, leads that stand
+around a caption, and other names for objects, colours and sizes. Nobody read what another had written. Names of
+`wordings/wordnet.json` are from WordNet; `wordnet.py` makes it.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+from zlib import crc32
+
+FOLDER = Path(__file__).with_name("wordings")
+VOICES = ("first", "terse", "chatty", "polite", "narrative", "observer", "child", "learner")
+PLAIN = {
+    "small": ["a small {0}", "a {0}"],
+    "large": ["a {0}", "a large {0}"],
+    "two": ["two {many}"],
+    "three": ["three {many}"],
+    "four": ["four {many}"],
+    "left right": [
+        "a {0} left of a {1}",
+        "a {0} beside a {1}",
+        "a {1} beside a {0}",
+        "a {0} and a {1}",
+        "a {1} and a {0}",
+    ],
+    "top bottom": ["a {0} above a {1}", "a {0} and a {1}", "a {1} and a {0}"],
+}
+SAME_PLURAL = ("aircraft", "spacecraft", "rotorcraft", "fish", "swine", "longlegs")
+FILLERS = "just really simply actually um maybe now very nice also then well only kind sort".split()
+LONGEST = 20  # words of a caption, so that batches need little padding
+SIMILES = {"dinosaur", "dinosaurs"}  # in phrases, "as big as a dinosaur", but nothing that a scene shows
+HELD_OUT = 4  # one in so many pairs of a phrase and a frame is in no caption of the training set
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How captions are written. All but the voices are probabilities.
+
+    Args:
+        voices (`tuple[str, ...]`): Writers.
+        names (`float`): That a writer's other name stands for an object.
+        wordnet_names (`float`): That a name of WordNet does.
+        adjectives (`float`): That an object has an adjective.
+        colours (`float`): That a writer's other name stands for a colour.
+        grounds (`float`): That a frame names the ground.
+        leads (`float`): That a lead stands around the caption.
+        random_words (`float`): That words of a frame and of a lead are replaced by any others.
+        noise (`float`): That articles or commas are left out, or that a filler is added.
+        typos (`float`): That a word has a typing error.
+    """
+
+    voices: tuple[str, ...] = VOICES
+    names: float = 0.35
+    wordnet_names: float = 0.1
+    adjectives: float = 0.08
+    colours: float = 0.4
+    grounds: float = 0.85
+    leads: float = 0.4
+    random_words: float = 0.12
+    noise: float = 0.15
+    typos: float = 0.03
+
+
+class CaptionWriter:
+    """Writes captions by a recipe.
+
+    Args:
+        recipe ([`Recipe`]): Writers and probabilities.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.voices = [read_wordings(voice) for voice in recipe.voices]
+        self.wordnet = read_wordings("wordnet")
+
+    def write(self, kind: str, names: Sequence[str], ground: str, random: Random, held_out: bool = False) -> str:
+        """Writes a caption of a scene.
+
+        Args:
+            kind (`str`): A key of `PLAIN`.
+            names (`Sequence[str]`): Objects, in the order of its slots.
+            ground (`str`): Colour of the ground.
+            random (`Random`): Source of all choices.
+            held_out (`bool`, defaults to `False`): Pair a phrase with a frame as no caption of the training set does.
+                Such a caption names the ground.
+        """
+        caption = self.draft(kind, names, ground, random, held_out)
+        while len(caption.split()) > LONGEST:
+            caption = self.draft(kind, names, ground, random, held_out)
+        return caption
+
+    def draft(self, kind: str, names: Sequence[str], ground: str, random: Random, held_out: bool) -> str:
+        """Writes a caption of any length."""
+        recipe = self.recipe
+        voice = random.choice(self.voices)
+        caption, frame = self.phrase_and_frame(voice, kind, random, held_out)
+        surroundings = "{p}"
+        if frame is not None and (held_out or random.random() < recipe.grounds):
+            surroundings = frame
+        if random.random() < recipe.leads:
+            surroundings = random.choice(voice["leads"]).replace("{p}", surroundings)
+        if random.random() < recipe.random_words:
+            surroundings = self.replace_words(surroundings, random)
+        caption = surroundings.replace("{p}", caption)
+        if random.random() < recipe.noise:
+            caption = add_noise(caption, random)
+        caption = caption.replace("{g}", self.colour(ground, random))
+        if kind in ("small", "large"):
+            caption = caption.replace("{size}", self.size(kind, random))
+        caption = fill(caption, [self.name(name, random) for name in names])
+        if random.random() < recipe.typos:
+            caption = add_typo(caption, random)
+        return caption
+
+    def phrase_and_frame(
+        self, voice: dict[str, Any], kind: str, random: Random, held_out: bool
+    ) -> tuple[str, str | None]:
+        """Chooses a phrase and the frame around it, which is None for a phrase that names the ground itself."""
+        while True:
+            phrase = random.choice(voice[kind])
+            if "{g}" in phrase and not held_out:
+                return phrase, None
+            frame = random.choice(voice["frames"])
+            is_held_out = crc32(f"{phrase} {frame}".lower().encode()) % HELD_OUT == 0  # whoever wrote them
+            if "{g}" not in phrase and is_held_out == held_out:
+                return phrase, frame
+
+    def name(self, name: str, random: Random) -> str:
+        """Chooses a name of an object, in which more writers' names are more frequent."""
+        chance = random.random()
+        if chance < self.recipe.names:
+            options = self.pool("objects", name)
+        elif chance < self.recipe.names + self.recipe.wordnet_names:
+            options = self.wordnet["objects"][name]
+        else:
+            options = []
+        text = random.choice(options) if options else name
+        if random.random() < self.recipe.adjectives:
+            return f"{random.choice(self.wordnet['adjectives'])} {text}"
+        return text
+
+    def colour(self, ground: str, random: Random) -> str:
+        """Chooses a name of a colour."""
+        if random.random() < self.recipe.colours:
+            return random.choice(self.pool("colours", ground))
+        return ground
+
+    def size(self, kind: str, random: Random) -> str:
+        """Chooses an adjective of a size."""
+        return random.choice(self.pool("sizes", kind))
+
+    def pool(self, part: str, key: str) -> list[str]:
+        """What all writers wrote for an object, a colour or a size, with repetitions."""
+        options = []
+        for voice in self.voices:
+            options += voice[part].get(key, [])
+        return options
+
+    def replace_words(self, text: str, random: Random) -> str:
+        """Replaces words by any others, so that a model learns to pass over words that it does not know."""
+        share = random.choice((0.3, 0.6, 1.0))
+        words = []
+        for word in text.split():
+            if word.isalpha() and random.random() < share:
+                word = random.choice(self.wordnet["words"])
+            words.append(word)
+        return " ".join(words)
+
+
+@cache
+def read_wordings(name: str) -> dict[str, Any]:
+    """Reads a file of `wordings/`."""
+    return json.loads(FOLDER.joinpath(f"{name}.json").read_text("utf-8"))
+
+
+def plain_phrases(kind: str, names: Sequence[str]) -> list[str]:
+    """Plain captions of a kind of scene without the ground, the shortest complete one first; none of another kind."""
+    return [fill(phrase, names) for phrase in PLAIN.get(kind, [])]
+
+
+def fill(text: str, names: Sequence[str]) -> str:
+    """Fills in the names of the objects, with their articles."""
+    text = text.replace("{many}", plural(names[0]))
+    for number, name in enumerate(names):
+        text = text.replace(f"{{{number}}}", name)
+    return re.sub(r"\b([Aa]) (?=[aeiouAEIOU])", r"\1n ", text)
+
+
+def plural(noun: str) -> str:
+    """Plural of a noun, which may have words before or after it."""
+    parts = re.fullmatch(r"(.+?)((?: of| with| on| in| and| for) .*)?", noun)
+    if parts is None:
+        return noun
+    head, tail = parts[1], parts[2] or ""
+    if head.endswith(SAME_PLURAL):
+        return noun
+    if re.search(r"[^aeiou]y$", head):
+        return f"{head[:-1]}ies{tail}"
+    if re.search(r"\b(calf|wolf|half)$", head):
+        return f"{head[:-1]}ves{tail}"
+    if re.search(r"(s|x|ch|sh)$", head):
+        return f"{head}es{tail}"
+    return f"{head}s{tail}"
+
+
+def add_noise(caption: str, random: Random) -> str:
+    """Leaves out articles or punctuation, or adds a filler."""
+    kind = random.randrange(4)
+    if kind == 0:
+        return re.sub(r"\b(a|an|the) ", "", caption)
+    if kind == 1:
+        return re.sub(r"\b(a|an) ", "the ", caption)
+    if kind == 2:
+        return re.sub(r"[,.:;!?]", "", caption)
+    words = caption.split()
+    words.insert(random.randrange(len(words) + 1), random.choice(FILLERS))
+    return " ".join(words)
+
+
+def add_typo(caption: str, random: Random) -> str:
+    """Makes a typing error in a word of at least four letters."""
+    words = caption.split()
+    number = random.randrange(len(words))
+    word = words[number]
+    if len(word) < 4:
+        return caption
+    at = random.randrange(1, len(word) - 1)
+    before, letter, after = word[:at], word[at], word[at + 1 :]
+    errors = [before + after, before + after[:1] + letter + after[1:], before + letter + letter + after]
+    words[number] = random.choice(errors)
+    return " ".join(words)
+
+
+def caption_words() -> set[str]:
+    """Words of all phrases, frames, leads and sizes, and whole names of objects and colours, in lower case."""
+    words = set()
+    for voice in VOICES:
+        for part, texts in read_wordings(voice).items():
+            for text in texts_of(texts):
+                if part in ("objects", "colours"):
+                    words.add(text.lower().replace("-", " "))
+                else:
+                    words.update(re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower()))
+    return words - SIMILES
+
+
+def known_names() -> set[str]:
+    """Names of objects, colours and sizes by all writers, and their words."""
+    names = set()
+    for voice in VOICES:
+        wordings = read_wordings(voice)
+        for part in ("objects", "colours", "sizes"):
+            for text in texts_of(wordings[part]):
+                names.update([text.lower(), *text.lower().split()])
+    return names
+
+
+def texts_of(part: Any) -> list[str]:
+    """All texts of wordings."""
+    if isinstance(part, str):
+        return [part]
+    values = part.values() if isinstance(part, dict) else part
+    texts = []
+    for value in values:
+        texts += texts_of(value)
+    if isinstance(part, dict):
+        texts += list(part)
+    return texts

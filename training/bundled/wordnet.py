@@ -1,0 +1,231 @@
+"""Finds names of objects, adjectives and other nouns in WordNet 3.0: `wordnet.py OUT FOLDER`.
+
+OUT is `wordings/wordnet.json`: synonyms and kinds of the objects that scenes show, and common words. The file
+`known_objects.json` of FOLDER has all names and words of captions, and nouns for other things that have a shape, by
+which the model says what it cannot draw. Only words of `/usr/share/dict/american-english` are among them (Debian:
+`apt install wamerican`). WordNet is in `/usr/share/wordnet` (Debian: `apt install wordnet-base`; licence of Princeton
+University).
+"""
+
+import json
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from make_scenes import GROUNDS, OBJECTS
+from scene_captions import VOICES, caption_words, known_names, read_wordings
+
+from svqvae_hf.pipelines.known_objects import KnownObjects
+from svqvae_hf.trainer.scripts import one_line_errors, script_parser
+
+WORDNET = Path("/usr/share/wordnet")
+SENSES = {  # where the first sense of the noun is something else, counted from 1
+    **{"banana": [2], "bell": [1, 2], "carrot": [1, 3], "cow": [1, 2], "crown": [4], "dolphin": [2], "octopus": [2]},
+    **{"hedgehog": [1, 2], "mushroom": [1, 2, 3], "pineapple": [2], "tiger": [2], "turtle": [2], "whale": [2]},
+}
+COLOURS = {*GROUNDS, "gray", "violet", "brown", "golden", "silver", "scarlet", "crimson", "lilac"}
+LATIN_ENDINGS = ("us", "is", "ca", "ra", "ia", "ns", "um", "ta", "la", "na", "ae")
+NOT_NAMES = set(  # kinds in WordNet that people do not mean by the object
+    "okapi camelopard porcupine castle palace convent cloister monastery mansion mammoth bulldozer dozer "
+    "angledozer lynx bobcat caracal cougar puma ocelot serval margay catamount panther cheetah jaguar leopard "
+    "missile icbm abm exocet moth buzzer webcam passport bomber eggbeater skyhook tambourine moped grampus "
+    "agua charger dinky torpedo orca".split()
+)
+SHAPED = {"05": "animal", "06": "artifact", "13": "food", "20": "plant"}  # lexicographer files
+SHAPED_KINDS = ("imaginary_being",)  # of other files
+GROUND_KINDS = tuple(  # and places and meals: what may be there besides the objects
+    "fabric linen floor_cover curtain paper bedclothes room workplace plot tract meal nutriment course".split()
+)
+NOT_THINGS = set("john bot dinky flipper tail milk salad soup flag moon sun star".split())
+CATEGORIES = set("flower pet animal vehicle fruit vegetable bird fish insect building machine instrument toy".split())
+DICTIONARY = Path("/usr/share/dict/american-english")
+COLOUR_NOUNS = set(
+    "olive salmon coral mint peach rust sand wine cream mustard plum fuchsia teal apricot slate".split()
+)
+SHARE_OF_USES = 0.6  # of a name, in WordNet's texts, that must mean the object
+NOT_ADJECTIVES = set(
+    "small tiny little big large huge giant great left right top bottom upper lower high low two three four one "
+    "single double triple first second third last other same another more many few several no not next "
+    "near under above".split()
+)
+
+
+@dataclass
+class Nouns:
+    """Nouns of WordNet.
+
+    Args:
+        lemmas (`dict[str, list[str]]`): Words of each synset.
+        kinds (`dict[str, list[str]]`): Synsets below each synset.
+        files (`dict[str, str]`): Lexicographer file of each synset.
+        senses (`dict[str, list[str]]`): Synsets of each word, the commonest first.
+        uses (`dict[str, Counter]`): How often each sense of a word is used, counted from 1.
+        other_uses (`Counter`): How often each word is used as a verb or an adjective.
+    """
+
+    lemmas: dict[str, list[str]] = field(default_factory=dict)
+    kinds: dict[str, list[str]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    senses: dict[str, list[str]] = field(default_factory=dict)
+    uses: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
+    other_uses: Counter = field(default_factory=Counter)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Nouns":
+        """Reads them from Debian's folder."""
+        nouns = cls()
+        for line in data_lines(folder / "data.noun"):
+            fields = line.split(" | ")[0].split(" ")
+            offset, lex_file = fields[0], fields[1]
+            words = int(fields[3], 16)
+            nouns.lemmas[offset] = fields[4 : 4 + 2 * words : 2]
+            nouns.files[offset] = lex_file
+            pointers = fields[5 + 2 * words :]
+            nouns.kinds[offset] = [pointers[at + 1] for at in range(0, len(pointers) - 3, 4) if pointers[at] == "~"]
+        for line in data_lines(folder / "index.noun"):
+            fields = line.split()
+            nouns.senses[fields[0]] = fields[-int(fields[2]) :]
+        for line in (folder / "cntlist.rev").read_text().splitlines():
+            key, sense, count = line.split()
+            word, _, lexical = key.partition("%")
+            if lexical.startswith("1"):  # a noun
+                nouns.uses[word][int(sense)] = int(count)
+            else:
+                nouns.other_uses[word] += int(count)
+        return nouns
+
+    def below(self, synset: str, stops: set[str]) -> list[str]:
+        """All synsets below one, and itself, without those at or below `stops`."""
+        found, waiting = [], [synset]
+        while waiting:
+            current = waiting.pop()
+            found.append(current)
+            for kind in self.kinds[current]:
+                if kind not in stops:
+                    waiting.append(kind)
+        return found
+
+    def means(self, word: str, synsets: set[str]) -> bool:
+        """Whether the first sense of a word, and most of its uses, are among synsets."""
+        senses = self.senses[word]
+        if senses[0] not in synsets:
+            return False
+        total = sum(self.uses[word].values())
+        if not total:
+            return 2 * sum(sense in synsets for sense in senses) >= len(senses)
+        ours = sum(count for sense, count in self.uses[word].items() if senses[sense - 1] in synsets)
+        return ours >= SHARE_OF_USES * total
+
+
+def data_lines(path: Path) -> list[str]:
+    """Lines of a file of WordNet without its licence."""
+    return [line.rstrip() for line in path.read_text().splitlines() if not line.startswith("  ")]
+
+
+def roots_of(name: str, nouns: Nouns) -> list[str]:
+    """Synsets of an object."""
+    return [nouns.senses[name][sense - 1] for sense in SENSES.get(name, [1])]
+
+
+def find_names(nouns: Nouns, adjectives: set[str]) -> dict[str, list[str]]:
+    """Synonyms and kinds of each object."""
+    roots = {name: roots_of(name, nouns) for name in OBJECTS}
+    owners: Counter = Counter()
+    names: dict[str, set[str]] = {}
+    for name in OBJECTS:
+        others = {root for other in OBJECTS if other != name for root in roots[other]}
+        synsets = {synset for root in roots[name] for synset in nouns.below(root, others)}
+        words = {word for synset in synsets for word in nouns.lemmas[synset]}
+        names[name] = {
+            word.lower().replace("_", " ")
+            for word in words
+            if is_everyday(word, name, nouns, adjectives) and nouns.means(word.lower(), synsets)
+        }
+        owners.update(names[name])
+    for name in OBJECTS:
+        for voice in VOICES:
+            owners.update(read_wordings(voice)["objects"].get(name, []))
+        names[name] = {word for word in names[name] if not re.search("missile|bomb|wildcat", word)}
+    chosen = {}
+    for name in OBJECTS:
+        chosen[name] = sorted(word for word in names[name] if owners[word] == 1)
+    return chosen
+
+
+def is_everyday(word: str, name: str, nouns: Nouns, adjectives: set[str]) -> bool:
+    """Whether a word may name an object: one or two English words, no colour, no Latin, and no other object in it."""
+    lower = word.lower()
+    if (
+        lower in OBJECTS
+        or lower in NOT_NAMES
+        or lower not in nouns.senses
+        or not re.fullmatch(r"[a-z'\-]{3,}(_[a-z'\-]+)?", lower)
+    ):
+        return False
+    is_species = "_" in word and not nouns.uses[lower.split("_")[1]]
+    if word[0].isupper() and (is_species or lower.endswith(LATIN_ENDINGS)):
+        return False
+    parts = re.split(r"[_\-]", lower)
+    if any(part in COLOURS or (part in OBJECTS and part != name) for part in parts):
+        return False
+    return all(part in nouns.senses or part in adjectives for part in lower.split("_"))
+
+
+def find_others(nouns: Nouns, names: set[str]) -> list[str]:
+    """Nouns, in singular, for things with a shape that captions do not have."""
+    shaped = {synset for kind in SHAPED_KINDS for synset in nouns.below(nouns.senses[kind][0], set())}
+    grounds = set()
+    for kind in GROUND_KINDS:
+        for sense in nouns.senses[kind]:
+            grounds.update(nouns.below(sense, set()))
+    kinds = {synset for name in OBJECTS for root in roots_of(name, nouns) for synset in nouns.below(root, set())}
+    words = set(DICTIONARY.read_text("utf-8").split())
+    words -= names | COLOUR_NOUNS | NOT_THINGS | CATEGORIES
+    others = []
+    for word, senses in nouns.senses.items():
+        if word not in words or len(word) < 3 or senses[0] in grounds:
+            continue
+        if nouns.other_uses[word] > sum(nouns.uses[word].values()):  # "flies", "acoustic"
+            continue
+        if not kinds.isdisjoint(senses[:3]):  # such as a boxer, which is a dog
+            continue
+        if any(nouns.files[sense] in SHAPED or sense in shaped for sense in senses[:2]):
+            others.append(word)
+    return sorted(others)
+
+
+def common_words(folder: Path, part: str) -> list[str]:
+    """Words of a part of speech that occur in WordNet's texts and are neither names nor sizes nor numbers."""
+    banned = NOT_ADJECTIVES | COLOURS | known_names()
+    words = []
+    for line in data_lines(folder / f"index.{part}"):
+        fields = line.split()
+        pointers = int(fields[3])
+        tagged_senses = int(fields[5 + pointers])
+        if tagged_senses and fields[0].isalpha() and fields[0] not in banned:
+            words.append(fields[0])
+    return words
+
+
+def main() -> None:
+    """Reads the arguments and writes both files."""
+    parser = script_parser(__doc__)
+    parser.add_argument("out", type=Path, help="JSON file of names to write")
+    parser.add_argument("folder", type=Path, help="folder of the language model, for known_objects.json")
+    options = parser.parse_args()
+    nouns = Nouns.read(WORDNET)
+    adjectives = {line.split()[0] for line in data_lines(WORDNET / "index.adj")}
+    objects = find_names(nouns, adjectives)
+    common = common_words(WORDNET, "adj")
+    words = common + common_words(WORDNET, "noun") + common_words(WORDNET, "verb")
+    entries = {"objects": objects, "adjectives": common, "words": sorted(set(words))}
+    options.out.write_text(json.dumps(entries, indent=0) + "\n", encoding="utf-8")
+    names = caption_words().union(OBJECTS, *objects.values())
+    others = find_others(nouns, names)
+    KnownObjects(frozenset(names), frozenset(others)).save_pretrained(options.folder)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
