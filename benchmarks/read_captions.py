@@ -2,9 +2,8 @@
 
     python benchmarks/read_captions.py benchmarks/scene_prompts.tsv --set names=0 wordnet_names=0
 
-A reader is a transformer of half a million parameters. It reads a caption and predicts the ground, the kind of scene
-and the objects. A language model that learns to draw from the same captions draws about as many prompts right as the
-reader reads. PROMPTS are lines of a prompt and of a plain caption of what must be seen, separated by a tab.
+A reader is a transformer of half a million parameters. It predicts the ground, the kind of scene and the objects of a
+caption. A language model that learns to draw from the same captions draws about as many prompts right as it reads.
 """
 
 import sys
@@ -17,7 +16,8 @@ from random import Random
 import torch
 import torch.nn.functional as F
 from measuring import make_parser, parse_options, report
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from scenes import percent, read_prompts
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
@@ -28,12 +28,15 @@ from make_scene_words import make_tokenizer
 from make_scenes import FOUR, GROUNDS, OBJECTS, THREE, TWO, Scene
 from scene_captions import PLAIN, VOICES, CaptionWriter, Recipe
 
+from svqvae_hf.trainer.muon import MuonAndAdam
+
 SLOTS = {"small": ("small",), "large": ("large",), "two": TWO, "three": THREE, "four": FOUR}
 SLOTS |= {kind: tuple(kind.split()) for kind in PLAIN if " " in kind}
 CHOICES = [list(GROUNDS), list(PLAIN), list(OBJECTS), list(OBJECTS)]  # ground, kind, first and last object
-WIDTH, LAYERS, HEADS, LENGTH = 128, 3, 4, 96
-BATCH, PLAIN_SHARE = 64, 0.1
-TEXTS = 20000  # captions from which a tokenizer learns
+WIDTH, LENGTH, BATCH, PLAIN_SHARE = 128, 96, 64, 0.1
+SIZES = {"vocab_size": 1, "hidden_size": WIDTH, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 32}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+SEED, TEXTS = 0, 20000  # captions from which a tokenizer learns
 
 
 class Reader(nn.Module):
@@ -44,14 +47,7 @@ class Reader(nn.Module):
         self.words = nn.Embedding(vocabulary, WIDTH)
         self.questions = nn.Parameter(0.5 * torch.randn(len(CHOICES), WIDTH))
         nn.init.normal_(self.words.weight, std=0.5)
-        sizes = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": LAYERS}
-        heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": WIDTH // HEADS}
-        rotation = {"rope_type": "default", "rope_theta": 1000.0}
-        config = Qwen3Config(vocab_size=1, **sizes, **heads, rope_parameters=rotation, attn_implementation="eager")
-        self.layers = Qwen3Model(config)
-        for layer in self.layers.layers:
-            nn.init.zeros_(layer.self_attn.o_proj.weight)
-            nn.init.zeros_(layer.mlp.down_proj.weight)
+        self.layers = Qwen3Model(Qwen3Config(**SIZES, attn_implementation="eager"))
         self.heads = nn.ModuleList(nn.Linear(WIDTH, len(choices)) for choices in CHOICES)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
@@ -70,111 +66,89 @@ def example(writer: CaptionWriter, random: Random) -> tuple[str, list[int]]:
     caption = scene.caption(random, writer=writer)
     if random.random() < PLAIN_SHARE:
         caption = scene.plain()[0]
-    answers = [scene.ground, scene.kind, scene.names[0], scene.names[-1]]
-    numbers = [choices.index(answer) for choices, answer in zip(CHOICES, answers, strict=True)]
-    return caption, numbers
+    answers = scene.ground, scene.kind, scene.names[0], scene.names[-1]
+    return caption, [choices.index(answer) for choices, answer in zip(CHOICES, answers, strict=True)]
 
 
 def make_batch(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens `(batch, length)`, padded on the left, and their mask."""
-    encoded = [tokenizer(caption).input_ids[:LENGTH] for caption in captions]
-    length = max(len(tokens) for tokens in encoded)
-    tokens = torch.tensor([[0] * (length - len(row)) + row for row in encoded])
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in encoded])
-    return tokens, mask
+    padding = {"padding": True, "padding_side": "left", "truncation": True, "max_length": LENGTH}
+    batch = tokenizer(captions, **padding, return_tensors="pt")
+    return batch.input_ids, batch.attention_mask
 
 
 def train(writer: CaptionWriter, tokenizer: PreTrainedTokenizerFast, options: Namespace) -> Reader:
     """Trains a reader on new captions."""
-    torch.manual_seed(options.seed)
-    random = Random(options.seed)
+    torch.manual_seed(SEED)
+    random = Random(SEED)
     reader = Reader(len(tokenizer))
     matrices = [weight for weight in reader.layers.layers.parameters() if weight.ndim == 2]
     others = [weight for weight in reader.parameters() if all(weight is not matrix for matrix in matrices)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.01),
-        torch.optim.Adam(others, lr=3e-3, betas=(0.9, 0.97)),
-    ]
+    optimizer = MuonAndAdam([{"params": matrices}, {"params": others}], lr=3e-3, betas=(0.9, 0.95))
     steps = options.examples // BATCH
-    schedules = [
-        LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1.2 * (1 - step / steps), 1)) for optimizer in optimizers
-    ]
+    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1.2 * (1 - step / steps), 1))
     for _ in range(steps):
         captions, answers = zip(*(example(writer, random) for _ in range(BATCH)), strict=True)
         logits = reader(*make_batch(tokenizer, list(captions)))
-        targets = torch.tensor(answers).T
-        losses = [F.cross_entropy(*pair) for pair in zip(logits, targets, strict=True)]
-        torch.stack(losses).sum().backward()
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+        losses = [F.cross_entropy(*pair) for pair in zip(logits, torch.tensor(answers).T, strict=True)]
+        sum(losses).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
     return reader.eval()
 
 
 @torch.inference_mode()
-def count_right(reader: Reader, tokenizer: PreTrainedTokenizerFast, prompts: list[str], meanings: list[str]) -> float:
+def read(reader: Reader, tokenizer: PreTrainedTokenizerFast, prompts: list[str], meanings: list[str]) -> str:
     """Percentage of the prompts of which a reader reads the whole scene."""
     logits = reader(*make_batch(tokenizer, prompts))
     numbers = torch.stack([answer.argmax(1) for answer in logits], dim=1)  # (prompts, 4)
-    right = 0
+    right = []
     for row, meaning in zip(numbers.tolist(), meanings, strict=True):
         ground, kind, first, last = (choices[number] for choices, number in zip(CHOICES, row, strict=True))
-        names = [first] * len(SLOTS[kind])
-        if " " in kind:
-            names = [first, last]
+        names = [first, last] if " " in kind else [first] * len(SLOTS[kind])
         scene = Scene(ground, tuple(zip(SLOTS[kind], names, strict=True)))
-        right += scene.means(meaning)
-    return 100 * right / len(meanings)
+        right.append(scene.means(meaning))
+    return percent(right)
 
 
-def tokenizer_of(kind: str, texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte pairs, of so many tokens, or whole words, of which unknown ones are left out, or bytes."""
-    if kind.isdigit():
-        return make_tokenizer(texts, int(kind))
-    tokenizer = make_tokenizer(texts, 258)
-    if kind == "words":
-        backend = Tokenizer(models.WordLevel(unk_token=""))
-        backend.normalizer = tokenizer.backend_tokenizer.normalizer
-        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-z0-9]+"), "removed", invert=True)
-        words = {word for text in texts for word, _ in backend.pre_tokenizer.pre_tokenize_str(text.lower())}
-        backend.model = models.WordLevel({word: number for number, word in enumerate(["", *sorted(words)])}, "")
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    return tokenizer
+def make_words_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of the whole words of texts, which leaves other words out."""
+    splitter = pre_tokenizers.Split(Regex(r"[a-z0-9]+"), "removed", invert=True)
+    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(text.lower())}
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["", *sorted(words)])}, unk_token=""))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), splitter
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="")
 
 
 def main() -> None:
     """Trains one reader and prints what it reads."""
     parser = make_parser(__doc__, rounds=1)
-    parser.add_argument("prompts", type=Path, nargs="+", metavar="PROMPTS", help="TSV files")
-    parser.add_argument("--tokenizer", default="1536", help="number of byte pairs, `words`, or `bytes`")
-    parser.add_argument("--without", choices=VOICES, help="leave this writer out, and read captions by this writer")
-    parser.add_argument("--voices", nargs="+", choices=VOICES, default=VOICES, help="writers (default: all)")
+    parser.add_argument("prompts", type=Path, nargs="+", help="lines of a prompt, a tab, and a plain caption")
+    parser.add_argument("--tokenizer", default="1536", help="number of byte pairs (258: bytes), or `words`")
+    parser.add_argument(
+        "--voices", nargs="+", choices=VOICES, default=VOICES, help="writers of captions to learn from"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other values for the recipe")
     parser.add_argument("--examples", type=int, default=64000, help="captions to learn from")
-    parser.add_argument("--seed", type=int, default=0)
     options, machine = parse_options(parser, "cpu")
     values = {name: float(value) for name, value in (text.split("=") for text in options.set)}
-    voices = tuple(voice for voice in options.voices if voice != options.without)
-    writer = CaptionWriter(replace(Recipe(), voices=voices, **values))
+    writer = CaptionWriter(replace(Recipe(), voices=tuple(options.voices), **values))
     random = Random(99)
     texts = [example(writer, random)[0] for _ in range(TEXTS)] + writer.wordnet["words"]
-    tokenizer = tokenizer_of(options.tokenizer, texts)
-    start = time.process_time()
+    is_words = options.tokenizer == "words"
+    tokenizer = make_words_tokenizer(texts) if is_words else make_tokenizer(texts, int(options.tokenizer))
     reader = train(writer, tokenizer, options)
-    row = {"tokenizer": options.tokenizer, "recipe": " ".join(options.set), "without": options.without or ""}
-    row |= {"tokens": len(tokenizer), "CPU s": f"{time.process_time() - start:.0f}"}
+    row = {"tokens": len(tokenizer), "writers": " ".join(options.voices), "recipe": " ".join(options.set)}
+    row |= {"captions": options.examples, "CPU s": f"{time.process_time():.0f}"}
     for path in options.prompts:
-        lines = [line.split("\t") for line in path.read_text("utf-8").splitlines()]
-        prompts, meanings = zip(*lines, strict=True)
-        row[path.stem] = f"{count_right(reader, tokenizer, list(prompts), list(meanings)):.1f}"
-    if options.without:
-        other = CaptionWriter(replace(Recipe(), voices=(options.without,), wordnet_names=0, random_words=0))
+        row[path.stem] = read(reader, tokenizer, *read_prompts(path))
+    others = tuple(voice for voice in VOICES if voice not in options.voices)
+    if others:
+        other_writer = CaptionWriter(replace(Recipe(), voices=others, wordnet_names=0, random_words=0))
         scenes = [Scene.draw(random, held_out=False) for _ in range(1000)]
-        captions = [scene.caption(random, writer=other) for scene in scenes]
-        row["this writer's captions"] = (
-            f"{count_right(reader, tokenizer, captions, [scene.plain()[1] for scene in scenes]):.1f}"
-        )
+        captions = [scene.caption(random, writer=other_writer) for scene in scenes]
+        row["captions by the others"] = read(reader, tokenizer, captions, [scene.plain()[1] for scene in scenes])
     report(options, machine, {"Captions read, %": [row]})
 
 

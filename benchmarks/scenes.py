@@ -10,8 +10,9 @@ which states its own errors. Then it grades one picture per caption:
 - held-out pairs
 - held-out wordings: of held-out pairs
 - edited: one object of a held-out pair replaced by another one, which alone counts under "objects"
-- everyday English: the prompts of `scene_prompts.tsv`, which no template contains, with plain
-  captions of what must be seen; only the whole scene is graded
+- everyday English: the prompts of `scene_prompts.tsv`, by a writer of the templates, though no template contains them,
+  with plain captions of what must be seen; only the whole scene is graded
+- strangers' prompts: of two writers who saw only the lists of objects, grounds and layouts
 
 For a language model, the second table grades captions of real scenes; only the plain caption is right. It also has
 the bits per id of the model, of a table of frequencies, and of a table of pairs of neighbours.
@@ -45,6 +46,11 @@ Generator = ImageLanguageModel | SVQVAENextScalePipeline
 KINDS = ("seen pairs", "single objects", "several of a kind")
 LAYOUTS = [*((slot,) for slot in ONE), *RELATIONS, THREE, FOUR]
 PROMPTS = Path(__file__).with_name("scene_prompts.tsv")
+PROMPT_SETS = {
+    "everyday English": PROMPTS,
+    "stranger 1": PROMPTS.with_name("scene_prompts_stranger_1.tsv"),
+    "stranger 2": PROMPTS.with_name("scene_prompts_stranger_2.tsv"),
+}
 BATCH = 32
 TABLE_SCENES = 2000
 
@@ -106,9 +112,22 @@ def grade(name: str, seen: Sequence[Scene], asked: Sequence[Scene], seconds: flo
 
 def group(scene: Scene) -> str:
     """Which of `KINDS` a scene is."""
-    if scene.kind.isdigit():
+    if len(scene.objects) == 1:
+        return "single objects"
+    if len(set(scene.names)) == 1:
         return "several of a kind"
-    return "single objects" if len(scene.objects) == 1 else "seen pairs"
+    return "seen pairs"
+
+
+def read_prompts(path: Path) -> tuple[list[str], list[str]]:
+    """Prompts, and plain captions of what must be seen."""
+    prompts = []
+    meanings = []
+    for line in path.read_text("utf-8").splitlines():
+        prompt, meaning = line.split("\t")
+        prompts.append(prompt)
+        meanings.append(meaning)
+    return prompts, meanings
 
 
 def percent(values: Sequence[bool]) -> str:
@@ -248,10 +267,11 @@ def main() -> None:
     found = [*map(grader, pictures)]
     new = [item in scene.objects for scene, item in zip(found, added, strict=True)]
     grades.append(grade("edited", found, edited) | {"objects": percent(new)})
-    prompts, meanings = zip(*(line.split("\t") for line in PROMPTS.read_text("utf-8").splitlines()), strict=True)
-    pictures, _ = draw(model, prompts, options)
-    right = [grader(picture).means(meaning) for picture, meaning in zip(pictures, meanings, strict=True)]
-    grades.append(dict.fromkeys(grades[0], "") | {"pictures": "everyday English", "scene": percent(right)})
+    for name, path in PROMPT_SETS.items():
+        prompts, meanings = read_prompts(path)
+        pictures, _ = draw(model, prompts, options)
+        right = [grader(picture).means(meaning) for picture, meaning in zip(pictures, meanings, strict=True)]
+        grades.append(dict.fromkeys(grades[0], "") | {"pictures": name, "scene": percent(right)})
     tables = {"Pictures of captions": grades}
 
     if isinstance(model, ImageLanguageModel):

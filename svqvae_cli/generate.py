@@ -90,6 +90,7 @@ def _generate(args: argparse.Namespace, work: Run[str], rows: Mapping[str, int])
     pipeline = load_generator(args.model, args.device, args.dtype, args.adapter)
     _check_options(pipeline, args)
     _warn_of_unknown_words(pipeline, args.prompt or [])
+    _warn_of_undrawable_things(pipeline, args.prompt or [])
     seeds = {stem: args.seed + number for number, stem in enumerate(work.targets)}
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     _tell_temperature(pipeline, args)
@@ -131,6 +132,18 @@ def _tell_temperature(pipeline: Any, args: argparse.Namespace) -> None:
         "For others, pass --temperature 1.",
         file=sys.stderr,
     )
+
+
+def _warn_of_undrawable_things(pipeline: Any, prompts: list[str]) -> None:
+    """Says on stderr which things of captions a language model cannot draw, if it knows."""
+    from svqvae_hf.language.image_language_model import ImageLanguageModel
+    from svqvae_hf.pipelines.known_objects import say_undrawable
+
+    if not isinstance(pipeline, ImageLanguageModel):
+        return
+    things = pipeline.undrawable(prompts)
+    if things:
+        print(f"svqvae: {say_undrawable(things)}", file=sys.stderr)
 
 
 def _check_options(pipeline: Any, args: argparse.Namespace) -> None:

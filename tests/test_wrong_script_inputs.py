@@ -51,6 +51,10 @@ WRONG = {  # words on the command line, and a part of the message
         ("", "the following arguments are required: out"),
         ("broken.json", "broken.json"),
     ],
+    "training/bundled/wordnet.py": [
+        ("", "the following arguments are required: out, folder"),
+        ("out nowhere --wordnet empty", "data.noun"),
+    ],
     "training/train_context.py": [
         ("empty", "the following arguments are required: token_sets"),
         ("empty two_images", "no file named config.json"),

@@ -11,6 +11,7 @@ from PIL import Image
 
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.pipelines.captions import say_unknown, unknown_words
+from svqvae_hf.pipelines.known_objects import say_undrawable
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
 
 NO_CLASS = -1
@@ -108,6 +109,12 @@ class PageGenerator(ABC):
         """Words of a prompt that the generator does not know."""
         return unknown_words(self.model.tokenizer, [prompt])
 
+    def things_undrawable(self, prompt: str) -> list[str]:
+        """Words of a prompt for things that the generator cannot draw, if it knows."""
+        if isinstance(self.model, ImageLanguageModel):
+            return self.model.undrawable([prompt])
+        return []
+
     def facts(self, request: Request) -> str:
         """The request in HTML, for the line above the picture."""
         facts = []
@@ -121,6 +128,9 @@ class PageGenerator(ABC):
             words = self.words_left_out(request.prompt)
             if words:
                 facts.append(html.escape(say_unknown(words)))
+            things = self.things_undrawable(request.prompt)
+            if things:
+                facts.append(html.escape(say_undrawable(things)))
         return ", ".join(facts)
 
 

@@ -17,6 +17,7 @@ from svqvae_hf.models.image_vocabulary import CONFIG_KEY, ImageVocabulary
 from svqvae_hf.models.loading import check_merged, copy_code
 from svqvae_hf.pipelines.any_to_any import ImageLanguagePipeline
 from svqvae_hf.pipelines.image_chats import ImageChats
+from svqvae_hf.pipelines.known_objects_file import read_known_objects, write_known_objects
 from svqvae_hf.pipelines.repository_index import hub_options, write_json
 
 CONFIG = "config.json"
@@ -66,10 +67,11 @@ class ImageLanguageModel(ImageChats):
         config, _ = from_hub(PreTrainedConfig.get_config_dict, source, **hub)
         ImageVocabulary.from_config(config)  # raises if it has no image tokens
         processor = SVQVAEProcessor.from_pretrained(source, **hub)
-        return cls(load_causal_model(source, **options), processor)
+        language_model = load_causal_model(source, **options)
+        return cls(language_model, processor, read_known_objects(source, **hub))
 
     def save_pretrained(self, folder: str | os.PathLike, *, standalone: bool = False) -> None:
-        """Saves both.
+        """Saves both, and the known objects if the model has any.
 
         Args:
             folder (`str` or `os.PathLike`): Folder to write to.
@@ -83,6 +85,8 @@ class ImageLanguageModel(ImageChats):
         check_merged("language_model", self.language_model)
         self.language_model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+        if self.known_objects is not None:
+            write_known_objects(self.known_objects, folder)
         path = Path(folder, CONFIG)
         config = read_json_object(path)
         config.pop("custom_pipelines", None)  # of the repository that the model came from

@@ -17,7 +17,13 @@ from svqvae_files.outputs import write_file
 from svqvae_hf.models.processing_svqvae import PARTS_KEY
 
 CONFIG = "processor_config.json"
-PARTS = ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+PARTS = (
+    "chat_template.jinja",
+    "generation_config.json",
+    "known_objects.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 def record_parts(folder: str | os.PathLike) -> None:
@@ -49,14 +55,14 @@ def check_parts(source: str | os.PathLike, subfolder: str = "", **options: Any) 
         OSError: The config does not exist or cannot be read.
         ValueError: A part is missing, damaged or of another model.
     """
-    config_path = _find(source, subfolder, CONFIG, options)
+    config_path = find_part(source, subfolder, CONFIG, options)
     if config_path is None:
         return  # transformers says what is missing
     digests = read_json_object(config_path).get(PARTS_KEY)
     if digests is None:
         return
     for name, digest in digests.items():
-        path = _find(source, subfolder, name, options)
+        path = find_part(source, subfolder, name, options)
         if path is None:
             raise ValueError(f"`{source}` must hold `{name}`, which was saved with its processor. Restore the file.")
         if model_file_digest(path) != digest:
@@ -66,7 +72,7 @@ def check_parts(source: str | os.PathLike, subfolder: str = "", **options: Any) 
             )
 
 
-def _find(source: str | os.PathLike, subfolder: str, name: str, options: dict[str, Any]) -> Path | None:
+def find_part(source: str | os.PathLike, subfolder: str, name: str, options: dict[str, Any]) -> Path | None:
     """Path of a file in a folder or in the cache of the Hub; None if it does not exist."""
     if os.path.isdir(source):
         path = Path(source, subfolder, name)

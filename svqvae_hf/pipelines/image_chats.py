@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
@@ -16,6 +17,7 @@ from transformers import BatchFeature, PreTrainedModel
 
 from .captions import keep_known_words
 from .id_sampler import IdSampler
+from .known_objects import KnownObjects, say_undrawable
 from .sampling import Generators, check_generators, check_sampling, guide, sample
 
 ANSWER = "<|answer|>"  # stands for an answer in a template
@@ -29,12 +31,13 @@ class ImageChats:
     Args:
         language_model ([`~transformers.PreTrainedModel`]): Language model.
         processor ([`SVQVAEProcessor`]): Its processor.
+        known_objects ([`KnownObjects`], *optional*): What the model can draw, for warnings of other things.
 
     Raises:
         ValueError: The language model has no image tokens, or others than the processor.
     """
 
-    def __init__(self, language_model: PreTrainedModel, processor: Any):
+    def __init__(self, language_model: PreTrainedModel, processor: Any, known_objects: KnownObjects | None = None):
         vocabulary = processor.vocabulary
         if type(vocabulary).from_config(language_model.config) != vocabulary:
             raise ValueError(
@@ -43,6 +46,7 @@ class ImageChats:
             )
         self.language_model = language_model.eval()
         self.processor = processor
+        self.known_objects = known_objects
         self.tokenizer = processor.tokenizer
         self.vqvae = processor.vqvae
         self.image_processor = processor.image_processor
@@ -74,6 +78,16 @@ class ImageChats:
         self.vqvae.to(device)
         return self
 
+    def undrawable(self, prompts: Sequence[str | None]) -> list[str]:
+        """Words of prompts for things that the model cannot draw; none if it has no `known_objects`."""
+        if self.known_objects is None:
+            return []
+        things: list[str] = []
+        for prompt in prompts:
+            if prompt is not None:
+                things += self.known_objects.unknown(prompt)
+        return list(dict.fromkeys(things))
+
     @torch.inference_mode()
     def draw(
         self,
@@ -92,7 +106,8 @@ class ImageChats:
 
         Args:
             prompts (`str` or `Sequence[str]`): A caption, or one per image; None for an image without one. Words and
-                symbols that a tokenizer of whole words lacks are left out, with a warning.
+                symbols that a tokenizer of whole words lacks are left out, with a warning. Another warning names
+                things that the model cannot draw, if its `known_objects` tell.
             grid (`tuple[int, int]`, *optional*): Rows and columns of codes, by default the first of the model.
             guidance_scale (`float`, *optional*): Scale of classifier-free guidance. The defaults of this and of the
                 next three arguments are in `sampling`.
@@ -118,6 +133,9 @@ class ImageChats:
         check_generators(generator, len(texts))
         if grid is None:
             grid = self.processor.vocabulary.grids[0]
+        things = self.undrawable(texts)
+        if things:
+            warnings.warn(say_undrawable(things), stacklevel=2)
         questions = self._questions(texts)
         scale = sampling.pop("guidance_scale")
         has_caption = any(text is not None for text in texts)

@@ -1,16 +1,10 @@
-"""Names the objects of a prompt that a model cannot draw."""
+"""Finds the things in a prompt that a model cannot draw."""
 
-import json
-import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Self
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-
-FILE = "known_objects.json"  # beside the weights of a language model
+LONGEST_NAME = 4  # words
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 PURPOSES = ("for", "like")  # "three carrots for the soup", "red like wine": what follows need not be drawn
 DETERMINERS = ("a", "an", "the", "my", "our", "your", "his", "her", "their", "some")
@@ -27,25 +21,6 @@ class KnownObjects:
 
     names: frozenset[str]
     others: frozenset[str]
-
-    @classmethod
-    def from_pretrained(cls, source: str | os.PathLike) -> Self | None:
-        """Reads them from the folder or Hub id of a language model, or returns None if it has none."""
-        path = Path(source, FILE)
-        if not Path(source).is_dir():
-            try:
-                path = Path(hf_hub_download(str(source), FILE))
-            except (EntryNotFoundError, OSError):
-                return None
-        if not path.is_file():
-            return None
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return cls(frozenset(entries["names"]), frozenset(entries["others"]))
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes them to the folder of a language model."""
-        entries = {"names": sorted(self.names), "others": sorted(self.others)}
-        Path(folder, FILE).write_text(json.dumps(entries, indent=0), encoding="utf-8")
 
     def unknown(self, prompt: str) -> list[str]:
         """Words of a prompt for things that the model cannot draw, in the order of the prompt."""
@@ -66,12 +41,17 @@ class KnownObjects:
 
     def known_length(self, words: list[str]) -> int:
         """Number of words of the longest known name with which words start, or 0."""
-        for length in range(min(4, len(words)), 0, -1):
+        for length in range(min(LONGEST_NAME, len(words)), 0, -1):
             start = " ".join(words[: length - 1])
             for form in singulars(words[length - 1]):
                 if f"{start} {form}".strip() in self.names:
                     return length
         return 0
+
+
+def say_undrawable(things: Sequence[str]) -> str:
+    """Sentence about things that a model cannot draw."""
+    return f"the model cannot draw: {', '.join(things)}"
 
 
 def singulars(word: str) -> list[str]:

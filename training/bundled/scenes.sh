@@ -56,7 +56,7 @@ python training/train_language_model.py --token_set "$work/tokens" --model_name_
 echo '{"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 32}' >"$work/next_scale.json"
 "${run[@]}" training/train_next_scale.py --vqvae_name_or_path "$work/tokenizer" --model_config_name_or_path "$work/next_scale.json" \
     --token_set "$work/tokens" --output_dir "$work/next_scale" --caption_column short_caption --tokenizer_name_or_path "$work/words" \
-    --max_text_length 14 --num_inference_steps 5 --schedule_share 1 --per_device_train_batch_size 32 --max_steps 1000 --condition_dropout 0.1 \
+    --max_text_length 24 --num_inference_steps 5 --schedule_share 1 --per_device_train_batch_size 32 --max_steps 1000 --condition_dropout 0.1 \
     --optimizer soap --adam_beta1 0.95 --adam_beta2 0.95 --weight_decay 0 --learning_rate 2e-3 --lr_scheduler_type linear --warmup_steps 40 \
     --use_ema --ema_decay 0.99 --mixed_precision bf16 --logging_steps 20 --save_steps 100 --save_total_limit 2 \
     --eval_steps 100000 --num_validation_images 1 --resume_from_checkpoint latest
@@ -67,13 +67,15 @@ import sys
 import torch
 from transformers import GenerationConfig
 
+from svqvae_hf import DEFAULT_GENERATOR
 from svqvae_hf.language.image_language_model import ImageLanguageModel
+from svqvae_hf.pipelines.known_objects_file import read_known_objects
 
 model = ImageLanguageModel.from_pretrained(sys.argv[1], dtype=torch.float16)
 model.vqvae.half().register_to_config(_name_or_path="svqvae-scenes")
 tokens = {f"{name}_token_id": getattr(model.processor.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 sampling = {"guidance_scale": 1.5, "temperature": 0.1, "top_k": 20}
 model.language_model.generation_config = GenerationConfig(**tokens, generation_kwargs=sampling)
-model.language_model.save_pretrained(sys.argv[2])
-model.processor.save_pretrained(sys.argv[2])
+model.known_objects = read_known_objects(DEFAULT_GENERATOR)  # `wordnet.py` makes the file
+model.save_pretrained(sys.argv[2])
 PY

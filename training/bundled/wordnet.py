@@ -17,6 +17,7 @@ from make_scenes import GROUNDS, OBJECTS
 from scene_captions import VOICES, caption_words, known_names, read_wordings
 
 from svqvae_hf.pipelines.known_objects import KnownObjects
+from svqvae_hf.pipelines.known_objects_file import write_known_objects
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
 WORDNET = Path("/usr/share/wordnet")
@@ -34,7 +35,7 @@ NOT_NAMES = set(  # kinds in WordNet that people do not mean by the object
 )
 SHAPED = {"05": "animal", "06": "artifact", "13": "food", "20": "plant"}  # lexicographer files
 SHAPED_KINDS = ("imaginary_being",)  # of other files
-GROUND_KINDS = tuple(  # and places and meals: what may be there besides the objects
+GROUND_KINDS = tuple(  # and places and meals: what prompts name besides the objects
     "fabric linen floor_cover curtain paper bedclothes room workplace plot tract meal nutriment course".split()
 )
 NOT_THINGS = set("john bot dinky flipper tail milk salad soup flag moon sun star".split())
@@ -213,17 +214,18 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("out", type=Path, help="JSON file of names to write")
     parser.add_argument("folder", type=Path, help="folder of the language model, for known_objects.json")
+    parser.add_argument("--wordnet", type=Path, default=WORDNET, help="folder of WordNet (default: Debian's)")
     options = parser.parse_args()
-    nouns = Nouns.read(WORDNET)
-    adjectives = {line.split()[0] for line in data_lines(WORDNET / "index.adj")}
+    nouns = Nouns.read(options.wordnet)
+    adjectives = {line.split()[0] for line in data_lines(options.wordnet / "index.adj")}
     objects = find_names(nouns, adjectives)
-    common = common_words(WORDNET, "adj")
-    words = common + common_words(WORDNET, "noun") + common_words(WORDNET, "verb")
+    common = common_words(options.wordnet, "adj")
+    words = common + common_words(options.wordnet, "noun") + common_words(options.wordnet, "verb")
     entries = {"objects": objects, "adjectives": common, "words": sorted(set(words))}
     options.out.write_text(json.dumps(entries, indent=0) + "\n", encoding="utf-8")
     names = caption_words().union(OBJECTS, *objects.values())
     others = find_others(nouns, names)
-    KnownObjects(frozenset(names), frozenset(others)).save_pretrained(options.folder)
+    write_known_objects(KnownObjects(frozenset(names), frozenset(others)), options.folder)
 
 
 if __name__ == "__main__":

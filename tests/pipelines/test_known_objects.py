@@ -1,0 +1,75 @@
+"""Things in prompts that the bundled model cannot draw."""
+
+import pytest
+import torch
+from cli_runner import svqvae
+
+from svqvae_hf import DEFAULT_GENERATOR
+from svqvae_hf.language.image_language_model import ImageLanguageModel
+from svqvae_hf.pipelines.known_objects import KnownObjects
+from svqvae_hf.pipelines.known_objects_file import FILE, read_known_objects, write_known_objects
+
+OBJECTS = KnownObjects(
+    names=frozenset(["a", "on", "bearded dragon", "dragon green", "fox", "soup bowl"]),
+    others=frozenset(["dragon", "cherry", "scarf", "soup", "church"]),
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "things"),
+    [
+        ("", []),
+        ("A Dragon on pink!", ["dragon"]),
+        ("a bearded dragon", []),
+        ("two bearded dragons and two dragons", ["dragons"]),
+        ("a fox on dragon-green", []),
+        ("three cherries, cherries", ["cherries"]),
+        ("a church and two scarves", ["church", "scarves"]),
+        ("a fox for my soup, red like a cherry", []),
+        ("a soup bowl", []),
+        ("the fox’s church", ["church"]),
+    ],
+)
+def test_things_are_found_by_the_longest_name(prompt, things):
+    assert OBJECTS.unknown(prompt) == things
+
+
+@pytest.mark.parametrize(
+    ("prompt", "thing"),
+    [
+        ("a toaster on blue", "toaster"),
+        ("two kangaroos", "kangaroos"),
+        ("a unicorn above a house", "unicorn"),
+        ("four pairs of scissors on green", "scissors"),
+        ("A SUBMARINE next to a whale", "submarine"),
+    ],
+)
+def test_the_bundled_model_tells_what_it_cannot_draw(prompt, thing):
+    assert read_known_objects(DEFAULT_GENERATOR).unknown(prompt) == [thing]
+
+
+@pytest.mark.parametrize("prompt", ["please draw a tiny poodle on lilac", "my bearded dragon left of a steam train"])
+def test_it_knows_kinds_of_its_objects(prompt):
+    assert read_known_objects(DEFAULT_GENERATOR).unknown(prompt) == []
+
+
+def test_they_come_back_from_a_folder_and_a_damaged_file_is_one_error(tmp_path):
+    assert read_known_objects(tmp_path) is None
+    write_known_objects(OBJECTS, tmp_path)
+    assert read_known_objects(tmp_path) == OBJECTS
+    (tmp_path / FILE).write_text('{"names": []}')
+    with pytest.raises(ValueError, match="must have a list of `others`"):
+        read_known_objects(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:unknown to the model:UserWarning")
+def test_drawing_warns_of_them_once():
+    model = ImageLanguageModel.from_pretrained(DEFAULT_GENERATOR, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="the model cannot draw: toaster, kangaroo$"):
+        model.draw(["a fox and a toaster", "a fox and a kangaroo"], temperature=0)
+
+
+@pytest.mark.slow
+def test_the_command_names_them(tmp_path, capsys):
+    assert svqvae("generate", "--prompt", "a fox and a toaster", "--output", tmp_path / "out") == 0
+    assert "svqvae: the model cannot draw: toaster\n" in capsys.readouterr().err
