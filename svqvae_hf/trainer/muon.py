@@ -21,10 +21,10 @@ class MuonAndAdam(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Sequence[dict[str, Any]], lr: float, betas: tuple[float, float]):
-        matrices, others = params
+        matrices, rest = params
         self.muon = torch.optim.Muon([matrices], lr=lr, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw")
-        self.adam = torch.optim.AdamW([others], lr=lr, betas=betas)
-        super().__init__([matrices, others], {"lr": lr, "betas": betas})
+        self.adam = torch.optim.AdamW([rest], lr=lr, betas=betas)
+        super().__init__([matrices, rest], {"lr": lr, "betas": betas})
         self.share_groups()
 
     def share_groups(self) -> None:
@@ -59,13 +59,14 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is not None:
             tables.add(id(layer.weight))
-    matrices, others = [], []
+    matrices = []
+    rest = []
     for module in model.modules():
         for weight in module.parameters(recurse=False):
             if not weight.requires_grad:
                 continue
             if isinstance(module, nn.Linear) and weight.ndim == 2 and id(weight) not in tables:
                 matrices.append(weight)
-            elif all(weight is not other for other in others):  # the head may share the embeddings' weight
-                others.append(weight)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+            elif all(weight is not seen for seen in rest):  # the head may share the embeddings' weight
+                rest.append(weight)
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

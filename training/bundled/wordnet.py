@@ -10,6 +10,7 @@ University).
 import json
 import re
 from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +45,9 @@ DICTIONARY = Path("/usr/share/dict/american-english")
 COLOUR_NOUNS = set(
     "olive salmon coral mint peach rust sand wine cream mustard plum fuchsia teal apricot slate".split()
 )
+NOT_IN_NAMES = re.compile("missile|bomb|wildcat")
+ONE_OR_TWO_WORDS = re.compile(r"[a-z'\-]{3,}(_[a-z'\-]+)?")
+POINTER_FIELDS, KIND = 4, "~"  # of data.noun; see wndb(5)
 SHARE_OF_USES = 0.6  # of a name, in WordNet's texts, that must mean the object
 NOT_ADJECTIVES = set(
     "small tiny little big large huge giant great left right top bottom upper lower high low two three four one "
@@ -78,12 +82,15 @@ class Nouns:
         nouns = cls()
         for line in data_lines(folder / "data.noun"):
             fields = line.split(" | ")[0].split(" ")
-            offset, lex_file = fields[0], fields[1]
+            offset = fields[0]
             words = int(fields[3], 16)
             nouns.lemmas[offset] = fields[4 : 4 + 2 * words : 2]
-            nouns.files[offset] = lex_file
+            nouns.files[offset] = fields[1]
             pointers = fields[5 + 2 * words :]
-            nouns.kinds[offset] = [pointers[at + 1] for at in range(0, len(pointers) - 3, 4) if pointers[at] == "~"]
+            nouns.kinds[offset] = []
+            for at in range(0, len(pointers) - 3, POINTER_FIELDS):
+                if pointers[at] == KIND:
+                    nouns.kinds[offset].append(pointers[at + 1])
         for line in data_lines(folder / "index.noun"):
             fields = line.split()
             nouns.senses[fields[0]] = fields[-int(fields[2]) :]
@@ -96,27 +103,31 @@ class Nouns:
                 nouns.other_uses[word] += int(count)
         return nouns
 
-    def below(self, synset: str, stops: set[str]) -> list[str]:
-        """All synsets below one, and itself, without those at or below `stops`."""
-        found, waiting = [], [synset]
+    def below(self, synsets: Iterable[str], stops: Collection[str] = ()) -> set[str]:
+        """Some synsets and all below them, without those at or below `stops`."""
+        below = set()
+        waiting = list(synsets)
         while waiting:
-            current = waiting.pop()
-            found.append(current)
-            for kind in self.kinds[current]:
+            synset = waiting.pop()
+            below.add(synset)
+            for kind in self.kinds[synset]:
                 if kind not in stops:
                     waiting.append(kind)
-        return found
+        return below
 
     def means(self, word: str, synsets: set[str]) -> bool:
         """Whether the first sense of a word, and most of its uses, are among synsets."""
         senses = self.senses[word]
         if senses[0] not in synsets:
             return False
-        total = sum(self.uses[word].values())
-        if not total:
-            return 2 * sum(sense in synsets for sense in senses) >= len(senses)
-        ours = sum(count for sense, count in self.uses[word].items() if senses[sense - 1] in synsets)
-        return ours >= SHARE_OF_USES * total
+        uses = self.uses[word]
+        if not uses:
+            return 2 * len(synsets.intersection(senses)) >= len(senses)
+        meant = 0
+        for sense, count in uses.items():
+            if senses[sense - 1] in synsets:
+                meant += count
+        return meant >= SHARE_OF_USES * uses.total()
 
 
 def data_lines(path: Path) -> list[str]:
@@ -124,76 +135,79 @@ def data_lines(path: Path) -> list[str]:
     return [line.rstrip() for line in path.read_text().splitlines() if not line.startswith("  ")]
 
 
-def roots_of(name: str, nouns: Nouns) -> list[str]:
+def synsets_of(name: str, nouns: Nouns) -> list[str]:
     """Synsets of an object."""
     return [nouns.senses[name][sense - 1] for sense in SENSES.get(name, [1])]
 
 
 def find_names(nouns: Nouns, adjectives: set[str]) -> dict[str, list[str]]:
-    """Synonyms and kinds of each object."""
-    roots = {name: roots_of(name, nouns) for name in OBJECTS}
-    owners: Counter = Counter()
+    """Synonyms and kinds of each object, without names that two objects have."""
     names: dict[str, set[str]] = {}
+    objects_of_name: Counter = Counter()
     for name in OBJECTS:
-        others = {root for other in OBJECTS if other != name for root in roots[other]}
-        synsets = {synset for root in roots[name] for synset in nouns.below(root, others)}
-        words = {word for synset in synsets for word in nouns.lemmas[synset]}
-        names[name] = {
-            word.lower().replace("_", " ")
-            for word in words
-            if is_everyday(word, name, nouns, adjectives) and nouns.means(word.lower(), synsets)
-        }
-        owners.update(names[name])
-    for name in OBJECTS:
+        names[name] = names_of(name, nouns, adjectives)
+        objects_of_name.update(names[name])
         for voice in VOICES:
-            owners.update(read_wordings(voice)["objects"].get(name, []))
-        names[name] = {word for word in names[name] if not re.search("missile|bomb|wildcat", word)}
+            objects_of_name.update(read_wordings(voice)["objects"].get(name, []))
     chosen = {}
     for name in OBJECTS:
-        chosen[name] = sorted(word for word in names[name] if owners[word] == 1)
+        chosen[name] = sorted(word for word in names[name] if objects_of_name[word] == 1)
     return chosen
+
+
+def names_of(name: str, nouns: Nouns, adjectives: set[str]) -> set[str]:
+    """Everyday synonyms and kinds of an object."""
+    synsets_of_others: set[str] = set()
+    for other in OBJECTS:
+        if other != name:
+            synsets_of_others.update(synsets_of(other, nouns))
+    synsets = nouns.below(synsets_of(name, nouns), synsets_of_others)
+    names = set()
+    for synset in synsets:
+        for word in nouns.lemmas[synset]:
+            if is_everyday(word, name, nouns, adjectives) and nouns.means(word.lower(), synsets):
+                names.add(word.lower().replace("_", " "))
+    return names
 
 
 def is_everyday(word: str, name: str, nouns: Nouns, adjectives: set[str]) -> bool:
     """Whether a word may name an object: one or two English words, no colour, no Latin, and no other object in it."""
     lower = word.lower()
-    if (
-        lower in OBJECTS
-        or lower in NOT_NAMES
-        or lower not in nouns.senses
-        or not re.fullmatch(r"[a-z'\-]{3,}(_[a-z'\-]+)?", lower)
-    ):
+    if lower in OBJECTS or lower in NOT_NAMES or lower not in nouns.senses:
+        return False
+    if NOT_IN_NAMES.search(lower) or not ONE_OR_TWO_WORDS.fullmatch(lower):
         return False
     is_species = "_" in word and not nouns.uses[lower.split("_")[1]]
     if word[0].isupper() and (is_species or lower.endswith(LATIN_ENDINGS)):
         return False
-    parts = re.split(r"[_\-]", lower)
-    if any(part in COLOURS or (part in OBJECTS and part != name) for part in parts):
-        return False
+    for part in re.split(r"[_\-]", lower):
+        if part in COLOURS or (part in OBJECTS and part != name):
+            return False
     return all(part in nouns.senses or part in adjectives for part in lower.split("_"))
 
 
-def find_others(nouns: Nouns, names: set[str]) -> list[str]:
+def find_things(nouns: Nouns, names: set[str]) -> list[str]:
     """Nouns, in singular, for things with a shape that captions do not have."""
-    shaped = {synset for kind in SHAPED_KINDS for synset in nouns.below(nouns.senses[kind][0], set())}
-    grounds = set()
+    shaped = nouns.below(nouns.senses[kind][0] for kind in SHAPED_KINDS)
+    grounds: set[str] = set()
     for kind in GROUND_KINDS:
-        for sense in nouns.senses[kind]:
-            grounds.update(nouns.below(sense, set()))
-    kinds = {synset for name in OBJECTS for root in roots_of(name, nouns) for synset in nouns.below(root, set())}
+        grounds |= nouns.below(nouns.senses[kind])
+    drawable: set[str] = set()
+    for name in OBJECTS:
+        drawable |= nouns.below(synsets_of(name, nouns))
     words = set(DICTIONARY.read_text("utf-8").split())
     words -= names | COLOUR_NOUNS | NOT_THINGS | CATEGORIES
-    others = []
+    things = []
     for word, senses in nouns.senses.items():
         if word not in words or len(word) < 3 or senses[0] in grounds:
             continue
-        if nouns.other_uses[word] > sum(nouns.uses[word].values()):  # "flies", "acoustic"
+        if nouns.other_uses[word] > nouns.uses[word].total():  # "flies", "acoustic"
             continue
-        if not kinds.isdisjoint(senses[:3]):  # such as a boxer, which is a dog
+        if not drawable.isdisjoint(senses[:3]):  # such as a boxer, which is a dog
             continue
         if any(nouns.files[sense] in SHAPED or sense in shaped for sense in senses[:2]):
-            others.append(word)
-    return sorted(others)
+            things.append(word)
+    return sorted(things)
 
 
 def common_words(folder: Path, part: str) -> list[str]:
@@ -224,8 +238,8 @@ def main() -> None:
     entries = {"objects": objects, "adjectives": common, "words": sorted(set(words))}
     options.out.write_text(json.dumps(entries, indent=0) + "\n", encoding="utf-8")
     names = caption_words().union(OBJECTS, *objects.values())
-    others = find_others(nouns, names)
-    write_known_objects(KnownObjects(frozenset(names), frozenset(others)), options.folder)
+    things = find_things(nouns, names)
+    write_known_objects(KnownObjects(frozenset(names), frozenset(things)), options.folder)
 
 
 if __name__ == "__main__":
