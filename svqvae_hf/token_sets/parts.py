@@ -227,7 +227,14 @@ def complete_set(folder: Folder, settings: dict[str, Any], card: Callable[..., s
         records = read_records(folder, options)
         if len(records) < options["parts"]:  # a file was lost; or another process has just completed the set
             return read_totals(folder)
-        totals = _write_set(folder, settings, [records[part] for part in range(options["parts"])], card)
+        try:
+            totals = _write_set(folder, settings, [records[part] for part in range(options["parts"])], card)
+        except FileNotFoundError:
+            totals = read_totals(folder)
+            if totals is None:
+                raise
+            # Another process has completed the same set and deleted the temporary files of this one.
+    _delete_temporary_files(folder)
     _delete_records(folder)
     return totals
 
@@ -250,7 +257,6 @@ def _write_set(
             first = f" The first, `{skipped[0]['key']}`: {skipped[0]['reason']}"
         raise ValueError(f"at least one image must be readable, but none of {totals['images']} is.{first}")
     check_foreign(files, folder.sizes(DATA), folder.url)
-    _delete_temporary_files(folder)
     manifest = _json_lines(lines)
     folder.write(MANIFEST_FILE, manifest)
     folder.write(SKIPPED_FILE, _json_lines(skipped))
