@@ -140,7 +140,8 @@ class AttnBlock(nn.Module, AttentionModuleMixin):
             key, value = self.keys_and_values(normed, images=windows)
         else:
             key, value = shared.keys_and_values(self, normed)
-        query = to_positions(self.q(normed), images=len(key))
+        # Not `len(key)`, which a traced graph would keep as the number of the example.
+        query = to_positions(self.q(normed), images=key.shape[0])
         attended = self.processor(query, key, value)  # (images, positions, 1, channels)
         by_window = attended.reshape(windows, -1, channels).transpose(1, 2)  # (windows, channels, h * w)
         return hidden + self.proj_out(by_window.reshape(hidden.shape))
