@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 import onnx.parser
 import torch
+from onnx import TensorProto, helper
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache, PreTrainedModel
@@ -20,6 +21,11 @@ from svqvae_hf.models.image_vocabulary import ImageVocabulary
 ROWS = 2  # one with the caption and one without it, for guidance
 TRACED_LENGTH = 5  # tokens of the traced prompt
 TRACED_PAST = 3
+STEP_INPUTS = ["step_tokens", "pads", "step_past", "guidance"]
+STEP_OUTPUTS = ["logits", "step_present"]
+INTEGER = TensorProto.INT64
+REAL = TensorProto.FLOAT
+BOOLEAN = TensorProto.BOOL
 
 # Guided logits are cut to the `top_k` largest. Adding Gumbel noise before the argmax samples from their softmax, and
 # multiplying the noise by the temperature equals dividing the logits by it. A temperature of 0 takes the likeliest id.
@@ -128,62 +134,56 @@ def drawing_graph(language_model: PreTrainedModel, vocabulary: ImageVocabulary) 
         | `next_past` | as `past` | keys and values |
         | `ids` | `(steps, 1)` | ids of the row |
     """
-    program = trace_step(language_model, vocabulary)
-    step = to_onnx(program, ["step_tokens", "pads", "step_past", "guidance"], ["logits", "step_present"])
-    weights = list(step.graph.initializer)
-    sampling = onnx.parser.parse_graph(SAMPLING)
-
     cache = cache_shape(language_model)
-    codes = vocabulary.codebook_size
-    value = onnx.helper.make_tensor_value_info
-    integer = onnx.TensorProto.INT64
-    real = onnx.TensorProto.FLOAT
-    boolean = onnx.TensorProto.BOOL
-    body = onnx.helper.make_graph(
-        [*step.graph.node, *sampling.node],
-        "step",
-        inputs=[
-            value("step", integer, []),
-            value("unfinished", boolean, []),
-            value("step_tokens", integer, [ROWS, None]),
-            value("step_past", real, cache),
-        ],
-        outputs=[
-            value("continued", boolean, []),
-            value("id_tokens", integer, [ROWS, 1]),
-            value("step_present", real, cache),
-            value("id", integer, [1]),
-        ],
-    )
-    axes = onnx.helper.make_tensor("first_axis", integer, [1], [0])
-    first_token = onnx.helper.make_tensor("first_token", integer, [], [vocabulary.first_token])
+    step = to_onnx(trace_step(language_model, vocabulary), STEP_INPUTS, STEP_OUTPUTS)
+    body = loop_body(step.graph, cache)
     nodes = [
-        onnx.helper.make_node("Shape", ["noise"], ["noise_length"], start=0, end=1),
-        onnx.helper.make_node("Squeeze", ["noise_length", "first_axis"], ["steps"]),
-        onnx.helper.make_node("Loop", ["steps", "", "tokens", "past"], ["next_tokens", "next_past", "ids"], body=body),
+        helper.make_node("Shape", ["noise"], ["noise_length"], start=0, end=1),
+        helper.make_node("Squeeze", ["noise_length", "first_axis"], ["steps"]),
+        helper.make_node("Loop", ["steps", "", "tokens", "past"], ["next_tokens", "next_past", "ids"], body=body),
     ]
-    graph = onnx.helper.make_graph(
-        nodes,
-        "row",
-        inputs=[
-            value("tokens", integer, [ROWS, "length"]),
-            value("pads", integer, [ROWS]),
-            value("past", real, cache),
-            value("guidance", real, []),
-            value("temperature", real, []),
-            value("top_k", integer, [1]),
-            value("noise", real, ["steps", codes]),
-        ],
-        outputs=[
-            value("next_tokens", integer, [ROWS, "one"]),
-            value("next_past", real, cache),
-            value("ids", integer, ["steps", 1]),
-        ],
-        initializer=[*weights, axes, first_token],
-    )
-    model = onnx.helper.make_model(graph, opset_imports=step.opset_import, ir_version=step.ir_version)
+    inputs = [
+        helper.make_tensor_value_info("tokens", INTEGER, [ROWS, "length"]),
+        helper.make_tensor_value_info("pads", INTEGER, [ROWS]),
+        helper.make_tensor_value_info("past", REAL, cache),
+        helper.make_tensor_value_info("guidance", REAL, []),
+        helper.make_tensor_value_info("temperature", REAL, []),
+        helper.make_tensor_value_info("top_k", INTEGER, [1]),
+        helper.make_tensor_value_info("noise", REAL, ["steps", vocabulary.codebook_size]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("next_tokens", INTEGER, [ROWS, "one"]),
+        helper.make_tensor_value_info("next_past", REAL, cache),
+        helper.make_tensor_value_info("ids", INTEGER, ["steps", 1]),
+    ]
+    constants = [
+        helper.make_tensor("first_axis", INTEGER, [1], [0]),
+        helper.make_tensor("first_token", INTEGER, [], [vocabulary.first_token]),
+    ]
+    weights = list(step.graph.initializer)
+    graph = helper.make_graph(nodes, "row", inputs, outputs, initializer=weights + constants)
+    model = helper.make_model(graph, opset_imports=step.opset_import, ir_version=step.ir_version)
     onnx.checker.check_model(model)
     return model
+
+
+def loop_body(step: onnx.GraphProto, cache: list[Any]) -> onnx.GraphProto:
+    """Joins a step of the language model with the sampling of its id. Weights stay outside."""
+    sampling = onnx.parser.parse_graph(SAMPLING)
+    inputs = [
+        helper.make_tensor_value_info("step", INTEGER, []),
+        helper.make_tensor_value_info("unfinished", BOOLEAN, []),
+        helper.make_tensor_value_info("step_tokens", INTEGER, [ROWS, None]),
+        helper.make_tensor_value_info("step_past", REAL, cache),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("continued", BOOLEAN, []),
+        helper.make_tensor_value_info("id_tokens", INTEGER, [ROWS, 1]),
+        helper.make_tensor_value_info("step_present", REAL, cache),
+        helper.make_tensor_value_info("id", INTEGER, [1]),
+    ]
+    nodes = list(step.node) + list(sampling.node)
+    return helper.make_graph(nodes, "step", inputs, outputs)
 
 
 def trace_step(language_model: PreTrainedModel, vocabulary: ImageVocabulary) -> ExportedProgram:
@@ -201,5 +201,10 @@ def trace_step(language_model: PreTrainedModel, vocabulary: ImageVocabulary) -> 
 def cache_shape(language_model: PreTrainedModel) -> list[Any]:
     """Shape of keys and values `(layers, 2, rows, heads, tokens, head_dim)`; `None` for the number of tokens."""
     config = language_model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return [config.num_hidden_layers, 2, ROWS, config.num_key_value_heads, None, head_dim]
+    heads = getattr(config, "num_key_value_heads", None)
+    if heads is None:
+        heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None:
+        head_dim = config.hidden_size // config.num_attention_heads
+    return [config.num_hidden_layers, 2, ROWS, heads, None, head_dim]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cli_runner import names
 from conftest import Lazy, make_tiny
+from tiny_language_models import extended
 
 import svqvae_cli
 from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, ImageTokens
@@ -15,6 +16,8 @@ web = Lazy("svqvae_hf.export.web")
 web_runtime = Lazy("svqvae_hf.export.web_runtime")
 float16_weights = Lazy("svqvae_hf.export.float16_weights")
 prompts = Lazy("svqvae_hf.export.prompts")
+drawing_comparison = Lazy("svqvae_hf.export.drawing_comparison")
+drawing_graph = Lazy("svqvae_hf.export.drawing_graph")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,26 @@ def test_prompts_are_those_of_draw(language_model):
     for caption in ("a tiny fox", "please draw two airplanes!"):
         expected = language_model._ask([caption], begin_image)["input_ids"][0].tolist()
         assert template.tokens(language_model.tokenizer, caption) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("family", ["qwen", "neox"])
+def test_graph_draws_the_ids_of_language_models_of_other_kinds(family, tmp_path):
+    model = ImageLanguageModel.from_pretrained(extended(family), dtype="float32")
+    with torch.no_grad():
+        graph = drawing_graph.drawing_graph(model.language_model, model.processor.vocabulary)
+    web.onnx.save(graph, tmp_path / "row.onnx")
+    draw_row = drawing_comparison.load_row_graph(tmp_path / "row.onnx")
+    captions = [None, "a", "a longer caption"]
+    checked = drawing_comparison.compare_drawings(model, draw_row, model.vqvae.decode_tokens, captions)
+    assert checked.startswith("0 of ")
+
+    def draw_other_ids(inputs):
+        return [ids ^ 1 for ids in draw_row(inputs)[-1:]]
+
+    with pytest.raises(ValueError, match=r"the drawing graph: at most 1 in 100 ids may differ from the model's, but"):
+        drawing_comparison.compare_drawings(model, draw_other_ids, model.vqvae.decode_tokens, captions)
 
 
 def test_tokenizer_keeps_all_but_the_codes(language_model, tmp_path):
