@@ -8,7 +8,6 @@ caption. A language model that learns to draw from the same captions draws about
 
 import sys
 import time
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -44,9 +43,8 @@ class Reader(nn.Module):
 
     def __init__(self, vocabulary: int):
         super().__init__()
-        self.words = nn.Embedding(vocabulary, WIDTH)
+        self.words = nn.Embedding.from_pretrained(0.5 * torch.randn(vocabulary, WIDTH), freeze=False)
         self.questions = nn.Parameter(0.5 * torch.randn(len(CHOICES), WIDTH))
-        nn.init.normal_(self.words.weight, std=0.5)
         self.layers = Qwen3Model(Qwen3Config(**SIZES, attn_implementation="eager"))
         self.heads = nn.ModuleList(nn.Linear(WIDTH, len(choices)) for choices in CHOICES)
 
@@ -77,7 +75,7 @@ def make_batch(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> tuple
     return batch.input_ids, batch.attention_mask
 
 
-def train(writer: CaptionWriter, tokenizer: PreTrainedTokenizerFast, options: Namespace) -> Reader:
+def train(writer: CaptionWriter, tokenizer: PreTrainedTokenizerFast, steps: int) -> Reader:
     """Trains a reader on new captions."""
     torch.manual_seed(SEED)
     random = Random(SEED)
@@ -85,13 +83,13 @@ def train(writer: CaptionWriter, tokenizer: PreTrainedTokenizerFast, options: Na
     matrices = [weight for weight in reader.layers.layers.parameters() if weight.ndim == 2]
     others = [weight for weight in reader.parameters() if all(weight is not matrix for matrix in matrices)]
     optimizer = MuonAndAdam([{"params": matrices}, {"params": others}], lr=3e-3, betas=(0.9, 0.95))
-    steps = options.examples // BATCH
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1.2 * (1 - step / steps), 1))
     for _ in range(steps):
-        captions, answers = zip(*(example(writer, random) for _ in range(BATCH)), strict=True)
-        logits = reader(*make_batch(tokenizer, list(captions)))
-        losses = [F.cross_entropy(*pair) for pair in zip(logits, torch.tensor(answers).T, strict=True)]
-        sum(losses).backward()
+        examples = [example(writer, random) for _ in range(BATCH)]
+        logits = reader(*make_batch(tokenizer, [caption for caption, _ in examples]))
+        answers = torch.tensor([numbers for _, numbers in examples])  # (batch, 4)
+        losses = [F.cross_entropy(logit, answers[:, number]) for number, logit in enumerate(logits)]
+        torch.stack(losses).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -126,29 +124,24 @@ def main() -> None:
     parser = make_parser(__doc__, rounds=1)
     parser.add_argument("prompts", type=Path, nargs="+", help="lines of a prompt, a tab, and a plain caption")
     parser.add_argument("--tokenizer", default="1536", help="number of byte pairs (258: bytes), or `words`")
-    parser.add_argument(
-        "--voices", nargs="+", choices=VOICES, default=VOICES, help="writers of captions to learn from"
-    )
+    parser.add_argument("--voices", nargs="+", choices=VOICES, default=VOICES, help="writers (default: all)")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other values for the recipe")
     parser.add_argument("--examples", type=int, default=64000, help="captions to learn from")
     options, machine = parse_options(parser, "cpu")
-    values = {name: float(value) for name, value in (text.split("=") for text in options.set)}
+    values = {}
+    for text in options.set:
+        name, value = text.split("=")
+        values[name] = float(value)
     writer = CaptionWriter(replace(Recipe(), voices=tuple(options.voices), **values))
     random = Random(99)
     texts = [example(writer, random)[0] for _ in range(TEXTS)] + writer.wordnet["words"]
     is_words = options.tokenizer == "words"
     tokenizer = make_words_tokenizer(texts) if is_words else make_tokenizer(texts, int(options.tokenizer))
-    reader = train(writer, tokenizer, options)
+    reader = train(writer, tokenizer, options.examples // BATCH)
     row = {"tokens": len(tokenizer), "writers": " ".join(options.voices), "recipe": " ".join(options.set)}
     row |= {"captions": options.examples, "CPU s": f"{time.process_time():.0f}"}
     for path in options.prompts:
         row[path.stem] = read(reader, tokenizer, *read_prompts(path))
-    others = tuple(voice for voice in VOICES if voice not in options.voices)
-    if others:
-        other_writer = CaptionWriter(replace(Recipe(), voices=others, wordnet_names=0, random_words=0))
-        scenes = [Scene.draw(random, held_out=False) for _ in range(1000)]
-        captions = [scene.caption(random, writer=other_writer) for scene in scenes]
-        row["captions by the others"] = read(reader, tokenizer, captions, [scene.plain()[1] for scene in scenes])
     report(options, machine, {"Captions read, %": [row]})
 
 

@@ -503,7 +503,7 @@ class ModalitySums:
 
 
 def optimizer_class(
-    model: torch.nn.Module, options: LanguageRunOptions, arguments: TrainingArguments
+    model: PreTrainedModel, options: LanguageRunOptions, arguments: TrainingArguments
 ) -> tuple[type, dict[str, Any]] | None:
     """Class and arguments of the optimizer; None for transformers' AdamW."""
     if options.optimizer == "adamw":

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 MOMENTUM = 0.95
 
@@ -53,14 +54,14 @@ class MuonAndAdam(torch.optim.Optimizer):
         self.share_groups()
 
 
-def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def muon_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
     """Trained matrices of linear layers, which decay, and all other weights, such as embeddings and a head."""
-    tables = set()
+    tables: set[int] = set()
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is not None:
             tables.add(id(layer.weight))
-    matrices = []
-    rest = []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for module in model.modules():
         for weight in module.parameters(recurse=False):
             if not weight.requires_grad:
