@@ -12,15 +12,15 @@ DETERMINERS = ("a", "an", "the", "my", "our", "your", "his", "her", "their", "so
 
 @dataclass(frozen=True)
 class KnownObjects:
-    """Names of what a model can draw, and of other things.
+    """Words by which a model tells what it cannot draw.
 
     Args:
-        names (`frozenset[str]`): Names and words, in lower case, that the training captions have.
-        others (`frozenset[str]`): Nouns, in singular, of things that the model cannot draw.
+        names (`frozenset[str]`): Words of the training captions, and whole names in them, in lower case.
+        things (`frozenset[str]`): Nouns, in singular, for things that the model cannot draw.
     """
 
     names: frozenset[str]
-    others: frozenset[str]
+    things: frozenset[str]
 
     def unknown(self, prompt: str) -> list[str]:
         """Words of a prompt for things that the model cannot draw, in the order of the prompt."""
@@ -33,7 +33,7 @@ class KnownObjects:
                 position += length
                 continue
             word = words[position]
-            is_thing = any(form in self.others for form in singulars(word))
+            is_thing = any(form in self.things for form in singulars(word))
             if is_thing and not has_purpose(words[:position]) and word not in unknown:
                 unknown.append(word)
             position += 1

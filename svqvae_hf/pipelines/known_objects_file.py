@@ -27,14 +27,14 @@ def read_known_objects(source: str | os.PathLike, **options: Any) -> KnownObject
     if path is None:
         return None
     entries = read_json_object(path)
-    for key in ("names", "others"):
+    for key in ("names", "things"):
         if not isinstance(entries.get(key), list):
             raise ValueError(f"`{path}` must have a list of `{key}`. Restore the file, or delete it.")
-    return KnownObjects(frozenset(entries["names"]), frozenset(entries["others"]))
+    return KnownObjects(frozenset(entries["names"]), frozenset(entries["things"]))
 
 
 def write_known_objects(objects: KnownObjects, folder: str | os.PathLike) -> None:
     """Writes the known objects to the folder of a language model."""
-    entries = {"names": sorted(objects.names), "others": sorted(objects.others)}
+    entries = {"names": sorted(objects.names), "things": sorted(objects.things)}
     text = json.dumps(entries, indent=0) + "\n"
     write_file(Path(folder, FILE), text.encode())

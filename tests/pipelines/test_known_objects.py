@@ -11,7 +11,7 @@ from svqvae_hf.pipelines.known_objects_file import FILE, read_known_objects, wri
 
 OBJECTS = KnownObjects(
     names=frozenset(["a", "on", "bearded dragon", "dragon green", "fox", "soup bowl"]),
-    others=frozenset(["dragon", "cherry", "scarf", "soup", "church"]),
+    things=frozenset(["dragon", "cherry", "scarf", "soup", "church"]),
 )
 
 
@@ -58,7 +58,7 @@ def test_they_come_back_from_a_folder_and_a_damaged_file_is_one_error(tmp_path):
     write_known_objects(OBJECTS, tmp_path)
     assert read_known_objects(tmp_path) == OBJECTS
     (tmp_path / FILE).write_text('{"names": []}')
-    with pytest.raises(ValueError, match="must have a list of `others`"):
+    with pytest.raises(ValueError, match="must have a list of `things`"):
         read_known_objects(tmp_path)
 
 

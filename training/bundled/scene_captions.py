@@ -125,11 +125,12 @@ class CaptionWriter:
         """Chooses a phrase and the frame around it, which is None for a phrase that names the ground itself."""
         while True:
             phrase = random.choice(voice[kind])
-            if "{g}" in phrase and not held_out:
+            names_ground = "{g}" in phrase
+            if names_ground and not held_out:
                 return phrase, None
             frame = random.choice(voice["frames"])
             is_held_out = crc32(f"{phrase} {frame}".lower().encode()) % HELD_OUT == 0  # whoever wrote them
-            if "{g}" not in phrase and is_held_out == held_out:
+            if is_held_out == held_out and not names_ground:
                 return phrase, frame
 
     def name(self, name: str, random: Random) -> str:
