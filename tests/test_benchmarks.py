@@ -81,6 +81,7 @@ COMMANDS = [  # options that shrink the work
     "llamagen --side 4 --batches 2 --hidden-size 64 --layers 1 --heads 2",
     "quantized_llamagen --precisions float32 bfloat16 --rows 1 --hidden-size 64 --layers 1",
     f"learnable {ROOT}/svqvae_hf/pretrained_scenes/vqvae {ROOT}/docs/images --side 32 --steps 1 2 --held-out 4",
+    f"read_captions {ROOT}/benchmarks/scene_prompts.tsv --examples 64 --voices first terse",
 ]
 
 
