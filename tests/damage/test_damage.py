@@ -11,6 +11,7 @@ SECONDS = 8
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_windows")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_damaged_files_change_no_output_without_a_word(tmp_path):
     seed = random.randrange(2**32)
     cases = sample(all_cases(tmp_path, make_workspace(tmp_path)), seed)
