@@ -14,6 +14,7 @@ from svqvae_files.outputs import write_file
 from svqvae_hf.loaders.folder_checks import check_files
 
 BASE_FILE = "adapter_base.json"  # peft warns of keys in its own config that it does not know
+DIGEST_KEY = "base_digest"  # in that file
 WEIGHTS = "adapter_model.safetensors"
 BASE_PATTERNS = ("config.json", "model*.safetensors")
 
@@ -26,7 +27,7 @@ def record_base(folder: Path, base: str, subfolder: str = "") -> None:
         base (`str`): Folder or Hub id of the base.
         subfolder (`str`, defaults to `""`): Folder of the language model in the base.
     """
-    content = {"base_digest": base_digest(base, subfolder)}
+    content = {DIGEST_KEY: base_digest(base, subfolder)}
     write_file(folder / BASE_FILE, json.dumps(content, indent=2).encode())
 
 
@@ -59,40 +60,40 @@ def load_adapter(language_model: Any, adapter: str | os.PathLike, base: str | os
         OSError: The adapter does not exist or cannot be read.
         ValueError: A file is damaged, the adapter lacks tensors, or it was made for another base.
     """
-    from peft import PeftModel, get_peft_model_state_dict  # of an extra
+    from peft import PeftModel, get_peft_model_state_dict  # installed only with an extra
 
     check_files(adapter)
-    base_file = _find(adapter, BASE_FILE)
+    base_file = _find_file(adapter, BASE_FILE)
     if base_file is not None:
-        recorded = read_json_object(base_file).get("base_digest")
-        if recorded != base_digest(base, subfolder):
+        recorded_digest = read_json_object(base_file).get(DIGEST_KEY)
+        if recorded_digest != base_digest(base, subfolder):
             raise ValueError(
                 f"`{adapter}` must be an adapter of `{base}`, but was made for another model or other weights of it. "
                 "Pass the model that it was trained on."
             )
     adapted = PeftModel.from_pretrained(language_model, adapter)
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    weights_path = _find(adapter, WEIGHTS)
+    expected_names = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    weights_path = _find_file(adapter, WEIGHTS)
     if weights_path is None:
         raise ValueError(f"`{adapter}` must hold `{WEIGHTS}`, but does not. Restore the file.")
     with safe_open(weights_path, "pt") as weights:
-        missing = sorted(expected - set(weights.keys()))
+        missing = sorted(expected_names - set(weights.keys()))
     if missing:
         raise ValueError(
-            f"`{weights_path}` must hold all tensors of the adapter, but lacks {len(missing)} of {len(expected)}: "
-            f"{missing[0]}, ... Restore the file."
+            f"`{weights_path}` must hold all tensors of the adapter, but lacks {len(missing)} of "
+            f"{len(expected_names)}: {missing[0]}, ... Restore the file."
         )
     return adapted
 
 
-def _find(source: str | os.PathLike, name: str) -> Path | None:
+def _find_file(source: str | os.PathLike, name: str) -> Path | None:
     """Path of a file in a folder or on the Hub; None if it does not exist."""
     if os.path.isdir(source):
         path = Path(source, name)
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(os.fspath(source), name))
-    except errors.LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:  # the Hub does not answer, so the file may exist
         raise
     except errors.EntryNotFoundError:
         return None

@@ -14,7 +14,7 @@ from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.folder_checks import check_files
 from svqvae_hf.models.loading import check_weights
 
-DAMAGES = (AttributeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError, TypeError)
+DAMAGE_ERRORS = (AttributeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError, TypeError)
 
 
 def load_causal_model(source: str | os.PathLike, **options: Any) -> PreTrainedModel:
@@ -29,7 +29,8 @@ def load_causal_model(source: str | os.PathLike, **options: Any) -> PreTrainedMo
         ValueError: If a file is damaged, or weights are missing, unexpected or of another shape.
     """
     check_files(source)
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported by `check_weights` instead
+    # Wrong shapes are ignored here, because `check_weights` reports all faults in one line.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with misfit_explained(source):
         model, info = from_hub(AutoModelForCausalLM.from_pretrained, source, **options)
     check_weights(os.fspath(source), info)
@@ -43,8 +44,8 @@ def misfit_explained(source: str | os.PathLike) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except DAMAGES as error:
-        reason = " ".join(str(error).split())
+    except DAMAGE_ERRORS as error:
+        reason = " ".join(str(error).split())  # in one line
         raise ValueError(
             f"`{os.fspath(source)}` cannot be loaded, because its files are damaged: {reason:.300}."
         ) from error

@@ -8,6 +8,7 @@ import torch
 
 from svqvae_hf.untrusted.weights import is_dense, key_text, without_attributes
 
+EMA = "ema"  # key of the averaged weights in a pickle
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -16,9 +17,9 @@ def select_weights(
 ) -> dict[str, Any]:
     """Weights of a file, or its EMA weights, by name, and without attributes that a pickle may give to tensors."""
     if use_ema:
-        weights = content.get("ema")
+        weights = content.get(EMA)
     if not isinstance(weights, Mapping):
-        raise ValueError(f"`{source}` must hold averaged weights (`ema`) for `use_ema`, but has none. Leave it out.")
+        raise ValueError(f"`{source}` must hold averaged weights (`{EMA}`) for `use_ema`, but has none. Leave it out.")
     return {key_text(key): without_attributes(value) for key, value in weights.items()}
 
 
@@ -37,17 +38,27 @@ def check_tensors(weights: Mapping[str, Any], source: str | Path) -> None:
 def read_sizes(
     weights: Mapping[str, torch.Tensor], axes: Mapping[str, tuple[str, int]], source: str | Path
 ) -> dict[str, int]:
-    """Reads config values that are sizes of weights. `axes` names the weight and the axis of each."""
+    """Reads config values that are sizes of weights.
+
+    Args:
+        weights (`Mapping[str, torch.Tensor]`): Weights of the file.
+        axes (`Mapping[str, tuple[str, int]]`): For each config value, the name of a weight and the axis with the size.
+        source (`str` or `Path`): Name of the file in errors.
+    """
     missing = set()
     misshapen = set()
     sizes = {}
     for key, (name, axis) in axes.items():
         if name not in weights:
             missing.add(name)
-        elif weights[name].ndim <= axis or not weights[name].numel():
-            misshapen.add(f"{name} {tuple(weights[name].shape)}")
+            continue
+        shape = weights[name].shape
+        has_axis = len(shape) > axis
+        is_empty = 0 in shape
+        if not has_axis or is_empty:
+            misshapen.add(f"{name} {tuple(shape)}")
         else:
-            sizes[key] = weights[name].shape[axis]
+            sizes[key] = shape[axis]
     raise_faults(source, {"missing": missing, "misshapen": misshapen})
     return sizes
 

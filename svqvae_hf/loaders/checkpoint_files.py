@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -104,8 +105,13 @@ def load_checkpoint_file(path: Path, source: str | Path) -> dict[str | None, Any
         return {None: _load_safetensors(path, source)}
     content = _load_pickle(path, source)
     if not isinstance(content, dict):
-        return {}
+        return {}  # no format fits it, so the caller reports it
     return content
+
+
+def top_level_weights(content: Mapping[str | None, Any]) -> Any:
+    """Weights of a file that names no container for them: all of a safetensors file, or the pickled dict itself."""
+    return content.get(None, content)
 
 
 def _load_safetensors(path: Path, source: str | Path) -> dict[str, torch.Tensor]:
@@ -123,13 +129,13 @@ def _load_pickle(path: Path, source: str | Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # a broken pickle makes the reader raise almost anything
-        code = _code_of_pickle(error)
-        if code is not None:
+        called_code = _called_code(error)
+        if called_code is not None:
             raise ValueError(
-                f"`{source}` must hold weights only, but is a pickle that calls for `{code}`, which could run any "
-                "code or take any memory. Ask for a safetensors file, or save the weights alone where it was made: "
-                '`torch.save({"state_dict": ...}, file)`.'
-            ) from None  # torch's own message advises to load it all the same
+                f"`{source}` must hold weights only, but is a pickle that calls for `{called_code}`, which could run "
+                "any code or take any memory. Ask for a safetensors file, or save the weights alone where it was "
+                'made: `torch.save({"state_dict": ...}, file)`.'
+            ) from None  # torch's message advises to load the file with `weights_only=False`
         raise ValueError(
             f"`{source}` must be a whole PyTorch checkpoint that holds weights only, but cannot be read as one. It "
             "may be empty, cut short, compressed, of another format, or a pickle with code in it. Download it again, "
@@ -137,9 +143,11 @@ def _load_pickle(path: Path, source: str | Path) -> Any:
         ) from error
 
 
-def _code_of_pickle(error: Exception) -> str | None:
+def _called_code(error: Exception) -> str | None:
     """Name of the function or class that a pickle calls for, by the error of reading it; None for other errors."""
     if not isinstance(error, pickle.UnpicklingError):
         return None
     match = re.search(r"GLOBAL (\S+)", str(error))
-    return None if match is None else match[1]
+    if match is None:
+        return None
+    return match[1]

@@ -11,7 +11,9 @@ def count_numbers(keys: Iterable[Any], prefix: str) -> int:
     pattern = re.compile(rf"{re.escape(prefix)}(\d+)\.")
     numbers = set()
     for key in keys:
-        match = pattern.match(key) if isinstance(key, str) else None
+        if not isinstance(key, str):  # pickles may have keys of any type
+            continue
+        match = pattern.match(key)
         if match is not None:
             numbers.add(match[1])
     return len(numbers)
@@ -53,12 +55,13 @@ class CheckpointFormat:
         return isinstance(weights, dict) and count_numbers(weights, self.level_prefix) > 0
 
     def to_original(self, key: str, num_levels: int) -> str:
-        """Name in the file of a parameter of this library."""
+        """Name in the file of a parameter of this library; the same but for the prefix if no rename fits."""
         for our_pattern, original_pattern in self.renames:
             for level in range(num_levels):
                 ours = our_pattern.format(level=level)
                 if key.startswith(ours):
-                    original = original_pattern.format(level=level, flipped=num_levels - 1 - level)
+                    flipped = num_levels - 1 - level
+                    original = original_pattern.format(level=level, flipped=flipped)
                     return self.prefix + original + key.removeprefix(ours)
         return self.prefix + key
 

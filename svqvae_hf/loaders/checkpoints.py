@@ -9,13 +9,14 @@ from torch import nn
 
 from svqvae_hf.hub.repositories import hub_repo
 from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, read_sizes, select_weights
-from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
+from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint, top_level_weights
 from svqvae_hf.loaders.checkpoint_formats import CHECKPOINT_FORMATS, CheckpointFormat, count_numbers
 from svqvae_hf.loaders.llamagen_checkpoints import find_language_model
 from svqvae_hf.models.checks import check_depth
 from svqvae_hf.untrusted.weights import key_text
 
 NORM_NUM_GROUPS = 32  # in all formats
+KEYS_SHOWN = 5  # of a file in an error
 
 # Config values that are sizes of weights, with their axes.
 CONFIG_AXES = {
@@ -57,7 +58,10 @@ def read_checkpoint(
     content = load_checkpoint_file(path, source)
     format = _find_format(content, source)
     all_weights = select_weights(content, content[format.container], source, use_ema=use_ema)
-    weights = {key: value for key, value in all_weights.items() if not key.startswith(format.training_keys)}
+    weights = {}
+    for key, value in all_weights.items():
+        if not key.startswith(format.training_keys):
+            weights[key] = value
     check_tensors(weights, source)
     num_levels = count_numbers(weights, format.level_prefix)
     num_blocks = count_numbers(weights, format.to_original("encoder.conv_blocks.0.res.", num_levels))
@@ -66,10 +70,14 @@ def read_checkpoint(
     inferred["num_res_blocks"] = num_blocks
     config = inferred | config
     shapes = _expected_shapes(model_class, config, source)
-    original_names = {key: format.to_original(key, num_levels) for key in shapes}
-    original_shapes = {original_names[key]: shape for key, shape in shapes.items()}
+    original_names = {}  # in the file, by the names in this library
+    original_shapes = {}  # by the names in the file
+    for key, shape in shapes.items():
+        original_name = format.to_original(key, num_levels)
+        original_names[key] = original_name
+        original_shapes[original_name] = shape
     check_weights(weights, original_shapes, source)
-    state_dict = {key: weights[name].float() for key, name in original_names.items()}
+    state_dict = {key: weights[original_name].float() for key, original_name in original_names.items()}
     return Checkpoint(str(source), path, use_ema, format, config, state_dict)
 
 
@@ -92,7 +100,7 @@ def _find_format(content: Mapping[str | None, Any], source: str | Path) -> Check
             "loads it alone."
         )
     expected = "; ".join(_describe_format(format) for format in CHECKPOINT_FORMATS)
-    keys = sorted(key_text(key) for key in content.get(None, content))
+    keys = sorted(key_text(key) for key in top_level_weights(content))
     raise ValueError(
         f"`{source}` must be a checkpoint of a known format, but is not. Looked for {expected}. Found "
         f"{_describe_keys(keys)}. A transformer is converted by `svqvae convert` with `--tokenizer`."
@@ -100,15 +108,15 @@ def _find_format(content: Mapping[str | None, Any], source: str | Path) -> Check
 
 
 def _describe_format(format: CheckpointFormat) -> str:
-    place = "a .safetensors file" if format.container is None else f"`{format.container}`"
-    return f"{format.name}: `{format.level_prefix}0.*` in {place}"
+    container = "a .safetensors file" if format.container is None else f"`{format.container}`"
+    return f"{format.name}: `{format.level_prefix}0.*` in {container}"
 
 
 def _describe_keys(keys: list[str]) -> str:
     if not keys:
         return "no keys"
-    listed = ", ".join(keys[:5])
-    if len(keys) > 5:
+    listed = ", ".join(keys[:KEYS_SHOWN])
+    if len(keys) > KEYS_SHOWN:
         return f"{listed} and others"
     return listed
 
@@ -117,11 +125,13 @@ def _infer_config(
     format: CheckpointFormat, weights: Mapping[str, Any], num_levels: int, source: str | Path
 ) -> dict[str, Any]:
     """Reads the config from the shapes of the weights and, where shapes do not tell, from the format."""
-    axes = dict(CONFIG_AXES)
+    axes = dict(CONFIG_AXES)  # names of weights in this library, and their axes
     for level in range(num_levels):
         for network in ("encoder", "decoder"):
             axes[f"{network} level {level}"] = (f"{network}.conv_blocks.{level}.res.0.conv1.weight", 0)
-    original_axes = {key: (format.to_original(name, num_levels), axis) for key, (name, axis) in axes.items()}
+    original_axes = {}  # the same with the names in the file
+    for key, (name, axis) in axes.items():
+        original_axes[key] = (format.to_original(name, num_levels), axis)
     sizes = read_sizes(weights, original_axes, source)
     config: dict[str, Any] = {key: sizes[key] for key in CONFIG_AXES}
     encoder_ch_mult = []

@@ -18,7 +18,7 @@ EMBEDDING = "tok_embeddings.weight"  # every such checkpoint has it
 EMBEDDED = "model.embed_tokens.weight"  # with the rows of classes, which lie apart in the file
 CLASSES = "cls_embedding.embedding_table.weight"
 CAPTION = "cls_embedding.uncond_embedding"
-TABLE = "freqs_cis"  # angles, in files of older code
+ANGLES = "freqs_cis"  # a row for each position of a sequence, in files of older code
 CONTAINERS = ("model", "module", "state_dict")  # keys of the weights in files of DDP, DeepSpeed and others
 
 # Heads of the sizes that LlamaGen defines, by layers and channels: B, L, XL, XXL, XXXL, 1B, 3B, 7B.
@@ -71,28 +71,29 @@ def read_llamagen(
     """
     path = locate_checkpoint(source)
     content = load_checkpoint_file(path, source)
-    container = find_language_model(content)
-    if container is None:
+    stored_weights = find_language_model(content)
+    if stored_weights is None:
         raise ValueError(
             f"`{source}` must be a checkpoint of a language model of LlamaGen, but has no `{EMBEDDING}`, at "
             f"its top level or in {', '.join(CONTAINERS)}. Load a tokenizer with `SVQVAE.from_single_file`."
         )
-    weights = select_weights(content, container, source, use_ema=use_ema)
-    table = weights.pop(TABLE, None)
+    weights = select_weights(content, stored_weights, source, use_ema=use_ema)
+    angles = weights.pop(ANGLES, None)
     check_tensors(weights, source)
     sizes = _read_sizes(weights, source)
     layout = _layout(sizes)
     shapes = {name: torch.Size(weight.shape) for name, weight in layout.items()}
     check_weights(weights, shapes, source)
     config = dict(sizes)
-    config["grid_size"] = _find_grid_size(table, sizes["num_condition_tokens"], grid_size, source)
+    config["grid_size"] = _find_grid_size(angles, sizes["num_condition_tokens"], grid_size, source)
     config["num_attention_heads"] = num_attention_heads or _find_heads(sizes, source)
-    return Checkpoint(str(source), path, use_ema, LLAMAGEN, config, _rename(weights, layout, sizes["num_classes"]))
+    state_dict = _rename(weights, layout, sizes["num_classes"])
+    return Checkpoint(str(source), path, use_ema, LLAMAGEN, config, state_dict)
 
 
 def find_language_model(content: Mapping[str | None, Any]) -> dict[Any, Any] | None:
     """Returns the weights of a language model of LlamaGen from the content of its file, or None for other files."""
-    candidates: list[Any] = [content, content.get(None)]
+    candidates: list[Any] = [content, content.get(None)]  # a pickle, or all of a safetensors file
     for name in CONTAINERS:
         candidates.append(content.get(name))
     for weights in candidates:
@@ -143,7 +144,7 @@ def _layout(sizes: Mapping[str, Any]) -> dict[str, FileWeight]:
     """Weights of a file with these sizes, by their names in it."""
     codes = sizes["codebook_size"]
     hidden = sizes["hidden_size"]
-    layout = {
+    layout = {  # shapes are (output channels, input channels), or (rows, channels) of an embedding
         EMBEDDING: FileWeight((codes, hidden), [EMBEDDED]),
         "norm.weight": FileWeight((hidden,), ["model.norm.weight"]),
         "output.weight": FileWeight((codes, hidden), ["lm_head.weight"]),
@@ -196,13 +197,14 @@ def _rename(
     return renamed
 
 
-def _find_grid_size(table: Any, condition_tokens: int, grid_size: int | None, source: str | Path) -> int:
-    """Rows and columns of ids, from the table of angles in a file or as they were passed."""
-    has_table = isinstance(table, torch.Tensor) and table.ndim > 0 and table.shape[0] > condition_tokens
-    if has_table:
-        stored_size = math.isqrt(table.shape[0] - condition_tokens)
-        if grid_size not in (None, stored_size):
-            raise ValueError(f"`grid_size` must be {stored_size}, as `{TABLE}` in `{source}` tells, got {grid_size}.")
+def _find_grid_size(angles: Any, condition_tokens: int, grid_size: int | None, source: str | Path) -> int:
+    """Rows and columns of ids, from the angles in a file or as they were passed."""
+    has_angles = isinstance(angles, torch.Tensor) and angles.ndim > 0 and angles.shape[0] > condition_tokens
+    if has_angles:
+        num_ids = angles.shape[0] - condition_tokens
+        stored_size = math.isqrt(num_ids)
+        if grid_size is not None and grid_size != stored_size:
+            raise ValueError(f"`grid_size` must be {stored_size}, as `{ANGLES}` in `{source}` tells, got {grid_size}.")
         return stored_size
     if grid_size is None:
         raise ValueError(

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, read_sizes, select_weights
-from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
+from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint, top_level_weights
 from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
 from svqvae_hf.models.checks import check_depth
 
@@ -16,15 +17,19 @@ FLEXVAR = CheckpointFormat("flexvar-transformer", "FlexVAR's transformer", conta
 BUFFERS = re.compile(r"attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias")  # constants that FlexVAR saves
 
 CLASSES = "class_emb.weight"  # a row for each class, and one for no class
+CODES = "word_embed.weight"
+POSITIONS = "pos_1LC"
+TRAINER = "trainer"  # key of everything in a file of FlexVAR's trainer
+TRAINED_TRANSFORMER = "var_wo_ddp"  # key of the transformer's weights there
 
 # Config values that are sizes of weights, with their axes.
 CONFIG_AXES = {
     "heads": ("blocks.0.attn.scale_mul_1H11", 1),
-    "width": ("word_embed.weight", 0),
+    "width": (CODES, 0),
     "classes": (CLASSES, 0),
     "codebook_size": ("head.weight", 0),
-    "codebook_embed_dim": ("word_embed.weight", 1),
-    "position_size": ("pos_1LC", 2),
+    "codebook_embed_dim": (CODES, 1),
+    "position_size": (POSITIONS, 2),
 }
 
 
@@ -44,35 +49,39 @@ def read_next_scale_checkpoint(source: str | Path, model_class: type[nn.Module])
     """
     path = locate_checkpoint(source)
     content = load_checkpoint_file(path, source)
-    trainer = content.get("trainer")
+    trainer = content.get(TRAINER)
     if isinstance(trainer, Mapping):
-        transformer = trainer.get("var_wo_ddp")
+        stored_weights = trainer.get(TRAINED_TRANSFORMER)
     else:
-        transformer = content.get(None, content)
-    if not isinstance(transformer, Mapping) or not {"word_embed.weight", "pos_1LC"} <= transformer.keys():
+        stored_weights = top_level_weights(content)
+    if not _is_transformer(stored_weights):
         raise ValueError(
-            f"`{source}` must be a checkpoint of FlexVAR's transformer, with `word_embed.weight` and `pos_1LC` at the "
-            "top or in `trainer` > `var_wo_ddp`, but is not. Load a tokenizer with `SVQVAE.from_single_file`."
+            f"`{source}` must be a checkpoint of FlexVAR's transformer, with `{CODES}` and `{POSITIONS}` at the "
+            f"top or in `{TRAINER}` > `{TRAINED_TRANSFORMER}`, but is not. Load a tokenizer with "
+            "`SVQVAE.from_single_file`."
         )
-    all_weights = select_weights(content, transformer, source)
-    weights = {key: value for key, value in all_weights.items() if not BUFFERS.fullmatch(key)}
+    all_weights = select_weights(content, stored_weights, source)
+    weights = {}
+    for key, value in all_weights.items():
+        if not BUFFERS.fullmatch(key):
+            weights[key] = value
     check_tensors(weights, source)
     sizes = read_sizes(weights, CONFIG_AXES, source)
     heads = sizes["heads"]
     width = sizes["width"]
-    classes = sizes["classes"]
+    class_rows = sizes["classes"]
     num_layers = count_numbers(weights, FLEXVAR.level_prefix)
     check_depth(f"`{source}`", {"layers": num_layers})
-    if width % heads or classes < 2:
+    if width % heads != 0 or class_rows < 2:
         raise ValueError(
             f"`{source}` must have a width that is a multiple of its heads, and at least one class, but has width "
-            f"{width}, {heads} heads and {classes} rows in {CLASSES}. Download the file again."
+            f"{width}, {heads} heads and {class_rows} rows in {CLASSES}. Download the file again."
         )
     config = {
         "num_layers": num_layers,
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
-        "num_classes": classes - 1,
+        "num_classes": class_rows - 1,
         "codebook_size": sizes["codebook_size"],
         "codebook_embed_dim": sizes["codebook_embed_dim"],
         "position_size": sizes["position_size"],
@@ -83,3 +92,8 @@ def read_next_scale_checkpoint(source: str | Path, model_class: type[nn.Module])
     check_weights(weights, shapes, source)
     state_dict = {key: tensor.detach().float() for key, tensor in weights.items()}
     return Checkpoint(str(source), path, False, FLEXVAR, config, state_dict)
+
+
+def _is_transformer(stored_weights: Any) -> bool:
+    """Whether a value in a file holds weights under the names of FlexVAR's transformer."""
+    return isinstance(stored_weights, Mapping) and CODES in stored_weights and POSITIONS in stored_weights

@@ -186,12 +186,12 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
         """
         source = os.fspath(pretrained_model_name_or_path)
         check_files(os.path.join(source, kwargs.get("subfolder") or ""))
-        with_info = kwargs.pop("output_loading_info", False)
+        wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # `check_weights` lists them in one line
         with misfit_explained(source):
             model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         check_weights(source, info)
-        if with_info:
+        if wants_info:
             return model, info
         return model
 
@@ -200,7 +200,8 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
         self, save_directory: str | os.PathLike, *args: Any, standalone: bool = False, **kwargs: Any
     ) -> None:
         """Saves the model. `standalone=True` also writes its code."""
-        self.config.__dict__.pop("auto_map", None)  # of a repository with code that it was loaded from
+        # Names the code in the repository that the model was loaded from, which is not copied.
+        self.config.__dict__.pop("auto_map", None)
         super().save_pretrained(save_directory, *args, **kwargs)
         if standalone:
             write_code(Path(save_directory))
@@ -267,7 +268,8 @@ class SVQVAEImageProcessor(HubMixin, image_processing_svqvae.SVQVAEImageProcesso
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Saves the config."""
-        self.__dict__.pop("auto_map", None)  # of a repository with code that it was loaded from
+        # Names the code in the repository that the processor was loaded from, which is not copied.
+        self.__dict__.pop("auto_map", None)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -293,8 +295,8 @@ class SVQVAEProcessor(HubMixin, PlainProcessor):
         folder = os.path.join(pretrained_model_name_or_path, subfolder)
         check_files(folder)
         check_files(os.path.join(folder, VQVAE_FOLDER))
-        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        from_hub(check_parts, pretrained_model_name_or_path, subfolder=subfolder, **hub)
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        from_hub(check_parts, pretrained_model_name_or_path, subfolder=subfolder, **hub_options)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 

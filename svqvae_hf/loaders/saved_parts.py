@@ -57,7 +57,7 @@ def check_parts(source: str | os.PathLike, subfolder: str = "", **options: Any) 
     """
     config_path = find_part(source, subfolder, CONFIG, options)
     if config_path is None:
-        return  # transformers says what is missing
+        return  # transformers raises an error for the missing config when it loads the processor
     digests = read_json_object(config_path).get(PARTS_KEY)
     if digests is None:
         return
@@ -79,7 +79,7 @@ def find_part(source: str | os.PathLike, subfolder: str, name: str, options: dic
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(os.fspath(source), name, subfolder=subfolder or None, **options))
-    except errors.LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:  # the Hub does not answer, so the file may exist
         raise
     except errors.EntryNotFoundError:
         return None
