@@ -45,10 +45,10 @@ class CodecTokenizer:
 def save_image(image: Image.Image, codec: str, quality: int) -> bytes:
     """Content of an image file of a codec at a quality, without the colour profile and other notes of the image."""
     file = io.BytesIO()
-    bare = image.copy()
-    bare.info = {}
+    image_without_notes = image.copy()
+    image_without_notes.info = {}
     try:
-        bare.save(file, codec, quality=quality, **CODECS[codec])
+        image_without_notes.save(file, codec, quality=quality, **CODECS[codec])
     except (OSError, ValueError) as error:
         raise TooLargeError(f"{codec} cannot hold it: {error}") from error
     return file.getvalue()
@@ -61,13 +61,16 @@ def open_image(content: bytes) -> Image.Image:
 
 
 def add_image_files(rows: Records, tokenizers: Sequence[Tokenizer]) -> None:
-    """Adds the PSNR of image files of as many stored bits to the rows of models, interpolated between qualities.
+    """Adds to the row of each model the PSNR that each codec reaches at the same number of stored bits per pixel.
+
+    The PSNR is interpolated between the qualities of the codec, linearly over the logarithm of the bits. A row gets no
+    value where the bits lie outside the range of the qualities.
 
     Args:
         rows (`list[dict[str, Any]]`): Rows of the table.
         tokenizers (`Sequence[Tokenizer]`): Tokenizer of each row.
     """
-    points_by_codec: dict[str, list[tuple[float, float]]] = {}  # stored bits per pixel, and PSNR
+    points_by_codec: dict[str, list[tuple[float, float]]] = {}  # for each quality, stored bits per pixel and PSNR
     rows_of_models = []
     for row, tokenizer in zip(rows, tokenizers, strict=True):
         if isinstance(tokenizer, CodecTokenizer):
@@ -76,8 +79,9 @@ def add_image_files(rows: Records, tokenizers: Sequence[Tokenizer]) -> None:
         else:
             rows_of_models.append(row)
     for codec, points in points_by_codec.items():
-        rates, psnrs = np.array(sorted(points)).T  # of the qualities, in ascending order
+        rates, psnrs = np.array(sorted(points)).T  # both (qualities,), from the fewest bits to the most
         for row in rows_of_models:
             rate = row["bits_per_pixel_stored"]
-            if rates[0] <= rate <= rates[-1]:
+            is_in_range = rates[0] <= rate <= rates[-1]
+            if is_in_range:
                 row[f"as_{codec.lower()}"] = float(np.interp(math.log(rate), np.log(rates), psnrs))

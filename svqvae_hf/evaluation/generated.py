@@ -11,7 +11,7 @@ from torch import nn
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-from svqvae_hf.evaluation.measuring import Images, measure_images, to_tensor
+from svqvae_hf.evaluation.measuring import Images, Records, measure_images, to_tensor
 from svqvae_hf.evaluation.reference_batch import FeatureStatistics
 from svqvae_hf.evaluation.report import MANY_IMAGES, Report
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
@@ -78,7 +78,7 @@ def compare_generated(
     Source: precision and recall by 3 nearest neighbours, arXiv 1904.06991; the Fréchet distance, arXiv 1706.08500.
     """
     state = PartialState(cpu=torch.device(device).type == "cpu")
-    side = resolution
+    side = resolution  # if `None`, the first generated image sets it
     if side is None and state.num_processes > 1:
         raise ValueError("`resolution` (`--resolution`) must be given on several processes.")
 
@@ -87,8 +87,11 @@ def compare_generated(
         if side is None:
             side = min(image.size)
         square = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
-        pixels = to_tensor(square, device)
-        return {title: network(pixels)[0].float().cpu() for title, network in networks.items()}
+        pixels = to_tensor(square, device)  # (1, 3, side, side)
+        features = {}
+        for title, network in networks.items():
+            features[title] = network(pixels)[0].float().cpu()  # (dim,)
+        return features
 
     generated_records, skipped_generated = measure_images(measure, generated, resolution, state)
     real_records, skipped_real = measure_images(measure, images, side, state)
@@ -98,8 +101,8 @@ def compare_generated(
         raise ValueError(f"both sets must have more than {NEIGHBOURS} images, got {num_generated} and {num_real}.")
     rows = []
     for title, network in networks.items():
-        generated_features = torch.stack([record[title] for record in generated_records])  # (n, dim)
-        real_features = torch.stack([record[title] for record in real_records])
+        generated_features = _stacked_features(generated_records, title)  # (generated images, dim)
+        real_features = _stacked_features(real_records, title)  # (images, dim)
         if statistics is not None and title in statistics:
             real_statistics = statistics[title]
         else:
@@ -119,6 +122,11 @@ def compare_generated(
     )
 
 
+def _stacked_features(records: Records, title: str) -> torch.Tensor:
+    """Features `(n, dim)` of all images, from the network with this title."""
+    return torch.stack([record[title] for record in records])
+
+
 def _statistics_of(features: torch.Tensor) -> FeatureStatistics:
     """Statistics of features `(n, dim)`."""
     statistics = fid_features_to_statistics(features.double())
@@ -126,7 +134,7 @@ def _statistics_of(features: torch.Tensor) -> FeatureStatistics:
 
 
 def _frechet_distance(generated: FeatureStatistics, real: FeatureStatistics) -> float:
-    """Distance between two sets of features. Rounding may make it negative, which is cut off."""
+    """Fréchet distance between two sets of features; 0 if rounding makes it negative."""
     if generated.mean.shape != real.mean.shape:
         raise ValueError(
             f"the statistics must be of features with {len(generated.mean)} dimensions, got {len(real.mean)}. Compute "

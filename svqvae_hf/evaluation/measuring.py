@@ -48,10 +48,12 @@ def measure_images(
         raise ValueError(f"`resolution` must be in [1, {MAX_RESOLUTION}], got {resolution}.")
     records: Records = []
     skipped: Records = []
-    is_quiet = None if state.is_main_process else True  # `None`: quiet unless this is a terminal
-    bar = tqdm(images, total=length_hint(images) or None, unit="image", disable=is_quiet)
+    num_images = length_hint(images) or None  # `length_hint` returns 0 for an unknown length
+    is_bar_hidden = None if state.is_main_process else True  # with `None`, tqdm shows the bar only on a terminal
+    bar = tqdm(images, total=num_images, unit="image", disable=is_bar_hidden)
     for index, source in enumerate(bar):
-        if index % state.num_processes != state.process_index:
+        process_of_image = index % state.num_processes
+        if process_of_image != state.process_index:
             continue
         identity: dict[str, Any] = {"index": index, "name": image_name(source, index)}
         try:
@@ -115,10 +117,12 @@ def image_metrics(sample: torch.Tensor, target: torch.Tensor, lpips: LPIPS | Non
 def to_tensor(image: Image.Image, device: torch.device | str = "cpu") -> torch.Tensor:
     """Converts an image to a uint8 tensor of shape `(1, 3, height, width)`."""
     pixels = torch.from_numpy(np.array(image))  # (height, width, 3)
-    return pixels.movedim(-1, 0)[None].to(device)  # (1, 3, height, width)
+    pixels = pixels.movedim(-1, 0)  # (3, height, width)
+    return pixels[None].to(device)  # (1, 3, height, width)
 
 
 def to_image(sample: torch.Tensor) -> Image.Image:
     """Converts an image `(1, 3, height, width)` in [-1, 1] to 8 bits."""
     pixels = ((sample[0] + 1) * 127.5).clamp(0, 255).round().byte()  # (3, height, width)
-    return Image.fromarray(pixels.movedim(0, -1).cpu().numpy())  # of (height, width, 3)
+    pixels = pixels.movedim(0, -1)  # (height, width, 3)
+    return Image.fromarray(pixels.cpu().numpy())

@@ -113,11 +113,12 @@ class Meter:
         return row
 
     def _reconstruct(self, codes: Codes, image: Image.Image, sample: torch.Tensor) -> Image.Image:
-        """Decodes codes, and crops what stands for the padding of the image to the sample."""
+        """Decodes codes, and crops the padding that the sample has at the right and at the bottom of the image."""
         padded_height, padded_width = sample.shape[-2:]
         decoded = to_image(self.tokenizer.decode(codes))
         if not self.own_size:
             decoded = resize_image(decoded, (padded_width, padded_height))
+        # A tokenizer may decode to another size than the sample, so the size of the crop is scaled.
         width = round(decoded.width / padded_width * image.width)
         height = round(decoded.height / padded_height * image.height)
         return decoded.crop((0, 0, width, height))
@@ -127,15 +128,17 @@ class Meter:
         codebook_size = len(self.code_counts)
         if ids is None:
             return torch.zeros_like(self.code_counts)
-        counts = metrics.count_codes(ids.cpu(), codebook_size)
-        if len(counts) > codebook_size:
+        counts = metrics.count_codes(ids.cpu(), codebook_size)  # one entry more for each id beyond the codebook
+        largest_id = len(counts) - 1
+        if largest_id >= codebook_size:
             raise ValueError(
-                f"`encode` of {self.tokenizer.title} must return ids under {codebook_size}, got {len(counts) - 1}."
+                f"`encode` of {self.tokenizer.title} must return ids under {codebook_size}, got {largest_id}."
             )
         return counts
 
     def _codebook_values(self) -> dict[str, float | None]:
-        counts = torch.stack(gather_object([self.code_counts])).sum(0)  # (processes, codebook_size) -> (codebook_size)
+        counts_of_processes = torch.stack(gather_object([self.code_counts]))  # (processes, codebook_size)
+        counts = counts_of_processes.sum(0)  # (codebook_size,)
         if len(counts) == 0:
             return {"usage": None, "perplexity": None}
         return {"usage": metrics.usage(counts), "perplexity": metrics.perplexity(counts)}
@@ -154,7 +157,8 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 def _frechet_distance(inception: nn.Module, device: torch.device) -> FrechetInceptionDistance:
     distance = FrechetInceptionDistance(inception)
-    distance.orig_dtype = torch.float32  # otherwise set by the first image, but a process may have none
+    # torchmetrics sets the dtype at the first image, but a process of many may have no image.
+    distance.orig_dtype = torch.float32
     if device.type == "mps":
         return distance.to("cpu")  # mps has no float64
     return distance.to(device)

@@ -9,7 +9,7 @@ from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.report import MANY_IMAGES, METRICS
 from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
 
-IDS_PER_CODE = 10  # with fewer, the frequencies of codes say little
+MIN_IDS_PER_CODE = 10  # with fewer ids, the frequencies of codes say little
 
 
 def lpips_notes(lpips: LPIPS | None) -> list[str]:
@@ -51,31 +51,31 @@ def codebook_notes(rows: Records, tokenizers: Sequence[Tokenizer], num_images: i
         if not tokenizer.codebook_size:
             continue
         ids_per_code = row["tokens"] * num_images / tokenizer.codebook_size
-        if ids_per_code < IDS_PER_CODE:
+        if ids_per_code < MIN_IDS_PER_CODE:
             titles.append(tokenizer.title)
     if not titles:
         return []
     return [
-        f"The set has fewer than {IDS_PER_CODE} ids per code for {', '.join(titles)}. Codes used and perplexity "
+        f"The set has fewer than {MIN_IDS_PER_CODE} ids per code for {', '.join(titles)}. Codes used and perplexity "
         "would be higher on a larger set."
     ]
 
 
 def _small_image_notes(metric: str, min_side: int, title: str, results: Records) -> list[str]:
-    too_small = sum(values[metric] is None for values in results)
-    if too_small == 0:
+    num_without_value = sum(values[metric] is None for values in results)
+    if num_without_value == 0:
         return []
     return [
-        f"{METRICS[metric].title} of {title} was not computed for {too_small} of {len(results)} images. It needs "
-        f"sides of at least {min_side} pixels."
+        f"{METRICS[metric].title} of {title} was not computed for {num_without_value} of {len(results)} images. It "
+        f"needs sides of at least {min_side} pixels."
     ]
 
 
 def _exact_image_notes(title: str, results: Records) -> list[str]:
-    exact = sum(values["psnr"] == math.inf for values in results)
-    if exact == 0:
+    num_exact = sum(values["psnr"] == math.inf for values in results)
+    if num_exact == 0:
         return []
     return [
-        f"PSNR of {title} is infinite for {exact} of {len(results)} images: their reconstruction is exact. "
+        f"PSNR of {title} is infinite for {num_exact} of {len(results)} images: their reconstruction is exact. "
         "Means exclude them, unless all are exact."
     ]

@@ -13,7 +13,7 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 from torchvision.models import get_weight
 
 from svqvae_hf.loaders.checkpoint_checks import check_tensors, select_weights
-from svqvae_hf.loaders.checkpoint_files import load_checkpoint_file
+from svqvae_hf.loaders.checkpoint_files import load_checkpoint_file, top_level_weights
 
 
 class Backbone(NamedTuple):
@@ -42,7 +42,7 @@ class LPIPS(lpips.LPIPS):
     """
 
     def __init__(self, net: str):
-        # The package looks for its linear layers beside the file that defines the class, here this one.
+        # The package would look for its linear layers beside the file of this subclass, where they are not.
         linear_layers = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
         with warnings.catch_warnings():
             # The package calls torchvision with deprecated arguments.
@@ -97,24 +97,27 @@ def load_lpips(net: str, weights: str | Path | None = None) -> LPIPS:
     else:
         state_dict = _read_weights(Path(weights), "LPIPS's network")
     model = LPIPS(net)
-    names = {}  # of torchvision by the names of the package, which writes `slice2.5.bias` for `features.5.bias`
-    expected_shapes = {}
+    torchvision_names = {}  # by the names of the `lpips` package
+    expected_shapes = {}  # by the names of torchvision
     for package_name, tensor in model.net.state_dict().items():
-        torchvision_name = "features." + package_name.partition(".")[2]
-        names[package_name] = torchvision_name
+        torchvision_name = _torchvision_name(package_name)
+        torchvision_names[package_name] = torchvision_name
         expected_shapes[torchvision_name] = tensor.shape
     shapes = {}
     for name, tensor in state_dict.items():
         if not name.startswith("classifier."):
             shapes[name] = tensor.shape
-    wrong_names = {name for name, _ in expected_shapes.items() ^ shapes.items()}
+    wrong_names = _differing_names(expected_shapes, shapes)
     if wrong_names:
+        architecture, _, _ = BACKBONES[net].weights.partition("_")  # such as VGG16
         raise ValueError(
-            f"`{weights}` must hold torchvision's {BACKBONES[net].weights.partition('_')[0]}, but these weights are "
-            f"missing, unexpected or of another shape: {', '.join(sorted(wrong_names))}. Pass that network's file, "
-            "or the name of another network."
+            f"`{weights}` must hold torchvision's {architecture}, but these weights are missing, unexpected or of "
+            f"another shape: {', '.join(wrong_names)}. Pass that network's file, or the name of another network."
         )
-    model.net.load_state_dict({package_name: state_dict[name] for package_name, name in names.items()})
+    renamed = {}
+    for package_name, torchvision_name in torchvision_names.items():
+        renamed[package_name] = state_dict[torchvision_name]
+    model.net.load_state_dict(renamed)
     return model
 
 
@@ -147,6 +150,21 @@ def load_inception(weights: str | Path) -> NoTrainInceptionV3:
     return inception
 
 
+def _torchvision_name(package_name: str) -> str:
+    """Name in torchvision, such as `features.5.bias`, of a weight that the package calls `slice2.5.bias`."""
+    _, _, layer_and_kind = package_name.partition(".")
+    return f"features.{layer_and_kind}"
+
+
+def _differing_names(expected_shapes: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]) -> list[str]:
+    """Sorted names of the weights that are missing, unexpected or of another shape."""
+    names = []
+    for name in sorted(expected_shapes.keys() | shapes.keys()):
+        if expected_shapes.get(name) != shapes.get(name):
+            names.append(name)
+    return names
+
+
 def _download_weights(net: str) -> Mapping[str, torch.Tensor]:
     url = get_weight(BACKBONES[net].weights).url
     try:
@@ -163,8 +181,7 @@ def _read_weights(path: Path, network: str) -> Mapping[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"The weights of {network} must be a file, but `{path}` is not one.")
     content = load_checkpoint_file(path, path)
-    stored = content.get(None, content)  # a safetensors file, or a pickle
-    selected = select_weights(content, stored, path)
+    selected = select_weights(content, top_level_weights(content), path)
     weights = {name: value for name, value in selected.items() if isinstance(value, torch.Tensor)}
     check_tensors(weights, path)
     return weights

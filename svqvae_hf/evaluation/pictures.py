@@ -47,17 +47,21 @@ def contact_sheet(panels: Sequence[Panel]) -> Image.Image:
     sheet_height = caption_top + CAPTION_SIZE + GAP
     sheet = Image.new("RGB", (sheet_width, sheet_height), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    left = GAP
+    panel_left = GAP
     for panel, column_width in zip(panels, column_widths, strict=True):
-        sheet.paste(panel.image.resize((width, height), Image.Resampling.LANCZOS), (left, GAP))
-        draw.text((left, title_top), panel.title, TITLE_COLOUR, title_font)
-        draw.text((left, caption_top), panel.caption, CAPTION_COLOUR, caption_font)
-        left += column_width + GAP
+        resized = panel.image.resize((width, height), Image.Resampling.LANCZOS)
+        sheet.paste(resized, (panel_left, GAP))
+        draw.text((panel_left, title_top), panel.title, TITLE_COLOUR, title_font)
+        draw.text((panel_left, caption_top), panel.caption, CAPTION_COLOUR, caption_font)
+        panel_left += column_width + GAP
     return sheet
 
 
 def _panel_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of a panel that shows an image."""
     longer_side = max(image.size)
-    factor = min(max(longer_side, MIN_SIDE), MAX_SIDE) / longer_side
-    return max(1, round(factor * image.width)), max(1, round(factor * image.height))
+    longer_side_of_panel = min(max(longer_side, MIN_SIDE), MAX_SIDE)
+    factor = longer_side_of_panel / longer_side
+    width = max(1, round(factor * image.width))
+    height = max(1, round(factor * image.height))
+    return width, height

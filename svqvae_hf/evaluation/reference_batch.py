@@ -64,7 +64,7 @@ class ReferenceBatch:
             ) from error
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(f"`{path}`: sigma must be the covariance of mu, got {covariance.shape} and {mean.shape}.")
-        if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3 or 0 in shape:
+        if dtype != np.uint8 or not _is_shape_of_squares(shape):
             raise ValueError(f"`{path}`: arr_0 must be square images in uint8, got {dtype} of shape {shape}.")
         self.num_images, self.side, _, _ = shape
         self.statistics = FeatureStatistics(mean, covariance)
@@ -90,8 +90,16 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         return np.lib.format.read_array(file, allow_pickle=False).astype(np.float64)
 
 
+def _is_shape_of_squares(shape: tuple[int, ...]) -> bool:
+    """Whether a shape is `(n, side, side, 3)`, without zeros."""
+    if len(shape) != 4 or 0 in shape:
+        return False
+    _, height, width, channels = shape
+    return height == width and channels == 3
+
+
 def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an array in C order; the file then stands at its first value."""
+    """Shape and type of an array in C order. Reads `file` up to the first value of the array."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)

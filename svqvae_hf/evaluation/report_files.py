@@ -82,7 +82,7 @@ def _setting_items(report: Report) -> list[str]:
         if value is None or value == []:
             continue
         values = value if isinstance(value, list) else [value]
-        quoted = [f"`{value}`" for value in values]
+        quoted = [f"`{single_value}`" for single_value in values]
         items.append(f"{name.replace('_', ' ')}: {', '.join(quoted)}")
     return items
 

@@ -22,8 +22,13 @@ FAULTS = ("missing_keys", "mismatched_keys")  # of weights, as diffusers names t
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tokenizer is: a folder or Hub id, and its subfolder there as an argument of `from_pretrained`."""
+class _Location:
+    """Where a tokenizer lies.
+
+    Args:
+        repository (`str`): Folder or Hub id.
+        options (`dict[str, str]`): Arguments of `from_pretrained`: `subfolder`, or nothing.
+    """
 
     repository: str
     options: dict[str, str]
@@ -57,15 +62,15 @@ def load_tokenizers(
             codebook.
     """
     model_class = CLASSES[class_name(source)]
-    place = _find_place(source)
-    model = _load_model(model_class, source, place).to(device).eval()
+    location = _locate(source)
+    model = _load_model(model_class, source, location).to(device).eval()
     if title is None:
         (title,) = tokenizer_titles([source])
     if model_class is VQModel:
         return [VQModelTokenizer(title, model)]
     if model_class is AutoencoderKL:
         return [AutoencoderKLTokenizer(title, model)]
-    context_model = find_context_model(place.repository, model.codebook_fingerprint(), **place.options)
+    context_model = find_context_model(location.repository, model.codebook_fingerprint(), **location.options)
     tokenizers: list[Tokenizer] = []
     for scale in scales:
         scale_title = title if scale == 1 else f"{title}, scale {scale:g}"
@@ -81,27 +86,28 @@ def class_name(source: str) -> str:
         OSError: If there is no config.
         ValueError: If it names none of `CLASSES`.
     """
-    place = _find_place(source)
-    folder = Path(place.repository)
+    location = _locate(source)
+    folder = Path(location.repository)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"`{source}` must be the folder of a model, but has no config.json.{_hint(folder)}")
-    config = from_hub(SVQVAE.load_config, place.repository, **place.options)
-    name = None
+        raise ValueError(f"`{source}` must be the folder of a model, but has no config.json.{_folder_advice(folder)}")
+    config = from_hub(SVQVAE.load_config, location.repository, **location.options)
+    named_class = None
     if isinstance(config, dict):
-        name = config.get("_class_name", config.get("model_type"))
-    for known_class in CLASSES:
-        if name == known_class:
-            return known_class
-    advice = " Convert an original checkpoint with `svqvae convert`, or write an adapter."
+        named_class = config.get("_class_name", config.get("model_type"))
+    for supported_class in CLASSES:
+        if named_class == supported_class:  # a damaged config may name a list, which cannot be looked up in a dict
+            return supported_class
+    advice = ""
     if folder.is_dir():
-        advice = _hint(folder) or advice
-    raise ValueError(
-        f"the config.json of `{source}` must name one of {', '.join(CLASSES)}, got {name or 'no class'!s:.80}.{advice}"
-    )
+        advice = _folder_advice(folder)
+    if not advice:
+        advice = " Convert an original checkpoint with `svqvae convert`, or write an adapter."
+    name = str(named_class or "no class")
+    raise ValueError(f"the config.json of `{source}` must name one of {', '.join(CLASSES)}, got {name:.80}.{advice}")
 
 
 def tokenizer_titles(sources: Sequence[str]) -> list[str]:
-    """Names of tokenizers in a table: as short as they differ, and without the folders of this machine.
+    """Names of tokenizers in a table: short, but all different, and without the folders of this machine.
 
     Args:
         sources (`Sequence[str]`): As in [`load_tokenizers`].
@@ -120,9 +126,11 @@ def tokenizer_titles(sources: Sequence[str]) -> list[str]:
 def _full_name(source: str) -> tuple[str, ...]:
     """A name that may be published, or all parts of a local path."""
     name = public_name(source)
-    if name in BUNDLED and Path(source).resolve() == Path(BUNDLED[name]).resolve():
+    is_bundled = name in BUNDLED and Path(source).resolve() == Path(BUNDLED[name]).resolve()
+    if is_bundled:
         return (name,)
-    if is_hub_id(source) or _find_place(source).options:
+    is_subfolder_on_hub = len(_locate(source).options) > 0
+    if is_hub_id(source) or is_subfolder_on_hub:
         return (source,)
     return Path(source).absolute().parts
 
@@ -137,12 +145,12 @@ def _shortest_end(name: tuple[str, ...], names_of_others: Sequence[tuple[str, ..
     return str(Path(*name))
 
 
-def _load_model(model_class: Any, source: str, place: _Place) -> Any:
+def _load_model(model_class: Any, source: str, location: _Location) -> Any:
     """Loads a model in float32. Raises if it lacks weights, which diffusers would draw at random."""
     model, info = from_hub(
         model_class.from_pretrained,
-        place.repository,
-        **place.options,
+        location.repository,
+        **location.options,
         use_safetensors=True,
         output_loading_info=True,
         dtype=torch.float32,
@@ -158,8 +166,8 @@ def _load_model(model_class: Any, source: str, place: _Place) -> Any:
     return model
 
 
-def _hint(folder: Path) -> str:
-    """Advice for a folder that is no model."""
+def _folder_advice(folder: Path) -> str:
+    """Advice for a folder that holds no tokenizer; empty if there is none. Begins with a space."""
     if (folder / "vqvae" / "config.json").is_file():
         return f" It is a generator. Pass its tokenizer, `{folder / 'vqvae'}`."
     if any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir()):
@@ -167,8 +175,9 @@ def _hint(folder: Path) -> str:
     return ""
 
 
-def _find_place(source: str) -> _Place:
+def _locate(source: str) -> _Location:
+    """Splits `org/repo/subfolder` on the Hub. Any other source is a folder or Hub id as a whole."""
     match = re.fullmatch(rf"({REPO_ID})/(.+)", source)
     if match is None or Path(source).exists():
-        return _Place(source, {})
-    return _Place(match[1], {"subfolder": match[2]})
+        return _Location(source, {})
+    return _Location(match[1], {"subfolder": match[2]})

@@ -81,7 +81,7 @@ class VQModelTokenizer:
         shape = (*codes.shape, code_channels)
         quantized = self.model.quantize.get_codebook_entry(codes.flatten(), shape)  # (1, code_channels, h, w)
         latents = self.model.post_quant_conv(quantized)
-        if config.norm_type == "spatial":  # its norms read the codes, too
+        if config.norm_type == "spatial":  # the norms of such a decoder also read the quantized latents
             decoded = self.model.decoder(latents, quantized)
         else:
             decoded = self.model.decoder(latents)

@@ -71,16 +71,18 @@ def count(codes: Codes, codebook_size: int | None) -> CodeCount:
 
     Args:
         codes (`torch.Tensor`, [`ImageTokens`] or `bytes`): Result of [`Tokenizer.encode`].
-        codebook_size (`int`, *optional*): Of the tokenizer.
+        codebook_size (`int`, *optional*): Codebook size of the tokenizer; `None` if the codes are not ids.
     """
     if isinstance(codes, bytes):
         return CodeCount(None, 8 * len(codes), None)
     if isinstance(codes, ImageTokens):
-        (codes,) = codes.ids
+        (codes,) = codes.ids  # of the only scale
     if codebook_size:
-        return CodeCount(codes.numel(), codes.numel() * math.log2(codebook_size), codes)
-    height, width = codes.shape[-2:]
-    return CodeCount(height * width, codes.numel() * 8 * codes.element_size(), None)
+        bits_of_ids = codes.numel() * math.log2(codebook_size)
+        return CodeCount(codes.numel(), bits_of_ids, codes)
+    height, width = codes.shape[-2:]  # of latents (1, channels, h, w)
+    bits_of_latents = codes.numel() * 8 * codes.element_size()
+    return CodeCount(height * width, bits_of_latents, None)
 
 
 def stored_bits(tokenizer: Tokenizer, codes: Codes) -> float:
