@@ -42,7 +42,7 @@ def encode_large(model: SVQVAE, source: Path, tiles: Tiles | None = None) -> Ima
     if tiles is None:
         tiles = Tiles(model.tile_size, model.overlap)
     with open_large_image(source) as image:
-        grid_height = -(-image.height // model.f)
+        grid_height = -(-image.height // model.f)  # rounded up
         grid_width = -(-image.width // model.f)
         ids = torch.empty(grid_height, grid_width, dtype=torch.int32)
 
@@ -52,7 +52,9 @@ def encode_large(model: SVQVAE, source: Path, tiles: Tiles | None = None) -> Ima
             right = min(columns.stop, image.width)
             pixels = image.read(slice(rows.start, bottom), slice(columns.start, right))
             sample = processor(pixels)["pixel_values"].to(device, model.dtype)
-            return F.pad(sample, (0, columns.stop - right, 0, rows.stop - bottom), mode="replicate")
+            missing_rows = rows.stop - bottom
+            missing_columns = columns.stop - right
+            return F.pad(sample, (0, missing_columns, 0, missing_rows), mode="replicate")  # left, right, top, bottom
 
         for area, latents in _run_tiles(model, model.encode_window, read, ids.shape, model.f, tiles):
             ids[area.rows, area.columns] = model.quantize.nearest_ids(latents)[0].to("cpu", ids.dtype)
@@ -95,8 +97,10 @@ def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path, tiles: Tiles 
         for area, decoded in _run_tiles(model, model.decode_window, read, ids.shape, 1, tiles):
             top = area.rows.start * model.f
             left = area.columns.start * model.f
-            inside = decoded[..., : tokens.height - top, : tokens.width - left]  # without the padding of the image
-            (image,) = processor.postprocess(inside)
+            height_inside = tokens.height - top
+            width_inside = tokens.width - left
+            without_padding = decoded[..., :height_inside, :width_inside]  # padding at the end of the image
+            (image,) = processor.postprocess(without_padding)
             output.write(top, left, np.asarray(image))
 
 
@@ -108,8 +112,10 @@ def _run_tiles(
     if hook is not None:
         hook.pre_forward(model)  # loads offloaded weights, as `encode` and `decode` do
     check_tiles(model.f, tiles.tile_size, tiles.overlap)
-    height, width = size
-    tiled = TiledRun(run, read, (height, width), tiles.tile_size // model.f, tiles.overlap // model.f, input_stride)
+    height, width = size  # in latents, as the sides of tiles here
+    latent_tile = tiles.tile_size // model.f
+    latent_overlap = tiles.overlap // model.f
+    tiled = TiledRun(run, read, (height, width), latent_tile, latent_overlap, input_stride)
     tile_rows = tile_axis(height, tiled.tile, tiled.overlap)
     tile_columns = tile_axis(width, tiled.tile, tiled.overlap)
     total = len(tile_rows) * len(tile_columns)

@@ -16,8 +16,9 @@ from svqvae_files.errors import os_error
 from svqvae_hf.models.image_files import to_rgb
 from svqvae_hf.untrusted.images import MAX_CHUNK_BYTES, check_segments, is_chunk_too_large
 
-TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
+TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are of BigTIFF
 EXTRA_CHANNELS = {1: (), 3: (), 4: (EXTRASAMPLE.UNASSALPHA,)}  # by the number of channels
+DECODER_ERRNOS = (None, errno.EINVAL)  # of an OSError that a decoder raises for a damaged file
 
 
 class LargeImage:
@@ -34,7 +35,7 @@ class LargeImage:
         self.page = page
         self.height: int = page.imagelength
         self.width: int = page.imagewidth
-        self._tiles: dict[int, np.ndarray | None] = {}  # of the last window, by number
+        self._tiles_of_last_window: dict[int, np.ndarray | None] = {}  # by number
 
     def read(self, rows: slice, columns: slice) -> np.ndarray:
         """Returns pixels `(rows, columns, 3)` in uint8, as `load_image` does."""
@@ -52,19 +53,25 @@ class LargeImage:
         shape = (rows.stop - rows.start, columns.stop - columns.start, self.page.samplesperpixel)
         values = np.full(shape, self.page.nodata, self.page.dtype)
         tile_height, tile_width = self.page.chunks[:2]
-        tiles_per_row = -(-self.width // tile_width)
+        tiles_per_row = -(-self.width // tile_width)  # rounded up
         tiles_of_window = {}
-        for tile_row in range(rows.start // tile_height, -(-rows.stop // tile_height)):
-            for tile_column in range(columns.start // tile_width, -(-columns.stop // tile_width)):
+        for tile_row in _tiles_under(rows, tile_height):
+            for tile_column in _tiles_under(columns, tile_width):
                 number = tile_row * tiles_per_row + tile_column
-                tile = self._tiles[number] if number in self._tiles else self._decode(number)
+                tile = self._tile(number)
                 tiles_of_window[number] = tile
                 if tile is not None:
                     top = tile_row * tile_height - rows.start
                     left = tile_column * tile_width - columns.start
                     _paste(tile, values, top, left)
-        self._tiles = tiles_of_window
+        self._tiles_of_last_window = tiles_of_window
         return values
+
+    def _tile(self, number: int) -> np.ndarray | None:
+        """Tile `(height, width, channels)`, from the last window or decoded; None if the file leaves it out."""
+        if number in self._tiles_of_last_window:
+            return self._tiles_of_last_window[number]
+        return self._decode(number)
 
     def _decode(self, number: int) -> np.ndarray | None:
         """Decodes a tile to `(height, width, channels)`; None if the file leaves it out."""
@@ -84,8 +91,18 @@ class LargeImage:
         return planes[0]
 
 
+def _tiles_under(window: slice, tile_side: int) -> range:
+    """Rows or columns of tiles that hold the rows or columns of pixels of a window."""
+    first_tile = window.start // tile_side
+    end_tile = -(-window.stop // tile_side)  # rounded up
+    return range(first_tile, end_tile)
+
+
 def _paste(tile: np.ndarray, values: np.ndarray, top: int, left: int) -> None:
-    """Copies the part of a tile that lies in a window. The tile begins at `(top, left)`, perhaps outside of it."""
+    """Copies the part of a tile that lies in a window to the values of the window.
+
+    The tile begins at row `top` and column `left` of the window. They are negative if it begins outside.
+    """
     height, width, _ = values.shape
     tile_height, tile_width, num_channels = tile.shape
     y = slice(max(0, top), min(height, top + tile_height))
@@ -122,10 +139,17 @@ def _named_errors(path: Path) -> Iterator[None]:
         yield
     except (MemoryError, FileNotFoundError, PermissionError):
         raise
+    except OSError as error:
+        if error.errno in DECODER_ERRNOS:
+            raise _damaged(path, error) from error
+        # An error of the disk, which may be temporary, so the file is not called damaged.
+        raise os_error(f"`{path}` cannot be read: {error.strerror}.", error) from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk, maybe temporary
-            raise os_error(f"`{path}` cannot be read: {error.strerror}.", error) from error
-        raise ValueError(f"`{path}` cannot be read as a large image: {error}") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"`{path}` cannot be read as a large image: {error}")
 
 
 def _check_page(path: Path, page: Any) -> None:
@@ -142,7 +166,8 @@ def _check_page(path: Path, page: Any) -> None:
         raise ValueError(f"tiles must have at most {MAX_CHUNK_BYTES >> 20} MiB, got {page.chunks}. Use smaller ones.")
     if not all(isinstance(side, int) and side > 0 for side in page.shape):
         raise ValueError("its sides must be whole numbers of at least 1.")
-    check_segments(page.databytecounts, math.prod(page.chunked), path.stat().st_size)
+    num_tiles = math.prod(page.chunked)  # rows times columns of tiles
+    check_segments(page.databytecounts, num_tiles, path.stat().st_size)
 
 
 def _is_supported(page: Any) -> bool:
@@ -151,11 +176,11 @@ def _is_supported(page: Any) -> bool:
     is_grey = page.photometric == PHOTOMETRIC.MINISBLACK
     is_coloured = page.photometric == PHOTOMETRIC.RGB or (page.photometric == PHOTOMETRIC.YCBCR and is_jpeg)
     if is_grey:
-        has_channels = page.samplesperpixel == 1
+        has_fitting_channels = page.samplesperpixel == 1
     else:
-        has_channels = is_coloured and page.samplesperpixel > 1
+        has_fitting_channels = is_coloured and page.samplesperpixel > 1
     return (
-        has_channels
+        has_fitting_channels
         and EXTRA_CHANNELS.get(page.samplesperpixel) == page.extrasamples
         and page.bitspersample in (8, 16)
         and page.dtype in (np.uint8, np.uint16)

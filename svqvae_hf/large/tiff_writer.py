@@ -37,21 +37,23 @@ class TiffWriter:
         """Writes pixels `(rows, columns, 3)` in uint8 at a position."""
         num_rows, num_columns, _ = pixels.shape
         right = left + num_columns
-        first_tile = left // TILE_PX
-        end_tile = -(-right // TILE_PX)
+        first_tile_column = left // TILE_PX
+        end_tile_column = -(-right // TILE_PX)  # rounded up
         for row in range(num_rows):
             y = top + row
-            for tile in range(first_tile, end_tile):
-                start = max(left, tile * TILE_PX)
-                end = min(right, (tile + 1) * TILE_PX)
-                self._seek(y, start)
-                self._file.write(pixels[row, start - left : end - left].tobytes())
+            # The pixels of a row that lie in one tile of the file are contiguous in it.
+            for tile_column in range(first_tile_column, end_tile_column):
+                x_start = max(left, tile_column * TILE_PX)
+                x_end = min(right, (tile_column + 1) * TILE_PX)
+                self._seek(y, x_start)
+                pixels_in_tile = pixels[row, x_start - left : x_end - left]  # (columns, 3)
+                self._file.write(pixels_in_tile.tobytes())
 
     def _seek(self, y: int, x: int) -> None:
-        """Goes to the place of a pixel in the file."""
-        tile = y // TILE_PX * self._tiles_per_row + x // TILE_PX
-        pixel_in_tile = y % TILE_PX * TILE_PX + x % TILE_PX
-        self._file.seek(self._offsets[tile] + pixel_in_tile * 3)
+        """Moves to the position of a pixel in the file."""
+        tile = (y // TILE_PX) * self._tiles_per_row + x // TILE_PX
+        pixel_in_tile = (y % TILE_PX) * TILE_PX + x % TILE_PX
+        self._file.seek(self._offsets[tile] + pixel_in_tile * 3)  # 3 bytes per pixel
 
     def __enter__(self) -> Self:
         return self

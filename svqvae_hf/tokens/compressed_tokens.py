@@ -27,7 +27,8 @@ VERSION = 1
 HEADER = struct.Struct("<4s4B4I8s")
 SCALE = struct.Struct("<dI")
 CRC = struct.Struct("<I")
-LEAST_BITS = 1 / 256  # of an id: each of its two frequencies is at most 65,409 of 65,536
+# No id takes fewer bits. Its group and its member each have a frequency of at most 65,409 of 65,536: 0.0028 bits.
+LEAST_BITS_PER_ID = 1 / 256
 
 
 class CompressedTokens(NamedTuple):
@@ -89,7 +90,9 @@ def read_compressed(content: bytes) -> CompressedTokens:
     for index in coding_order(shapes):
         size = header.chunk_sizes[index]
         num_ids = math.prod(shapes[index])
-        if num_ids * LEAST_BITS > 8 * (size + CRC.size):
+        least_bits = num_ids * LEAST_BITS_PER_ID
+        stored_bits = 8 * (size + CRC.size)  # of the chunk and its checksum
+        if least_bits > stored_bits:
             raise ValueError(f"its {size} bytes cannot hold {num_ids} ids.")
         chunks[index] = _take_checked(content, position, position + size)
         position += size + CRC.size
@@ -125,12 +128,12 @@ def coding_order(shapes: Sequence[Sequence[int]]) -> list[int]:
 
 
 class _Header(NamedTuple):
-    """The header of a file, and where it ends, with its checksum."""
+    """The header of a file."""
 
     record: dict[str, Any]
     fingerprint: str
-    chunk_sizes: list[int]
-    end: int
+    chunk_sizes: list[int]  # in bytes, one per scale
+    end: int  # position after the checksum of the header, where the first chunk starts
 
 
 def _pack_header(record: Mapping[str, Any], chunks: Mapping[int, bytes], fingerprint: str) -> bytes:
@@ -154,6 +157,7 @@ def _pack_header(record: Mapping[str, Any], chunks: Mapping[int, bytes], fingerp
 
 def _unpack_header(content: bytes) -> _Header:
     numbers = HEADER.unpack(_take(content, 0, HEADER.size))
+    # In the order of `_pack_header`.
     magic, version, f, source_index, num_scales, height, width, tile_size, overlap, fingerprint = numbers
     if magic != MAGIC or version != VERSION:
         raise ValueError(f"it must start with {MAGIC!r} and version {VERSION}, got {magic!r} and {version}.")
@@ -164,8 +168,9 @@ def _unpack_header(content: bytes) -> _Header:
     for scale, chunk_size in SCALE.iter_unpack(header[HEADER.size :]):
         scales.append(scale)
         chunk_sizes.append(chunk_size)
-    are_in_range = all(0 < scale < INTEGER_LIMIT for scale in scales)
-    if f == 0 or num_scales == 0 or source_index >= len(SCALE_SOURCES) or not are_in_range:
+    are_scales_in_range = all(0 < scale < INTEGER_LIMIT for scale in scales)
+    is_source_in_range = source_index < len(SCALE_SOURCES)
+    if f == 0 or num_scales == 0 or not is_source_in_range or not are_scales_in_range:
         raise ValueError(
             f"its header must have f, scales and their source in range, got {f}, {tuple(scales)} and {source_index}."
         )
@@ -184,8 +189,10 @@ def _unpack_header(content: bytes) -> _Header:
 
 def _shapes(record: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Shapes of the grids of all scales."""
-    height, width, f = record["height"], record["width"], record["f"]
-    return [grid_shape(height, width, f, scale) for scale in record["scales"]]
+    shapes = []
+    for scale in record["scales"]:
+        shapes.append(grid_shape(record["height"], record["width"], record["f"], scale))
+    return shapes
 
 
 def _with_checksum(part: bytes) -> bytes:
@@ -193,13 +200,14 @@ def _with_checksum(part: bytes) -> bytes:
 
 
 def _take(content: bytes, start: int, end: int) -> bytes:
+    """A part of the content. Raises if the content ends before the part does."""
     if len(content) < end:
         raise ValueError(f"it is cut short at {len(content)} bytes.")
     return content[start:end]
 
 
 def _take_checked(content: bytes, start: int, end: int) -> bytes:
-    """A part of the content without the checksum that follows. Raises if the checksum differs."""
+    """A part of the content. Raises unless the checksum that follows the part fits."""
     part = _take(content, start, end)
     checksum = _take(content, end, end + CRC.size)
     if checksum != CRC.pack(zlib.crc32(part)):

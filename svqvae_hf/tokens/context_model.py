@@ -96,9 +96,10 @@ class ContextModel:
         Raises:
             ValueError: If an id is out of range.
         """
-        outside = len(self.order)
-        if not 0 <= ids.min() <= ids.max() < outside:
-            raise ValueError(f"ids must be in [0, {outside}), got [{ids.min()}, {ids.max()}].")
+        num_codes = len(self.order)
+        outside = num_codes  # the number after the last id stands for places outside the grid
+        if ids.min() < 0 or ids.max() >= num_codes:
+            raise ValueError(f"ids must be in [0, {num_codes}), got [{ids.min()}, {ids.max()}].")
         ranks = self.rank[ids.astype(np.int64)]  # (h, w)
         groups = ranks // self.network.num_members
         members = ranks % self.network.num_members
@@ -107,7 +108,7 @@ class ContextModel:
         encoder = constriction.stream.queue.RangeEncoder()
         for rows, columns in diagonals(*ids.shape):
             hidden = self.network.hidden(context(self.inputs, padded, padded_coarse, rows, columns))
-            group = groups[rows, columns]
+            group = groups[rows, columns]  # (ids of the diagonal,)
             member = members[rows, columns]
             group_probabilities = probabilities(self.network.group_logits(hidden))
             encoder.encode(group.astype(np.int32), categorical(), group_probabilities)
@@ -129,8 +130,9 @@ class ContextModel:
         Raises:
             ValueError: The content is damaged.
         """
-        outside = len(self.order)
-        padded = pad_ids(np.full(shape, outside), outside)  # filled with ids, one diagonal after the other
+        num_codes = len(self.order)
+        outside = num_codes  # the number after the last id stands for places outside the grid
+        padded = pad_ids(np.full(shape, outside), outside)  # the loop fills in the ids, diagonal by diagonal
         padded_coarse = None if coarse is None else pad_ids(coarse, outside)
         words = np.frombuffer(content, "<u4").astype(np.uint32)
         decoder = constriction.stream.queue.RangeDecoder(words)
@@ -142,9 +144,9 @@ class ContextModel:
                 member_probabilities = probabilities(self.network.member_logits(hidden, group))
                 member = decoder.decode(categorical(), member_probabilities)
                 rank = group * self.network.num_members + member
-                rank = np.minimum(rank, outside - 1)  # damaged content may decode to a member that does not exist
+                rank = np.minimum(rank, num_codes - 1)  # damaged content may decode to a member that does not exist
                 padded[rows + MARGIN, columns + MARGIN] = self.order[rank]
-        except (AssertionError, IndexError) as error:  # of constriction, which encodes no such content, or of NumPy
+        except (AssertionError, IndexError) as error:  # constriction raises the first for content that nobody encoded
             raise ValueError("its coded ids or its context model are damaged.") from error
         return padded[MARGIN:-MARGIN, MARGIN:-MARGIN].copy()
 
@@ -207,9 +209,11 @@ def _find_file(source: str | os.PathLike, subfolder: str, options: Mapping[str, 
     except EntryNotFoundError as error:
         raise FileNotFoundError(file) from error
     except OSError as error:
-        cached = try_to_load_from_cache(repository, file, revision=options.get("revision"))
         reason = hub_reason(error)
-    if cached is _CACHED_NO_EXIST:  # a look-up when the Hub could be reached
+    # The Hub does not answer. Both errors are raised outside of `except`: otherwise they would have the Hub's error as
+    # their cause, and commands that find it there would report that the model itself cannot be loaded.
+    cached = try_to_load_from_cache(repository, file, revision=options.get("revision"))
+    is_known_to_be_absent = cached is _CACHED_NO_EXIST  # the Hub said so at an earlier look-up
+    if is_known_to_be_absent:
         raise FileNotFoundError(file)
-    # Raised outside of `except`, because commands look for the Hub's errors in the chain, and would blame the model.
     raise OSError(f"whether `{source}` has a context model, `{file}`, cannot be looked up: {reason}")

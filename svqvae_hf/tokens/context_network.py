@@ -16,7 +16,7 @@ import numpy as np
 from svqvae_hf.tokens.neighbourhood import LIMIT, num_inputs
 
 EXACT = 2**24  # integers below are exact in float32
-NEVER = -EXACT // 2  # logit of what does not exist
+NEVER = -EXACT // 2  # logit of a member that does not exist
 SHIFTS = {"1": 9, "2": 8, "member": 8}  # bits dropped after each layer
 LOGIT_SHIFT = 5  # bits dropped from logits, which then have 128 steps per nat
 STEPS_PER_NAT = 128  # of the table of exponentials
@@ -47,10 +47,10 @@ class ContextNetwork:
         self.weights = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
         num_codes = len(tensors["order"])
         self.num_groups, num_features = tensors["bias_member"].shape
-        self.num_members = -(-num_codes // self.num_groups)
-        num_lacking = self.num_groups * self.num_members - num_codes
-        weight = np.pad(self.weights["weight_code"], ((0, num_lacking), (0, 0)))
-        bias = np.pad(self.weights["bias_code"], (0, num_lacking), constant_values=NEVER)
+        self.num_members = -(-num_codes // self.num_groups)  # rounded up
+        num_missing = self.num_groups * self.num_members - num_codes  # members that the last group lacks
+        weight = np.pad(self.weights["weight_code"], ((0, num_missing), (0, 0)))  # (groups * members, features)
+        bias = np.pad(self.weights["bias_code"], (0, num_missing), constant_values=NEVER)  # (groups * members,)
         self.code_weight = weight.reshape(self.num_groups, self.num_members, num_features)
         self.code_bias = bias.reshape(self.num_groups, self.num_members)
 
@@ -65,10 +65,11 @@ class ContextNetwork:
 
     def member_logits(self, hidden: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Logits `(n, members)` of the members of the group of each id, given the groups `(n,)`."""
-        summed = np.matmul(hidden, self.weights["weight_member"]) + self.weights["bias_member"][groups]
-        features = activate(summed, "member")  # (n, features)
-        products = np.matmul(self.code_weight[groups], features[:, :, None])  # (n, members, 1)
-        return products[..., 0] + self.code_bias[groups]
+        products = np.matmul(hidden, self.weights["weight_member"])  # (n, features)
+        features = activate(products + self.weights["bias_member"][groups], "member")  # (n, features)
+        member_weights = self.code_weight[groups]  # (n, members, features)
+        scores = np.matmul(member_weights, features[:, :, None])  # (n, members, 1)
+        return scores[..., 0] + self.code_bias[groups]
 
     def _layer(self, values: np.ndarray, layer: str) -> np.ndarray:
         return np.matmul(values, self.weights[f"weight_{layer}"]) + self.weights[f"bias_{layer}"]
@@ -92,9 +93,12 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     """
     num_rows, num_symbols = logits.shape
     peaks = logits.max(1, keepdims=True)  # (n, 1)
-    steps = ((peaks - logits) / 2**LOGIT_SHIFT).astype(np.int64)
-    weights = exponentials()[np.minimum(steps, STEPS_PER_NAT * NATS)]
+    steps_below_peak = ((peaks - logits) / 2**LOGIT_SHIFT).astype(np.int64)  # (n, symbols)
+    last_entry = STEPS_PER_NAT * NATS  # of the table, which is 0
+    weights = exponentials()[np.minimum(steps_below_peak, last_entry)]
+    # Every symbol has a frequency of at least 1. The rest of the total is shared by weight, rounded down.
     frequencies = 1 + weights * (TOTAL - num_symbols) // weights.sum(1, keepdims=True)
+    # The likeliest symbol of each row takes what rounding left over.
     rounded_off = TOTAL - frequencies.sum(1)  # (n,)
     frequencies[np.arange(num_rows), logits.argmax(1)] += rounded_off
     return (frequencies / TOTAL).astype(np.float32)
@@ -102,8 +106,8 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 @cache
 def exponentials() -> np.ndarray:
-    """`PEAK * exp(-i / STEPS_PER_NAT)`, rounded down, and then 0. In decimals: `exp` of floats differs per machine."""
-    decimals = Context(prec=30)
+    """Table of `PEAK * exp(-step / STEPS_PER_NAT)` for each step, rounded down. A 0 follows the last step."""
+    decimals = Context(prec=30)  # of decimal numbers, because `exp` of floats differs between machines
     entries = []
     for step in range(STEPS_PER_NAT * NATS):
         exponent = Decimal(-step) / STEPS_PER_NAT
@@ -149,7 +153,8 @@ def _check_shapes(tensors: Mapping[str, np.ndarray]) -> None:
 
 def _largest_sum(tensors: Mapping[str, np.ndarray], layer: str) -> int:
     """Largest absolute sum of products of a layer for all inputs in int8, in any order of summation."""
+    largest_input = LIMIT + 1  # -128 in int8
     weight = np.abs(tensors[f"weight_{layer}"].astype(np.int64))
     bias = np.abs(tensors[f"bias_{layer}"].astype(np.int64))
-    input_axis = 1 if layer == "code" else 0
-    return (weight.sum(input_axis) * (LIMIT + 1) + bias).max()
+    input_axis = 1 if layer == "code" else 0  # (codes, features), but (inputs, outputs) in all other layers
+    return (weight.sum(input_axis) * largest_input + bias).max()

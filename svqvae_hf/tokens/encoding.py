@@ -44,7 +44,8 @@ class Encoding:
 
     def __post_init__(self) -> None:
         check_integers({"f": self.f, "codebook_size": self.codebook_size})
-        if self.tile_size is not None or self.overlap is not None:
+        has_tiles = self.tile_size is not None or self.overlap is not None
+        if has_tiles:
             check_integers({"tile_size": self.tile_size})
             check_integers({"overlap": self.overlap}, least=0)
         check_scale_from(self.scale_from)
@@ -70,7 +71,7 @@ class Encoding:
         """Content of a JSON document that [`from_record`] reads: the format version, and all values except ids."""
         record: dict[str, Any] = {"format_version": FORMAT_VERSION}
         for field in dataclasses.fields(self):
-            if field.name != "ids":
+            if field.name != "ids":  # a field of ImageTokens, which stores it elsewhere
                 record[field.name] = getattr(self, field.name)
         return record
 
@@ -107,13 +108,14 @@ class Encoding:
 
 def encoding_of(model: SVQVAE, scales: Sequence[float], scale_from: str, tiles: Tiles | None = None) -> dict[str, Any]:
     """How a model encodes images, as arguments of [`Encoding`]. By default, with the tiles that are enabled on it."""
-    tile_size = overlap = None
     if tiles is None:
         tiles = model.tiles_of_call()
+    tile_size: int | None = None
+    overlap: int | None = None
     if tiles is not None:
         tile_size, overlap = tiles
     return {
-        "scales": tuple(map(float, scales)),
+        "scales": tuple(float(scale) for scale in scales),
         "f": model.f,
         "tile_size": tile_size,
         "overlap": overlap,

@@ -47,7 +47,7 @@ def encode_image(
         [`ImageTokens`]: One grid of ids per scale, in the order of `scales`.
     """
     scales = check_scales(scales)
-    check_scales_differ(scales)  # before the work
+    check_scales_differ(scales)  # `ImageTokens` checks this too, but only after the encoding
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     batch = processor([image])
     ((height, width),) = batch["image_sizes"]
@@ -81,7 +81,8 @@ def image_tokens(
         tiles ([`Tiles`], *optional*): Tile size and overlap that the model was called with.
     """
     scales = check_scales(scales)
-    if scales == [1]:
+    is_unscaled = scales == [1]
+    if is_unscaled:
         scale_from = "latents"
     return ImageTokens(ids, height, width, **encoding_of(model, scales, scale_from, tiles))
 
@@ -139,9 +140,9 @@ def available_memory(device: torch.device) -> int:
     """Bytes that PyTorch can allocate on a device: free memory, and on a GPU also its unused reserve."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + unused
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    unused_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_bytes + unused_bytes
 
 
 def choose_tiles(
@@ -175,30 +176,36 @@ def choose_tiles(
     largest_scale = max(1, *scales)
     largest_height = largest_scale * height
     largest_width = largest_scale * width
-    tiles = model.tiles_of_call(tile_size, overlap)
+    tiles = model.tiles_of_call(tile_size, overlap)  # `None` if neither the caller nor the model asks for tiles
     if tiles is None and whole_bytes(model, largest_height, largest_width) > GIB:
         tiles = model.tiles_of_call(model.tile_size)
     if tiles is None:
         network_bytes = whole_bytes(model, largest_height, largest_width)
         mode = "without tiles"
     else:
-        side = tiles.tile_size
-        network_bytes = whole_bytes(model, min(side, largest_height), min(side, largest_width))
-        mode = f"in tiles of {side} pixels"
-    needed = images * (network_bytes + PIXEL_BYTES * largest_height * largest_width)
-    available = available_memory(execution_device(model))
-    if needed > available:
+        tile_height = min(tiles.tile_size, largest_height)
+        tile_width = min(tiles.tile_size, largest_width)
+        network_bytes = whole_bytes(model, tile_height, tile_width)
+        mode = f"in tiles of {tiles.tile_size} pixels"
+    needed_bytes = images * (network_bytes + PIXEL_BYTES * largest_height * largest_width)
+    available_bytes = available_memory(execution_device(model))
+    if needed_bytes > available_bytes:
         raise TooLargeError(
             f"an image of {largest_width:.0f} x {largest_height:.0f} pixels {mode} would take about "
-            f"{needed / GIB:,.2f} GiB of memory, but {available / GIB:,.2f} GiB are available. Use smaller scales, "
-            "smaller tiles or a smaller image, or `--large` on the command line."
+            f"{needed_bytes / GIB:,.2f} GiB of memory, but {available_bytes / GIB:,.2f} GiB are available. Use "
+            "smaller scales, smaller tiles or a smaller image, or `--large` on the command line."
         )
     return tiles
 
 
 def whole_bytes(model: SVQVAE, height: float, width: float) -> float:
-    """Estimates the memory of an image as a whole: four float32 feature maps of the widest at full resolution."""
-    first_encoder_level = model.config["encoder_ch_mult"][0]
-    first_decoder_levels = model.config["decoder_ch_mult"][:2]  # the second one is enlarged
-    channels = model.config["base_channels"] * max(first_encoder_level, *first_decoder_levels)
-    return FEATURES_HELD * 4 * channels * height * width
+    """Estimates the bytes that the network takes for an image without tiles.
+
+    They are those of `FEATURES_HELD` feature maps at full resolution, each as wide as the widest one.
+    """
+    encoder_multiple = model.config["encoder_ch_mult"][0]
+    # The second level of the decoder ends with an enlargement to full resolution, with all its channels.
+    decoder_multiples = model.config["decoder_ch_mult"][:2]
+    channels = model.config["base_channels"] * max(encoder_multiple, *decoder_multiples)
+    bytes_per_value = 4  # float32
+    return FEATURES_HELD * bytes_per_value * channels * height * width

@@ -76,29 +76,38 @@ def context(
         neighbours = padded[rows + MARGIN + down, columns + MARGIN + right]  # (n,)
         parts.append(inputs[neighbours])  # (n, dim + 1)
     if coarse is None:
-        num_missing = len(COARSE) * inputs.shape[1] + 2
-        parts.append(np.zeros((len(rows), num_missing), np.float32))
+        num_zeros = len(COARSE) * inputs.shape[1] + 2  # for the coarser ids and the position within a cell
+        parts.append(np.zeros((len(rows), num_zeros), np.float32))
         return np.hstack(parts)
-    height, width = padded.shape[0] - 2 * MARGIN, padded.shape[1] - 2 * MARGIN
-    coarse_height, coarse_width = coarse.shape[0] - 2 * MARGIN, coarse.shape[1] - 2 * MARGIN
-    down_steps = rows * coarse_height * CELL_STEPS // height  # (n,)
-    right_steps = columns * coarse_width * CELL_STEPS // width
-    coarse_rows = MARGIN + down_steps // CELL_STEPS
-    coarse_columns = MARGIN + right_steps // CELL_STEPS
+    height, width = _unpadded_size(padded)
+    coarse_height, coarse_width = _unpadded_size(coarse)
+    # Position of each id in the coarser grid, in steps. A cell of that grid has CELL_STEPS steps per side.
+    y_steps = rows * coarse_height * CELL_STEPS // height  # (n,)
+    x_steps = columns * coarse_width * CELL_STEPS // width  # (n,)
+    coarse_rows = y_steps // CELL_STEPS
+    coarse_columns = x_steps // CELL_STEPS
     for down, right in COARSE:
-        coarse_ids = coarse[coarse_rows + down, coarse_columns + right]  # (n,)
-        parts.append(inputs[coarse_ids])
-    steps = np.stack([down_steps, right_steps], 1).astype(np.float32)  # (n, 2)
-    parts.append(steps % CELL_STEPS)
+        coarse_ids = coarse[coarse_rows + MARGIN + down, coarse_columns + MARGIN + right]  # (n,)
+        parts.append(inputs[coarse_ids])  # (n, dim + 1)
+    steps = np.stack([y_steps, x_steps], 1).astype(np.float32)  # (n, 2)
+    parts.append(steps % CELL_STEPS)  # position within the cell
     return np.hstack(parts)
+
+
+def _unpadded_size(padded: np.ndarray) -> tuple[int, int]:
+    """Rows and columns of a grid that [`pad_ids`] padded."""
+    padded_height, padded_width = padded.shape
+    return padded_height - 2 * MARGIN, padded_width - 2 * MARGIN
 
 
 def diagonals(height: int, width: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields rows and columns of the ids of each diagonal in the order of coding, in parts of at most `AT_ONCE`."""
     num_diagonals = width + SLOPE * (height - 1)
     for diagonal in range(num_diagonals):
-        first_row = max(0, -(-(diagonal - width + 1) // SLOPE))  # the first whose column is below the width
-        end_row = min(height, diagonal // SLOPE + 1)  # after the last whose column is not negative
+        # The column in a row is `diagonal - SLOPE * row`. Only rows count where it is in [0, width).
+        first_row = max(0, -(-(diagonal - width + 1) // SLOPE))  # rounded up
+        end_row = min(height, diagonal // SLOPE + 1)
         for start in range(first_row, end_row, AT_ONCE):
             rows = np.arange(start, min(start + AT_ONCE, end_row))
-            yield rows, diagonal - SLOPE * rows
+            columns = diagonal - SLOPE * rows
+            yield rows, columns

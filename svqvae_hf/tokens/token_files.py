@@ -19,8 +19,8 @@ from svqvae_hf.tokens.compressed_tokens import MAGIC, CompressedTokens, compress
 from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.encoding import Encoding
 
-METADATA_KEY = "svqvae_tokens"  # key of one JSON document, because the order of several keys would vary
-CHECKSUM = "crc32"  # its key in that document
+METADATA_KEY = "svqvae_tokens"  # all metadata is one JSON document, because the order of several keys would vary
+CHECKSUM = "crc32"  # key of the checksum in the JSON document
 UINT16_CODES = 2**16  # size of the largest codebook whose ids fit in 16 bits
 ID_DTYPES = (torch.uint16, torch.int32)
 
@@ -46,7 +46,8 @@ class ImageTokens(Encoding):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integers({"height": self.height, "width": self.width})
-        if not isinstance(self.ids, list | tuple) or not 0 < len(self.ids) == len(self.scales):
+        is_list = isinstance(self.ids, list | tuple)
+        if not is_list or len(self.ids) == 0 or len(self.ids) != len(self.scales):
             ids = f"a {type(self.ids).__name__} of {len(self.ids)}"
             raise ValueError(f"`ids` must be a list of one grid per scale, got {ids} for {len(self.scales)} scales.")
         for ids_of_scale, scale in zip(self.ids, self.scales, strict=True):
@@ -61,11 +62,13 @@ class ImageTokens(Encoding):
                 f"{self.width} pixels and f = {self.f}, got {tuple(ids.shape)}."
             )
         grid = ids.cpu().numpy()  # because PyTorch has no minimum for uint16
-        low = grid.min()
-        high = grid.max()
-        if grid.dtype.kind not in "iu" or low < 0 or high >= self.codebook_size:
+        is_integer = grid.dtype.kind in ("i", "u")
+        smallest_id = grid.min()
+        largest_id = grid.max()
+        if not is_integer or smallest_id < 0 or largest_id >= self.codebook_size:
             raise ValueError(
-                f"scale {scale:g} needs integer ids in [0, {self.codebook_size}), got {grid.dtype} in [{low}, {high}]."
+                f"scale {scale:g} needs integer ids in [0, {self.codebook_size}), got {grid.dtype} in "
+                f"[{smallest_id}, {largest_id}]."
             )
 
     def bits_per_pixel(self, index: int) -> float:
@@ -111,7 +114,8 @@ def token_file_content(tokens: ImageTokens, context_model: ContextModel | None =
     """
     check_tokens(tokens)
     if context_model is not None:
-        return compress(tokens.to_record(), [ids.cpu().numpy() for ids in tokens.ids], context_model)
+        id_arrays = [ids.cpu().numpy() for ids in tokens.ids]
+        return compress(tokens.to_record(), id_arrays, context_model)
     dtype = torch.uint16 if tokens.codebook_size <= UINT16_CODES else torch.int32
     grids = {}
     for index, ids in enumerate(tokens.ids):
@@ -144,7 +148,7 @@ def load_tokens(path: str | os.PathLike, context_model: ContextModel | None = No
         with safe_open(path, framework="pt") as file:
             grids = {name: file.get_tensor(name) for name in file.keys()}
             return _tokens_from(file.metadata() or {}, grids)
-    except (SafetensorError, ValueError, RecursionError) as error:  # hostile files raise the last
+    except (SafetensorError, ValueError, RecursionError) as error:  # RecursionError: deeply nested JSON
         raise _undecodable(path, error) from error
 
 
@@ -187,10 +191,11 @@ def is_compressed(path: str | os.PathLike) -> bool:
 
 def is_token_file(path: str | os.PathLike) -> bool:
     """Whether a file has the metadata key of a token file; [`load_tokens`] checks the rest."""
-    if Path(path).is_file():  # a pipe may have no end
-        with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
-            return METADATA_KEY in (file.metadata() or {})
-    return False
+    if not Path(path).is_file():  # such as a pipe, which may have no end
+        return False
+    with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+        return METADATA_KEY in (file.metadata() or {})
+    return False  # not a safetensors file, or not readable
 
 
 def _undecodable(path: str | os.PathLike, error: Exception) -> ValueError:
@@ -201,13 +206,15 @@ def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor]) -> Im
     if METADATA_KEY not in metadata:
         raise ValueError(f"its metadata must have the key {METADATA_KEY!r}, got {sorted(metadata)!r:.80}.")
     names = [f"ids_{index}" for index in range(len(grids))]
-    if sorted(grids) != sorted(names) or any(grid.dtype not in ID_DTYPES for grid in grids.values()):
+    has_wrong_names = sorted(grids) != sorted(names)
+    has_wrong_dtypes = any(grid.dtype not in ID_DTYPES for grid in grids.values())
+    if has_wrong_names or has_wrong_dtypes:
         dtypes = {name: str(grid.dtype) for name, grid in sorted(grids.items())}
         raise ValueError(f"its tensors must be ids_0, ids_1 and so on of type uint16 or int32, got {dtypes!r:.80}.")
     record = json.loads(metadata[METADATA_KEY])
     stored_grids = [grids[name] for name in names]
     tokens = ImageTokens.from_record(record, ids=[grid.long() for grid in stored_grids])
-    checksum = record.pop(CHECKSUM, None)  # files of 0.1 have none
+    checksum = record.pop(CHECKSUM, None)  # files of version 0.1 have no checksum
     if checksum is not None and checksum != _checksum(record, stored_grids):
         raise ValueError("its checksum differs, so it is damaged.")
     return tokens

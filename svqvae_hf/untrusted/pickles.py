@@ -36,7 +36,8 @@ def load_pickle(path: Path, safe_globals: Sequence[type] = ()) -> Any:
             warnings.simplefilter("ignore")  # torch warns before it fails
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        if error.errno == errno.EINVAL:  # from a seek to before the start of the file
+        seeks_before_start = error.errno == errno.EINVAL
+        if seeks_before_start:
             raise pickle.UnpicklingError("the archive names positions outside the file") from error
         raise
 

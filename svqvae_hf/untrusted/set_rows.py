@@ -33,11 +33,14 @@ def confine_row(source: Any, repository: str | None) -> Any:
 
 def _is_in_repository(path: str, repository: str) -> bool:
     """Whether a path, such as `zip://a.png::hf://datasets/org/set@main/a.zip`, leads into the repository."""
-    *archives, file = path.split("::")
-    place = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", file)
-    if place is None:
+    parts = path.split("::")
+    archives = parts[:-1]  # from the innermost to the outermost
+    file = parts[-1]
+    match = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", file)
+    if match is None:
         return False
-    path_in_repository = posixpath.normpath(place[1])
-    if path_in_repository == ".." or path_in_repository.startswith(("../", "/")):
+    path_in_repository = posixpath.normpath(match[1])
+    leads_outside = path_in_repository == ".." or path_in_repository.startswith(("../", "/"))
+    if leads_outside:
         return False
     return all(re.fullmatch(ARCHIVES, archive, re.DOTALL) for archive in archives)

@@ -24,4 +24,6 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def key_text(key: Any) -> str:
     """Key as text for errors. Other keys than strings show only their type: the repr of nested tuples can be huge."""
-    return key if isinstance(key, str) else f"a key of type {type(key).__name__}"
+    if isinstance(key, str):
+        return key
+    return f"a key of type {type(key).__name__}"
