@@ -83,11 +83,13 @@ def convert(
     license = find_origin(sources, license=license).license
     if repo_id is not None:
         check_repo_id(repo_id, "repo_id")
+    has_generator_options = bool(image_size or num_attention_heads or text_encoder)
+    has_llamagen_options = bool(num_attention_heads or text_encoder or use_ema)
     if tokenizer is None:
-        if image_size or num_attention_heads or text_encoder:
+        if has_generator_options:
             raise ValueError("`image_size`, `num_attention_heads` and `text_encoder` need `tokenizer`. Omit them.")
         converted = _convert_tokenizer(source, variant, use_ema=use_ema, **config)
-    elif is_llamagen(source) or num_attention_heads or text_encoder or use_ema:
+    elif is_llamagen(source) or has_llamagen_options:
         vqvae = _load_tokenizer(tokenizer, **config)
         grid_size = None if image_size is None else _latents_side(vqvae, image_size)
         checkpoint = read_llamagen(source, grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema)
@@ -125,7 +127,7 @@ class Converted:
 
 def _convert_tokenizer(source: str | Path, variant: str | None, *, use_ema: bool, **config: Any) -> Converted:
     checkpoint = read_checkpoint(source, SVQVAE, use_ema=use_ema, **config)
-    variants = {variant: VARIANTS[variant]} if variant else None
+    variants = None if variant is None else {variant: VARIANTS[variant]}
     return Converted(checkpoint.model(SVQVAE), checkpoint, {"variants": variants})
 
 
@@ -152,7 +154,9 @@ def _convert_llamagen(
 def _convert_next_scale(
     checkpoint: Checkpoint, vqvae: SVQVAE, tokenizer: str | Path, image_size: int | None
 ) -> Converted:
-    side = _latents_side(vqvae, vqvae.config["sample_size"] if image_size is None else image_size)
+    if image_size is None:
+        image_size = vqvae.config["sample_size"]
+    side = _latents_side(vqvae, image_size)
     schedule = [list(size) for size in default_schedule(side)]
     transformer = checkpoint.model(NextScaleTransformer)
     pipeline = SVQVAENextScalePipeline(vqvae, transformer, schedule=schedule, scale_from="latents")
@@ -164,10 +168,12 @@ def _convert_next_scale(
 def is_llamagen(source: str | Path) -> bool:
     """Whether a checkpoint seems to hold a language model of LlamaGen, judging by the name of one weight."""
     path = locate_checkpoint(source)
-    if not path.stat().st_size:
+    is_empty = path.stat().st_size == 0
+    if is_empty:  # `mmap` takes no empty file
         return False
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(EMBEDDING.encode()) >= 0
+        position = content.find(EMBEDDING.encode())  # -1 if absent
+    return position >= 0
 
 
 def _load_text_components(source: str, text_encoder: str | None, has_captions: bool) -> dict[str, Any]:

@@ -48,21 +48,21 @@ def write_repository(
     source = checkpoint.source
     rows = describe_source(checkpoint) | card.get("provenance", {})
     card |= {"base_model": hub_repo(source), "provenance": rows, "standalone": standalone}
-    text = converted.make_card(repo_id or out.name, **card)
+    card_text = converted.make_card(repo_id or out.name, **card)
     with new_folder(out) as folder:
-        tensors = save_and_check(converted, folder, variant)
+        num_tensors = save_and_check(converted, folder, variant)
         if standalone:
             if isinstance(converted, DiffusionPipeline):
                 write_blocks(converted.blocks(), folder, repo_id or str(out))
             else:
                 write_code(folder)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        (folder / "README.md").write_text(card_text, encoding="utf-8")
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     config = ", ".join(f"{key}={value}" for key, value in checkpoint.config.items())
     lines = [
         f"read     {source} ({checkpoint.format.name}, sha256 {checkpoint.sha256})",
         f"config   {config}",
-        f"checked  {tensors} tensors and the config, equal after loading again",
+        f"checked  {num_tensors} tensors and the config, equal after loading again",
         f"written  {out}: {', '.join(files)}",
     ]
     return "\n".join(lines)
@@ -70,11 +70,12 @@ def write_repository(
 
 def describe_source(checkpoint: Checkpoint) -> dict[str, str]:
     """Rows about the source for a card. Cards are public, so a local file is named without its folders."""
-    source = checkpoint.source if hub_repo(checkpoint.source) else checkpoint.path.name
-    text = f"`{source}`, `ema`" if checkpoint.use_ema else f"`{source}`"
+    is_on_hub = hub_repo(checkpoint.source) is not None
+    source = checkpoint.source if is_on_hub else checkpoint.path.name
+    weights = f"`{source}`, `ema`" if checkpoint.use_ema else f"`{source}`"
     return {
         "layout": checkpoint.format.title,
-        "source": text,
+        "source": weights,
         "sha256 of the source": f"`{checkpoint.sha256}`",
     }
 
@@ -93,9 +94,7 @@ def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path, vari
     if variant is not None:
         half = _in_half_precision(converted, variant)
         half.save_pretrained(folder, variant=variant)
-    dtypes = {name: model.dtype for name, model in _models(converted).items()}
-    dtype = converted.dtype if isinstance(converted, torch.nn.Module) else dtypes
-    loaded = type(converted).from_pretrained(folder, dtype=dtype)  # after all is written
+    loaded = type(converted).from_pretrained(folder, dtype=_dtype(converted))
     state = _state(converted)
     state_of_copy = _state(loaded)
     differing = sorted(key for key, value in state.items() if not _equal(value, state_of_copy.get(key)))
@@ -104,13 +103,20 @@ def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path, vari
     return sum(isinstance(value, torch.Tensor) for value in state.values())
 
 
+def _dtype(converted: ModelMixin | DiffusionPipeline) -> Any:
+    """`dtype` argument of `from_pretrained`: one for a model, and one per component, by name, for a pipeline."""
+    if isinstance(converted, torch.nn.Module):
+        return converted.dtype
+    return {name: model.dtype for name, model in _models(converted).items()}
+
+
 def _in_half_precision(converted: ModelMixin | DiffusionPipeline, variant: str) -> ModelMixin | DiffusionPipeline:
-    """A copy with weights in half precision, except for the codebook, which stays in float32 without help.
+    """A copy with weights in half precision, except for the codebook, which a model always keeps in float32.
 
     Raises:
         ValueError: Weights are out of the range of `variant`.
     """
-    half = deepcopy(converted)  # one that is loaded from its folder would name it in its config
+    half = deepcopy(converted)  # a model loaded from the new folder would store the folder's name in its config
     for name, model in _models(half).items():
         # LlamaGen runs its text encoder in bfloat16, in which it is saved. T5 overflows in float16.
         model.to(torch.bfloat16 if name == "text_encoder" else VARIANTS[variant])
@@ -130,7 +136,7 @@ def _models(converted: ModelMixin | DiffusionPipeline) -> dict[str, torch.nn.Mod
 def _state(converted: ModelMixin | DiffusionPipeline) -> dict[str, Any]:
     """All that outputs depend on, by name: weights, buffers and configs."""
     parts: dict[str, Any] = _models(converted)
-    parts[""] = converted
+    parts[""] = converted  # a pipeline has a config, too
     state: dict[str, Any] = {}
     for name, part in parts.items():
         prefix = f"{name}." if name else ""

@@ -27,7 +27,7 @@ AUTO_CLASSES: Mapping[type, Mapping[str, str]] = {  # classes with code, and wha
 
 
 def write_code(folder: Path) -> None:
-    """Copies the code of each model in a saved repository beside its config, which names it from then on.
+    """Copies the code of each model in a saved repository beside its config, and names the code in the config.
 
     Args:
         folder (`Path`): Folder of a model, or of a pipeline with its components.

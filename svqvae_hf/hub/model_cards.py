@@ -48,7 +48,8 @@ def model_card(
         calls.append(f'`SVQVAE.from_pretrained({quote(repo_id)}, variant="{variant}", torch_dtype={dtype})`')
     texts = {"facts": table_rows(facts.items()), "f": f, "variants": " or ".join(calls)}
     metadata = {"tags": TAGS, "pipeline_tag": "image-to-image"}
-    return write_card(repo_id, texts, **(metadata | common))
+    options = metadata | common
+    return write_card(repo_id, texts, **options)
 
 
 def pipeline_card(pipeline: type, *, repo_id: str, summary: str, call: str, **common: Any) -> str:

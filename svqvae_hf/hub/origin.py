@@ -1,10 +1,11 @@
 """Licence, base model and earlier stages that a new model or set inherits from the cards of its sources."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 from huggingface_hub import RepoCard
@@ -31,6 +32,23 @@ class Origin(NamedTuple):
     rows: dict[str, str]
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A source with the facts on its card.
+
+    Args:
+        row (`str`): Name of its row.
+        location (`str`): Folder, file, URL or Hub id.
+        card (`RepoCard`, *optional*): Its card.
+        license (`str`, *optional*): Licence on the card; `None` if none is stated.
+    """
+
+    row: str
+    location: str
+    card: RepoCard | None
+    license: str | None
+
+
 def find_origin(
     models: Mapping[str, str | None], sets: Mapping[str, str | None] = MappingProxyType({}), license: str | None = None
 ) -> Origin:
@@ -47,42 +65,45 @@ def find_origin(
             broken.
     """
     check_license(license)
-    sources: dict[str, str] = {}
-    cards: dict[str, RepoCard | None] = {}
-    for kind, sources_of_kind in {"model": models, "dataset": sets}.items():
-        for row, source in sources_of_kind.items():
-            if source is not None:
-                sources[row] = source
-                cards[row] = read_card(source, kind)
-    licences = {}
-    for row, card in cards.items():
-        licence = _licence(card)
-        if licence is not None:
-            licences[row] = licence
+    sources = _read_sources(models, "model") + _read_sources(sets, "dataset")
     if license is None:
-        license = _common_licence(licences, sources)
+        license = _common_license(sources)
     rows = {}
-    for row, source in sources.items():
-        licence = licences.get(row, "not known")
-        rows[row] = f"`{public_name(source)}` (licence: {licence})"
+    for source in sources:
+        source_license = "not known" if source.license is None else source.license
+        rows[source.row] = f"`{public_name(source.location)}` (licence: {source_license})"
     base_model = None
-    start = cards.get(STARTED_FROM)
-    if start is not None:
-        base_model = _base_model(start)
-        for row, value in _origin_rows(start).items():
-            rows[f"before: {row}"] = value
-    if STARTED_FROM in sources and is_hub_id(sources[STARTED_FROM]):
-        base_model = sources[STARTED_FROM]
+    for source in sources:
+        if source.row == STARTED_FROM:
+            base_model = _base_model(source)
+            rows |= _earlier_rows(source)
     return Origin(license, base_model, rows)
 
 
-def _common_licence(licences: Mapping[str, str], sources: Mapping[str, str]) -> str | None:
-    """The only licence that sources state, by the name of their row. Raises ValueError if they state several."""
-    stated = set(licences.values())
-    if len(stated) > 1:
-        listed = ", ".join(f"`{public_name(sources[row])}` {licence}" for row, licence in licences.items())
+def _read_sources(locations: Mapping[str, str | None], kind: str) -> list[_Source]:
+    """Reads the cards of the sources of a kind, `model` or `dataset`, by the names of their rows."""
+    sources = []
+    for row, location in locations.items():
+        if location is not None:
+            card = read_card(location, kind)
+            sources.append(_Source(row, location, card, _stated_license(card)))
+    return sources
+
+
+def _common_license(sources: Sequence[_Source]) -> str | None:
+    """The only licence that sources state; `None` if none states one. Raises ValueError if they state several."""
+    licenses = set()
+    descriptions = []
+    for source in sources:
+        if source.license is not None:
+            licenses.add(source.license)
+            descriptions.append(f"`{public_name(source.location)}` {source.license}")
+    if len(licenses) > 1:
+        listed = ", ".join(descriptions)
         raise ValueError(f"The sources have different licences: {listed}. Pass the result's licence as `--license`.")
-    return stated.pop() if stated else None
+    if not licenses:
+        return None
+    return licenses.pop()
 
 
 def read_card(source: str, kind: str = "model") -> RepoCard | None:
@@ -110,13 +131,14 @@ def read_card(source: str, kind: str = "model") -> RepoCard | None:
 
 def _card_content(source: str, kind: str) -> bytes | None:
     """Content of the card of a source; `None` if it has none, or the Hub does not answer."""
-    repo = source if is_hub_id(source) else hub_repo(source)
+    repo = source if is_hub_id(source) else hub_repo(source)  # None for a folder, a file or a URL
     if repo is not None:
         try:
             return download_file(repo, CARD, repo, repo_type=kind).read_bytes()
         except OSError:
             return None
-    if "://" in source:
+    is_url = "://" in source
+    if is_url:
         return Folder(source).read(CARD)
     folder = Path(source)
     if not folder.is_dir():
@@ -124,14 +146,25 @@ def _card_content(source: str, kind: str) -> bytes | None:
     content = Folder(source).read(CARD)
     if content is not None or kind != "model":
         return content
-    above = folder.absolute().parent
-    if (above / "config.json").is_file() or (above / "model_index.json").is_file():
-        return Folder(above).read(CARD)  # of the pipeline or language model that the model is a part of
+    parent = folder.absolute().parent
+    is_part_of_model = (parent / "config.json").is_file() or (parent / "model_index.json").is_file()
+    if is_part_of_model:
+        return Folder(parent).read(CARD)  # card of the whole pipeline or language model
     return None
 
 
+def _earlier_rows(source: _Source) -> dict[str, str]:
+    """Rows on the card of the model that was trained further, marked as earlier."""
+    if source.card is None:
+        return {}
+    rows = {}
+    for row, value in _origin_rows(source.card).items():
+        rows[f"before: {row}"] = value
+    return rows
+
+
 def _origin_rows(card: RepoCard) -> dict[str, str]:
-    """Rows of the last table of a card that this package wrote."""
+    """Rows of the last table of a card that this package wrote; none for cards of others."""
     tags = card.data.get("tags")
     if not isinstance(tags, list) or "svqvae" not in tags:
         return {}
@@ -146,15 +179,21 @@ def _without_escapes(cell: str) -> str:
     return cell.replace(r"\|", "|")
 
 
-def _base_model(card: RepoCard) -> str | None:
-    """Base model on a card, the first if it lists several."""
-    base_model = card.data.get("base_model")
+def _base_model(source: _Source) -> str | None:
+    """Hub repository of the model that was trained further, or the base model on its card, the first of several."""
+    if is_hub_id(source.location):
+        return source.location
+    if source.card is None:
+        return None
+    base_model = source.card.data.get("base_model")
     if isinstance(base_model, list) and base_model:
         base_model = base_model[0]
-    return base_model if isinstance(base_model, str) else None
+    if not isinstance(base_model, str):
+        return None
+    return base_model
 
 
-def _licence(card: Any) -> str | None:
+def _stated_license(card: RepoCard | None) -> str | None:
     """Licence on a card, `other` if it lists several; `None` if it states none."""
     if card is None:
         return None

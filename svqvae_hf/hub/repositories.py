@@ -56,7 +56,8 @@ def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: 
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:
         is_unreachable = isinstance(error, errors.LocalEntryNotFoundError)
         lacks_file = isinstance(error, errors.EntryNotFoundError) and not is_unreachable
-        if Path(source).exists() or lacks_file:
+        is_local = Path(source).exists()
+        if is_local or lacks_file:
             raise
         raise OSError(f"could not load `{source}`: there is no such folder, and {hub_reason(error)}") from error
 

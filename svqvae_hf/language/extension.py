@@ -10,7 +10,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from svqvae_files.outputs import check_new_folder, new_folder
 from svqvae_hf.hub.model_cards import table_rows
-from svqvae_hf.hub.origin import STARTED_FROM, find_origin
+from svqvae_hf.hub.origin import STARTED_FROM, Origin, find_origin
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.causal_models import load_causal_model
 from svqvae_hf.loaders.folder_checks import check_files
@@ -64,15 +64,20 @@ def extend_language_model(
         grids = [(side, side)]
     vocabulary = add_image_tokens(model, tokenizer, image_tokenizer, grids, seed)
     processor = SVQVAEProcessor(tokenizer, image_tokenizer, vocabulary)
-    metadata = ModelCardData(license=origin.license or "unknown", base_model=origin.base_model, tags=["svqvae"])
-    card = f"---\n{metadata}\n---\n\n# {out.name}\n\nIts image tokens are untrained.\n\n| | |\n|---|---|\n"
-    card += table_rows(origin.rows.items()) + "\n"
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         record_parts(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(_card(out.name, origin), encoding="utf-8")
     return vocabulary
+
+
+def _card(name: str, origin: Origin) -> str:
+    """Text of the card of an extended model."""
+    metadata = ModelCardData(license=origin.license or "unknown", base_model=origin.base_model, tags=["svqvae"])
+    card = f"---\n{metadata}\n---\n\n# {name}\n\nIts image tokens are untrained.\n\n| | |\n|---|---|\n"
+    card += table_rows(origin.rows.items()) + "\n"
+    return card
 
 
 def _load_language_model(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -138,12 +143,13 @@ def check_extensible(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 def check_context(model: PreTrainedModel, vocabulary: ImageVocabulary) -> None:
     """Raises if the largest image does not fit the context of a model."""
-    largest = max(rows * columns for rows, columns in vocabulary.grids)
-    longest = largest + 3  # begin, size and end
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
-    if longest > context:
+    most_codes = max(rows * columns for rows, columns in vocabulary.grids)
+    most_tokens = most_codes + 3  # begin, size and end
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", most_tokens)
+    if most_tokens > context:
         raise ValueError(
-            f"`grids` must fit the context, {context} tokens, but the largest takes {longest}. Pass smaller `--grids`."
+            f"`grids` must fit the context, {context} tokens, but the largest takes {most_tokens}. Pass smaller "
+            "`--grids`."
         )
 
 
@@ -159,23 +165,24 @@ def _with_images(template: str | dict[str, str] | None) -> str | dict[str, str]:
 @torch.no_grad()
 def _start_rows(model: PreTrainedModel, vocabulary: ImageVocabulary, codebook: torch.Tensor, seed: int) -> None:
     """Sets the new rows to a linear map of the codes, with the mean and the standard deviation of the old rows."""
-    codes = codebook.detach().float().cpu()
+    codes = codebook.detach().float().cpu()  # (codes, channels)
     codes = (codes - codes.mean(0)) / codes.std()
-    num_others = vocabulary.stop - vocabulary.begin  # begin, end, no condition, sizes
+    num_markers = vocabulary.stop - vocabulary.begin  # begin, end, no condition, sizes
     generator = torch.Generator().manual_seed(seed)
-    others = torch.randn(num_others, codes.shape[1], generator=generator)
-    features = torch.cat([codes, others])  # (image tokens, channels of the codebook)
+    markers = torch.randn(num_markers, codes.shape[1], generator=generator)
+    features = torch.cat([codes, markers])  # (image tokens, channels)
     input_layer = model.get_input_embeddings()
     output_layer = model.get_output_embeddings()
-    layers = [output_layer]
-    if input_layer.weight is not output_layer.weight:
-        layers = [input_layer, output_layer]
+    are_tied = input_layer.weight is output_layer.weight
+    layers = [output_layer] if are_tied else [input_layer, output_layer]
     for layer in layers:
-        old = layer.weight[: vocabulary.first_token].float()
-        generator = torch.Generator().manual_seed(seed + 1)  # the same map for both layers
-        mapped = features @ torch.randn(features.shape[1], old.shape[1], generator=generator)
-        new = old.mean(0).cpu() + mapped * (old.std(0).mean().cpu() / mapped.std())
-        layer.weight[vocabulary.first_token : vocabulary.stop] = new.to(layer.weight)
+        old_rows = layer.weight[: vocabulary.first_token].float()  # (tokens of the text, hidden)
+        generator = torch.Generator().manual_seed(seed + 1)  # equal seeds, so that both layers have the same map
+        linear_map = torch.randn(features.shape[1], old_rows.shape[1], generator=generator)  # (channels, hidden)
+        mapped = features @ linear_map  # (image tokens, hidden)
+        deviation_ratio = old_rows.std(0).mean().cpu() / mapped.std()
+        new_rows = old_rows.mean(0).cpu() + mapped * deviation_ratio
+        layer.weight[vocabulary.first_token : vocabulary.stop] = new_rows.to(layer.weight)
         bias = getattr(layer, "bias", None)
         if bias is not None:
             bias[vocabulary.first_token : vocabulary.stop] = bias[: vocabulary.first_token].mean()

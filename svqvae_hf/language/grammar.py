@@ -38,7 +38,7 @@ class ImageGrammar(LogitsProcessor):
         for size, count in enumerate(counts):
             self.kinds[size, 1 : count + 1] = CODES
             self.kinds[size, count + 1] = LAST
-        # Where the row of `kinds` of a size token starts, if `kinds` is read as one row.
+        # For each size token, the index of the first entry of its row in the flattened `kinds`.
         self.starts = torch.zeros(vocabulary_size, dtype=torch.int64)
         self.starts[vocabulary.first_size : vocabulary.stop] = torch.arange(0, self.kinds.numel(), longest)
         self.bias = torch.full((4, vocabulary_size), -torch.inf)  # (kind of the next token, token)
@@ -51,11 +51,16 @@ class ImageGrammar(LogitsProcessor):
     def next_kind(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Kind of the token after sequences `(batch, length)`: `OUTSIDE`, `SIZE`, `CODES` or `LAST`, `(batch, 1)`."""
         self._move(input_ids.device)
-        newest_first = input_ids[:, -self.kinds.shape[1] :].flip(1)  # an image that began before them is complete
-        has_begun, place = (newest_first == self.begin).max(1, keepdim=True)  # both (batch, 1)
-        size_token = newest_first.gather(1, (place - 1).clamp_min(0))
-        kind = self.kinds.take(self.starts.take(size_token) + place)
-        return kind * has_begun  # `OUTSIDE` is 0
+        longest = self.kinds.shape[1]
+        newest_tokens = input_ids[:, -longest:]  # (batch, longest); an image that began before them is complete
+        newest_first = newest_tokens.flip(1)
+        # Whether an image has begun, and how many tokens follow its begin. Both are (batch, 1).
+        has_begun, num_after_begin = (newest_first == self.begin).max(1, keepdim=True)
+        size_place = (num_after_begin - 1).clamp_min(0)  # the token after the begin, which is the size
+        size_token = newest_first.gather(1, size_place)  # (batch, 1)
+        first_entry = self.starts.take(size_token)  # 0 if there is no size yet
+        kind = self.kinds.take(first_entry + num_after_begin)
+        return kind * has_begun  # `OUTSIDE`, which is 0, if no image has begun
 
     def _move(self, device: torch.device) -> None:
         """Moves the tables to the device of the tokens."""
@@ -78,18 +83,20 @@ def grammar_regex(vocabulary: ImageVocabulary, grid: tuple[int, int]) -> str:
         >>> pattern = grammar_regex(processor.vocabulary, (16, 16))
         >>> re.fullmatch(pattern, tokenizer.decode(tokens))
     """
-    digits = vocabulary.names[0].count("0")
-    last = f"{vocabulary.codebook_size - 1:0{digits}}"
-    numbers = []
-    for place, digit in enumerate(last):
+    num_digits = vocabulary.names[0].count("0")  # the name of code 0 has only zeros
+    last_number = f"{vocabulary.codebook_size - 1:0{num_digits}}"
+    patterns = []  # which together match all numbers up to the last
+    for place, digit in enumerate(last_number):
         if digit == "0":
             continue
         # Numbers that agree with the last one up to this place, and have a smaller digit there.
-        smaller = rf"[0-{int(digit) - 1}]"
-        numbers.append(last[:place] + smaller + r"\d" * (digits - place - 1))
-    numbers.append(last)
+        equal_digits = last_number[:place]
+        smaller_digit = rf"[0-{int(digit) - 1}]"
+        any_digits = r"\d" * (num_digits - place - 1)
+        patterns.append(equal_digits + smaller_digit + any_digits)
+    patterns.append(last_number)
     rows, columns = grid
-    code = rf"<\|image_(?:{'|'.join(numbers)})\|>"
+    code = rf"<\|image_(?:{'|'.join(patterns)})\|>"
     return f"(?:{code}){{{rows * columns}}}{re.escape(END)}"
 
 

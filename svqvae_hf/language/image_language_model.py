@@ -63,12 +63,13 @@ class ImageLanguageModel(ImageChats):
                 what the config asks for.
         """
         check_files(source)
-        hub = hub_options(options)
-        config, _ = from_hub(PreTrainedConfig.get_config_dict, source, **hub)
+        options_of_hub = hub_options(options)
+        config, _ = from_hub(PreTrainedConfig.get_config_dict, source, **options_of_hub)
         ImageVocabulary.from_config(config)  # raises if it has no image tokens
-        processor = SVQVAEProcessor.from_pretrained(source, **hub)
+        processor = SVQVAEProcessor.from_pretrained(source, **options_of_hub)
         language_model = load_causal_model(source, **options)
-        return cls(language_model, processor, read_known_objects(source, **hub))
+        known_objects = read_known_objects(source, **options_of_hub)
+        return cls(language_model, processor, known_objects)
 
     def save_pretrained(self, folder: str | os.PathLike, *, standalone: bool = False) -> None:
         """Saves both, and the known objects if the model has any.
@@ -89,7 +90,7 @@ class ImageLanguageModel(ImageChats):
             write_known_objects(self.known_objects, folder)
         path = Path(folder, CONFIG)
         config = read_json_object(path)
-        config.pop("custom_pipelines", None)  # of the repository that the model came from
+        config.pop("custom_pipelines", None)  # names code in the repository that the model was loaded from
         if standalone:
             write_code(Path(folder))
             module = copy_code(ImageLanguagePipeline, folder)
