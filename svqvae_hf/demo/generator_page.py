@@ -21,9 +21,9 @@ from svqvae_hf.demo.page import CACHE_SECONDS
 from svqvae_hf.demo.page_generators import NO_CLASS, Request, page_generator
 from svqvae_hf.tokens.image_tokens import is_out_of_memory
 
-VISITORS = 4  # served at once
+VISITORS = 4  # number of visitors served at the same time
 EDITOR_PX = 512  # longer side of the picture to paint on
-PAPER = (128, 128, 128)  # colour of rows that are still to come
+PAPER = (128, 128, 128)  # colour of rows that are not generated yet
 BRUSH = "#ff2d6f"
 HEADING = "<h1>SVQVAE</h1><p>{}</p>"
 EMPTY = "<p class='empty'>Click Generate. The picture appears here while it grows.</p>"
@@ -86,7 +86,7 @@ class GeneratorPage:
         mask = painted_mask(drawing, self.generator.size)
         if picture is None or mask is None:
             alert = _alert("Nothing is painted yet. Paint over a part of the picture.")
-            yield [alert, gr.skip(), gr.skip(), gr.skip(), gr.skip()]
+            yield [alert, gr.skip(), gr.skip(), gr.skip(), gr.skip()]  # only the summary changes
             return
         yield from self._generate(Request(label, prompt, seed, guidance, temperature, picture, mask))
 
@@ -112,16 +112,17 @@ class GeneratorPage:
                 raise
             yield _error_values("Out of memory.")
             return
+        result = step.image  # of the last step
         width, height = generator.size
         summary = f"<p><b>{width} × {height} pixels</b> in {generator.total} {generator.unit}s. {facts}</p>"
         if generator.edits:
-            yield _editable_values(summary, step.image)
+            yield _editable_values(summary, result)
         else:
-            yield _values(summary, step.image)
+            yield _values(summary, result)
 
     def _steps(self, request: Request) -> Iterator[Step]:
-        """Runs the generator in a thread, and yields each step as soon as it is done, the last one with the result."""
-        previews: SimpleQueue[Step | None] = SimpleQueue()  # ends with `None`
+        """Runs the generator in a thread. Yields each step as soon as it is done, and then a step with the result."""
+        previews: SimpleQueue[Step | None] = SimpleQueue()  # `None` follows the last preview
         is_abandoned = Event()
 
         def show(_: Any, number: int, grid: tuple[int, int], tensors: dict[str, torch.Tensor]) -> None:
@@ -134,21 +135,21 @@ class GeneratorPage:
             running = pool.submit(self.generator.draw, request, show)
             running.add_done_callback(lambda _: previews.put(None))
             try:
-                for preview in iter(previews.get, None):
+                for preview in iter(previews.get, None):  # until `None`
                     title = preview.title
                     yield preview
             finally:
-                is_abandoned.set()  # the visitor may have gone
+                is_abandoned.set()  # stops the generator if the visitor has left
             yield Step(running.result(), title)
 
     def _preview(self, number: int, grid: tuple[int, int], ids: torch.Tensor) -> Step:
-        """Decodes the ids of a scale or of the first rows of an image, given the grid of the whole."""
+        """Decodes the ids of a scale, or of the first rows of an image with `grid` rows and columns."""
         generator = self.generator
         vqvae = generator.model.vqvae
         rows, columns = grid
         image = Image.new("RGB", (columns * vqvae.f, rows * vqvae.f), PAPER)
         (decoded,) = generator.model.image_processor.postprocess(vqvae.decode_tokens(ids))
-        image.paste(decoded)
+        image.paste(decoded)  # at the top left
         title = f"{generator.unit.capitalize()} {number + 1} of {generator.total}: {columns} × {rows} tokens"
         return Step(image.resize(generator.size, Image.Resampling.BICUBIC), title)
 
@@ -203,7 +204,7 @@ def build(page: GeneratorPage) -> gr.Blocks:
                         gr.HTML(PAINT_HINT)
                         repaint = gr.Button("Generate the painted part anew", elem_id="repaint")
         settings = [label, prompt, seed, guidance, temperature]
-        outputs = [summary, image, picture, painting, canvas]
+        outputs = [summary, image, picture, painting, canvas]  # in the order of `_values`
         event: dict[str, Any] = {
             "show_progress": "hidden",  # the picture itself shows it
             "concurrency_id": "model",
@@ -300,27 +301,32 @@ def _temperature_slider(page: GeneratorPage) -> gr.Slider:
 
 
 def painted_mask(drawing: dict[str, Any] | None, size: tuple[int, int]) -> Image.Image | None:
-    """Mask of what a visitor painted, white where there is any paint; None without paint."""
+    """Mask of `size` (width, height), white where a visitor painted anything; None without paint."""
     if drawing is None or not drawing["layers"]:
         return None
-    paint = drawing["layers"][0].getchannel("A")
-    _, strongest = paint.getextrema()
-    if strongest == 0:
+    opacity = drawing["layers"][0].getchannel("A")
+    _, largest_opacity = opacity.getextrema()
+    if largest_opacity == 0:
         return None
-    means = np.asarray(paint.convert("F").resize(size, Image.Resampling.BOX))  # floats do not round a dot away
+    # In floats, because the mean of a pixel with a tiny dot of paint would be rounded to 0.
+    means = np.asarray(opacity.convert("F").resize(size, Image.Resampling.BOX))  # (height, width)
     return Image.fromarray(np.where(means > 0, 255, 0).astype(np.uint8))
 
 
 def _values(summary: str, image: Image.Image) -> list[Any]:
-    """Values of the page's outputs for a picture that is not to be painted on."""
+    """Values of the page's outputs for a picture that visitors cannot paint on.
+
+    They are in the order of `outputs` in [`build`]: summary, image, picture, painting, canvas.
+    """
     return [summary, gr.update(value=image, visible=True), None, gr.skip(), gr.skip()]
 
 
 def _editable_values(summary: str, image: Image.Image) -> list[Any]:
-    """Values of the page's outputs for a picture to paint on."""
+    """Values of the page's outputs for a picture that visitors can paint on."""
     factor = EDITOR_PX / max(image.size)
-    size = round(factor * image.width), round(factor * image.height)
-    enlarged = image.resize(size, Image.Resampling.BICUBIC)
+    width = round(factor * image.width)
+    height = round(factor * image.height)
+    enlarged = image.resize((width, height), Image.Resampling.BICUBIC)
     drawing = {"background": enlarged, "layers": [], "composite": None}
     return [summary, gr.update(value=image, visible=True), image, gr.Column(visible=True), drawing]
 

@@ -24,8 +24,8 @@ CACHE_SECONDS = 3600  # minimum time that Gradio keeps the files of a visit
 UPLOAD_LIMIT = "100mb"
 MAX_PIXELS = 2**24  # browsers show this size with ease
 SCALES = (0.25, 0.5, 1.0)
-VISITORS_AT_ONCE = 4  # whose photographs are encoded; others wait
-PROGRESS = gr.Progress()  # as a default argument, it makes Gradio pass the progress bar of the call
+VISITORS_AT_ONCE = 4  # number of visitors whose photographs are encoded at the same time; the others wait
+PROGRESS = gr.Progress()  # Gradio passes the progress bar of the call to a handler with this default argument
 
 # Gradio brings these fonts. Its theme draws bold text at weight 600, but the file of that weight lacks most letters.
 FONTS = (gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif")
@@ -66,8 +66,10 @@ class Page:
             seconds = time.perf_counter() - start
             decoding = preview_scales(self.model, tokens, original)
             previews = list(progress.tqdm(decoding, "decoding", len(SCALES), "scales"))
-        except (ValueError, OSError) as error:  # without the folders of this machine
-            return _error_values(str(error).replace(photograph, Path(photograph).name))
+        except (ValueError, OSError) as error:
+            name = Path(photograph).name
+            message = str(error).replace(photograph, name)  # visitors must not see the folders of this machine
+            return _error_values(message)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -106,14 +108,14 @@ def build(page: Page) -> gr.Blocks:
                 summary = gr.HTML(EMPTY, elem_id="summary")
                 with gr.Tabs(visible=False, selected="1", elem_id="results") as tabs:
                     scale_tabs = [_scale_tab(scale) for scale in SCALES]
-        cleared = [summary, tabs]
-        outputs = list(cleared)
+        cleared_outputs = [summary, tabs]
+        outputs = list(cleared_outputs)
         for slider, figures, code_grid in scale_tabs:
             outputs += [slider, figures, code_grid]
         at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         show_example = example.click(lambda _: str(EXAMPLE), example, photograph, **at_once)
         for start in (photograph.upload, show_example.then):
-            busy = start(lambda: _cleared_values(BUSY), None, cleared, **at_once)
+            busy = start(lambda: _cleared_values(BUSY), None, cleared_outputs, **at_once)
             busy.then(
                 page.encode,
                 photograph,
@@ -122,7 +124,7 @@ def build(page: Page) -> gr.Blocks:
                 concurrency_limit=VISITORS_AT_ONCE,
                 api_visibility="private",
             )
-        photograph.clear(lambda: _cleared_values(EMPTY), None, cleared, **at_once)
+        photograph.clear(lambda: _cleared_values(EMPTY), None, cleared_outputs, **at_once)
     return blocks
 
 

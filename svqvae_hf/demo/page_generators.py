@@ -68,18 +68,20 @@ class PageGenerator(ABC):
     """
 
     heading = "An image is generated token by token, row by row, as a language model writes text."
-    unit = "row"  # generated in one step
+    unit = "row"  # word for the part of an image that is generated in one step
     edits = False  # whether parts of a picture can be generated anew
-    describes = False  # whether it also writes captions
-    temperature: float | None = None  # that visitors can change
+    describes = False  # whether the generator also writes captions
+    temperature: float | None = None  # first value on the page; `None` if visitors cannot choose a temperature
     seed_note = "Another number makes another picture"
-    guidance = GUIDANCE
+    guidance = GUIDANCE  # first value on the page
 
     def __init__(self, model: Any, grid: tuple[int, int], total: int):
         self.model = model
         self.total = total
         rows, columns = grid
-        self.size = columns * model.vqvae.f, rows * model.vqvae.f
+        width = columns * model.vqvae.f
+        height = rows * model.vqvae.f
+        self.size = (width, height)
 
     @property
     @abstractmethod
@@ -125,13 +127,20 @@ class PageGenerator(ABC):
             facts.append(f"class {html.escape(name)}")
         facts.append(f"seed {int(request.seed or 0)}")
         if self.reads_prompts:
-            words = self.words_left_out(request.prompt)
-            if words:
-                facts.append(html.escape(say_unknown(words)))
-            things = self.things_undrawable(request.prompt)
-            if things:
-                facts.append(html.escape(say_undrawable(things)))
+            for warning in self._prompt_warnings(request.prompt):
+                facts.append(html.escape(warning))
         return ", ".join(facts)
+
+    def _prompt_warnings(self, prompt: str) -> list[str]:
+        """Sentences about words that the generator does not know, and things that it cannot draw."""
+        warnings = []
+        words = self.words_left_out(prompt)
+        if words:
+            warnings.append(say_unknown(words))
+        things = self.things_undrawable(prompt)
+        if things:
+            warnings.append(say_undrawable(things))
+        return warnings
 
 
 class PipelineGenerator(PageGenerator):
@@ -218,16 +227,16 @@ class LanguageModelGenerator(PageGenerator):
 
     def draw(self, request: Request, callback: Callable[..., None]) -> Image.Image:
         """Draws an image of a prompt, or of none."""
-        edited = {}
+        edit_options = {}
         if request.picture is not None:
-            edited = {"image": [request.picture], "mask_image": [request.mask]}
+            edit_options = {"image": [request.picture], "mask_image": [request.mask]}
         images = self.model.draw(
             request.prompt or None,
             guidance_scale=request.guidance,
             temperature=request.temperature,
             generator=request.random_generator(),
             callback_on_step_end=callback,
-            **edited,
+            **edit_options,
         )
         return images[0]
 

@@ -55,13 +55,13 @@ def preview_scales(model: SVQVAE, tokens: ImageTokens, original: Image.Image) ->
     """
     for index, scale in enumerate(tokens.scales):
         ids = tokens.ids[index]
-        one_scale = dataclasses.replace(tokens, ids=[ids], scales=(scale,))
-        (image,) = decode_image(model, one_scale, tiles=tokens.tiles)
-        height, width = ids.shape
-        (measured,) = measure_reconstructions(original, one_scale, [image])
+        tokens_of_scale = dataclasses.replace(tokens, ids=[ids], scales=(scale,))
+        (image,) = decode_image(model, tokens_of_scale, tiles=tokens.tiles)
+        (measured,) = measure_reconstructions(original, tokens_of_scale, [image])
+        grid_height, grid_width = ids.shape
         figures = {
             "size": f"{image.width} × {image.height}",
-            "tokens": f"{width} × {height} = {ids.numel():,}",
+            "tokens": f"{grid_width} × {grid_height} = {ids.numel():,}",
             "bits per pixel": f"{tokens.bits_per_pixel(index):.3f}",
             "PSNR": f"{measured.psnr:.2f} dB",
         }
@@ -79,7 +79,8 @@ def draw_codes(model: SVQVAE, codes: torch.Tensor) -> np.ndarray:
         `np.ndarray` of shape `(codes, f, f, 3)`: Pictures in uint8.
     """
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
-    middle = slice(model.f // 2, model.f // 2 + model.f)  # of the rows and columns of two codes
+    start = model.f // 2
+    middle = slice(start, start + model.f)  # of the 2 * f rows or columns of pixels
     looks: list[np.ndarray] = []
     with torch.inference_mode():
         for batch in codes.split(CODES_AT_ONCE):
@@ -92,7 +93,7 @@ def draw_codes(model: SVQVAE, codes: torch.Tensor) -> np.ndarray:
 
 def _code_grid(model: SVQVAE, ids: torch.Tensor) -> dict[str, Any]:
     height, width = ids.shape
-    codes, cells = ids.unique(return_inverse=True)
+    codes, cells = ids.unique(return_inverse=True)  # (codes,), and indices into it (height, width)
     cell_bytes = cells.numpy().astype("<u4").tobytes()
     return {
         "width": width,
@@ -110,7 +111,7 @@ def _sheet_url(looks: np.ndarray) -> str:
     num_looks, side = looks.shape[:2]
     num_rows = -(-num_looks // SHEET_COLUMNS)
     cells = np.zeros((num_rows * SHEET_COLUMNS, side, side, 3), np.uint8)
-    cells[:num_looks] = looks
+    cells[:num_looks] = looks  # cells at the end of the last row stay black
     grid = cells.reshape(num_rows, SHEET_COLUMNS, side, side, 3)
     grid = grid.swapaxes(1, 2)  # (rows, side, SHEET_COLUMNS, side, 3)
     sheet = Image.fromarray(grid.reshape(num_rows * side, SHEET_COLUMNS * side, 3))
