@@ -33,7 +33,7 @@ def damage(path: Path, kind: str, other: Path) -> None:
 def draw(capsys, out: Path, *words: object) -> bytes | None:
     """Image of the command; None if it ended with an error of one line."""
     capsys.readouterr()
-    code = svqvae("generate", "--model", *words, "--seed", 1, "--output", out)
+    code = svqvae("generate", *words, "--seed", 1, "--output", out)
     captured = capsys.readouterr()
     if code == 0:
         (image,) = out.glob("*.png")
