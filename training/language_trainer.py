@@ -39,10 +39,19 @@ from svqvae_hf.trainer.identity import UNIMPORTANT, RunIdentity, model_digests
 from svqvae_hf.trainer.interruption import Interruption
 from svqvae_hf.trainer.muon import MuonAndAdam, muon_groups
 from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM, hyperparameters, resume_schedule
-from svqvae_hf.trainer.options import FRACTION, OPTIMIZERS, option, public_values, raise_faults, read_options, wrong
+from svqvae_hf.trainer.options import (
+    FRACTION,
+    OPTIMIZERS,
+    option,
+    public_values,
+    raise_faults,
+    range_faults,
+    read_options,
+)
 from svqvae_hf.trainer.publishing import Result, find_sources, provenance, refuse_finished
 
-TRAINER_STATE = "trainer_state.json"
+TRAINER_STATE = "trainer_state.json"  # in a checkpoint, written last
+TRAINED_FOLDER = "trained.partial"  # in the output folder: the weights, before they are part of a result
 
 # Options of `TrainingArguments` that would change nothing here, and why.
 WITHOUT_EFFECT = {
@@ -69,8 +78,8 @@ WITHOUT_EFFECT = {
     "train_sampling_strategy": "examples have a random order",
     "use_cache": "a cache would not tell packed examples apart",
 }
-OF_ADAMW = ("adam_epsilon", "optim", "optim_args", "optim_target_modules")
-OF_VALIDATIONS = ("eval_delay", "eval_on_start", "eval_steps", "per_device_eval_batch_size")
+ADAMW_ARGUMENTS = ("adam_epsilon", "optim", "optim_args", "optim_target_modules")
+VALIDATION_ARGUMENTS = ("eval_delay", "eval_on_start", "eval_steps", "per_device_eval_batch_size")
 
 
 @dataclass
@@ -93,8 +102,8 @@ class LanguageRunOptions:
         raise_faults(self.faults())
 
     def faults(self) -> Iterator[str]:
-        """Yields what is wrong with the options, except for data and model."""
-        yield from wrong(self, FRACTION, "condition_dropout", "first_caption_fraction", "scheduled_sampling")
+        """Yields an error message for each fault that can be seen without data and model."""
+        yield from range_faults(self, FRACTION, "condition_dropout", "first_caption_fraction", "scheduled_sampling")
         if self.lora_rank < 0:
             yield f"`--lora_rank` must be at least 0, but is {self.lora_rank}."
 
@@ -104,42 +113,53 @@ def read_run_options(options_class: type, words: list[str]) -> tuple[Any, Traini
 
     Without an accelerator, `--use_cpu` is added, because transformers accepts `--bf16` on a CPU only with it.
     """
-    on_cpu = not torch.accelerator.is_available()
-    says_device = any(word.partition("=")[0] == "--use_cpu" for word in words)
-    if on_cpu and not says_device:
+    has_accelerator = torch.accelerator.is_available()
+    has_use_cpu = any(word.partition("=")[0] == "--use_cpu" for word in words)
+    if not has_accelerator and not has_use_cpu:
         words = words + ["--use_cpu"]
     options, arguments = read_options((options_class, TrainingArguments), words)
     return options, arguments
 
 
 def argument_faults(arguments: TrainingArguments, options: LanguageRunOptions) -> Iterator[str]:
-    """Yields what is wrong with the arguments of transformers, with each that would have no effect."""
+    """Yields an error message for each argument of transformers that is wrong or would have no effect."""
     if arguments.max_steps < 1:
         yield f"`--max_steps` must be at least 1, but is {arguments.max_steps}."
-    if arguments.dataloader_num_workers:  # a signal to all processes ends them, and with them the run
+    if arguments.dataloader_num_workers:
+        # A signal that is sent to all processes would end the loader's, and so the run before its checkpoint.
         yield "`--dataloader_num_workers` must be 0, so that a signal can stop the run. Leave it out."
     for name, reason in WITHOUT_EFFECT.items():
         if _is_changed(arguments, name):
             yield f"`--{name}` has no effect, because {reason}. Leave it out."
     if options.optimizer != "adamw":
-        for name in OF_ADAMW:
+        for name in ADAMW_ARGUMENTS:
             if _is_changed(arguments, name):
                 yield f"`--{name}` has no effect with `--optimizer {options.optimizer}`. Leave one of them out."
-    if options.validation_token_set is not None:
-        return
+    if options.validation_token_set is None:
+        yield from _validation_faults(arguments)
+
+
+def _validation_faults(arguments: TrainingArguments) -> Iterator[str]:
+    """Yields an error message for arguments of validations in a run that has none."""
     if _is_changed(arguments, "eval_strategy"):
         yield "`--eval_strategy` needs `--validation_token_set`. Add it, or leave `--eval_strategy` out."
-        return  # it sets others
-    for name in OF_VALIDATIONS:
+        return  # transformers derives other arguments from it, which the user has not given
+    for name in VALIDATION_ARGUMENTS:
         if _is_changed(arguments, name):
             yield f"`--{name}` has no effect without `--validation_token_set`. Add it, or leave `--{name}` out."
 
 
 def _is_changed(arguments: TrainingArguments, name: str) -> bool:
     """Whether an argument has another value than its default."""
-    (field,) = [field for field in fields(TrainingArguments) if field.name == name]
-    default = field.default if field.default_factory is MISSING else field.default_factory()
-    return getattr(arguments, name) != default
+    return getattr(arguments, name) != _default_of(name)
+
+
+def _default_of(name: str) -> Any:
+    """Default of an argument of transformers."""
+    for field in fields(TrainingArguments):
+        if field.name == name:
+            return field.default if field.default_factory is MISSING else field.default_factory()
+    raise ValueError(f"TrainingArguments must have {name}, but this version of transformers has not.")
 
 
 class LanguageRun:
@@ -164,18 +184,20 @@ class LanguageRun:
         self.options = options
         self.arguments = arguments
         self.output_dir = Path(arguments.output_dir)
-        self.described = public_values(asdict(options) | arguments.to_dict())
-        self.identity = RunIdentity(self.described, model_digests(options))
+        self.public_options = public_values(asdict(options) | arguments.to_dict())
+        self.identity = RunIdentity(self.public_options, model_digests(options))
         refuse_finished(self.output_dir, self.identity)
         set_aside_partial_checkpoints(self.output_dir)
         self.checkpoint = find_checkpoint(self.output_dir, arguments.resume_from_checkpoint, arguments.max_steps)
         if self.checkpoint is not None:
             check_files(self.checkpoint)
         self.push_to_hub = arguments.push_to_hub
+        is_validated = options.validation_token_set is not None
+        is_new = self.checkpoint is None
         arguments.push_to_hub = False  # the Trainer would upload its checkpoints
         arguments.train_sampling_strategy = "sequential"  # examples are in a random order already
         arguments.remove_unused_columns = False
-        arguments.eval_on_start = options.validation_token_set is not None and self.checkpoint is None
+        arguments.eval_on_start = is_validated and is_new
         self.examples_per_step = (
             arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         )
@@ -205,7 +227,7 @@ class LanguageRun:
             SystemExit: A signal stopped the run, after a checkpoint was saved.
             ValueError: The checkpoint was written with other examples, or in another order.
         """
-        facts = RunFacts(examples.digest, self.arguments.seed, self.examples_per_step, self.described)
+        facts = RunFacts(examples.digest, self.arguments.seed, self.examples_per_step, self.public_options)
         if self.checkpoint is not None:
             facts.check(self.checkpoint)
         model.config.use_cache = False  # a model with a cache would not tell packed examples apart
@@ -223,10 +245,11 @@ class LanguageRun:
         self.is_main = trainer.is_world_process_zero()
         origin = find_sources(self.options)
         self.result = Result(self.arguments, self.identity, origin, self.push_to_hub, self.is_main)
+        checkpoint_folder = None if self.checkpoint is None else str(self.checkpoint)
         with Interruption(trainer.accelerator) as interruption:
             callback = CheckpointOnSignal(interruption, facts)
             trainer.add_callback(callback)
-            trainer.train(None if self.checkpoint is None else str(self.checkpoint))
+            trainer.train(checkpoint_folder)
         if callback.stopped:
             sys.exit(interruption.exit_code)
         if held_out is not None:
@@ -245,23 +268,27 @@ class LanguageRun:
         Args:
             trainer ([`LanguageModelTrainer`]): From `train`.
             save (`Callable`): Adds what belongs to the model to its folder, and returns the folder of the result.
-            make_card (`Callable`): Text of the card, from the result and rows of a table.
+            make_card (`Callable`): Returns the text of the card, from the result and rows of a table.
+
+        Raises:
+            ValueError: DeepSpeed has saved no whole weights.
         """
-        trained = self.output_dir / "trained.partial"
+        trained_folder = self.output_dir / TRAINED_FOLDER
         if trainer.is_fsdp_enabled:
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        trainer.save_model(str(trained))  # by all processes, because some engines shard the weights
+        trainer.save_model(str(trained_folder))  # by all processes, because some engines shard the weights
         if not self.is_main:
             return
-        if not any(trained.glob("*.safetensors")):
+        has_weights = any(trained_folder.glob("*.safetensors"))
+        if not has_weights:
             raise ValueError("DeepSpeed has kept the weights in shards. Set zero3_save_16bit_model, and resume.")
-        (trained / "training_args.bin").unlink()  # a pickle with paths of this machine
-        folder = save(trained)
+        (trained_folder / "training_args.bin").unlink()  # a pickle with paths of this machine
+        result_folder = save(trained_folder)
         rows = provenance(self.script, self.arguments.max_steps, self.examples_per_step, "examples")
         rows |= trainer.last_numbers()
-        copy_folder = partial(shutil.copytree, folder, dirs_exist_ok=True)
-        self.result.publish(copy_folder, make_card(self.result, rows))
-        shutil.rmtree(trained)
+        copy_result = partial(shutil.copytree, result_folder, dirs_exist_ok=True)
+        self.result.publish(copy_result, make_card(self.result, rows))
+        shutil.rmtree(trained_folder)
 
 
 def set_aside_partial_checkpoints(output_dir: Path) -> None:
@@ -269,13 +296,17 @@ def set_aside_partial_checkpoints(output_dir: Path) -> None:
     for folder in output_dir.glob("checkpoint-*"):
         if NAME.fullmatch(folder.name) is None:
             continue
-        with suppress(OSError):  # another process was first
-            files = {path.name for path in folder.iterdir()}
-            if files & {TRAINER_STATE, RUN_STATE}:  # written last
-                continue
-            aside = output_dir / f"partial-{folder.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+        with suppress(OSError):  # another process may rename the folder first
+            if not _is_complete(folder):
+                new_folder = output_dir / f"partial-{folder.name}"
+                shutil.rmtree(new_folder, ignore_errors=True)
+                folder.rename(new_folder)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has the file that its writer saves last: this script's, or another one's."""
+    file_names = [path.name for path in checkpoint.iterdir()]
+    return TRAINER_STATE in file_names or RUN_STATE in file_names
 
 
 @dataclass(frozen=True)
@@ -297,30 +328,49 @@ class RunFacts:
     def check(self, checkpoint: Path) -> None:
         """Raises unless a checkpoint was written by a run with the same examples in the same order.
 
-        Tells which other options have changed.
+        Prints which other options have changed.
 
         Raises:
             ValueError: The rows, their order, the optimizer or the weights are others.
         """
-        state = read_json_object(checkpoint / TRAINER_STATE)
-        callback = state.get("stateful_callbacks", {}).get(CheckpointOnSignal.__name__, {})
-        saved = callback.get("attributes", {})
-        check_same(DIGEST, saved.get("digest"), self.digest)
-        if "options" not in saved:
-            return  # of an earlier version, which recorded only the digest
-        check_same("seed", saved["seed"], self.seed)
-        check_same(SAMPLES_PER_STEP, saved["examples_per_step"], self.examples_per_step)
+        recorded = _read_facts(checkpoint)
+        check_same(DIGEST, recorded.get("digest"), self.digest)
+        is_of_old_version = "options" not in recorded  # which recorded only the digest
+        if is_of_old_version:
+            return
+        recorded_options = recorded["options"]
+        check_same("seed", recorded["seed"], self.seed)
+        check_same(SAMPLES_PER_STEP, recorded["examples_per_step"], self.examples_per_step)
         for name in ("optimizer", "lora_rank"):
-            check_same(f"option `--{name}`", saved["options"].get(name), self.options.get(name))
-        for name in sorted(self.options.keys() & saved["options"].keys() - set(UNIMPORTANT)):
-            before = saved["options"][name]
-            now = json.loads(json.dumps(self.options[name]))  # as the checkpoint holds it
+            check_same(f"option `--{name}`", recorded_options.get(name), self.options.get(name))
+        self._print_changes(recorded_options)
+
+    def _print_changes(self, recorded_options: Mapping[str, Any]) -> None:
+        """Prints which options differ from the recorded ones, among those that both have."""
+        json_options = json.loads(json.dumps(self.options))  # tuples are lists in a checkpoint
+        for name in sorted(json_options):
+            if name in UNIMPORTANT or name not in recorded_options:
+                continue
+            before = recorded_options[name]
+            now = json_options[name]
             if before != now:
                 sys.stderr.write(f"Changed on resume: --{name} from {before} to {now}\n")
 
 
+def _read_facts(checkpoint: Path) -> dict[str, Any]:
+    """Facts that [`CheckpointOnSignal`] recorded in a checkpoint; empty if it did not write the checkpoint."""
+    trainer_state = read_json_object(checkpoint / TRAINER_STATE)
+    callbacks = trainer_state.get("stateful_callbacks", {})
+    if CheckpointOnSignal.__name__ not in callbacks:
+        return {}
+    return callbacks[CheckpointOnSignal.__name__].get("attributes", {})
+
+
 class ModalityLoss:
-    """Cross-entropy of the next token, and its sums over texts and over images since the last log.
+    """Cross-entropy of the next token. Also sums the loss over texts and over images, since the last log.
+
+    Sums are tensors `(2, 3)`: a row for texts and a row for images, with the columns loss, tokens and hits, as in
+    [`ModalitySums`].
 
     Args:
         codes (`range`): Tokens that are codes.
@@ -328,36 +378,53 @@ class ModalityLoss:
 
     def __init__(self, codes: range):
         self.codes = codes
-        self.sums = {True: torch.zeros(2, 3), False: torch.zeros(2, 3)}  # training or not: loss, tokens, hits
+        self.training_sums = torch.zeros(2, 3)
+        self.validation_sums = torch.zeros(2, 3)
 
     def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """Returns the loss of logits `(batch, length, vocab_size)` and labels `(batch, length)`."""
         targets = labels[:, 1:].flatten()  # (tokens,)
         logits = outputs.logits[:, :-1].flatten(0, 1).float()  # (tokens, vocab_size)
-        losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
-        is_counted = targets != IGNORED
-        is_code = (targets >= self.codes.start) & (targets < self.codes.stop)
-        masks = torch.stack([is_counted & ~is_code, is_counted & is_code]).float()  # (2, tokens): texts, images
-        with torch.no_grad():
-            hits = (logits.argmax(-1) == targets).float()
-            sums = torch.stack([masks @ losses, masks.sum(1), masks @ hits], dim=1)  # (2, 3)
-            is_training = logits.requires_grad
-            self.sums[is_training] = self.sums[is_training].to(sums.device) + sums
-        count = is_counted.sum() if num_items_in_batch is None else num_items_in_batch
+        losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)  # (tokens,)
+        self._add_sums(logits, targets, losses)
+        count = num_items_in_batch
+        if count is None:
+            count = (targets != IGNORED).sum()
         return losses.sum() / count
 
-    def take_sums(self, is_training: bool) -> torch.Tensor:
-        """Returns the sums `(2, 3)` of training or of a validation, and starts new ones."""
-        sums = self.sums[is_training]
-        self.sums[is_training] = torch.zeros(2, 3)
+    @torch.no_grad()
+    def _add_sums(self, logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
+        """Adds a batch to the sums of training or of a validation."""
+        is_counted = targets != IGNORED
+        is_code = (targets >= self.codes.start) & (targets < self.codes.stop)
+        is_text = is_counted & ~is_code
+        is_image = is_counted & is_code
+        masks = torch.stack([is_text, is_image]).float()  # (2, tokens)
+        hits = (logits.argmax(-1) == targets).float()  # (tokens,)
+        sums = torch.stack([masks @ losses, masks.sum(1), masks @ hits], dim=1)  # (2, 3)
+        if losses.requires_grad:  # in training
+            self.training_sums = self.training_sums.to(sums.device) + sums
+        else:
+            self.validation_sums = self.validation_sums.to(sums.device) + sums
+
+    def take_training_sums(self) -> torch.Tensor:
+        """Returns the sums `(2, 3)` of training since the last call."""
+        sums = self.training_sums
+        self.training_sums = torch.zeros(2, 3)
+        return sums
+
+    def take_validation_sums(self) -> torch.Tensor:
+        """Returns the sums `(2, 3)` of validations since the last call."""
+        sums = self.validation_sums
+        self.validation_sums = torch.zeros(2, 3)
         return sums
 
 
 class CheckpointOnSignal(TrainerCallback, ExportableState):
     """Saves a checkpoint and stops after SIGTERM or Ctrl-C. Checkpoints record facts of the run.
 
-    Not by transformers' `enable_jit_checkpoint`, which waits 3 seconds, lets each process decide for itself and does
-    not know Ctrl-C.
+    It replaces transformers' `enable_jit_checkpoint`, which waits 3 seconds, lets each process decide for itself and
+    does not know Ctrl-C.
 
     Args:
         interruption ([`Interruption`]): Signals of the run.
@@ -378,16 +445,18 @@ class CheckpointOnSignal(TrainerCallback, ExportableState):
         write_checksums(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Sets the hyperparameters of a resumed run to its own options, as the checkpoint had others."""
+        """Sets the hyperparameters of a resumed run to its own options, because the checkpoint brought older ones."""
         scheduler = kwargs["lr_scheduler"]
-        if state.global_step == 0 or not isinstance(scheduler, LambdaLR):
+        is_resumed = state.global_step > 0
+        if not is_resumed or not isinstance(scheduler, LambdaLR):
             return
-        changes = {"initial_lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
-        weight_decays = (args.weight_decay, 0.0)  # norms do not decay
-        groups = []
-        for group, weight_decay in zip(hyperparameters(scheduler), weight_decays, strict=True):
-            groups.append(group | changes | {"weight_decay": weight_decay})
-        resume_schedule(scheduler, state.global_step, groups)
+        decayed, not_decayed = hyperparameters(scheduler)  # in this order in transformers and Muon
+        decayed["weight_decay"] = args.weight_decay
+        not_decayed["weight_decay"] = 0.0
+        for group in (decayed, not_decayed):
+            group["initial_lr"] = args.learning_rate
+            group["betas"] = (args.adam_beta1, args.adam_beta2)
+        resume_schedule(scheduler, state.global_step, [decayed, not_decayed])
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Requests a checkpoint and the end, if any process got a signal."""
@@ -399,12 +468,13 @@ class CheckpointOnSignal(TrainerCallback, ExportableState):
 
 
 class LanguageModelTrainer(Trainer):
-    """Trainer that encodes captions, samples some of the ids that it reads, and logs texts and images apart.
+    """Trainer that encodes captions, replaces some ids by drawn ones, and logs texts and images apart.
 
     Args:
         *args: As for `Trainer`.
         loss ([`ModalityLoss`]): Loss.
-        scheduled_sampling (`float`): Largest fraction of the ids of an image that the model reads as it samples them.
+        scheduled_sampling (`float`): Largest fraction of the ids of an image that are replaced by ids which the model
+            draws itself.
         encode (`Callable`, *optional*): Returns the features of a batch's `caption` as arguments of the model.
         **kwargs: As for `Trainer`.
     """
@@ -416,7 +486,7 @@ class LanguageModelTrainer(Trainer):
         self.encode = encode
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Computes the loss, in training with scheduled sampling of some of the ids."""
+        """Computes the loss. In training, some ids are replaced by drawn ones (scheduled sampling)."""
         inputs = dict(inputs)
         if self.encode is not None:
             inputs |= self.encode(inputs.pop("caption"))
@@ -426,64 +496,72 @@ class LanguageModelTrainer(Trainer):
 
     @torch.no_grad()
     def draw_some(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """Replaces some ids by ids that the model samples after the tokens before them."""
+        """Replaces some ids by ids that the model draws after the tokens before them.
+
+        Each row of the batch has its own random fraction of replaced ids, up to `scheduled_sampling`.
+        """
         codes = self.loss.codes
         tokens = inputs["input_ids"].clone()  # (batch, length)
         is_code = (tokens >= codes.start) & (tokens < codes.stop)
-        share = self.scheduled_sampling * torch.rand(len(tokens), 1, device=tokens.device)
-        is_replaced = is_code & (torch.rand(tokens.shape, device=tokens.device) < share)
-        is_replaced = is_replaced[:, 1:]  # the first token has none before it
-        arguments = {name: value for name, value in inputs.items() if name != "labels"}
-        logits = model(**arguments).logits[:, :-1]
+        fractions = self.scheduled_sampling * torch.rand(len(tokens), 1, device=tokens.device)  # (batch, 1)
+        is_chosen = torch.rand(tokens.shape, device=tokens.device) < fractions  # (batch, length)
+        is_replaced = (is_code & is_chosen)[:, 1:]  # the first token follows none from which it could be drawn
+        inputs_without_labels = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = model(**inputs_without_labels).logits[:, :-1]  # (batch, length - 1, vocab_size), of the next token
         code_logits = logits[is_replaced][:, codes.start : codes.stop].float()  # (replaced, codes)
-        drawn = code_logits.softmax(-1).multinomial(1)[:, 0]
-        tokens[:, 1:][is_replaced] = codes.start + drawn
+        drawn_ids = code_logits.softmax(-1).multinomial(1)[:, 0]  # (replaced,)
+        tokens[:, 1:][is_replaced] = codes.start + drawn_ids
         return tokens
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
         """Adds the loss of texts and of images and, in a validation, their accuracy and bits per id."""
         if "loss" in logs:
-            self._add_modalities(logs, "loss", self._sums(is_training=True))
+            sums = self._reduce_sums(self.loss.take_training_sums())
+            self._add_losses(logs, "loss", sums)
         if "eval_loss" in logs:
-            sums = self._sums(is_training=False)
-            self._add_modalities(logs, "eval_loss", sums)
+            sums = self._reduce_sums(self.loss.take_validation_sums())
+            self._add_losses(logs, "eval_loss", sums)
             self._add_accuracies(logs, sums)
+            self._replace_validation_loss(logs, sums)
         super().log(logs, *args)
 
-    def _sums(self, is_training: bool) -> dict[str, "ModalitySums"]:
-        """Sums of all processes since the last log, of each modality that has tokens."""
-        reduced = self.accelerator.reduce(self.loss.take_sums(is_training)).tolist()
-        sums = {}
-        for modality, numbers in zip(("text", "image"), reduced, strict=True):
-            modality_sums = ModalitySums(*numbers)
-            if modality_sums.tokens:
-                sums[modality] = modality_sums
-        return sums
+    def _reduce_sums(self, sums: torch.Tensor) -> dict[str, "ModalitySums"]:
+        """Adds the sums `(2, 3)` of all processes. Returns those of each modality that has tokens."""
+        text_sums, image_sums = self.accelerator.reduce(sums).tolist()
+        by_modality = {"text": ModalitySums(*text_sums), "image": ModalitySums(*image_sums)}
+        return {modality: numbers for modality, numbers in by_modality.items() if numbers.tokens}
 
-    def _add_modalities(self, logs: dict[str, float], name: str, sums: Mapping[str, "ModalitySums"]) -> None:
+    def _add_losses(self, logs: dict[str, float], name: str, sums: Mapping[str, "ModalitySums"]) -> None:
+        """Adds the mean loss of each modality."""
         for modality, modality_sums in sums.items():
             logs[f"{name}_{modality}"] = modality_sums.loss / modality_sums.tokens
 
     def _add_accuracies(self, logs: dict[str, float], sums: Mapping[str, "ModalitySums"]) -> None:
-        """Adds the numbers of a validation. Its loss is a mean over tokens, whatever the batches."""
+        """Adds the accuracy of each modality, and the bits per id of images."""
         for modality, modality_sums in sums.items():
             logs[f"eval_accuracy_{modality}"] = modality_sums.hits / modality_sums.tokens
         if "image" in sums:
             logs["eval_bits_per_id"] = logs["eval_loss_image"] / math.log(2)
-        total_tokens = sum(modality_sums.tokens for modality_sums in sums.values())
+
+    def _replace_validation_loss(self, logs: dict[str, float], sums: Mapping[str, "ModalitySums"]) -> None:
+        """Replaces the Trainer's mean over batches by the mean over tokens, which does not depend on batches."""
+        total_loss = 0.0
+        total_tokens = 0.0
+        for modality_sums in sums.values():
+            total_loss += modality_sums.loss
+            total_tokens += modality_sums.tokens
         if total_tokens:
-            total_loss = sum(modality_sums.loss for modality_sums in sums.values())
             logs["eval_loss"] = total_loss / total_tokens
 
     def last_numbers(self) -> dict[str, str]:
         """Last losses and other numbers of a validation, as rows of a card."""
-        numbers: dict[str, float] = {}
-        for entry in self.state.log_history:
-            numbers |= entry
+        last_values: dict[str, float] = {}
+        for log_entry in self.state.log_history:
+            last_values |= log_entry
         rows = {}
-        for name in sorted(numbers):
+        for name in sorted(last_values):
             if name.startswith(("loss", "eval_loss", "eval_accuracy", "eval_bits")):
-                rows[name.replace("_", " ")] = f"{numbers[name]:.4g}"
+                rows[name.replace("_", " ")] = f"{last_values[name]:.4g}"
         return rows
 
 
@@ -505,31 +583,32 @@ class ModalitySums:
 def optimizer_class(
     model: PreTrainedModel, options: LanguageRunOptions, arguments: TrainingArguments
 ) -> tuple[type, dict[str, Any]] | None:
-    """Class and arguments of the optimizer; None for transformers' AdamW."""
+    """Class of the optimizer and its keyword arguments; None for AdamW, which transformers makes itself."""
     if options.optimizer == "adamw":
         return None
     betas = (arguments.adam_beta1, arguments.adam_beta2)
     if options.optimizer == "muon":
         groups = muon_groups(model, arguments.weight_decay)
         return MuonAndAdam, {"params": groups, "lr": arguments.learning_rate, "betas": betas}
-    from pytorch_optimizer.optimizer.soap import SOAP  # takes a second
+    from pytorch_optimizer.optimizer.soap import SOAP  # importing it takes a second
 
     return SOAP, {"lr": arguments.learning_rate, "betas": betas, "max_precondition_dim": MAX_PRECONDITION_DIM}
 
 
 def add_lora(model: PreTrainedModel, rank: int) -> PeftModel:
-    """Freezes a model, and adds LoRA to its linear layers and trainable rows for image tokens."""
-    new_rows = None
-    if CONFIG_KEY in model.config.to_dict():
+    """Freezes a model, and adds LoRA to its linear layers. The rows of image tokens, if any, are trained in full."""
+    trained_rows = None  # by the name of each table of tokens
+    has_image_tokens = CONFIG_KEY in model.config.to_dict()
+    if has_image_tokens:
         vocabulary = ImageVocabulary.from_config(model.config)
         image_tokens = list(range(vocabulary.first_token, vocabulary.stop))
-        new_rows = dict.fromkeys(token_tables(model), image_tokens)
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", trainable_token_indices=new_rows)
+        trained_rows = dict.fromkeys(token_tables(model), image_tokens)
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", trainable_token_indices=trained_rows)
     return get_peft_model(model, lora)
 
 
 def token_tables(model: PreTrainedModel) -> list[str]:
-    """Names of the modules with a row per token: the embedding and, unless it shares the weights, the head."""
+    """Names of the modules with a row per token: the embedding and, unless both share their weights, the head."""
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     tables = [embedding]
@@ -546,8 +625,8 @@ def save_adapter(folder: Path, base: str, subfolder: str = "") -> Path:
     """Names the base model of a saved adapter without directories of this machine, and records its digest.
 
     Args:
-        folder (`Path`): Folder of the adapter.
-        base (`str`): Folder or Hub id of the base.
+        folder (`Path`): Folder of the adapter, as peft saved it.
+        base (`str`): Folder or Hub id of the base model.
         subfolder (`str`, defaults to `""`): Folder of the language model in the base.
 
     Returns:
@@ -574,10 +653,15 @@ def language_model_card(
         rows (`dict[str, str]`): Rows of the table.
     """
     is_adapter = options.lora_rank > 0
+    library = "transformers"
+    tags = ["svqvae"]
+    if is_adapter:
+        library = "peft"
+        tags.append("lora")
     metadata = ModelCardData(
         license=result.origin.license or "unknown",
-        library_name="peft" if is_adapter else "transformers",
-        tags=["svqvae", "lora"] if is_adapter else ["svqvae"],
+        library_name=library,
+        tags=tags,
         base_model=result.origin.base_model,
     )
     card = ModelCard.from_template(

@@ -44,7 +44,7 @@ from svqvae_hf.trainer.weights import Weights
 SCRIPT = "training/train.py"
 SHOWN_IMAGES = 4
 START_BATCHES = 16
-RESET_BATCHES = 16  # batches whose latents replace dead codes, because the crops of one step are too similar
+RESET_BATCHES = 16  # batches of fresh crops whose latents replace dead codes; one step has too few different crops
 KERNEL_NDIM = 4  # only weights of convolutions decay, so no code does
 DISCRIMINATOR_LEARNING_RATE = 1e-4
 
@@ -69,23 +69,24 @@ def train(run: Run[TrainOptions]) -> None:
     statistics = ScaleStatistics(vqvae.config["codebook_size"], by_octave=not options.scales)
 
     # Optimizers
-    if run.is_new and options.model_config_name_or_path is not None and options.start == "linear":
+    is_new_model = options.model_config_name_or_path is not None
+    if run.is_new and is_new_model and options.start == "linear":
         start_new_model(options, vqvae, images)
     weights = run.train(vqvae, options.learning_rate, decayed_ndim=KERNEL_NDIM)
     model = weights.model
-    models = [model]
+    accumulated_models = [model]
     codes = Codes(options, vqvae, images, weights)
     validations = remember_validations(options, vqvae, validation_sets)
     states: dict[str, Stateful] = {
         "weights": weights,
-        "codebook_average": codes.average,
-        "dead_codes": codes.dead,
+        "codebook_average": codes.codebook_average,
+        "dead_codes": codes.dead_code_reset,
         "validations": validations,
         "loader": loader,
     }
     if discriminator is not None:
         discriminator_weights = train_discriminator(run, discriminator)
-        models.append(discriminator_weights.model)
+        accumulated_models.append(discriminator_weights.model)
         states["discriminator"] = discriminator_weights
     checkpoints = run.begin(vqvae, states, loader.contents)
     batches = iter(loader)
@@ -103,10 +104,11 @@ def train(run: Run[TrainOptions]) -> None:
             codes.set_by_kmeans(step)
 
         for batch in islice(batches, options.gradient_accumulation_steps):
-            with accelerator.accumulate(*models):
+            with accelerator.accumulate(*accumulated_models):
                 # Forward pass and gradients, of the model and then of the discriminator
                 sample = images.to_device(batch)  # (B, 3, side, side)
-                scales = step_scales(options, sample.shape[-1] // vqvae.f, step)
+                latent_side = sample.shape[-1] // vqvae.f
+                scales = step_scales(options, latent_side, step)
                 output = model(sample, scales, scale_from="latents", force_not_quantize=not quantize)
                 pairs = objective.pairs(sample, output)
                 with accelerator.autocast():
@@ -115,24 +117,26 @@ def train(run: Run[TrainOptions]) -> None:
                 if is_adversarial and discriminator is not None:
                     discriminator.requires_grad_(True)
                     with accelerator.autocast():
-                        discriminator_loss, more_numbers = objective.discriminator_loss(
+                        discriminator_loss, discriminator_numbers = objective.discriminator_loss(
                             pairs, discriminator_weights.model
                         )
                     accelerator.backward(discriminator_loss)
                     discriminator.requires_grad_(False)
-                    numbers |= more_numbers
+                    numbers |= discriminator_numbers
 
                 # Updates, after the last batch of a step
                 if accelerator.sync_gradients:
-                    scale_before = loss_scale(accelerator)
+                    old_loss_scale = loss_scale(accelerator)
                     numbers |= weights.update()
                     if is_adversarial and discriminator is not None:
-                        rescale_gradients(discriminator, loss_scale(accelerator) / scale_before)
-                        numbers["discriminator_grad_norm"] = discriminator_weights.update()["grad_norm"]
+                        rescale_gradients(discriminator, loss_scale(accelerator) / old_loss_scale)
+                        discriminator_update = discriminator_weights.update()
+                        numbers["discriminator_grad_norm"] = discriminator_update["grad_norm"]
 
                 # Codes, outside gradient descent
                 if quantize:
-                    numbers |= codes.move(output, step)
+                    codes.follow_average(output)
+                    numbers |= codes.replace_dead(output, step)
                 run.log.add({"loss": loss} | numbers, images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
                 statistics.add(scales, pairs, output.ids or [])
 
@@ -168,12 +172,12 @@ def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -
 
 
 def train_discriminator(run: Run[TrainOptions], discriminator: nn.Module) -> Weights:
-    """Makes the optimizer of the discriminator, which trains from its first step on."""
+    """Makes the optimizer of the discriminator. Its schedule has only the steps that train the discriminator."""
     num_steps = run.options.max_steps - run.options.adversarial_start
     weights = run.train(
         discriminator, DISCRIMINATOR_LEARNING_RATE, num_steps=num_steps, decayed_ndim=KERNEL_NDIM, use_ema=False
     )
-    discriminator.requires_grad_(False)  # in the model's loss, gradients only pass through it
+    discriminator.requires_grad_(False)  # except in its own loss, which the loop computes
     return weights
 
 
@@ -195,8 +199,8 @@ class Codes:
         self.weights = weights
         self.accelerator = images.accelerator
         decay_per_batch = options.codebook_decay ** (1 / options.gradient_accumulation_steps)
-        self.average = CodebookAverage(vqvae.quantize, decay_per_batch).to(vqvae.device)
-        self.dead = DeadCodeReset(vqvae.quantize.size).to(vqvae.device)
+        self.codebook_average = CodebookAverage(vqvae.quantize, decay_per_batch).to(vqvae.device)
+        self.dead_code_reset = DeadCodeReset(vqvae.quantize.size).to(vqvae.device)
 
     def set_by_kmeans(self, step: int) -> None:
         """Sets all codes by k-means of the latents of fresh crops, from all processes."""
@@ -204,33 +208,44 @@ class Codes:
         logger.info(f"Setting {self.quantizer.size:,} codes by k-means of {num_batches} batches of latents")
         crops = progress(self._fresh_crops(num_batches, step), "k-means: latents", num_batches)
         initialise_codebook(self.quantizer, self._latents(crops), self.options.seed)
-        weight = self.quantizer.embedding.weight
-        broadcast(weight.data)  # sums of floats may differ in their last bits between processes
-        self._forget(torch.arange(len(weight), device=weight.device))
+        codebook = self.quantizer.embedding.weight
+        broadcast(codebook.data)  # sums of floats may differ in their last bits between processes
+        all_ids = torch.arange(len(codebook), device=codebook.device)
+        self._restart_state(all_ids)
 
-    def move(self, output: SVQVAEOutput, step: int) -> dict[str, torch.Tensor]:
-        """Moves codes to the average of their latents, and replaces dead codes by latents, if asked for.
+    def follow_average(self, output: SVQVAEOutput) -> None:
+        """Moves each code to the moving average of its latents, with `--codebook_decay`."""
+        moves_codes = 0 < self.options.codebook_decay < 1
+        if not moves_codes:
+            return
+        ids = ids_of_all_scales(output)  # (n,)
+        latents = [flatten_latents(scale_latents.detach()) for scale_latents in output.latents or []]
+        mean_over_processes = partial(self.accelerator.reduce, reduction="mean")
+        self.codebook_average.update(self.quantizer, torch.cat(latents), ids, mean_over_processes)
+
+    def replace_dead(self, output: SVQVAEOutput, step: int) -> dict[str, torch.Tensor]:
+        """Counts the codes of a batch. In some steps, replaces the codes that no batch has used since the last time.
+
+        At most as many codes are replaced as one batch has latents.
 
         Returns:
             `dict[str, torch.Tensor]`: The number of replaced codes for the log, in steps that replace some.
         """
         options = self.options
-        ids = torch.cat([scale_ids.flatten() for scale_ids in output.ids or []])
-        if 0 < options.codebook_decay < 1:
-            latents = [flatten_latents(scale_latents.detach()) for scale_latents in output.latents or []]
-            mean = partial(self.accelerator.reduce, reduction="mean")
-            self.average.update(self.quantizer, torch.cat(latents), ids, mean)
         if not options.dead_code_reset_steps:
             return {}
-        self.dead.counts += self.accelerator.reduce(count_codes(ids, self.quantizer.size), "sum")
+        counts = count_codes(ids_of_all_scales(output), self.quantizer.size)
+        self.dead_code_reset.counts += self.accelerator.reduce(counts, "sum")
+        is_last_batch = self.accelerator.sync_gradients  # of the step
         is_due = (step + 1) % options.dead_code_reset_steps == 0
-        if not (is_due and self.accelerator.sync_gradients):
+        if not is_last_batch or not is_due:
             return {}
-        fresh_latents = self._latents(self._fresh_crops(RESET_BATCHES, step))
-        limit = len(fresh_latents) // RESET_BATCHES
-        replaced = self.dead.reset(self.quantizer, fresh_latents, limit, options.seed, step)
-        self._forget(replaced)
-        return {"reset_codes": torch.tensor(float(len(replaced)), device=self.accelerator.device)}
+        fresh_latents = self._latents(self._fresh_crops(RESET_BATCHES, step))  # (n, codebook_embed_dim)
+        latents_per_batch = len(fresh_latents) // RESET_BATCHES
+        replaced_ids = self.dead_code_reset.reset(self.quantizer, fresh_latents, latents_per_batch, options.seed, step)
+        self._restart_state(replaced_ids)
+        num_replaced = torch.tensor(float(len(replaced_ids)), device=self.accelerator.device)
+        return {"reset_codes": num_replaced}
 
     def _fresh_crops(self, num_batches: int, step: int) -> Iterator[torch.Tensor]:
         """Crops that the run does not train on."""
@@ -250,11 +265,17 @@ class Codes:
         self.vqvae.train()
         return torch.cat(latents)
 
-    def _forget(self, replaced: torch.Tensor) -> None:
-        """Starts averages and optimizer of replaced codes anew."""
-        self.average.restart(self.quantizer, replaced)
+    def _restart_state(self, replaced_ids: torch.Tensor) -> None:
+        """Starts the averages and the optimizer's moments of replaced codes anew."""
+        self.codebook_average.restart(self.quantizer, replaced_ids)
         codebook = self.quantizer.embedding.weight
-        forget_codes(self.vqvae, codebook, replaced, self.weights.optimizer, self.weights.ema)
+        forget_codes(self.vqvae, codebook, replaced_ids, self.weights.optimizer, self.weights.ema)
+
+
+def ids_of_all_scales(output: SVQVAEOutput) -> torch.Tensor:
+    """Ids `(n,)` of all scales of a batch."""
+    ids = [scale_ids.flatten() for scale_ids in output.ids or []]
+    return torch.cat(ids)
 
 
 # Validation
@@ -290,8 +311,8 @@ def open_validation_sets(options: TrainOptions, images: ImageSource) -> list[Val
     for number, folder in enumerate(options.validation_data_dir, 1):
         with about_split("validation_split"):
             held_out = open_images([folder], split=options.validation_split, keep_labels=False)
-        for trained in (images.images, images.mixed):
-            check_held_out(held_out, trained)
+        for training_set in (images.images, images.mixed):
+            check_held_out(held_out, training_set)
         crops = centre_crops(held_out, options.num_validation_images, options.resolution, images.pixel_range)
         name = "validation" if number == 1 else f"validation_{number}"
         batches = crops.split(options.per_device_train_batch_size)
@@ -310,7 +331,7 @@ def digests_of(images: ImageSource, validation_sets: Sequence[ValidationSet]) ->
 def remember_validations(
     options: TrainOptions, vqvae: SVQVAE, validation_sets: Sequence[ValidationSet]
 ) -> Validations:
-    """Validations of a run, which a resumed run can only compare if it measures the same."""
+    """Memory of a run's validations. A resumed run must measure the same sets at the same scales."""
     measured: list[Any] = []
     for validation_set in validation_sets:
         measured.append((validation_set.name, validation_set.num_images, validation_set.digest))
@@ -326,24 +347,27 @@ def validate(
     validations: Validations,
     steps_done: int,
 ) -> None:
-    """Logs statistics of each scale on each set, and a picture of the first set."""
+    """Measures each set, remembers and logs the numbers, and logs a picture of the first set's first images."""
     numbers = {}
     ids = {}
-    shown: list[Pair] = []
+    shown: list[Pair] = []  # of the first set
     with weights.evaluating():
         for validation_set in sets:
             measured = measure(run, weights, objective, validation_set, steps_done)
             numbers[validation_set.name] = measured.numbers
             ids[validation_set.name] = measured.ids
-            shown = shown or measured.shown
+            if not shown:
+                shown = measured.shown
         validations.add(steps_done, numbers, ids)
-    for name, of_set in numbers.items():
-        run.log.write(steps_done, {f"{name}/{number}": value for number, value in of_set.items()})
+    for set_name, set_numbers in numbers.items():
+        logged = {f"{set_name}/{number_name}": value for number_name, value in set_numbers.items()}
+        run.log.write(steps_done, logged)
     if run.accelerator.is_main_process:
-        columns = ["image"] + [f"x{scale:g}" for scale in run.options.validation_scales]
-        labels = columns * len(shown[0].target)
+        column_labels = ["image"] + [f"x{scale:g}" for scale in run.options.validation_scales]
+        num_rows = len(shown[0].target)
+        labels = column_labels * num_rows
         folder = Path(run.options.output_dir, "samples")
-        log_images(run.accelerator, rows_of_images(shown), labels, len(columns), folder, steps_done)
+        log_images(run.accelerator, rows_of_images(shown), labels, len(column_labels), folder, steps_done)
 
 
 @dataclass
@@ -366,8 +390,8 @@ def measure(
 ) -> Measured:
     """Reconstructs the images of a validation set at each scale, and compares them."""
     scales = run.options.validation_scales
-    quantize_from = run.options.quantize_from
-    quantize = quantize_from == 0 or steps_done > quantize_from
+    first_quantised_step = run.options.quantize_from
+    quantize = first_quantised_step == 0 or steps_done > first_quantised_step
     statistics = ScaleStatistics(objective.codebook.weight.shape[0], by_octave=False)
     ids_by_scale: list[list[torch.Tensor]] = [[] for _ in scales]
     shown: list[Pair] = []
@@ -382,14 +406,14 @@ def measure(
             ids_of_scale.append(batch_ids.flatten().cpu())
         if not shown:
             shown = [pair.first(SHOWN_IMAGES) for pair in pairs]
-    ids = [torch.empty(0, dtype=torch.int64)]
+    parts = [torch.empty(0, dtype=torch.int64)]  # for batches that were not quantised
     for ids_of_scale in ids_by_scale:
-        ids += ids_of_scale
-    return Measured(statistics.summary(run.accelerator.reduce), torch.cat(ids), shown)
+        parts += ids_of_scale
+    return Measured(statistics.summary(run.accelerator.reduce), torch.cat(parts), shown)
 
 
 def describe_validations(validation_set: ValidationSet, validations: Validations) -> str:
-    """Numbers of the chosen and of the first validation of a set, for the card."""
+    """Numbers of a set in the validation that was chosen and in the first one, as text for the card."""
     chosen = list_numbers(validations.chosen[validation_set.name])
     first = list_numbers(validations.first[validation_set.name])
     return (

@@ -13,7 +13,7 @@ share their constants, and a test holds them equal.
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +30,14 @@ from svqvae_hf.tokens.neighbourhood import COARSE, LIMIT, MARGIN, NEIGHBOURS, co
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
 NAT = STEPS_PER_NAT << LOGIT_SHIFT  # one nat in integer logits
-# One, in integers
+# Integers that stand for 1.0
 WEIGHTS = {"weight_1": 256, "weight_2": 256, "weight_member": 256, "weight_group": 64, "weight_code": 64}
 BIASES = {"bias_1": 256 * 64, "bias_2": 256 * 64, "bias_member": 256 * 64, "bias_group": NAT, "bias_code": NAT}
 SMOOTHING = 0.3  # occurrences of an id that never occurs
-GRIDS, IDS_PER_GRID = 64, 24  # of a batch
-FINEST_SHARE, COARSE_SHARE = 0.7, 0.35  # of grids at the finest scale, and of grids with a coarser one
+GRIDS = 64  # grids of ids in a batch
+IDS_PER_GRID = 24  # ids of a grid that are predicted
+FINEST_SHARE = 0.7  # fraction of grids at the finest scale; the others are at any scale
+COARSE_SHARE = 0.35  # fraction of grids that are predicted given the next coarser one
 WARM_UP = 100  # steps
 LOGGED_STEPS = 500  # between lines of the log
 
@@ -44,6 +46,10 @@ Pyramid = list[np.ndarray]  # padded ids of an image, from the coarsest scale to
 
 class ContextNetwork(nn.Module):
     """Network of a [`ContextModel`] with weights in floats.
+
+    Codes are divided into groups of similar ones. The network predicts the group of an id, and then which member of
+    the group it is. The rank of a code is its position when the groups stand one after the other. `order` holds the id
+    at each rank, and `rank` the rank of each id.
 
     Args:
         codes (`torch.Tensor` of shape `(codes, dim)`): Codebook, at unit length.
@@ -74,12 +80,13 @@ class ContextNetwork(nn.Module):
         self.weight_code = nn.Parameter(0.25 * codes[order] @ torch.randn(dim, features))
         num_missing = groups * self.members - num_codes  # members that the last group lacks
         frequencies = F.pad(counts[order] + SMOOTHING, (0, num_missing)).view(groups, -1)  # (groups, members)
-        of_groups = frequencies.sum(1, keepdim=True)
+        group_frequencies = frequencies.sum(1, keepdim=True)  # (groups, 1)
+        member_fractions = frequencies / group_frequencies  # (groups, members)
         self.bias_1 = nn.Parameter(torch.zeros(hidden))
         self.bias_2 = nn.Parameter(torch.zeros(hidden))
         self.bias_member = nn.Parameter(0.1 * torch.randn(groups, features))
-        self.bias_group = nn.Parameter((of_groups[:, 0] / frequencies.sum()).log())
-        self.bias_code = nn.Parameter((frequencies / of_groups).flatten()[:num_codes].log())
+        self.bias_group = nn.Parameter((group_frequencies[:, 0] / frequencies.sum()).log())
+        self.bias_code = nn.Parameter(member_fractions.flatten()[:num_codes].log())
 
     def forward(self, inputs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Bits of ids `(n,)` given their inputs `(n, inputs)`, which [`context`] makes."""
@@ -92,14 +99,18 @@ class ContextNetwork(nn.Module):
         return (group_nats + member_nats) / math.log(2)
 
     def logits(self, inputs: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integer logits of the groups, and of the members of the group of each id."""
+        """Integer logits of an id's group `(n, groups)`, and of its member in the stated group `(n, members)`."""
         hidden = self.activate(inputs @ self.weight("weight_1") + self.bias("bias_1"), "1")
         hidden = self.activate(hidden @ self.weight("weight_2") + self.bias("bias_2"), "2")  # (n, hidden)
         group_logits = hidden @ self.weight("weight_group") + self.bias("bias_group")  # (n, groups)
         member_sums = hidden @ self.weight("weight_member") + self.bias("bias_member")[group]
         features = self.activate(member_sums, "member")  # (n, features)
+        return group_logits, self.member_logits(features, group)
+
+    def member_logits(self, features: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+        """Integer logits `(n, members)` of the members of groups `(n,)`, from features `(n, features)`."""
         groups = len(self.bias_member)
-        num_missing = groups * self.members - len(self.rank)
+        num_missing = groups * self.members - len(self.rank)  # members that the last group lacks
         table = F.pad(self.weight("weight_code"), (0, 0, 0, num_missing))
         table = table.unflatten(0, (groups, self.members))  # (groups, members, features)
         bias = F.pad(self.bias("bias_code"), (0, num_missing), value=NEVER)
@@ -108,19 +119,21 @@ class ContextNetwork(nn.Module):
         slot = number_within_group(group, groups)  # (n,)
         sorted_features = features.new_zeros(groups, int(slot.max()) + 1, features.shape[1])
         sorted_features = sorted_features.index_put((group, slot), features)  # (groups, slots, features)
-        member_logits = sorted_features @ table.transpose(1, 2) + bias[:, None]  # (groups, slots, members)
-        return group_logits, member_logits[group, slot]
+        logits = sorted_features @ table.transpose(1, 2) + bias[:, None]  # (groups, slots, members)
+        return logits[group, slot]
 
     def weight(self, name: str) -> torch.Tensor:
-        """Weights of a layer as integers of at most `LIMIT`."""
-        return straight_through((getattr(self, name) * WEIGHTS[name]).clamp(-LIMIT, LIMIT), torch.round)
+        """Weights of a layer as integers in [-`LIMIT`, `LIMIT`]."""
+        scaled = getattr(self, name) * WEIGHTS[name]
+        return straight_through(scaled.clamp(-LIMIT, LIMIT), torch.round)
 
     def bias(self, name: str) -> torch.Tensor:
         """Bias of a layer as integers."""
-        return straight_through(getattr(self, name) * BIASES[name], torch.round)
+        scaled = getattr(self, name) * BIASES[name]
+        return straight_through(scaled, torch.round)
 
     def activate(self, summed: torch.Tensor, layer: str) -> torch.Tensor:
-        """Drops bits of the sums of a layer and limits them, as the function of the same name in numpy."""
+        """Drops the lowest bits of a layer's sums and limits them, as `activate` of the NumPy network does."""
         dropped = straight_through(summed / 2 ** SHIFTS[layer], torch.floor)
         lowest = -LIMIT if layer == "member" else 0
         return dropped.clamp(lowest, LIMIT)
@@ -142,9 +155,10 @@ def random_weight(num_inputs: int, num_outputs: int) -> nn.Parameter:
 
 
 def number_within_group(group: torch.Tensor, groups: int) -> torch.Tensor:
-    """Numbers the ids of each group from 0, in their order."""
-    counts = F.one_hot(group, groups).cumsum(0)  # (n, groups)
-    return counts.gather(1, group[:, None])[:, 0] - 1
+    """How many earlier ids have the same group, for each id `(n,)`."""
+    counts = F.one_hot(group, groups).cumsum(0)  # (n, groups): ids of each group so far
+    count_of_own_group = counts.gather(1, group[:, None])[:, 0]  # (n,), at least 1
+    return count_of_own_group - 1
 
 
 def straight_through(values: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -159,16 +173,19 @@ def order_codes(codes: np.ndarray, members: int) -> np.ndarray:
 
 
 def halve_codes(codes: np.ndarray, ids: np.ndarray, members: int) -> list[np.ndarray]:
-    """Divides ids into runs of `members` similar codes, in which only the last may be shorter."""
+    """Divides ids into runs of `members` similar codes. Only the last run may be shorter."""
     num_runs = math.ceil(len(ids) / members)
     if num_runs <= 1:
         return [ids]
-    centred = codes[ids] - codes[ids].mean(0)
+    centred = codes[ids] - codes[ids].mean(0)  # (ids, dim)
     vectors = np.linalg.eigh(centred.T @ centred)[1]
     direction = vectors[:, -1]  # of the largest variance
-    in_order = ids[np.argsort(centred @ direction, kind="stable")]
-    middle = num_runs // 2 * members
-    return halve_codes(codes, in_order[:middle], members) + halve_codes(codes, in_order[middle:], members)
+    order = np.argsort(centred @ direction, kind="stable")
+    sorted_ids = ids[order]
+    middle = num_runs // 2 * members  # a whole number of runs
+    first_half = halve_codes(codes, sorted_ids[:middle], members)
+    second_half = halve_codes(codes, sorted_ids[middle:], members)
+    return first_half + second_half
 
 
 def read_pyramids(token_set: str, model: SVQVAE) -> list[Pyramid]:
@@ -195,7 +212,7 @@ def unpad(padded: np.ndarray) -> np.ndarray:
 
 
 def draw_batches(pyramids: list[Pyramid], codes: np.ndarray, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields inputs and ids of random places."""
+    """Yields batches of inputs `(n, inputs)` of the network and ids `(n,)` to predict, at random positions."""
     random = np.random.default_rng(seed)
     table = code_inputs(codes)
     while True:
@@ -226,20 +243,24 @@ def draw_level(random: np.random.Generator, num_levels: int) -> int:
 def bits_per_id(context_model: ContextModel, pyramids: list[Pyramid]) -> str:
     """Bits per id of the finest scale alone, and of each scale given the coarser one."""
     images = [[unpad(padded) for padded in pyramid] for pyramid in pyramids]
-    rates = [f"finest alone {rate(context_model, images, level=-1, is_alone=True):.3f}"]
+    finest = [grids[-1] for grids in images]
+    no_coarse = [None] * len(images)
+    texts = [f"finest alone {rate(context_model, finest, no_coarse):.3f}"]
+    coarse: Sequence[np.ndarray | None] = no_coarse
     for level in range(len(images[0])):
-        rates.append(f"scale {level} {rate(context_model, images, level, is_alone=level == 0):.3f}")
-    return ", ".join(rates)
+        grids_of_level = [grids[level] for grids in images]
+        texts.append(f"scale {level} {rate(context_model, grids_of_level, coarse):.3f}")
+        coarse = grids_of_level
+    return ", ".join(texts)
 
 
-def rate(context_model: ContextModel, images: list[list[np.ndarray]], level: int, is_alone: bool) -> float:
-    """Bits per id of one scale of all images, alone or given the next coarser one."""
+def rate(context_model: ContextModel, grids: Sequence[np.ndarray], coarse_grids: Sequence[np.ndarray | None]) -> float:
+    """Bits per id of one grid of each image, given the next coarser grid or none."""
     num_bytes = 0
     num_ids = 0
-    for grids in images:
-        coarse = None if is_alone else grids[level - 1]
-        num_bytes += len(context_model.compress(grids[level], coarse))
-        num_ids += grids[level].size
+    for grid, coarse_grid in zip(grids, coarse_grids, strict=True):
+        num_bytes += len(context_model.compress(grid, coarse_grid))
+        num_ids += grid.size
     return 8 * num_bytes / num_ids
 
 
@@ -303,12 +324,14 @@ def train(options: argparse.Namespace, network: ContextNetwork, pyramids: list[P
     optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
 
     def warm_up_and_cosine(step: int) -> float:
-        return min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / options.max_steps)) / 2
+        warm_up = min(1, (step + 1) / WARM_UP)
+        cosine = (1 + math.cos(math.pi * step / options.max_steps)) / 2
+        return warm_up * cosine
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_cosine)
     batches = draw_batches(pyramids, network.codes.numpy(), options.seed)
     start_time = time.monotonic()
-    total = 0.0
+    total = 0.0  # of the loss, since the last line
     for step in range(1, options.max_steps + 1):
         inputs, ids = next(batches)
         loss = network(inputs, ids).mean()
@@ -335,7 +358,7 @@ def main() -> None:
     train(options, network, pyramids)
     context_model = network.to_integers(model.codebook_fingerprint())
     if not options.overwrite:
-        check_no_context_model(options.model)  # that another run has saved meanwhile
+        check_no_context_model(options.model)  # again, because another run may have saved one meanwhile
     context_model.save_pretrained(options.model)
     for token_set, held_out_pyramids in held_out.items():
         print(f"{token_set}: {bits_per_id(context_model, held_out_pyramids)}")

@@ -34,7 +34,7 @@ from svqvae_hf.loaders.folder_checks import check_files
 from svqvae_hf.loaders.saved_parts import record_parts
 from svqvae_hf.models.image_vocabulary import ImageVocabulary
 from svqvae_hf.trainer.examples import ChatExamples, Mix, check_disjoint, read_texts
-from svqvae_hf.trainer.options import FRACTION, option, wrong
+from svqvae_hf.trainer.options import FRACTION, option, range_faults
 from svqvae_hf.trainer.scripts import one_line_errors
 
 SCRIPT = "training/train_language_model.py"
@@ -52,20 +52,29 @@ class LanguageModelOptions(LanguageRunOptions):
     completion_only_loss: bool = option(True, "Learn only answers; --no_completion_only_loss learns prompts, too.")
 
     def faults(self) -> Iterator[str]:
-        """Yields what is wrong with the options of chats as well."""
+        """Yields an error message for each fault, also in the options of chats and texts."""
         yield from super().faults()
-        yield from wrong(self, FRACTION, "caption_fraction", "text_fraction")
+        yield from range_faults(self, FRACTION, "caption_fraction", "text_fraction")
         if self.model_name_or_path is None:
             yield "`--model_name_or_path` must be given. To train a LlamaGen, use training/train_llamagen.py."
-        needs = {"token_set": self.text_fraction < 1, "text_files": self.text_fraction > 0}
-        for name, is_needed in needs.items():
-            is_given = bool(getattr(self, name))
-            if is_needed != is_given:
-                must = "must" if is_needed else "must not"
-                yield f"`--{name}` {must} be given with `--text_fraction` {self.text_fraction:g}. Change one of them."
+        yield from self._source_faults()
+
+    def _source_faults(self) -> Iterator[str]:
+        """Yields an error message for each source of examples that is missing, or that no example comes from."""
+        uses_chats = self.text_fraction < 1
+        uses_texts = self.text_fraction > 0
+        reason = f"be given with `--text_fraction` {self.text_fraction:g}. Change one of them."
+        if uses_chats and not self.token_set:
+            yield f"`--token_set` must {reason}"
+        if self.token_set and not uses_chats:
+            yield f"`--token_set` must not {reason}"
+        if uses_texts and not self.text_files:
+            yield f"`--text_files` must {reason}"
+        if self.text_files and not uses_texts:
+            yield f"`--text_files` must not {reason}"
 
     def mix(self, seed: int) -> Mix:
-        """How rows become examples in training."""
+        """Fractions of all kinds of examples in training, with the seed of all draws."""
         return Mix(
             condition_dropout=self.condition_dropout,
             caption_fraction=self.caption_fraction,
@@ -79,21 +88,22 @@ class LanguageModelOptions(LanguageRunOptions):
 def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
     """Trains a language model and saves it, or its LoRA adapter, in the output folder."""
     run = LanguageRun(SCRIPT, options, arguments)
-    source = str(options.model_name_or_path)
+    base = str(options.model_name_or_path)
     model, processor = load_language_model(options)
     examples, held_out = open_examples(options, processor, model.config, run)
     vocabulary = processor.vocabulary
-    codes = range(vocabulary.first_token, vocabulary.begin)
+    code_tokens = range(vocabulary.first_token, vocabulary.begin)
     collate: Any = DataCollatorForSeq2Seq(processor.tokenizer)
     if options.packing:
         collate = DataCollatorWithFlattening()
-    trained: Any = model
+    trained_model: Any = model
     save = partial(save_with_processor, processor)
     if options.lora_rank:
-        trained = add_lora(model, options.lora_rank)
-        save = partial(save_adapter, base=source)
-    trainer = run.train(trained, examples, held_out, collate, codes)
-    run.publish(trainer, save, partial(language_model_card, options, source, False))
+        trained_model = add_lora(model, options.lora_rank)
+        save = partial(save_adapter, base=base)
+    trainer = run.train(trained_model, examples, held_out, collate, code_tokens)
+    make_card = partial(language_model_card, options, base, False)
+    run.publish(trainer, save, make_card)
 
 
 def load_language_model(options: LanguageModelOptions) -> tuple[PreTrainedModel, SVQVAEProcessor]:
@@ -112,7 +122,8 @@ def load_language_model(options: LanguageModelOptions) -> tuple[PreTrainedModel,
         dtype="auto" if options.lora_rank else torch.float32,
         attn_implementation=options.attn_implementation,
     )
-    model.config.__dict__.pop("custom_pipelines", None)  # of a repository with code, which the result does not have
+    # Names pipelines whose code lies in the model's repository. The result is saved without code.
+    model.config.__dict__.pop("custom_pipelines", None)
     return model, processor
 
 
@@ -121,25 +132,26 @@ def open_examples(
 ) -> tuple[ChatExamples, ChatExamples | None]:
     """Opens the examples of the run, and those of a validation, which are chats alone and drop no caption."""
     context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    make = partial(ChatExamples, processor, context, caption_column=options.caption_column or "caption")
+    caption_column = options.caption_column or "caption"
+    make_examples = partial(ChatExamples, processor, context, caption_column=caption_column)
     mix = options.mix(run.arguments.seed)
     texts = read_texts(options.text_files, processor, context)
-    examples = make(count=run.num_examples, mix=mix, token_set=options.token_set, texts=texts)
+    examples = make_examples(count=run.num_examples, mix=mix, token_set=options.token_set, texts=texts)
     examples.check_lengths()
     if options.validation_token_set is None:
         return examples, None
-    mix = replace(mix, condition_dropout=0.0, text_fraction=0.0)
-    held_out = make(count=None, mix=mix, token_set=options.validation_token_set)
+    held_out_mix = replace(mix, condition_dropout=0.0, text_fraction=0.0)
+    held_out = make_examples(count=None, mix=held_out_mix, token_set=options.validation_token_set)  # one per row
     held_out.check_lengths()
     check_disjoint(examples.pairs, held_out.pairs)
     return examples, held_out
 
 
-def save_with_processor(processor: SVQVAEProcessor, trained: Path) -> Path:
-    """Saves the processor beside a trained model, and returns their folder."""
-    processor.save_pretrained(trained)
-    record_parts(trained)
-    return trained
+def save_with_processor(processor: SVQVAEProcessor, folder: Path) -> Path:
+    """Saves the processor beside the trained model in a folder, and returns the folder."""
+    processor.save_pretrained(folder)
+    record_parts(folder)
+    return folder
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from svqvae_hf.trainer.data.held_out import check_held_out
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.data.sample_order import batch_generator
 from svqvae_hf.trainer.identity import image_set_digests
-from svqvae_hf.trainer.options import POSITIVE, ImageOptions, PipelineOptions, about_split, option, wrong
+from svqvae_hf.trainer.options import POSITIVE, ImageOptions, PipelineOptions, about_split, option, range_faults
 from svqvae_hf.trainer.pipeline_run import generator_card, load_frozen_vqvae, log_samples
 from svqvae_hf.trainer.publishing import Result, provenance
 from svqvae_hf.trainer.run import Run, run_script
@@ -51,9 +51,9 @@ class DiffusionOptions(PipelineOptions, ImageOptions):
     validation_split: str | None = option(None, "Split of --validation_data_dir, if it has several.")
 
     def faults(self) -> Iterator[str]:
-        """Yields what is wrong with the options of denoisers as well."""
+        """Yields an error message for each fault, also in the options of denoisers."""
         yield from super().faults()
-        yield from wrong(self, POSITIVE, "num_inference_steps")
+        yield from range_faults(self, POSITIVE, "num_inference_steps")
         if self.validation_split is not None and self.validation_data_dir is None:
             yield "`--validation_split` belongs to `--validation_data_dir`. Give both or neither."
 
@@ -98,9 +98,11 @@ def train(run: Run[DiffusionOptions]) -> None:
                 sample = images.to_device(batch)  # (B, 3, side, side)
                 # All processes draw the noise of the whole step, and use the rows of their own samples.
                 noise_of_step = denoise.draw_noise(batch_generator(options.seed, step), loader.share.step_size)
-                noise = noise_of_step.rows(loader.share.numbers(loader.batch - 1))
+                numbers_of_batch = loader.share.numbers(loader.batch - 1)  # its samples within the step
+                noise = noise_of_step.rows(numbers_of_batch)
+                is_dropped = noise.draws < options.condition_dropout
                 classes = None if options.label_column is None else batch.labels
-                labels = drop_labels(classes, noise.draws < options.condition_dropout)
+                labels = drop_labels(classes, is_dropped)
                 velocities = denoise(sample, labels, noise)
                 loss = F.mse_loss(velocities.predicted, velocities.expected)
                 accelerator.backward(loss)
@@ -185,13 +187,15 @@ class Denoising:
         values = torch.randn((count, channels, side, side), generator=generator)
         num_timesteps = self.noise_schedule.config["num_train_timesteps"]
         timesteps = torch.randint(num_timesteps, (count,), generator=generator)
-        return Noise(values, timesteps, torch.rand(count, generator=generator))
+        draws = torch.rand(count, generator=generator)
+        return Noise(values, timesteps, draws)
 
     def __call__(self, sample: torch.Tensor, labels: torch.Tensor, noise: Noise) -> Velocities:
         """Predicts the velocities of images `(B, 3, side, side)` with labels `(B,)`."""
         device = sample.device
         with torch.no_grad(), self.accelerator.autocast():
-            latents = self.vqvae.encode(sample).latents.float() * self.vqvae.config["scaling_factor"]  # (B, C, h, w)
+            unscaled = self.vqvae.encode(sample).latents.float()  # (B, C, h, w)
+        latents = unscaled * self.vqvae.config["scaling_factor"]
         values = noise.values.to(device)
         timesteps = noise.timesteps.to(device)
         noisy = self.noise_schedule.add_noise(latents, values, timesteps)
@@ -201,7 +205,7 @@ class Denoising:
 
 
 def drop_labels(labels: list[int] | None, is_dropped: torch.Tensor) -> torch.Tensor:
-    """Labels of a batch, replaced by the label of no class where they are dropped; all of them without labels."""
+    """Labels `(B,)` for the denoiser. Dropped and absent labels are `NUM_CLASSES`, which means no class."""
     if labels is None:
         return torch.full((len(is_dropped),), NUM_CLASSES)
     for label in labels:
@@ -244,13 +248,15 @@ def open_held_out(options: DiffusionOptions, images: ImageSource) -> HeldOut | N
             copy=True,
             results=options.output_dir,
         )
-    for trained in (images.images, images.mixed):
-        check_held_out(held_out, trained)
-    if options.label_column is not None and held_out.features[options.label_column] != images.label_feature:
-        raise ValueError(
-            f"`--validation_data_dir` must have the classes of the training images, {images.label_feature}, but has "
-            f"{held_out.features[options.label_column]}."
-        )
+    for training_set in (images.images, images.mixed):
+        check_held_out(held_out, training_set)
+    if options.label_column is not None:
+        label_feature = held_out.features[options.label_column]
+        if label_feature != images.label_feature:
+            raise ValueError(
+                f"`--validation_data_dir` must have the classes of the training images, {images.label_feature}, but "
+                f"has {label_feature}."
+            )
     rows = cast(IndexedRows, held_out.rows)  # a copy has random access
     return HeldOut(rows, held_out.fingerprint)
 
@@ -270,16 +276,17 @@ def measure(run: Run[DiffusionOptions], denoise: Denoising, held_out: HeldOut) -
     """
     options = run.options
     accelerator = run.accelerator
-    totals = torch.zeros(2, dtype=torch.float64)  # of losses and images
+    totals = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of images
     for numbers in share_of_process(held_out, accelerator, options.per_device_train_batch_size):
         batch = read_held_out(options, held_out, numbers)
         if not batch.numbers:
             continue
         noise = join_noise([denoise.draw_noise(batch_generator(number), 1) for number in batch.numbers])
-        labels = drop_labels(batch.labels, torch.zeros(len(batch.numbers), dtype=torch.bool))
+        is_dropped = torch.zeros(len(batch.numbers), dtype=torch.bool)
+        labels = drop_labels(batch.labels, is_dropped)
         velocities = denoise(batch.sample.to(accelerator.device), labels, noise)
         errors = F.mse_loss(velocities.predicted, velocities.expected, reduction="none")  # (B, C, h, w)
-        losses = errors.mean((1, 2, 3))
+        losses = errors.mean((1, 2, 3))  # (B,)
         totals += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
     total, count = accelerator.reduce(totals.to(accelerator.device, torch.float32), "sum").tolist()
     if count == 0:
@@ -292,9 +299,9 @@ class HeldOutBatch:
     """Centre crops of some held-out images.
 
     Args:
-        numbers (`list[int]`): Their numbers in the set.
+        numbers (`list[int]`): Numbers of the images in the set.
         sample (`torch.Tensor` of shape `(B, 3, side, side)`): Crops in `PIXEL_RANGE`.
-        labels (`list[int]`, *optional*): Their labels.
+        labels (`list[int]`, *optional*): Labels of the images.
     """
 
     numbers: list[int]
@@ -312,28 +319,29 @@ def share_of_process(held_out: HeldOut, accelerator: Accelerator, batch_size: in
 def read_held_out(options: DiffusionOptions, held_out: HeldOut, numbers: range) -> HeldOutBatch:
     """Reads held-out images, and cuts their centres. Unreadable ones, and those without a label, are left out."""
     policy = CropPolicy([options.resolution], center_crop=True, random_flip=False, resize_range=[1.0, 1.0])
-    read_numbers = []
+    has_labels = options.label_column is not None
+    numbers_of_crops = []
     crops: list[Any] = []
-    labels = []
+    labels: list[Any] = []
     for number in numbers:
         row = held_out.rows[number]
-        label = 0
+        label = None
         if options.label_column is not None:
             label = row.values[options.label_column]
         try:
             image = read_image(row)
         except (OSError, ValueError):
             continue
-        if label is None:
+        if has_labels and label is None:
             continue
-        read_numbers.append(number)
+        numbers_of_crops.append(number)
         crops.append(policy.cut(image, options.resolution, seed=[number]))
         labels.append(label)
     if not crops:
         return HeldOutBatch([], torch.empty(0), None)
     processor = SVQVAEImageProcessor(pixel_range=PIXEL_RANGE)
-    sample = processor.preprocess(crops)["pixel_values"]
-    return HeldOutBatch(read_numbers, sample, None if options.label_column is None else labels)
+    sample = processor.preprocess(crops)["pixel_values"]  # (B, 3, side, side)
+    return HeldOutBatch(numbers_of_crops, sample, labels if has_labels else None)
 
 
 def join_noise(parts: Sequence[Noise]) -> Noise:
@@ -349,14 +357,15 @@ def join_noise(parts: Sequence[Noise]) -> Noise:
 
 @torch.no_grad()
 def set_scaling_factor(vqvae: SVQVAE, images: ImageSource) -> None:
-    """Sets the factor with which latents of the training images have the standard deviation of the noise, 1."""
-    batches = MEASURED_BATCHES * images.options.gradient_accumulation_steps  # as many crops for any processes
-    crops = images.fresh_crops([images.options.resolution], batches)
-    latents = torch.cat([vqvae.encode(sample).latents for sample in crops])
-    deviation = images.accelerator.reduce(latents.std(), "mean").item()
-    if not deviation > 0:
+    """Sets the factor that gives latents of the training images a standard deviation of 1, as the noise has."""
+    num_batches = MEASURED_BATCHES * images.options.gradient_accumulation_steps  # as many crops for any processes
+    crops = images.fresh_crops([images.options.resolution], num_batches)
+    latents = torch.cat([vqvae.encode(sample).latents for sample in crops])  # (n, C, h, w)
+    std = images.accelerator.reduce(latents.std(), "mean").item()
+    has_spread = std > 0  # false for NaN, too
+    if not has_spread:
         raise ValueError("Latents must differ, but all are equal. Use other images, or a trained SVQVAE.")
-    vqvae.register_to_config(scaling_factor=1 / deviation)
+    vqvae.register_to_config(scaling_factor=1 / std)
 
 
 def make_pipeline(vqvae: SVQVAE, denoiser: DiTTransformer2DModel, label_names: Sequence[str]) -> DiTPipeline:
@@ -431,8 +440,9 @@ def read_label_names(feature: Any) -> list[str]:
     """Names of the classes; empty if the feature has none, or there are no labels."""
     if isinstance(feature, datasets.ClassLabel) and feature.num_classes <= NUM_CLASSES:
         return feature.names
-    is_integer = isinstance(feature, datasets.Value) and "int" in feature.dtype
-    if feature is None or is_integer:
+    has_labels = feature is not None
+    has_integers = isinstance(feature, datasets.Value) and "int" in feature.dtype
+    if not has_labels or has_integers:
         return []
     raise ValueError(f"`--label_column` must hold integers, or at most {NUM_CLASSES} classes, but it holds {feature}.")
 
@@ -443,8 +453,11 @@ def sample_call(options: DiffusionOptions, pipeline: DiTPipeline) -> dict[str, A
     steps = options.num_inference_steps
     if options.label_column is None:
         return {"class_labels": [NUM_CLASSES] * count, "guidance_scale": 1.0, "num_inference_steps": steps}
-    num_names = len(pipeline.config.id2label) or count
-    return {"class_labels": [index % num_names for index in range(count)], "num_inference_steps": steps}
+    num_names = len(pipeline.config.id2label)
+    class_labels = list(range(count))
+    if num_names:
+        class_labels = [index % num_names for index in range(count)]
+    return {"class_labels": class_labels, "num_inference_steps": steps}
 
 
 def sample_labels(options: DiffusionOptions, pipeline: DiTPipeline) -> list[str]:

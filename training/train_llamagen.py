@@ -49,10 +49,11 @@ class LlamaGenOptions(LanguageRunOptions):
     label_column: str | None = option(None, "Column of the classes.")
 
     def faults(self) -> Iterator[str]:
-        """Yields what is wrong with the options of LlamaGen as well."""
+        """Yields an error message for each fault, also in the options of LlamaGen."""
         yield from super().faults()
         is_new = self.model_config_name_or_path is not None
-        if is_new == (self.pipeline_name_or_path is not None):
+        has_pipeline = self.pipeline_name_or_path is not None
+        if is_new == has_pipeline:
             yield "Pass one of `--pipeline_name_or_path` and `--model_config_name_or_path`."
         if is_new and (self.vqvae_name_or_path is None or self.lora_rank):
             yield "A new LlamaGen needs `--vqvae_name_or_path`, and `--lora_rank` must be left out."
@@ -69,7 +70,7 @@ class Parts:
     Args:
         vqvae ([`SVQVAE`]): Tokenizer of the images.
         text_encoder (`T5EncoderModel`, *optional*): Text encoder of the captions.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the text encoder.
     """
 
     vqvae: SVQVAE
@@ -96,52 +97,62 @@ def main(options: LlamaGenOptions, arguments: TrainingArguments) -> None:
     """Trains a LlamaGen and saves its pipeline, or its LoRA adapter, in the output folder."""
     run = LanguageRun(SCRIPT, options, arguments)
     if options.pipeline_name_or_path is None:
-        parts, model, source, held_out_source = start_new(options)
+        start = start_new(options)
     else:
-        parts, model, source, held_out_source = start_from_pipeline(options)
-    check_fit(options, model.config, source)
-    parts.vqvae.register_to_config(
-        _name_or_path=public_name(str(options.vqvae_name_or_path or options.pipeline_name_or_path))
-    )
-    mix = Mix(
-        condition_dropout=options.condition_dropout,
-        first_caption_fraction=options.first_caption_fraction,
-        seed=arguments.seed,
-    )
-    examples = LlamaGenExamples(source, run.num_examples, mix)
-    held_out = None
-    if held_out_source is not None:
-        held_out = LlamaGenExamples(held_out_source, len(held_out_source.rows), Mix(seed=arguments.seed))
-    encode = None
+        start = start_from_pipeline(options)
+    parts = start.parts
+    model = start.model
+    class_names = start.token_set.class_names
+    check_fit(options, model.config, start.token_set)
+    vqvae_source = options.vqvae_name_or_path or options.pipeline_name_or_path
+    parts.vqvae.register_to_config(_name_or_path=public_name(str(vqvae_source)))
+
+    examples, held_out = make_examples(options, start, run)
+    encode_captions_of_batch = None
     if options.caption_column is not None:
         parts.text_encoder.requires_grad_(False).to(arguments.device)
-        encode = partial(parts.encode, length=model.config.num_condition_tokens)
+        encode_captions_of_batch = partial(parts.encode, length=model.config.num_condition_tokens)
     codes = range(model.config.codebook_size)
-    trained: Any = model
+    trained_model: Any = model
     if options.lora_rank:
-        trained = add_lora(model, options.lora_rank)
-    trainer = run.train(trained, examples, held_out, default_collate, codes, encode)
+        trained_model = add_lora(model, options.lora_rank)
+    trainer = run.train(trained_model, examples, held_out, default_collate, codes, encode_captions_of_batch)
     if options.lora_rank:
         base = str(options.pipeline_name_or_path)
         save_lora = partial(save_adapter, base=base, subfolder="language_model")
-        run.publish(trainer, save_lora, partial(language_model_card, options, base, True))
+        make_lora_card = partial(language_model_card, options, base, True)
+        run.publish(trainer, save_lora, make_lora_card)
         return
 
     def save(folder: Path) -> Path:
         language_model = LlamaGenForCausalLM.from_pretrained(folder)
-        pipeline: Any = parts.pipeline(language_model, source.class_names)
+        pipeline: Any = parts.pipeline(language_model, class_names)
         pipeline.save_pretrained(folder / "pipeline")
         return folder / "pipeline"
 
     def make_card(result: Result, rows: dict[str, str]) -> str:
-        pipeline = parts.pipeline(model, source.class_names)
+        pipeline = parts.pipeline(model, class_names)
         summary, call = pipeline.describe()
         return generator_card(options, result, pipeline, rows, summary, call)
 
     run.publish(trainer, save, make_card)
 
 
-Start = tuple[Parts, PreTrainedModel, TokenSource, TokenSource | None]  # with the token sets of training, validation
+@dataclass
+class Start:
+    """What a run starts from.
+
+    Args:
+        parts ([`Parts`]): Parts of the pipeline that are not trained.
+        model (`PreTrainedModel`): LlamaGen to train.
+        token_set ([`TokenSource`]): Token set of training.
+        held_out ([`TokenSource`], *optional*): Token set of a validation.
+    """
+
+    parts: Parts
+    model: PreTrainedModel
+    token_set: TokenSource
+    held_out: TokenSource | None
 
 
 def start_new(options: LlamaGenOptions) -> Start:
@@ -149,64 +160,84 @@ def start_new(options: LlamaGenOptions) -> Start:
     parts = Parts(SVQVAE.from_pretrained(options.vqvae_name_or_path))
     if options.text_encoder_name_or_path is not None:
         parts.text_encoder, parts.tokenizer = load_text_encoder(options.text_encoder_name_or_path)
-    source, held_out = open_token_sets(options, parts.vqvae)
-    model = new_llamagen(options, source, parts.text_encoder)
-    return parts, model, source, held_out
+    token_set, held_out = open_token_sets(options, parts.vqvae)
+    model = new_llamagen(options, token_set, parts.text_encoder)
+    return Start(parts, model, token_set, held_out)
 
 
 def start_from_pipeline(options: LlamaGenOptions) -> Start:
     """Loads a pipeline, whose LlamaGen is trained further in float32."""
     pipeline = SVQVAEAutoregressivePipeline.from_pretrained(str(options.pipeline_name_or_path))
     parts = Parts(pipeline.vqvae, pipeline.text_encoder, pipeline.tokenizer)
-    source, held_out = open_token_sets(options, parts.vqvae, pipeline.config["class_names"])
+    token_set, held_out = open_token_sets(options, parts.vqvae, pipeline.config["class_names"])
     model = pipeline.language_model.float()
     if options.attn_implementation is not None:
         model.set_attn_implementation(options.attn_implementation)
-    return parts, model, source, held_out
+    return Start(parts, model, token_set, held_out)
 
 
-def new_llamagen(options: LlamaGenOptions, source: TokenSource, text_encoder: Any) -> PreTrainedModel:
+def make_examples(
+    options: LlamaGenOptions, start: Start, run: LanguageRun
+) -> tuple[LlamaGenExamples, LlamaGenExamples | None]:
+    """Examples of the run, and one of each held-out row for a validation, which drops no class or caption."""
+    seed = run.arguments.seed
+    mix = Mix(
+        condition_dropout=options.condition_dropout,
+        first_caption_fraction=options.first_caption_fraction,
+        seed=seed,
+    )
+    examples = LlamaGenExamples(start.token_set, run.num_examples, mix)
+    if start.held_out is None:
+        return examples, None
+    held_out = LlamaGenExamples(start.held_out, len(start.held_out.rows), Mix(seed=seed))
+    return examples, held_out
+
+
+def new_llamagen(options: LlamaGenOptions, token_set: TokenSource, text_encoder: Any) -> PreTrainedModel:
     """New LlamaGen of a config, for the codes, the classes or captions, and the size of a token set."""
-    name = str(options.model_config_name_or_path)
-    config = from_hub(AutoConfig.from_pretrained, name)
+    config_source = str(options.model_config_name_or_path)
+    config = from_hub(AutoConfig.from_pretrained, config_source)
     if not isinstance(config, LlamaGenConfig):
         raise ValueError(
-            f"`--model_config_name_or_path` must be a config of type llamagen, but `{name}` is of type "
+            f"`--model_config_name_or_path` must be a config of type llamagen, but `{config_source}` is of type "
             f"{config.model_type}. To train another language model, add image tokens with `svqvae extend-lm`."
         )
-    check_keys(name, config.to_dict(), LlamaGenConfig().to_dict())
-    derived = {
+    check_keys(config_source, config.to_dict(), LlamaGenConfig().to_dict())
+    settings_of_run = {
         "attn_implementation": options.attn_implementation,
-        "vocab_size": 0,  # computed
-        "codebook_size": source.settings.codebook_size,
-        "num_classes": source.num_classes,
-        "grid_size": source.grids[-1][0],
+        "vocab_size": 0,  # the config computes it
+        "codebook_size": token_set.settings.codebook_size,
+        "num_classes": token_set.num_classes,
+        "grid_size": token_set.grids[-1][0],  # rows of the finest scale
         "num_condition_tokens": 1,
         "caption_dim": None,
-        "codebook_fingerprint": source.settings.codebook_fingerprint,
+        "codebook_fingerprint": token_set.settings.codebook_fingerprint,
     }
     if text_encoder is not None:
         if config.num_condition_tokens < 2:
             raise ValueError(
-                f"`num_condition_tokens` of `{name}` must be the number of tokens of a caption that the model reads, "
-                f"such as 120, got {config.num_condition_tokens}. Add it to the config."
+                f"`num_condition_tokens` of `{config_source}` must be the number of tokens of a caption that the "
+                f"model reads, such as 120, got {config.num_condition_tokens}. Add it to the config."
             )
-        derived["num_condition_tokens"] = config.num_condition_tokens
-        derived["caption_dim"] = text_encoder.config.d_model
-    new_config = LlamaGenConfig(**(config.to_diff_dict() | derived))
+        settings_of_run["num_condition_tokens"] = config.num_condition_tokens
+        settings_of_run["caption_dim"] = text_encoder.config.d_model
+    new_config = LlamaGenConfig(**(config.to_diff_dict() | settings_of_run))
     return AutoModelForCausalLM.from_config(new_config, dtype=torch.float32)
 
 
-def check_fit(options: LlamaGenOptions, config: LlamaGenConfig, source: TokenSource) -> None:
+def check_fit(options: LlamaGenOptions, config: LlamaGenConfig, token_set: TokenSource) -> None:
     """Raises unless a LlamaGen reads the sequences of a token set."""
     reads_captions = config.caption_dim is not None
-    if reads_captions != (options.caption_column is not None):
+    has_captions = options.caption_column is not None
+    if reads_captions != has_captions:
         raise ValueError("`--caption_column` must be given for a LlamaGen with a text encoder, and only for one.")
-    if source.grids != [(config.grid_size, config.grid_size)] or source.num_classes != config.num_classes:
+    has_same_grid = token_set.grids == [(config.grid_size, config.grid_size)]
+    has_same_classes = token_set.num_classes == config.num_classes
+    if not has_same_grid or not has_same_classes:
         raise ValueError(
             f"The token set must have one scale of {config.grid_size} x {config.grid_size} ids and "
-            f"{config.num_classes} classes, but has scales of {source.grids} ids and {source.num_classes} classes. "
-            "Tokenize square images at one scale, and name the column of the same classes or captions."
+            f"{config.num_classes} classes, but has scales of {token_set.grids} ids and {token_set.num_classes} "
+            "classes. Tokenize square images at one scale, and name the column of the same classes or captions."
         )
 
 

@@ -24,7 +24,7 @@ from svqvae_hf.pipelines.schedules import Size, describe, make_schedule
 from svqvae_hf.trainer.configs import load_network_config
 from svqvae_hf.trainer.data.sample_order import Share, batch_generator
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenBatch, TokenSource
-from svqvae_hf.trainer.options import FRACTION, PipelineOptions, option, required, wrong
+from svqvae_hf.trainer.options import FRACTION, PipelineOptions, option, range_faults, required
 from svqvae_hf.trainer.pipeline_run import generator_card, load_frozen_vqvae, log_samples, open_token_sets
 from svqvae_hf.trainer.publishing import provenance
 from svqvae_hf.trainer.run import Run, run_script
@@ -34,12 +34,13 @@ PIXEL_RANGE = (0.0, 1.0)  # of the pipeline
 CHECKED_CAPTIONS = 1000  # at a time
 UNDECAYED = ("pos_start", "pos_1LC", "scale_mul_1H11")
 
-# FlexVAR's random schedules: of 16 sides the first two, 5 of 3 to 10, 2 of 11 to 15, and the last
+# FlexVAR's random schedules have scales of 1 to 16 ids a side: the first two, five of the coarse ones from 3 to 10,
+# two of the fine ones from 11 to 15, and the last.
 NUM_FIRST = 2
-COARSE_UP_TO = 10 / 16  # of the last side
-COARSE_SHARE = 5 / 7  # of the scales between the first two and the last
-DROP_PROBABILITIES = (0.1, 0.05, 0.02, 0.01)  # of at least one, two, three or four scales less
-NUM_DROPPABLE = 4  # of the last scales, while a schedule has too many ids
+COARSE_UP_TO = 10 / 16  # side of the largest coarse scale, relative to the last scale
+COARSE_SHARE = 5 / 7  # fraction of coarse scales among the drawn scales between the first two and the last
+DROP_PROBABILITIES = (0.1, 0.05, 0.02, 0.01)  # of dropping at least one, two, three or four scales
+NUM_DROPPABLE = 4  # a schedule with too many ids drops one of this many finest scales
 
 
 @dataclass
@@ -56,12 +57,14 @@ class NextScaleOptions(PipelineOptions):
     schedule_share: float = option(0.05, "Fraction of batches with the pipeline's schedule; others are random.")
 
     def faults(self) -> Iterator[str]:
-        """Yields what is wrong with the options of next-scale training as well."""
+        """Yields an error message for each fault, also in the options of next-scale training."""
         yield from super().faults()
         if self.num_inference_steps < 2:
             yield f"`--num_inference_steps` must be at least 2, but is {self.num_inference_steps}."
-        yield from wrong(self, FRACTION, "schedule_share")
-        if (self.caption_column is None) != (self.tokenizer_name_or_path is None):
+        yield from range_faults(self, FRACTION, "schedule_share")
+        has_captions = self.caption_column is not None
+        has_tokenizer = self.tokenizer_name_or_path is not None
+        if has_captions != has_tokenizer:
             yield "`--caption_column` and `--tokenizer_name_or_path` need each other. Give both or neither."
 
 
@@ -110,11 +113,15 @@ def train(run: Run[NextScaleOptions]) -> None:
     for step in checkpoints.steps():
         for batch in islice(batches, options.gradient_accumulation_steps):
             with accelerator.accumulate(model):
-                random = batch_generator(options.seed, step)  # all processes predict equally many ids
-                is_fixed = torch.rand((), generator=random) < options.schedule_share
-                sizes = schedule if is_fixed else draw_schedule(source.grids, schedule, random)
-                draws = torch.rand((loader.share.step_size, 2), generator=random)  # of all samples of the step
-                prediction = predict(batch, sizes, draws[loader.share.numbers(loader.batch - 1)])
+                # All processes draw the same schedule, and the random numbers of all samples of the step.
+                random = batch_generator(options.seed, step)
+                has_pipeline_schedule = torch.rand((), generator=random) < options.schedule_share
+                sizes = schedule
+                if not has_pipeline_schedule:
+                    sizes = draw_schedule(source.grids, schedule, random)
+                draws_of_step = torch.rand((loader.share.step_size, 2), generator=random)
+                numbers_of_batch = loader.share.numbers(loader.batch - 1)  # its samples within the step
+                prediction = predict(batch, sizes, draws_of_step[numbers_of_batch])
                 accelerator.backward(prediction.loss)
                 numbers = {"loss": prediction.loss, "accuracy": prediction.accuracy}
                 if accelerator.sync_gradients:  # after the last batch of a step
@@ -178,12 +185,14 @@ class Predictor:
                 or caption is dropped, and which of its captions it has.
         """
         device = self.vqvae.device
-        ids = []  # (B, h, w) each
+        ids = []  # of each scale, (B, h, w)
         for size in sizes:
-            ids.append(batch.ids[self.source.grids.index(size)].to(device))
-        codes = []  # (B, C, h, w) each
-        for grid in ids[:-1]:
-            codes.append(self.vqvae.quantize.get_codebook_entry(grid).permute(0, 3, 1, 2))
+            scale_index = self.source.grids.index(size)
+            ids.append(batch.ids[scale_index].to(device))
+        codes = []  # of each scale but the last, (B, C, h, w)
+        for scale_ids in ids[:-1]:
+            scale_codes = self.vqvae.quantize.get_codebook_entry(scale_ids)  # (B, h, w, C)
+            codes.append(scale_codes.permute(0, 3, 1, 2))
         is_dropped = draws[:, 0] < self.options.condition_dropout
         text = None
         if self.tokenizer is None:
@@ -195,7 +204,7 @@ class Predictor:
             text[is_dropped] = self.tokenizer.pad_token_id
             text = text.to(device)
         (logits,) = self.model(labels.to(device), codes, sizes, text=text, return_dict=False)  # (B, n, codes)
-        targets = torch.cat([grid.flatten(1) for grid in ids], dim=1)  # (B, n)
+        targets = torch.cat([scale_ids.flatten(1) for scale_ids in ids], dim=1)  # (B, n)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         accuracy = (logits.argmax(-1) == targets).float().mean()
         return Prediction(loss, accuracy, targets.numel())
@@ -204,12 +213,12 @@ class Predictor:
 def measure(
     run: Run[NextScaleOptions], predict: Predictor, held_out: TokenSource, schedule: Sequence[Size]
 ) -> dict[str, float]:
-    """Means over all held-out images, with the pipeline's schedule, each label and the first caption."""
+    """Means over all held-out images, with the pipeline's schedule, all labels, and first captions."""
     accelerator = run.accelerator
     batch_size = run.options.per_device_train_batch_size
     num_rows = len(held_out.rows)
     rows = range(accelerator.process_index, num_rows, accelerator.num_processes)
-    totals = torch.zeros(2, device=accelerator.device)  # of loss and accuracy
+    totals = torch.zeros(2, device=accelerator.device)  # loss and accuracy, summed over images
     for start in range(0, len(rows), batch_size):
         batch = held_out.batch(rows[start : start + batch_size])
         count = len(batch.labels)
@@ -298,28 +307,31 @@ def draw_schedule(sizes: Sequence[Size], schedule: Sequence[Size], generator: to
         schedule (list of `(height, width)`): Schedule of the pipeline.
         generator (`torch.Generator`): Source of randomness.
     """
-    sizes = list(dict.fromkeys(sizes))
-    first = sizes[:NUM_FIRST]
-    inner = sizes[NUM_FIRST:-1]
-    last = sizes[-1]
-    coarse = [size for size in inner if max(size) <= COARSE_UP_TO * max(last)]
-    fine = inner[len(coarse) :]
-    count = max(0, len(schedule) - NUM_FIRST - 1)
-    num_coarse = round(COARSE_SHARE * count)
-    drawn_inner = _draw(coarse, num_coarse, generator)
-    drawn_inner += _draw(fine, count - num_coarse, generator)
-    drawn = []
-    for size in sizes:
-        if size in first or size in drawn_inner or size == last:
-            drawn.append(size)
+    sizes = list(dict.fromkeys(sizes))  # without repetition
+    drawn = sizes[:NUM_FIRST] + _draw_inner(sizes, len(schedule), generator) + sizes[-1:]
+    drawn = [size for size in sizes if size in drawn]  # from coarse to fine
+
     chance = float(torch.rand((), generator=generator))
     num_dropped = sum(chance < probability for probability in DROP_PROBABILITIES)
     for _ in range(num_dropped):
         if len(drawn) > NUM_FIRST + 1:
-            _drop(drawn, NUM_FIRST, len(drawn) - 1, generator)
+            _drop(drawn, NUM_FIRST, len(drawn) - 1, generator)  # neither the first two nor the last
     while count_ids(drawn) > count_ids(schedule):
         _drop(drawn, max(1, len(drawn) - NUM_DROPPABLE), len(drawn), generator)
     return drawn
+
+
+def _draw_inner(sizes: Sequence[Size], schedule_length: int, generator: torch.Generator) -> list[Size]:
+    """Draws scales between the first two and the last, so that a schedule gets the stated length."""
+    inner = sizes[NUM_FIRST:-1]
+    largest_coarse_side = COARSE_UP_TO * max(sizes[-1])
+    coarse = [size for size in inner if max(size) <= largest_coarse_side]
+    fine = inner[len(coarse) :]
+    count = max(0, schedule_length - NUM_FIRST - 1)
+    num_coarse = round(COARSE_SHARE * count)
+    drawn_coarse = _draw(coarse, num_coarse, generator)
+    drawn_fine = _draw(fine, count - num_coarse, generator)
+    return drawn_coarse + drawn_fine
 
 
 def _draw(sizes: Sequence[Size], count: int, generator: torch.Generator) -> list[Size]:
@@ -329,8 +341,9 @@ def _draw(sizes: Sequence[Size], count: int, generator: torch.Generator) -> list
 
 
 def _drop(sizes: list[Size], start: int, stop: int, generator: torch.Generator) -> None:
-    """Drops one of the sizes at the positions from `start` to before `stop`."""
-    sizes.pop(int(torch.randint(start, stop, (), generator=generator)))
+    """Drops a random size from a list, at one of the positions from `start` to before `stop`."""
+    position = int(torch.randint(start, stop, (), generator=generator))
+    sizes.pop(position)
 
 
 def count_ids(sizes: Sequence[Size]) -> int:
@@ -354,14 +367,12 @@ def sample_labels(options: NextScaleOptions, source: TokenSource) -> list[str]:
     count = options.num_validation_images
     if options.caption_column is not None:
         return first_captions(source, count)
-    labels = []
-    for index in range(count):
-        if not source.num_classes:
-            labels.append(f"sample {index}")
-            continue
-        label = index % source.num_classes
-        labels.append(source.class_names[label] if source.class_names else f"class {label}")
-    return labels
+    if not source.num_classes:
+        return [f"sample {index}" for index in range(count)]
+    names = source.class_names
+    if not names:
+        names = [f"class {label}" for label in range(source.num_classes)]
+    return [names[index % source.num_classes] for index in range(count)]
 
 
 def first_captions(source: TokenSource, count: int) -> list[str]:

@@ -60,11 +60,11 @@ def changed_names(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> li
     return [name for name in names if recorded.get(name) != current.get(name)]
 
 
-def check_sources(place: Path, recorded: Mapping[str, str], current: Mapping[str, str]) -> None:
+def check_sources(location: Path, recorded: Mapping[str, str], current: Mapping[str, str]) -> None:
     """Raises unless the models or sets of a run are those that its folder or checkpoint was made from.
 
     Args:
-        place (`Path`): Folder of the run, or its checkpoint.
+        location (`Path`): Folder of the run, or its checkpoint.
         recorded (`Mapping[str, str]`): Digests that are recorded there, by option.
         current (`Mapping[str, str]`): Digests of this run, by option.
 
@@ -74,7 +74,7 @@ def check_sources(place: Path, recorded: Mapping[str, str], current: Mapping[str
     changed = changed_names(recorded, current)
     if changed:
         raise ValueError(
-            f"`--{changed[0]}` must name what `{place}` was made from, but names something else, or it has changed "
+            f"`--{changed[0]}` must name what `{location}` was made from, but names something else, or it has changed "
             "since. Restore it, or start a new run in another `--output_dir`."
         )
 

@@ -21,7 +21,8 @@ from svqvae_hf.trainer.scripts import script_name
 OPTIMIZERS = ("adamw", "soap")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
-POSITIVE = {"above": 0.0}  # ranges for `check_number`
+# Ranges of numbers, as arguments of `check_number`
+POSITIVE = {"above": 0.0}
 NOT_NEGATIVE = {"least": 0.0}
 FRACTION = {"least": 0.0, "most": 1.0}
 
@@ -43,13 +44,13 @@ def required(text: str) -> Any:
     return field(kw_only=True, metadata={"help": text})
 
 
-def wrong(options: Any, bounds: Mapping[str, float], *names: str) -> Iterator[str]:
-    """Yields which options are given, but not in a range.
+def range_faults(options: Any, bounds: Mapping[str, float], *names: str) -> Iterator[str]:
+    """Yields an error message for each option whose value is out of a range. Options that are `None` are skipped.
 
     Args:
         options: Dataclass of options.
-        bounds (`Mapping[str, float]`): Arguments of [`check_number`], such as `FRACTION`.
-        *names (`str`): Names of the options.
+        bounds (`Mapping[str, float]`): The range: `POSITIVE`, `NOT_NEGATIVE` or `FRACTION`.
+        *names (`str`): Names of the options to check.
     """
     for name in names:
         value = getattr(options, name)
@@ -118,13 +119,15 @@ class RunOptions:
         raise_faults(self.faults())
 
     def faults(self) -> Iterator[str]:
-        """Yields what is wrong with the options, except for data and model."""
-        yield from wrong(self, POSITIVE, "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
-        yield from wrong(self, POSITIVE, "save_steps", "save_total_limit", "eval_steps", "logging_steps")
-        yield from wrong(self, POSITIVE, "learning_rate", "max_grad_norm")
-        yield from wrong(self, NOT_NEGATIVE, "weight_decay", "max_skipped_steps", "seed")
-        yield from wrong(self, FRACTION, "ema_decay")
-        if not 0 <= self.num_warmup_steps < self.max_steps:
+        """Yields an error message for each fault that can be seen without data and model."""
+        yield from range_faults(self, POSITIVE, "max_steps")
+        yield from range_faults(self, POSITIVE, "per_device_train_batch_size", "gradient_accumulation_steps")
+        yield from range_faults(self, POSITIVE, "save_steps", "save_total_limit", "eval_steps", "logging_steps")
+        yield from range_faults(self, POSITIVE, "learning_rate", "max_grad_norm")
+        yield from range_faults(self, NOT_NEGATIVE, "weight_decay", "max_skipped_steps", "seed")
+        yield from range_faults(self, FRACTION, "ema_decay")
+        warms_up_in_time = 0 <= self.num_warmup_steps < self.max_steps
+        if not warms_up_in_time:
             yield (
                 f"`--warmup_steps` must be at least 0, and less than `--max_steps` = {self.max_steps}, "
                 f"but is {self.num_warmup_steps}. Lower it, or train for longer."
@@ -134,11 +137,15 @@ class RunOptions:
 
     def logs_after(self, step: int) -> bool:
         """Whether a line of the log is due after a step. The last step always has one."""
-        return step + 1 == self.max_steps or (step + 1) % self.logging_steps == 0
+        steps_done = step + 1
+        is_last = steps_done == self.max_steps
+        return is_last or steps_done % self.logging_steps == 0
 
     def validates_after(self, step: int) -> bool:
-        """Whether a validation is due after a step. The one after the last step is the script's own."""
-        return (step + 1) % self.eval_steps == 0 and step + 1 < self.max_steps
+        """Whether a validation is due after a step. After the last step, the script always validates by itself."""
+        steps_done = step + 1
+        is_last = steps_done == self.max_steps
+        return steps_done % self.eval_steps == 0 and not is_last
 
     @property
     def num_warmup_steps(self) -> int:
@@ -148,18 +155,22 @@ class RunOptions:
         return min(500, self.max_steps // 10)
 
     def check_sources(self, *names: str) -> None:
-        """Raises if a source is neither a file or folder nor a possible Hub id."""
+        """Raises ValueError if an option names neither a file, nor a folder, nor what could be a Hub id."""
         for name in names:
             source = getattr(self, name)
             if source is None or Path(source).exists():
                 continue
-            if source.endswith(".json") or not re.fullmatch(REPO_ID, source):
+            looks_like_hub_id = re.fullmatch(REPO_ID, source) is not None
+            is_json_file = source.endswith(".json")
+            if is_json_file or not looks_like_hub_id:
                 raise ValueError(f"`--{name}` must be a file, folder or Hub id, org/name, but there is no {source!r}.")
 
-    def not_one_of(self, one: str, other: str) -> Iterator[str]:
-        """Yields what is wrong if neither or both are given."""
-        if (getattr(self, one) is None) == (getattr(self, other) is None):
-            yield f"Exactly one of `--{one}` and `--{other}` must be given."
+    def exactly_one_faults(self, name: str, other_name: str) -> Iterator[str]:
+        """Yields an error message unless exactly one of two options is given."""
+        is_given = getattr(self, name) is not None
+        other_is_given = getattr(self, other_name) is not None
+        if is_given == other_is_given:
+            yield f"Exactly one of `--{name}` and `--{other_name}` must be given."
 
 
 @dataclass
@@ -185,19 +196,26 @@ class ImageOptions(RunOptions):
     dataloader_num_workers: int = option(2, "Processes that cut crops.")
 
     def faults(self) -> Iterator[str]:
-        """Yields what is wrong with the options of images as well."""
+        """Yields an error message for each fault, also in the options of images."""
         yield from super().faults()
-        yield from self.not_one_of("dataset_name", "train_data_dir")
+        yield from self.exactly_one_faults("dataset_name", "train_data_dir")
         for name in ("dataset_config_name", "data_files"):
             if getattr(self, name) and self.train_data_dir is not None:
                 yield f"`--{name}` belongs to `--dataset_name`. Leave it or `--train_data_dir` out."
-        yield from wrong(self, POSITIVE, "resolution", "shuffle_buffer")
-        yield from wrong(self, FRACTION, "mix_fraction")
-        yield from wrong(self, NOT_NEGATIVE, "dataloader_num_workers")
+        yield from range_faults(self, POSITIVE, "resolution", "shuffle_buffer")
+        yield from range_faults(self, FRACTION, "mix_fraction")
+        yield from range_faults(self, NOT_NEGATIVE, "dataloader_num_workers")
         if self.mix_split is not None and self.mix_data_dir is None:
             yield "`--mix_split` belongs to `--mix_data_dir`. Give both or neither."
-        if len(self.resize_range) != 2 or not 0 < self.resize_range[0] <= self.resize_range[1]:
+        if not self._has_resize_range():
             yield f"`--resize_range` must be two factors, the smaller first, but is {self.resize_range}."
+
+    def _has_resize_range(self) -> bool:
+        """Whether `resize_range` is a range of factors."""
+        if len(self.resize_range) != 2:
+            return False
+        smallest, largest = self.resize_range
+        return 0 < smallest <= largest
 
 
 @dataclass
@@ -211,10 +229,10 @@ class PipelineOptions(RunOptions):
     num_validation_images: int = option(4, "Images sampled at a validation.")
 
     def faults(self) -> Iterator[str]:
-        """Yields what is wrong with the options of pipelines as well."""
+        """Yields an error message for each fault, also in the options of pipelines."""
         yield from super().faults()
-        yield from wrong(self, NOT_NEGATIVE, "num_validation_images")
-        yield from wrong(self, FRACTION, "condition_dropout")
+        yield from range_faults(self, NOT_NEGATIVE, "num_validation_images")
+        yield from range_faults(self, FRACTION, "condition_dropout")
 
 
 def read_options(options_classes: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
@@ -231,46 +249,54 @@ def read_options(options_classes: Sequence[type], arguments: Sequence[str]) -> t
         ValueError: If an option is unknown or missing, a value is of the wrong type, or the file does not map options
             to values.
     """
-    flags = list(arguments)
-    if flags and flags[0].endswith((".yaml", ".yml")):
-        flags = file_flags(Path(flags[0])) + flags[1:]
+    words = list(arguments)
+    if words and words[0].endswith((".yaml", ".yml")):
+        config_file = Path(words[0])
+        words = file_flags(config_file) + words[1:]  # the last of equal flags counts
     parser = OptionParser(options_classes, prog=script_name(), allow_abbrev=False)
-    parser.check_names(flags)
-    _, unused = parser.parse_known_args(flags)
+    parser.check_names(words)
+    _, unused = parser.parse_known_args(words)
     if unused:
         raise ValueError(f"`{unused[0]}` must follow an option that takes it, but the one before has all its values.")
-    parsed = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    parsed = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     for options in parsed:
-        for name, value in vars(options).items():
-            if name.endswith("_name_or_path") and value is not None:
-                setattr(options, name, find_bundled(value))
+        _find_bundled_models(options)
     return tuple(parsed)
+
+
+def _find_bundled_models(options: Any) -> None:
+    """Replaces names of models that come with the package by their folders."""
+    for name, value in vars(options).items():
+        if name.endswith("_name_or_path") and value is not None:
+            setattr(options, name, find_bundled(value))
 
 
 class OptionParser(HfArgumentParser):
     """Parser of a script's options. A flag without values empties a list, and the value `none` unsets an option."""
 
     def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
-        """Adds an option, whose metadata are `settings`."""
-        if settings.get("nargs") == "+":
-            settings["nargs"] = "*"
-        is_optional = "default" in settings and settings["default"] is None
-        if is_optional and "choices" not in settings:
+        """Adds an option. Takes the arguments of `argparse.ArgumentParser.add_argument`."""
+        if settings.get("nargs") == "+":  # one value or more
+            settings["nargs"] = "*"  # none, too
+        is_unset_by_default = "default" in settings and settings["default"] is None
+        if is_unset_by_default and "choices" not in settings:
             settings["type"] = _or_none(settings["type"])
         return super().add_argument(*flags, **settings)
 
     def check_names(self, words: Sequence[str]) -> None:
         """Raises ValueError for the first flag that is not an option, with the option that was probably meant."""
-        names = []
+        flags = []
         for action in self._actions:
-            names += action.option_strings
+            flags += action.option_strings
         for word in words:
-            name = word.partition("=")[0]
-            if not name.startswith("--") or name in names:
+            flag = word.partition("=")[0]  # of `--flag` and of `--flag=value`
+            if not flag.startswith("--") or flag in flags:
                 continue
-            similar = difflib.get_close_matches(name, names, 1)
-            advice = f"Did you mean `{similar[0]}`?" if similar else "Pass `--help` to see all."
-            raise ValueError(f"`{name}` is not an option of the script. {advice}")
+            advice = "Pass `--help` to see all."
+            similar_flags = difflib.get_close_matches(flag, flags, 1)
+            if similar_flags:
+                advice = f"Did you mean `{similar_flags[0]}`?"
+            raise ValueError(f"`{flag}` is not an option of the script. {advice}")
 
     def error(self, message: str) -> NoReturn:
         """Raises the error, without the usage, which lists every option."""
@@ -278,9 +304,13 @@ class OptionParser(HfArgumentParser):
 
 
 def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Type of an option that the value `none` unsets. Other values are converted as before."""
+
     @wraps(convert, updated=())
     def convert_or_none(text: str) -> Any:
-        return None if text == "none" else convert(text)
+        if text == "none":
+            return None
+        return convert(text)
 
     return convert_or_none
 
@@ -295,7 +325,8 @@ def file_flags(path: Path) -> list[str]:
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"`{path}` must be a YAML file, but is not: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())  # on one line
+        raise ValueError(f"`{path}` must be a YAML file, but is not: {reason}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"`{path}` must map options to values, but is {type(entries).__name__}.")
     flags = []
@@ -304,13 +335,13 @@ def file_flags(path: Path) -> list[str]:
             continue
         flags.append(f"--{name}")
         values = value if isinstance(value, list) else [value]
-        for item in values:
-            flags.append(_located(path.parent, item))
+        for single_value in values:
+            flags.append(_value_text(path.parent, single_value))
     return flags
 
 
-def _located(folder: Path, value: Any) -> str:
-    """A value of a file as text; a path that exists relative to the folder of the file becomes absolute."""
+def _value_text(folder: Path, value: Any) -> str:
+    """Text of a value of a YAML file. If it is a path that exists relative to the file's folder, the joined path."""
     if isinstance(value, str) and (folder / value).exists():
         return str(folder / value)
     return str(value)
@@ -320,13 +351,13 @@ def _located(folder: Path, value: Any) -> str:
 
 
 def public_values(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as they may be published, by name: without directories of this machine. Equal names count as equal."""
-    return {name: _public(value) for name, value in options.items()}
+    """Options as they may be published: each text as its `public_name`, without directories of this machine."""
+    return {name: _public_value(value) for name, value in options.items()}
 
 
-def _public(value: Any) -> Any:
+def _public_value(value: Any) -> Any:
     if isinstance(value, list):
-        return [_public(item) for item in value]
+        return [_public_value(item) for item in value]
     if isinstance(value, str):
         return public_name(value)
     return value
@@ -334,7 +365,7 @@ def _public(value: Any) -> Any:
 
 @contextmanager
 def about_split(option_name: str) -> Iterator[None]:
-    """Names the option of a split in errors of opening an image set, which say `--split`."""
+    """Replaces `--split` by the name of another option in errors that are raised while an image set is opened."""
     try:
         yield
     except ValueError as error:

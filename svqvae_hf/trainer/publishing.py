@@ -17,12 +17,18 @@ from svqvae_hf.hub.repositories import prepare_repo, push_folder
 from svqvae_hf.trainer.disk import WRITE_ERRORS, write_fault
 from svqvae_hf.trainer.identity import RunIdentity, changed_names, check_sources
 
-OPTIONS, FINISHED = "train_config.yaml", "finished_run.json"
-UNPUBLISHED = (
-    "result.partial"  # folder of a result that is being saved; a killed run leaves it, and the next deletes it
-)
-BASES = ("pretrained_model", "model", "pipeline")  # in the names of options, for what is trained further
-SETS = ("token_set", "dataset_name", "train_data_dir", "mix_data_dir")
+# In the output folder
+OPTIONS_FILE = "train_config.yaml"
+FINISHED_FILE = "finished_run.json"
+CARD_FILE = "README.md"
+SAMPLES = "samples/*.png"
+PARTIAL_RESULT = "result.partial"  # holds a result while it is saved; the next run deletes it if this one is killed
+
+# Options that name what a result is made from
+SET_OPTIONS = ("token_set", "dataset_name", "train_data_dir", "mix_data_dir")
+BASE_OPTIONS = ("pretrained_model_name_or_path", "model_name_or_path", "pipeline_name_or_path")  # are trained further
+CONFIG_OPTION = "model_config_name_or_path"  # a new network has no weights of its own
+MODEL_SUFFIX = "_name_or_path"
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -49,12 +55,14 @@ class Result:
         self.push_to_hub = push_to_hub
         self.output_dir = Path(options.output_dir)
         self.name = options.hub_model_id or self.output_dir.absolute().name
-        if is_main:
-            if push_to_hub:
-                self.name = prepare_repo(self.name, private=options.hub_private_repo or None, license=origin.license)
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            listed = yaml.safe_dump(identity.options, sort_keys=False)
-            write_file(self.output_dir / OPTIONS, listed.encode())
+        if not is_main:
+            return
+        if push_to_hub:
+            is_private = True if options.hub_private_repo else None  # None: as the Hub's settings say
+            self.name = prepare_repo(self.name, private=is_private, license=origin.license)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        options_text = yaml.safe_dump(identity.options, sort_keys=False)
+        write_file(self.output_dir / OPTIONS_FILE, options_text.encode())
 
     def publish(self, save_pretrained: Callable[..., Any], card: str) -> None:
         """Saves the result with its card in the output folder, and uploads it with `--push_to_hub`.
@@ -68,7 +76,20 @@ class Result:
         Raises:
             OSError: If it cannot be written or uploaded.
         """
-        folder = self.output_dir / UNPUBLISHED
+        partial_result = self._save_partial(save_pretrained)
+        result_files = move_files(partial_result, self.output_dir)
+        shutil.rmtree(partial_result)
+        write_file(self.output_dir / CARD_FILE, card.encode())
+        logger.info(f"Saved to {self.output_dir}")
+        if self.push_to_hub:
+            uploaded = result_files + [CARD_FILE, SAMPLES, OPTIONS_FILE]
+            push_folder(self.output_dir, self.name, "Upload the trained model", files=uploaded)
+        record = json.dumps(self.identity.to_record(), indent=2)
+        write_file(self.output_dir / FINISHED_FILE, record.encode())  # last: from now on the run is finished
+
+    def _save_partial(self, save_pretrained: Callable[..., Any]) -> Path:
+        """Saves the result in a new folder inside the output folder, and returns the new folder."""
+        folder = self.output_dir / PARTIAL_RESULT
         shutil.rmtree(folder, ignore_errors=True)
         try:
             folder.mkdir()
@@ -80,32 +101,26 @@ class Result:
                 f"The result cannot be written to `{self.output_dir}`: {reason}. Checkpoints are intact. Resume the "
                 "run with `--resume_from_checkpoint latest`."
             ) from error
-        saved = move_files(folder, self.output_dir)
-        shutil.rmtree(folder)
-        write_file(self.output_dir / "README.md", card.encode())
-        logger.info(f"Saved to {self.output_dir}")
-        if self.push_to_hub:
-            files = [*saved, "README.md", "samples/*.png", OPTIONS]
-            push_folder(self.output_dir, self.name, "Upload the trained model", files=files)
-        record = json.dumps(self.identity.to_record(), indent=2)
-        write_file(self.output_dir / FINISHED, record.encode())  # the run is finished
+        return folder
 
 
 def find_sources(options: Any) -> Origin:
     """Licence and sources of a run's result. Its licence is the option's or, by default, its sources'.
 
     Raises:
-        ValueError: If sources have different licences and none is given.
+        ValueError: If the sources have different licences, and the options have none.
     """
-    models = {}
+    sources = vars(options)
     sets = {}
-    for name, source in vars(options).items():
-        role, is_model, _ = name.partition("_name_or_path")
-        if name in SETS:
-            sets[name.replace("_", " ")] = source
-        elif is_model and source is not None and role != "model_config":
-            row = STARTED_FROM if role in BASES else role.replace("_", " ")
-            models[row] = source
+    models = {}
+    for option, source in sources.items():
+        if option in SET_OPTIONS:
+            sets[option.replace("_", " ")] = source
+        elif option in BASE_OPTIONS and source is not None:
+            models[STARTED_FROM] = source
+        elif option.endswith(MODEL_SUFFIX) and option != CONFIG_OPTION and source is not None:
+            part = option.removesuffix(MODEL_SUFFIX)  # of the result, such as `vqvae`
+            models[part.replace("_", " ")] = source
     return find_origin(models, sets, options.license)
 
 
@@ -115,8 +130,8 @@ def provenance(script: str, steps: int, batch: int, examples: str) -> dict[str, 
     Args:
         script (`str`): The script, such as `training/train.py`.
         steps (`int`): Number of steps.
-        batch (`int`): Examples of a step.
-        examples (`str`): Name of the examples, such as `images`.
+        batch (`int`): Number of examples per step.
+        examples (`str`): What an example is, in the plural, such as `images`.
     """
     return {
         "trained by": f"`{script}` of svqvae-hf {version('svqvae-hf')}, options in `train_config.yaml`",
@@ -125,54 +140,65 @@ def provenance(script: str, steps: int, batch: int, examples: str) -> dict[str, 
 
 
 def refuse_finished(output_dir: Path, identity: RunIdentity) -> None:
-    """Ends a run whose result is already in its folder, before anything is written.
+    """Ends a run whose output folder holds the result of a finished run, before anything is written.
+
+    A run may go on if it is longer than the finished one and a checkpoint is there, from which it can resume.
 
     Args:
         output_dir (`Path`): Folder of the run.
-        identity ([`~svqvae_hf.trainer.identity.RunIdentity`]): What this run is made from. A longer run may resume
-            from a checkpoint.
+        identity ([`~svqvae_hf.trainer.identity.RunIdentity`]): What this run is made from.
 
     Raises:
         SystemExit: With code 0, if a run with the same options, models and sets has finished here.
-        ValueError: If it had others.
+        ValueError: If the finished run had other options, models or sets.
     """
-    path = output_dir / FINISHED
+    path = output_dir / FINISHED_FILE
     if not path.exists():
         return
     finished = RunIdentity.from_file(path)
-    options = identity.to_record()["options"]
-    old_steps = finished.options.get("max_steps", 0)
-    steps = options["max_steps"]
+    finished_steps = finished.options.get("max_steps", 0)
+    steps = identity.options["max_steps"]
     has_checkpoint = any(output_dir.glob("checkpoint-*"))
-    if steps > old_steps and has_checkpoint:
+    trains_further = steps > finished_steps and has_checkpoint
+    if trains_further:
         return
-    changed = changed_names(finished.options, options)
-    if changed:
-        values = ", ".join(f"--{name} {options.get(name)}" for name in changed)
-        if has_checkpoint:
-            advice = "or raise `--max_steps` to train it further"
-        else:
-            advice = "because it has no checkpoint from which it could be trained further"
-        raise ValueError(
-            f"`{output_dir}` holds the result of a finished run of {old_steps} steps, but this run has other options "
-            f"({values}). Choose another `--output_dir`, {advice}."
-        )
+    _check_same_options(output_dir, finished, identity, has_checkpoint)
     check_sources(output_dir, finished.models, identity.models)
     check_sources(output_dir, finished.sets, identity.sets)
     sys.stderr.write(f"The run in `{output_dir}` has finished its {steps} steps. Nothing changed.\n")
     sys.exit(0)
 
 
+def _check_same_options(output_dir: Path, finished: RunIdentity, identity: RunIdentity, has_checkpoint: bool) -> None:
+    """Raises ValueError if a run has other options than the finished run in its folder."""
+    options = identity.to_record()["options"]  # only those that change the result
+    changed = changed_names(finished.options, options)
+    if not changed:
+        return
+    flags = ", ".join(f"--{name} {options.get(name)}" for name in changed)
+    advice = "because it has no checkpoint from which it could be trained further"
+    if has_checkpoint:
+        advice = "or raise `--max_steps` to train it further"
+    finished_steps = finished.options.get("max_steps", 0)
+    raise ValueError(
+        f"`{output_dir}` holds the result of a finished run of {finished_steps} steps, but this run has other options "
+        f"({flags}). Choose another `--output_dir`, {advice}."
+    )
+
+
 def move_files(source: Path, target: Path) -> list[str]:
     """Moves all files below a folder to the same paths below another one, weights before their config.
 
+    The files get the permissions of the target folder, because safetensors makes files that only their owner can read.
+
     Returns:
-        `list[str]`: Their paths relative to the folders.
+        `list[str]`: Paths of the files relative to either folder.
     """
-    names = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
-    readable = target.stat().st_mode & 0o666  # safetensors makes files that only their owner can read
-    for name in sorted(names, reverse=True):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).replace(target / name)
-        (target / name).chmod(readable)
-    return [name.as_posix() for name in names]
+    relative_paths = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    permissions = target.stat().st_mode & 0o666  # without the right to execute
+    for relative_path in sorted(relative_paths, reverse=True):  # "model.safetensors" before "config.json"
+        new_path = target / relative_path
+        new_path.parent.mkdir(parents=True, exist_ok=True)
+        (source / relative_path).replace(new_path)
+        new_path.chmod(permissions)
+    return [path.as_posix() for path in relative_paths]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from svqvae_hf.trainer.losses.adversarial import MIN_SIDE
-from svqvae_hf.trainer.options import FRACTION, NOT_NEGATIVE, POSITIVE, ImageOptions, option, wrong
+from svqvae_hf.trainer.options import FRACTION, NOT_NEGATIVE, POSITIVE, ImageOptions, option, range_faults
 
 
 @dataclass
@@ -59,20 +59,22 @@ class TrainOptions(ImageOptions):
     load_best_model_at_end: bool = option(False, "Save the weights of the validation with the highest mean PSNR.")
 
     def faults(self) -> Iterator[str]:
-        """Yields what is wrong with the options of an SVQVAE as well."""
+        """Yields an error message for each fault, also in the options of an SVQVAE."""
         yield from super().faults()
-        yield from self.not_one_of("model_config_name_or_path", "pretrained_model_name_or_path")
-        yield from wrong(self, POSITIVE, "num_scales", "token_budget", "kmeans_batches", "num_validation_images")
-        yield from wrong(self, NOT_NEGATIVE, "causal_weight", "lpips_weight", "adversarial_weight")
-        yield from wrong(self, NOT_NEGATIVE, "dead_code_reset_steps", "adversarial_start")
-        yield from wrong(self, FRACTION, "synthetic_fraction", "codebook_decay")
+        yield from self.exactly_one_faults("model_config_name_or_path", "pretrained_model_name_or_path")
+        yield from range_faults(self, POSITIVE, "num_scales", "token_budget")
+        yield from range_faults(self, POSITIVE, "kmeans_batches", "num_validation_images")
+        yield from range_faults(self, NOT_NEGATIVE, "causal_weight", "lpips_weight", "adversarial_weight")
+        yield from range_faults(self, NOT_NEGATIVE, "dead_code_reset_steps", "adversarial_start")
+        yield from range_faults(self, FRACTION, "synthetic_fraction", "codebook_decay")
         if self.load_best_model_at_end and not self.validation_data_dir:
             yield "`--load_best_model_at_end` needs `--validation_data_dir`. Give both or neither."
         if self.validation_split is not None and not self.validation_data_dir:
             yield "`--validation_split` belongs to `--validation_data_dir`. Give both or neither."
-        yield from self._check_crops()
-        yield from self._check_scales()
-        yield from self._check_codebook()
+        yield from self._crop_faults()
+        yield from self._adversarial_faults()
+        yield from self._scale_faults()
+        yield from self._codebook_faults()
 
     @property
     def initial_model(self) -> str:
@@ -81,37 +83,42 @@ class TrainOptions(ImageOptions):
 
     @property
     def quantize_from(self) -> int:
-        """First step that quantises: before its first k-means, a new model's codebook is random."""
+        """First step that quantises. A new model waits for its first k-means, because its codes are random before."""
         if self.pretrained_model_name_or_path is not None:
             return 0
         return min(self.kmeans_steps, default=0)
 
-    def _check_crops(self) -> Iterator[str]:
+    def _crop_faults(self) -> Iterator[str]:
         for side in self.crop_sizes:
-            if side < 1 or self.resolution % side:
+            divides_resolution = side >= 1 and self.resolution % side == 0
+            if not divides_resolution:
                 yield f"`--crop_sizes` must divide `--resolution` = {self.resolution}, but are {self.crop_sizes}."
-                break
+                return
+
+    def _adversarial_faults(self) -> Iterator[str]:
         if not self.adversarial_weight:
             return
-        smallest = min([self.resolution, *self.crop_sizes])
+        smallest_side = min([self.resolution, *self.crop_sizes])
         if self.scale_probabilities:  # a step may have the smallest scale alone
-            smallest = int(smallest * min(self.scales, default=1))
-        if smallest < MIN_SIDE:
-            yield f"The discriminator needs images of at least {MIN_SIDE} pixels, but one has {smallest}."
+            smallest_side = int(smallest_side * min(self.scales, default=1))
+        if smallest_side < MIN_SIDE:
+            yield f"The discriminator needs images of at least {MIN_SIDE} pixels, but one has {smallest_side}."
         if self.adversarial_start >= self.max_steps:
             yield (
                 f"`--adversarial_start` must be less than `--max_steps` = {self.max_steps}, but is "
                 f"{self.adversarial_start}. Lower it, or leave `--adversarial_weight` at 0."
             )
 
-    def _check_scales(self) -> Iterator[str]:
+    def _scale_faults(self) -> Iterator[str]:
         are_in_range = all(0 < scale < math.inf for scale in self.scales + self.validation_scales)
         if not are_in_range or not self.validation_scales:
             yield "`--validation_scales` must not be empty, and they and `--scales` must be finite and more than 0."
         if self.scales and 1 not in self.scales:
             yield f"`--scales` must contain 1, but are {self.scales}."
-        if self.token_budget is not None and (self.scales or self.token_budget < 1):
-            yield "`--token_budget` must be at least 1, the full scale, and not be used with `--scales`."
+        if self.token_budget is not None:
+            has_fixed_scales = bool(self.scales)
+            if has_fixed_scales or self.token_budget < 1:
+                yield "`--token_budget` must be at least 1, the full scale, and not be used with `--scales`."
         if self.scale_probabilities and not self._are_probabilities():
             yield (
                 f"`--scale_probabilities` must be one fraction for each of `--scales` = {self.scales}, and sum to 1, "
@@ -122,10 +129,12 @@ class TrainOptions(ImageOptions):
         """Whether there is a probability for each scale, and all of them sum to 1."""
         if len(self.scale_probabilities) != len(self.scales):
             return False
-        return min(self.scale_probabilities) >= 0 and math.isclose(sum(self.scale_probabilities), 1)
+        one_is_negative = min(self.scale_probabilities) < 0
+        return not one_is_negative and math.isclose(sum(self.scale_probabilities), 1)
 
-    def _check_codebook(self) -> Iterator[str]:
-        if not all(0 < step < self.max_steps for step in self.kmeans_steps):
+    def _codebook_faults(self) -> Iterator[str]:
+        are_in_run = all(0 < step < self.max_steps for step in self.kmeans_steps)
+        if not are_in_run:
             yield f"`--kmeans_steps` must lie between 0 and `--max_steps` = {self.max_steps}, got {self.kmeans_steps}."
         if self.train != "decoder":
             return

@@ -19,8 +19,8 @@ import torch
 from cli_runner import svqvae
 from conftest import ROOT, make_tiny
 from language_trainer import (
-    OF_ADAMW,
-    OF_VALIDATIONS,
+    ADAMW_ARGUMENTS,
+    VALIDATION_ARGUMENTS,
     WITHOUT_EFFECT,
     CheckpointOnSignal,
     LanguageModelTrainer,
@@ -191,11 +191,11 @@ def test_loss_by_modality():
     with torch.no_grad():
         logits[0, 0, 5] = 100.0  # the text is known, the codes are not
     total = loss(SimpleNamespace(logits=logits), labels)
-    assert loss.sums[True][:, 1:].tolist() == [[1, 1], [2, 0]]
-    assert loss.sums[True][0, 0] == pytest.approx(0, abs=1e-6)
-    assert loss.sums[True][1, 0] == pytest.approx(2 * math.log(400), rel=1e-5)
+    assert loss.training_sums[:, 1:].tolist() == [[1, 1], [2, 0]]
+    assert loss.training_sums[0, 0] == pytest.approx(0, abs=1e-6)
+    assert loss.training_sums[1, 0] == pytest.approx(2 * math.log(400), rel=1e-5)
     assert total.item() == pytest.approx(2 * math.log(400) / 3, rel=1e-5)
-    assert not loss.sums[False].any()
+    assert not loss.validation_sums.any()
 
 
 def test_scheduled_sampling_replaces_ids_by_drawn_ones_and_nothing_else():
@@ -385,7 +385,7 @@ def test_arguments_without_effect_are_refused(train, changes, message, tmp_path)
 
 def test_arguments_without_effect_are_arguments():
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert {*WITHOUT_EFFECT, *OF_ADAMW, *OF_VALIDATIONS} <= names
+    assert {*WITHOUT_EFFECT, *ADAMW_ARGUMENTS, *VALIDATION_ARGUMENTS} <= names
 
 
 def test_captions_and_texts_longer_than_the_context_are_named_before_the_run(train, tokens, tmp_path):
