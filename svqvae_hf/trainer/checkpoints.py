@@ -28,7 +28,7 @@ from svqvae_hf.trainer.options import RunOptions
 RUN_STATE = "run_state.pt"
 IDENTITY = "run_identity.json"
 CHECKSUMS = "checksums.json"
-VALIDATION = "validation_"  # start of the names of sets that are measured, and not trained on
+VALIDATION = "validation_"  # start of the names of options whose sets are measured, and not trained on
 NAME = re.compile(r"checkpoint-\d+")
 
 logger = get_logger(__name__, log_level="INFO")
@@ -78,7 +78,7 @@ class Checkpoints:
     def steps(self) -> Iterator[int]:
         """Yields the number of each remaining step, with a progress bar on a terminal.
 
-        In a step, signals are requests to end the run, which [`after`] follows.
+        During the steps, a signal does not end the process. [`after`] saves a checkpoint and ends it.
         """
         last = self.options.max_steps
         on_terminal = self.accelerator.is_local_main_process and sys.stderr.isatty()
@@ -132,11 +132,7 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None, steps: int) -> P
     """
     newest = max(_checkpoints(output_dir), key=checkpoint_step, default=None)
     if wanted is None:
-        if newest is not None:
-            raise ValueError(
-                f"A new run needs an `--output_dir` without checkpoints, but `{output_dir}` has {newest.name}. Resume "
-                "it with `--resume_from_checkpoint latest`, or choose another folder."
-            )
+        _check_without_checkpoints(output_dir, newest)
         return None
     if wanted == "latest":
         checkpoint = newest
@@ -145,8 +141,9 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None, steps: int) -> P
     if checkpoint is None:
         return None
     step = checkpoint_step(checkpoint)
+    # With newer checkpoints, `latest` would find one of the old run, and `--save_total_limit` would delete new ones.
     if newest is not None and step < checkpoint_step(newest):
-        raise ValueError(  # `latest` and the limit are by step
+        raise ValueError(
             f"A run resumed from {checkpoint.name} needs an `--output_dir` without newer checkpoints, but "
             f"`{output_dir}` has {newest.name}. Move the newer ones away, or choose another folder and name "
             f"`{checkpoint}`."
@@ -154,6 +151,15 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None, steps: int) -> P
     if step > steps:
         raise ValueError(f"`--max_steps` must be at least {step}, as in `{checkpoint}`, got {steps}.")
     return checkpoint
+
+
+def _check_without_checkpoints(output_dir: str | Path, newest: Path | None) -> None:
+    """Raises ValueError if the folder of a new run has a checkpoint."""
+    if newest is not None:
+        raise ValueError(
+            f"A new run needs an `--output_dir` without checkpoints, but `{output_dir}` has {newest.name}. Resume "
+            "it with `--resume_from_checkpoint latest`, or choose another folder."
+        )
 
 
 def _find_named(output_dir: str | Path, name: str) -> Path:
@@ -169,8 +175,8 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def checkpoint_step(path: Path) -> int:
-    """Steps done before a checkpoint was written."""
-    return int(path.name.rsplit("-", 1)[1])
+    """Steps done before a checkpoint was written, from its name."""
+    return int(path.name.rpartition("-")[2])
 
 
 def check_resumable(checkpoint: Path, identity: RunIdentity) -> None:
@@ -190,16 +196,18 @@ def check_resumable(checkpoint: Path, identity: RunIdentity) -> None:
         recorded = RunIdentity.from_file(checkpoint / IDENTITY)
     check_sources(checkpoint, recorded.models, identity.models)
     check_sources(checkpoint, _trained_on(recorded.sets), _trained_on(identity.sets))
-    optimizer = recorded.options.get("optimizer")
-    if identity.options.get("optimizer") != optimizer:
-        raise ValueError(
-            f"`--optimizer` must be {optimizer} as in `{checkpoint}`, got {identity.options.get('optimizer')}."
-        )
+    recorded_optimizer = recorded.options.get("optimizer")
+    optimizer = identity.options.get("optimizer")
+    if optimizer != recorded_optimizer:
+        raise ValueError(f"`--optimizer` must be {recorded_optimizer} as in `{checkpoint}`, got {optimizer}.")
     for name in changed_names(recorded.options, identity.to_record()["options"]):
-        logger.info(f"Changed on resume: --{name} from {recorded.options.get(name)} to {identity.options.get(name)}")
+        before = recorded.options.get(name)
+        now = identity.options.get(name)
+        logger.info(f"Changed on resume: --{name} from {before} to {now}")
 
 
 def _trained_on(sets: Mapping[str, str]) -> dict[str, str]:
+    """Sets that are trained on, and not only measured."""
     return {name: digest for name, digest in sets.items() if not name.startswith(VALIDATION)}
 
 
@@ -250,8 +258,8 @@ def save_checkpoint(
         os.replace(partial, path)
         if total_limit is not None:
             oldest_first = sorted(_checkpoints(output_dir), key=checkpoint_step)
-            for old in oldest_first[:-total_limit]:
-                shutil.rmtree(old)
+            for checkpoint in oldest_first[:-total_limit]:
+                shutil.rmtree(checkpoint)
     accelerator.wait_for_everyone()
 
 
@@ -288,14 +296,15 @@ def load_checkpoint(accelerator: Accelerator, path: Path, names: Iterable[str]) 
         )
     with _one_line_reason(path):
         accelerator.load_state(str(path))
-        accelerator.step = 0  # of accumulated batches, which a checkpoint has none of
+        accelerator.step = 0  # no batches are accumulated, because a checkpoint is written between steps
     return dict(run_state)
 
 
 def check_files(checkpoint: Path) -> None:
     """Raises ValueError if a file of a checkpoint is not as it was written.
 
-    A checkpoint of transformers' `Trainer` has no checksums if its run was killed just before they were written.
+    A checkpoint without checksums passes: transformers' `Trainer` leaves one if its run is killed just before they are
+    written.
     """
     if not (checkpoint / CHECKSUMS).exists():
         return
@@ -330,8 +339,12 @@ def _one_line_reason(path: Path) -> Iterator[None]:
 
 
 def _first_fault(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines()] or [repr(error)]
-    fault = lines[0]
-    if fault.startswith("Error(s) in loading state_dict") and len(lines) > 1:
-        fault = lines[1]
-    return fault.partition(". ")[0].rstrip(".")
+    """First sentence of an error. PyTorch's errors of state dicts have a heading above it."""
+    lines = str(error).splitlines()
+    if not lines:
+        return repr(error).rstrip(".")
+    line = lines[0].strip()
+    is_heading = line.startswith("Error(s) in loading state_dict")
+    if is_heading and len(lines) > 1:
+        line = lines[1].strip()
+    return line.partition(". ")[0].rstrip(".")

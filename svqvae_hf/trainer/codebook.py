@@ -11,7 +11,7 @@ from svqvae_hf.trainer.losses.causal import Mean
 from svqvae_hf.trainer.tracking import progress
 
 KMEANS_ITERATIONS = 20
-FORGOTTEN = 1e-6  # weight below which an average holds no latent any more
+FORGOTTEN = 1e-6  # an average with a smaller weight has had no latents for so long that its code stays where it is
 
 
 @torch.no_grad()
@@ -112,9 +112,10 @@ class CodebookAverage(nn.Module):
             mean (`Callable`, *optional*): Averages a tensor over all processes; not needed for one process.
         """
         latents = as_codes(quantizer, latents.float())
-        share = torch.full((len(ids),), quantizer.size / len(ids), device=ids.device)  # of each latent
-        weights = mean(torch.zeros_like(self.weights).index_add_(0, ids, share))
-        sums = mean(torch.zeros_like(self.sums).index_add_(0, ids, latents * share[:, None]))
+        weight_of_latent = quantizer.size / len(ids)  # so that a code of average use has a weight of 1
+        latent_weights = torch.full((len(ids),), weight_of_latent, device=ids.device)  # (n,)
+        weights = mean(torch.zeros_like(self.weights).index_add_(0, ids, latent_weights))  # (size,)
+        sums = mean(torch.zeros_like(self.sums).index_add_(0, ids, latents * latent_weights[:, None]))  # (size, C)
         if not sums.isfinite().all():
             return  # the optimizer skips this step as well; a code that is not finite would never recover
         self.weights.lerp_(weights, 1 - self.decay)
@@ -162,13 +163,13 @@ class DeadCodeReset(nn.Module):
         """
         rng = np.random.default_rng((seed, step))
         latents = finite_rows(latents).float()
-        dead = (self.counts == 0).nonzero().flatten()
-        count = min(len(dead), len(latents), limit)
-        replaced = _permuted(dead, rng)[:count].sort().values
-        codes = _permuted(latents, rng)[:count]
-        quantizer.embedding.weight[replaced] = as_codes(quantizer, codes)
+        dead_ids = (self.counts == 0).nonzero().flatten()
+        num_replaced = min(len(dead_ids), len(latents), limit)
+        replaced_ids = _permuted(dead_ids, rng)[:num_replaced].sort().values
+        drawn_latents = _permuted(latents, rng)[:num_replaced]
+        quantizer.embedding.weight[replaced_ids] = as_codes(quantizer, drawn_latents)
         self.counts.zero_()
-        return replaced
+        return replaced_ids
 
 
 def _permuted(rows: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -198,13 +199,14 @@ def forget_codes(
         ema (`EMAModel`, *optional*): Average of `model.parameters()`.
     """
     state = optimizer.state.get(codes, {})
-    moments = ["exp_avg", "exp_avg_sq"]
-    if "Q" in state and len(state["Q"][0]) > 0:  # SOAP has rotated the rows
-        moments = ["exp_avg"]
-    for name in moments:
+    soap_rotates_rows = "Q" in state and len(state["Q"][0]) > 0  # `Q` holds a rotation, or [], per dimension
+    cleared_moments = ["exp_avg", "exp_avg_sq"]
+    if soap_rotates_rows:
+        cleared_moments = ["exp_avg"]
+    for name in cleared_moments:
         if name in state:
             state[name][replaced] = 0
     if ema is not None:
-        average_of = dict(zip(model.parameters(), ema.shadow_params, strict=True))
-        average = average_of[codes]
-        average[replaced.to(average.device)] = codes[replaced].to(average)
+        averages = dict(zip(model.parameters(), ema.shadow_params, strict=True))
+        average_codes = averages[codes]  # (size, dim)
+        average_codes[replaced.to(average_codes.device)] = codes[replaced].to(average_codes)

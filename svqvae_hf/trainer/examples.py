@@ -45,10 +45,11 @@ class Mix:
     seed: int = 0
 
     def draw_caption(self, captions: Sequence[str], rng: np.random.Generator) -> str:
-        """The first caption in the stated fraction, otherwise any."""
+        """Draws one of the captions of an image. The first one is drawn at least as often as the fraction says."""
         if rng.random() < self.first_caption_fraction:
             return captions[0]
-        return captions[int(rng.integers(len(captions)))]
+        position = int(rng.integers(len(captions)))
+        return captions[position]
 
 
 class LlamaGenExamples(Dataset):
@@ -76,10 +77,12 @@ class LlamaGenExamples(Dataset):
         source = self.source
         row = row_at(index, len(source.rows), self.mix.seed)
         ids, label, captions = source.batch([row])
-        if rng.random() < self.mix.condition_dropout:
-            label[:] = source.num_classes  # drops its caption as well
+        is_dropped = rng.random() < self.mix.condition_dropout
+        if is_dropped:
+            label[:] = source.num_classes  # the model then ignores the caption as well
         condition = source.settings.codebook_size + label  # (1,)
-        tokens = torch.cat([condition, ids[-1].flatten()])  # (1 + ids,)
+        finest_ids = ids[-1].flatten()
+        tokens = torch.cat([condition, finest_ids])  # (1 + ids,)
         labels = tokens.clone()
         labels[0] = IGNORED
         example: dict[str, Any] = {"input_ids": tokens, "labels": labels}
@@ -166,8 +169,8 @@ class ChatExamples(Dataset):
         labels = list(tokens)
         if self.mix.completion_only_loss:
             question = self.processor.apply_chat_template(conversation[:1], add_generation_prompt=True)
-            asked = common_start(tokens, tokenize(self.processor, question))
-            labels[:asked] = [IGNORED] * asked
+            question_length = common_start(tokens, tokenize(self.processor, question))
+            labels[:question_length] = [IGNORED] * question_length
         return {"input_ids": tokens, "labels": labels}
 
     def check_lengths(self) -> None:
@@ -180,27 +183,40 @@ class ChatExamples(Dataset):
         """
         if not len(self.pairs):
             return
-        first_row = self.pairs[0]
-        first_caption = self.captions_of(first_row)[0]
-        first_chat = chat(first_caption, self.image_text(first_row))
-        chat_length = len(tokenize(self.processor, self.processor.apply_chat_template(first_chat)))
-        caption_length = len(tokenize(self.processor, first_caption))
-        first_codes = max(ids.numel() for ids in row_tokens(first_row, self.settings).ids)
+        longest_safe = self.context - self._length_without_caption() - MARGIN
+        num_rows = len(self.pairs)
+        for start in range(0, num_rows, CAPTION_BATCH):
+            row_numbers = range(start, min(start + CAPTION_BATCH, num_rows))
+            for caption in self._count_caption_tokens(row_numbers):
+                if caption.num_tokens > longest_safe:
+                    self._check_caption(caption.row_number, caption.text)
+
+    def _length_without_caption(self) -> int:
+        """About how many tokens a chat has besides its caption, with the largest image of the processor."""
+        row = self.pairs[0]
+        caption = self.captions_of(row)[0]
+        conversation = chat(caption, self.image_text(row))
+        chat_length = len(tokenize(self.processor, self.processor.apply_chat_template(conversation)))
+        caption_length = len(tokenize(self.processor, caption))
+        num_codes = max(ids.numel() for ids in row_tokens(row, self.settings).ids)
         most_codes = max(rows * columns for rows, columns in self.processor.vocabulary.grids)
-        longest_rest = chat_length - caption_length + most_codes - first_codes
-        longest_safe = self.context - longest_rest - MARGIN
-        for start in range(0, len(self.pairs), CAPTION_BATCH):
-            batch = self.pairs.select_columns([self.caption_column])[start : start + CAPTION_BATCH]
-            captions: list[str] = []
-            row_numbers: list[int] = []  # of each caption
-            for number, value in enumerate(batch[self.caption_column], start):
-                row_captions = [value] if isinstance(value, str) else value
-                captions += row_captions
-                row_numbers += [number] * len(row_captions)
-            tokens = self.processor.tokenizer(captions).input_ids
-            for caption, number, caption_tokens in zip(captions, row_numbers, tokens, strict=True):
-                if len(caption_tokens) > longest_safe:
-                    self._check_caption(number, caption)
+        length_without_caption = chat_length - caption_length
+        return length_without_caption - num_codes + most_codes
+
+    def _count_caption_tokens(self, row_numbers: range) -> list["CaptionLength"]:
+        """Tokenises all captions of some rows at once."""
+        batch = self.pairs.select_columns([self.caption_column])[row_numbers.start : row_numbers.stop]
+        texts: list[str] = []
+        numbers_of_texts: list[int] = []
+        for row_number, captions in zip(row_numbers, batch[self.caption_column], strict=True):
+            row_captions = [captions] if isinstance(captions, str) else captions
+            texts += row_captions
+            numbers_of_texts += [row_number] * len(row_captions)
+        tokens = self.processor.tokenizer(texts).input_ids
+        lengths = []
+        for row_number, text, text_tokens in zip(numbers_of_texts, texts, tokens, strict=True):
+            lengths.append(CaptionLength(row_number, text, len(text_tokens)))
+        return lengths
 
     def _check_caption(self, number: int, caption: str) -> None:
         """Raises if the chats of a caption and the image of its row are too long."""
@@ -216,15 +232,24 @@ class ChatExamples(Dataset):
             ) from error
 
 
+@dataclass(frozen=True)
+class CaptionLength:
+    """A caption, the number of its row, and its number of tokens without a chat."""
+
+    row_number: int
+    text: str
+    num_tokens: int
+
+
 def chat(question: str, answer: str) -> list[dict[str, str]]:
     """Messages of a question and its answer."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def common_start(tokens: Sequence[int], others: Sequence[int]) -> int:
+def common_start(tokens: Sequence[int], other_tokens: Sequence[int]) -> int:
     """Number of equal tokens at the start of two sequences."""
     count = 0
-    for token, other_token in zip(tokens, others, strict=False):
+    for token, other_token in zip(tokens, other_tokens, strict=False):
         if token != other_token:
             break
         count += 1
@@ -240,10 +265,11 @@ def tokenize(processor: SVQVAEProcessor, text: str) -> list[int]:
 
 def text_tokens(processor: SVQVAEProcessor, row: dict[str, Any]) -> list[int]:
     """Tokens of a text of [`read_texts`], with those of its images in place of their placeholders."""
-    texts = row["text"].split(processor.image_token)
+    images = row.get("images", [])
+    texts = row["text"].split(processor.image_token)  # one more than images
     whole_text = texts[0]
-    for ids, text in zip(row.get("images", []), texts[1:], strict=True):
-        whole_text += processor.image_text(torch.tensor(ids)) + text
+    for ids, text_after_image in zip(images, texts[1:], strict=True):
+        whole_text += processor.image_text(torch.tensor(ids)) + text_after_image
     end = processor.tokenizer.eos_token or ""
     return tokenize(processor, whole_text + end)
 
@@ -260,15 +286,16 @@ def check_disjoint(pairs: Any, held_out: Any) -> None:
     """
     if not len(pairs):
         return
-    held_out_rows: dict[str, list[int]] = {}
-    for number, key in enumerate(held_out["key"]):
-        held_out_rows.setdefault(key, []).append(number)
+    held_out_rows: dict[str, list[int]] = {}  # numbers of the rows, by key
+    for held_out_number, key in enumerate(held_out["key"]):
+        held_out_rows.setdefault(key, []).append(held_out_number)
     id_columns = sorted(name for name in pairs.column_names if name.startswith("ids_"))
-    for number, key in enumerate(pairs["key"]):
-        for other_number in held_out_rows.get(key, []):
-            row = pairs[number]
-            other_row = held_out[other_number]
-            if all(row[column] == other_row.get(column) for column in id_columns):
+    for row_number, key in enumerate(pairs["key"]):
+        for held_out_number in held_out_rows.get(key, []):
+            row = pairs[row_number]
+            held_out_row = held_out[held_out_number]
+            has_same_ids = all(row[column] == held_out_row.get(column) for column in id_columns)
+            if has_same_ids:
                 raise ValueError(
                     f"`--validation_token_set` must hold other images than `--token_set`, but `{key}` is in both sets."
                 )
@@ -289,23 +316,24 @@ def read_texts(files: Sequence[str], processor: SVQVAEProcessor, context: int) -
     texts = []
     for file in files:
         lines = Path(file).read_text("utf-8").split("\n")
-        is_empty = not any(line.strip() for line in lines)
+        is_empty_file = not any(line.strip() for line in lines)
         for number, line in enumerate(lines, start=1):
-            if line.strip() or is_empty:
+            is_empty_line = not line.strip()
+            if is_empty_file or not is_empty_line:  # the first line of an empty file is an error
                 texts.append(_read_text(f"line {number} of `{file}`", line, processor, context))
     return texts
 
 
 def _read_text(place: str, line: str, processor: SVQVAEProcessor, context: int) -> dict[str, Any]:
-    """Object of a line. Raises ValueError with its place."""
+    """Object of a line. Raises a ValueError that names the place of the line."""
     try:
         row = json.loads(line)
         images = row.get("images", [])
         for ids in images:
             processor.vocabulary.encode(torch.tensor(ids))  # raises for ids that are not of the codebook
-        count = row["text"].count(processor.image_token)
-        if count != len(images):
-            raise ValueError(f"it has {count} {processor.image_token} for {len(images)} images")
+        num_placeholders = row["text"].count(processor.image_token)
+        if num_placeholders != len(images):
+            raise ValueError(f"it has {num_placeholders} {processor.image_token} for {len(images)} images")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f" ({error})" if isinstance(error, ValueError) else ""
         raise ValueError(f"{place} must be a JSON object with a `text` and its `images`{reason}.") from error

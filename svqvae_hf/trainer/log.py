@@ -14,7 +14,7 @@ from torch import nn
 
 from svqvae_hf.trainer.options import RunOptions
 
-# Numbers that a line of the log shows. Trackers have all of them, and so has the log at level DEBUG.
+# Numbers that a line of the log shows. Trackers get all numbers, and the log shows the others at level DEBUG.
 SHOWN = (
     "loss",
     "l2",
@@ -45,12 +45,12 @@ class Log:
     def __init__(self, options: RunOptions, accelerator: Accelerator):
         self.options = options
         self.accelerator = accelerator
-        self.numbers: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self.amounts = Counter[str]()
+        self.numbers: dict[str, list[torch.Tensor]] = defaultdict(list)  # scalars of batches since the last line
+        self.amounts = Counter[str]()  # sums since the last line
         self.card_rows: dict[str, str] = {}
         self.first_step = 0
         self.start_time = time.monotonic()
-        self.last_time = self.start_time  # of a line about training
+        self.last_time = self.start_time  # when the last line about training was written
 
     def start(self, network: nn.Module, contents: str, first_step: int) -> None:
         """Opens the trackers, and logs what is trained.
@@ -72,10 +72,11 @@ class Log:
             if parameter.requires_grad:
                 trained += parameter.numel()
         steps = self.options.max_steps
-        count = self.accelerator.num_processes
-        processes = "1 process" if count == 1 else f"{count} processes"
+        steps_left = steps - first_step
+        num_processes = self.accelerator.num_processes
+        processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
         logger.info(
-            f"Training on {contents}: {trained:,} of {total:,} parameters, {steps - first_step:,} of {steps:,} steps "
+            f"Training on {contents}: {trained:,} of {total:,} parameters, {steps_left:,} of {steps:,} steps "
             f"left, {processes} on {self.accelerator.device.type}"
         )
 
@@ -86,7 +87,7 @@ class Log:
         self.amounts.update(amounts)
 
     def write_training(self, steps_done: int, numbers: Mapping[str, float]) -> None:
-        """Logs what was added since the last call, over all processes, and other numbers.
+        """Logs what was added since the last call, over all processes, together with more numbers.
 
         All processes must have added the same names.
         """
@@ -98,7 +99,8 @@ class Log:
             written[f"train/{name}"] = value
         seconds = time.monotonic() - self.last_time
         for name, amount in self.amounts.items():
-            written[f"train/{name}_per_second"] = self.accelerator.num_processes * amount / seconds
+            amount_of_all_processes = self.accelerator.num_processes * amount
+            written[f"train/{name}_per_second"] = amount_of_all_processes / seconds
         self.numbers.clear()
         self.amounts.clear()
         self.last_time = time.monotonic()
@@ -150,7 +152,7 @@ def is_shown(name: str, value: float) -> bool:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: the peak of this process on a GPU, or its memory on a CPU now."""
+    """Bytes of this process: on a GPU, the most that it has used; on a CPU, what it uses now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss

@@ -16,16 +16,16 @@ class MuonAndAdam(torch.optim.Optimizer):
     Muon's updates have the size of Adam's, so both have one learning rate.
 
     Args:
-        params (`Sequence[dict]`): Two groups, of [`muon_groups`].
+        params (`Sequence[dict]`): Two groups, from [`muon_groups`].
         lr (`float`): Learning rate.
-        betas (`tuple[float, float]`): Of Adam.
+        betas (`tuple[float, float]`): Decays of Adam's means of gradients and of squared gradients.
     """
 
     def __init__(self, params: Sequence[dict[str, Any]], lr: float, betas: tuple[float, float]):
-        matrices, rest = params
-        self.muon = torch.optim.Muon([matrices], lr=lr, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw")
-        self.adam = torch.optim.AdamW([rest], lr=lr, betas=betas)
-        super().__init__([matrices, rest], {"lr": lr, "betas": betas})
+        matrix_group, other_group = params
+        self.muon = torch.optim.Muon([matrix_group], lr=lr, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw")
+        self.adam = torch.optim.AdamW([other_group], lr=lr, betas=betas)
+        super().__init__([matrix_group, other_group], {"lr": lr, "betas": betas})
         self.share_groups()
 
     def share_groups(self) -> None:
@@ -55,19 +55,25 @@ class MuonAndAdam(torch.optim.Optimizer):
 
 
 def muon_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained matrices of linear layers, which decay, and all other weights, such as embeddings and a head."""
-    tables: set[int] = set()
+    """Two groups of trained weights: matrices of linear layers, which decay, and all others.
+
+    The embeddings of tokens and the head count as others, although they are matrices.
+    """
+    token_tables: set[int] = set()  # identities of their weights
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is not None:
-            tables.add(id(layer.weight))
+            token_tables.add(id(layer.weight))
     matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    others: dict[int, nn.Parameter] = {}  # by identity, because the head may share the embeddings' weight
     for module in model.modules():
         for weight in module.parameters(recurse=False):
             if not weight.requires_grad:
                 continue
-            if isinstance(module, nn.Linear) and weight.ndim == 2 and id(weight) not in tables:
+            is_layer_matrix = isinstance(module, nn.Linear) and weight.ndim == 2
+            if is_layer_matrix and id(weight) not in token_tables:
                 matrices.append(weight)
-            elif all(weight is not seen for seen in rest):  # the head may share the embeddings' weight
-                rest.append(weight)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+            else:
+                others[id(weight)] = weight
+    decayed_group = {"params": matrices, "weight_decay": weight_decay}
+    other_group = {"params": list(others.values()), "weight_decay": 0.0}
+    return [decayed_group, other_group]

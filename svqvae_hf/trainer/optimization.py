@@ -35,7 +35,9 @@ def parameter_groups(
             decayed.append(parameter)
         else:
             not_decayed.append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
+    decayed_group = {"params": decayed, "weight_decay": weight_decay}
+    other_group = {"params": not_decayed, "weight_decay": 0.0}
+    return [decayed_group, other_group]
 
 
 def make_optimizer(
@@ -60,7 +62,7 @@ def make_optimizer(
     betas = (options.adam_beta1, options.adam_beta2)
     optimizer: torch.optim.Optimizer
     if options.optimizer == "soap":
-        from pytorch_optimizer.optimizer.soap import SOAP  # takes a second
+        from pytorch_optimizer.optimizer.soap import SOAP  # importing it takes a second
 
         optimizer = SOAP(groups, lr=learning_rate, betas=betas, max_precondition_dim=MAX_PRECONDITION_DIM)
     else:
@@ -77,14 +79,16 @@ def resume_schedule(lr_scheduler: LambdaLR, steps_done: int, groups: Sequence[Ma
     Args:
         lr_scheduler (`LambdaLR`): Schedule, with its optimizer.
         steps_done (`int`): Steps of the schedule that are done.
-        groups (`Sequence[Mapping]`): From [`hyperparameters`], before the state was loaded.
+        groups (`Sequence[Mapping]`): Hyperparameters of each group in this run, as [`hyperparameters`] returned them
+            before the state was loaded.
     """
     lr_scheduler.last_epoch = steps_done
     lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
     rates = []
     for peak, schedule in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True):
         rates.append(peak * schedule(steps_done))
-    for loaded_group, group, rate in zip(lr_scheduler.optimizer.param_groups, groups, rates, strict=True):
+    loaded_groups = lr_scheduler.optimizer.param_groups
+    for loaded_group, group, rate in zip(loaded_groups, groups, rates, strict=True):
         loaded_group.update(group, lr=rate)
     lr_scheduler._last_lr = rates
 
@@ -105,7 +109,11 @@ def loss_scale(accelerator: Accelerator) -> float:
 
 
 def rescale_gradients(model: nn.Module, factor: float) -> None:
-    """Multiplies gradients by a factor, such as the one by which another model's update changed the loss scale."""
+    """Multiplies all gradients of a model by a factor.
+
+    In fp16, the update of one model may change the loss scale. Gradients of another model, which were computed at the
+    old scale, then need the factor between both.
+    """
     if factor == 1:
         return
     for parameter in model.parameters():

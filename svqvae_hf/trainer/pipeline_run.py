@@ -52,20 +52,22 @@ def open_token_sets(options: Any, vqvae: SVQVAE, class_names: Any = None) -> tup
     if options.caption_column is not None and options.label_column is not None:
         raise ValueError("Only one of `--caption_column` and `--label_column` can be given. Leave one out.")
     source = _open_token_set(options, options.token_set, vqvae, class_names)
-    if class_names not in (None, source.class_names):
+    has_classes_of_model = class_names is None or source.class_names == class_names
+    if not has_classes_of_model:
         raise ValueError(f"The token set must have the model's classes, {class_names}, but has {source.class_names}.")
     if options.validation_token_set is None:
         return source, None
     held_out = _open_token_set(options, options.validation_token_set, vqvae, class_names)
-    expected = _kind(source)
-    if _kind(held_out) != expected:
+    format_of_source = _sequence_format(source)
+    format_of_held_out = _sequence_format(held_out)
+    if format_of_held_out != format_of_source:
         raise ValueError(
             "`--validation_token_set` must have the scales, classes and `scale_from` of the token set, "
-            f"{expected}, but has {_kind(held_out)}. Tokenize both alike."
+            f"{format_of_source}, but has {format_of_held_out}. Tokenize both alike."
         )
-    shared = source.shared_key(held_out)
-    if shared is not None:
-        raise ValueError(f"`--validation_token_set` must hold other images, but `{shared}` is in both sets.")
+    shared_key = source.shared_key(held_out)
+    if shared_key is not None:
+        raise ValueError(f"`--validation_token_set` must hold other images, but `{shared_key}` is in both sets.")
     return source, held_out
 
 
@@ -78,8 +80,8 @@ def _open_token_set(options: Any, data: str, vqvae: SVQVAE, class_names: Any) ->
     return source
 
 
-def _kind(source: TokenSource) -> tuple[Any, ...]:
-    """Facts in which two token sets must agree."""
+def _sequence_format(source: TokenSource) -> tuple[Any, ...]:
+    """What a model must know of the sequences of a token set: scales, classes, and what the scales are made from."""
     return source.grids, source.num_classes, source.settings.scale_from, source.class_names
 
 
@@ -109,7 +111,7 @@ def log_samples(
     with weights.evaluating():
         images = pipeline(**call, generator=generator, output_type="np")[0]  # (n, H, W, 3)
     if log.accelerator.is_main_process:
-        columns = math.ceil(len(images) ** 0.5)
+        columns = math.ceil(len(images) ** 0.5)  # a square, as nearly as possible
         sample = torch.from_numpy(images).permute(0, 3, 1, 2)  # (n, 3, H, W)
         folder = Path(options.output_dir, "samples")
         log_images(log.accelerator, sample, labels, columns, folder, steps_done)
@@ -135,12 +137,8 @@ def generator_card(
             rows[name.replace("_", " ")] = f"`{public_name(source)}`"
     class_names = _class_names(pipeline)
     if class_names:
-        first_name = model_cards.quote(class_names[0])
-        call = call.replace("class_labels=[0]", f"class_labels=[{first_name}]")
-        call = call.replace("labels=0,", f"labels={first_name},")
-        rows["classes"] = ", ".join(class_names[:NAMED_CLASSES])
-        if len(class_names) > NAMED_CLASSES:
-            rows["classes"] += f" and {len(class_names) - NAMED_CLASSES} more"
+        call = _name_first_class(call, class_names)
+        rows["classes"] = _list_classes(class_names)
     network = pipeline.components.get("transformer")
     if network is None:
         network = pipeline.components["language_model"]
@@ -155,6 +153,22 @@ def generator_card(
         base_model=result.origin.base_model,
         pipeline_tag=getattr(pipeline, "task", "unconditional-image-generation"),
     )
+
+
+def _name_first_class(call: str, class_names: Sequence[str]) -> str:
+    """Writes the name of the first class in place of its number into the arguments of a pipeline's call."""
+    first_name = model_cards.quote(class_names[0])
+    call = call.replace("class_labels=[0]", f"class_labels=[{first_name}]")
+    return call.replace("labels=0,", f"labels={first_name},")
+
+
+def _list_classes(class_names: Sequence[str]) -> str:
+    """Names of the first classes, and how many more there are."""
+    listed = ", ".join(class_names[:NAMED_CLASSES])
+    num_more = len(class_names) - NAMED_CLASSES
+    if num_more > 0:
+        listed += f" and {num_more} more"
+    return listed
 
 
 def _class_names(pipeline: DiffusionPipeline) -> list[str]:

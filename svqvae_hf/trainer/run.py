@@ -149,7 +149,8 @@ class Run(Generic[Options]):
         folder = Path(self.options.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = FolderLock(folder)
-        refuse_finished(folder, self.identity)  # by a run that has ended since
+        # Between `identify` and the lock, another run may have written to the folder.
+        refuse_finished(folder, self.identity)
         if self._find_checkpoint() != self.checkpoint:
             raise ValueError(
                 f"Another run has saved a checkpoint to `{folder}` since this one started. Start it again."
@@ -174,20 +175,22 @@ def make_accelerator(options: RunOptions) -> Accelerator:
         log_with=options.report_to,
         project_dir=options.output_dir,
     )
-    accelerator.gradient_accumulation_steps = options.gradient_accumulation_steps  # not its environment variable's
+    # Again, because an environment variable of accelerate overrides the argument.
+    accelerator.gradient_accumulation_steps = options.gradient_accumulation_steps
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if started != accelerator.num_processes:
+    num_started = int(os.environ.get("WORLD_SIZE", 1))
+    if num_started != accelerator.num_processes:
         raise ValueError(
-            f"The launcher started {started} processes, but accelerate would let each of them train alone. On CPUs "
-            "set ACCELERATE_USE_CPU=true and start them with torchrun."
+            f"The launcher started {num_started} processes, but accelerate would let each of them train alone. On "
+            "CPUs set ACCELERATE_USE_CPU=true and start them with torchrun."
         )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
             f"Training needs whole weights on each process, but {accelerator.distributed_type.value} shards them. Use "
             "DDP, as in training/configs/ddp.yaml."
         )
-    if options.report_to is not None and not accelerator.log_with:
+    has_tracker = bool(accelerator.log_with)
+    if options.report_to is not None and not has_tracker:
         raise ValueError(f"`--report_to {options.report_to}` needs its package. Install it, or choose another.")
     return accelerator
 
@@ -211,7 +214,8 @@ def run_training(train: Callable[[Run[Options]], None], options: Options) -> Non
 
 def run_script(train: Callable[[Run[Options]], None], options_class: type[Options]) -> None:
     """Calls the training function of a script with the options of the command line."""
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    has_default_handler = signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    if has_default_handler:
         # Ctrl-C outside of the loop ends the process at once, as SIGTERM does. An exception would wait for the workers
         # of loaders, which ignore both signals.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

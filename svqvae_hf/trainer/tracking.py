@@ -32,14 +32,14 @@ class ScaleStatistics:
 
     Args:
         codebook_size (`int`): Number of codes.
-        by_octave (`bool`): Round each scale to the nearest power of two, for scales that are drawn at random.
+        by_octave (`bool`): Count each scale under the nearest power of two, for scales that are drawn at random.
     """
 
     def __init__(self, codebook_size: int, by_octave: bool):
         self.codebook_size = codebook_size
         self.by_octave = by_octave
-        self._psnr: dict[float, list[torch.Tensor]] = defaultdict(list)
-        self._counts: dict[float, torch.Tensor] = {}
+        self._psnr_of_batches: dict[float, list[torch.Tensor]] = defaultdict(list)  # (batch,) each, by scale
+        self._code_counts: dict[float, torch.Tensor] = {}  # (codebook_size,), by scale
 
     def add(self, scales: Sequence[float], pairs: Sequence[Pair], ids: Sequence[torch.Tensor]) -> None:
         """Adds a batch.
@@ -49,19 +49,19 @@ class ScaleStatistics:
             pairs (`Sequence[Pair]`): Target and reconstruction at each scale.
             ids (`Sequence[torch.Tensor]`): Ids at each scale; empty if nothing was quantised.
         """
-        names = [self._name(scale) for scale in scales]
-        for name, pair in zip(names, pairs, strict=True):
+        counted_scales = [self._counted_scale(scale) for scale in scales]
+        for scale, pair in zip(counted_scales, pairs, strict=True):
             with torch.no_grad():
-                values = psnr(pair.output, pair.target, data_range=1.0)
-            self._psnr[name].append(values.clamp(max=MAX_PSNR))
-        for name, scale_ids in zip(names, ids, strict=False):
+                psnr_of_images = psnr(pair.output, pair.target, data_range=1.0)  # (B,)
+            self._psnr_of_batches[scale].append(psnr_of_images.clamp(max=MAX_PSNR))
+        for scale, scale_ids in zip(counted_scales, ids, strict=False):
             counts = count_codes(scale_ids, self.codebook_size)
-            if name in self._counts:
-                counts = self._counts[name] + counts
-            self._counts[name] = counts
+            if scale in self._code_counts:
+                counts = self._code_counts[scale] + counts
+            self._code_counts[scale] = counts
 
-    def _name(self, scale: float) -> float:
-        """Scale under which another one is counted."""
+    def _counted_scale(self, scale: float) -> float:
+        """Scale whose statistics a batch of some scale belongs to."""
         if self.by_octave:
             return 2.0 ** round(math.log2(scale))
         return scale
@@ -73,15 +73,15 @@ class ScaleStatistics:
             reduce (`Callable`): Reduces a tensor over processes, by `"mean"` or `"sum"`.
         """
         numbers = {}
-        for scale in sorted(self._psnr):
-            mean = torch.cat(self._psnr[scale]).mean()
-            numbers[f"psnr@{scale:g}"] = reduce(mean, "mean").item()
-        for scale in sorted(self._counts):
-            counts = reduce(self._counts[scale], "sum")
+        for scale in sorted(self._psnr_of_batches):
+            mean_psnr = torch.cat(self._psnr_of_batches[scale]).mean()  # of this process
+            numbers[f"psnr@{scale:g}"] = reduce(mean_psnr, "mean").item()
+        for scale in sorted(self._code_counts):
+            counts = reduce(self._code_counts[scale], "sum")
             numbers[f"usage@{scale:g}"] = usage(counts)
             numbers[f"perplexity@{scale:g}"] = perplexity(counts)
-        self._psnr.clear()
-        self._counts.clear()
+        self._psnr_of_batches.clear()
+        self._code_counts.clear()
         return numbers
 
 
@@ -116,15 +116,19 @@ def log_images(
         step (`int`): Steps done, for the name of the picture.
     """
     cells = []
-    for image, label in zip(images.clamp(0, 1).float().cpu(), labels, strict=True):
-        cells.append(torch.cat([label_image(label, image.shape[-1]), image], dim=1))  # (3, label + H, W)
+    images = images.clamp(0, 1).float().cpu()
+    for image, label in zip(images, labels, strict=True):
+        strip = label_image(label, width=image.shape[-1])  # (3, LABEL_HEIGHT, W)
+        cells.append(torch.cat([strip, image], dim=1))  # (3, LABEL_HEIGHT + H, W)
     grid = make_grid(cells, nrow=columns, padding=PADDING, pad_value=1.0)
     pixels = (grid.permute(1, 2, 0) * 255).round().byte().numpy()  # (H, W, 3)
     save_png(Image.fromarray(pixels), folder / f"step-{step:07}.png")
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": pixels[None]}, step=step, **layout)
+            arguments = {}
+            if tracker.name == "tensorboard":
+                arguments = {"dataformats": "NHWC"}
+            tracker.log_images({"samples": pixels[None]}, step=step, **arguments)  # (1, H, W, 3)
 
 
 def label_image(label: str, width: int) -> torch.Tensor:

@@ -12,18 +12,18 @@ Numbers = dict[str, dict[str, float]]  # of each set, by its name
 
 
 class Validations:
-    """The first validation of a run and a chosen one, the best or the last. Each has the numbers of some sets.
+    """Remembers two validations of a run: the first one, and a chosen one, which is the best or the last.
 
     Args:
         network (`nn.Module`): The bare network.
-        keep_best (`bool`): Choose the one of the highest mean PSNR over sets and scales, among those that quantised,
-            and keep its weights.
-        measured (`list`): Names, sizes and digests of the sets, and scales.
+        keep_best (`bool`): Choose the validation with the highest mean PSNR over sets and scales, among those that
+            quantised, and keep its weights. Otherwise, the last one is chosen.
+        measured (`list`): What is measured: names, sizes and digests of the sets, and scales.
 
     Attributes:
         first, chosen (`dict[str, dict[str, float]]`): Numbers of each set in the first and the chosen validation.
         step (`int`): Steps done before the chosen validation.
-        weights (`dict[str, torch.Tensor]`): Its weights, on the CPU, with `keep_best`.
+        weights (`dict[str, torch.Tensor]`): Weights of the chosen validation on the CPU, with `keep_best`.
     """
 
     def __init__(self, network: nn.Module, keep_best: bool, measured: list[Any]):
@@ -39,8 +39,9 @@ class Validations:
 
     @property
     def start_was_best(self) -> bool:
-        """Whether no later validation was better than the one before the first step, so that nothing is learned."""
-        return self.keep_best and bool(self.weights) and self.step == 0
+        """Whether the weights before the first step are the best, so that the result has learned nothing."""
+        has_best = self.keep_best and bool(self.weights)
+        return has_best and self.step == 0
 
     def add(self, steps_done: int, numbers: Numbers, ids: Mapping[str, torch.Tensor]) -> None:
         """Adds a validation, while the network has the weights that were validated.
@@ -56,10 +57,13 @@ class Validations:
             self.first = numbers
         if not has_ids(self.ids):
             self.ids = dict(ids)
-        for name, current in ids.items():
-            earlier = self.ids.get(name)
-            if earlier is not None and len(earlier) == len(current) > 0:
-                numbers[name]["ids_kept"] = (current == earlier).float().mean().item()
+        for name, current_ids in ids.items():
+            first_ids = self.ids.get(name)
+            if first_ids is None or len(current_ids) == 0:
+                continue
+            if len(first_ids) == len(current_ids):
+                is_kept = current_ids == first_ids  # (n,)
+                numbers[name]["ids_kept"] = is_kept.float().mean().item()
         if not self.keep_best:
             self.step = steps_done
             self.chosen = numbers
@@ -90,14 +94,14 @@ class Validations:
 
 def has_ids(ids: Mapping[str, torch.Tensor]) -> bool:
     """Whether a validation quantised."""
-    return any(len(of_set) > 0 for of_set in ids.values())
+    return any(len(ids_of_set) > 0 for ids_of_set in ids.values())
 
 
 def total_psnr(numbers: Numbers) -> float:
     """Sum of the PSNR of all sets and scales."""
     total = 0.0
-    for of_set in numbers.values():
-        for name, value in of_set.items():
+    for numbers_of_set in numbers.values():
+        for name, value in numbers_of_set.items():
             if name.startswith("psnr@"):
                 total += value
     return total

@@ -69,7 +69,8 @@ class Weights:
         self.accelerator.unscale_gradients(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
         is_finite = norm.isfinite()
-        if is_finite or self.accelerator.scaler is not None:  # the scaler skips the step itself, and adapts
+        has_scaler = self.accelerator.scaler is not None  # skips the update itself, and then lowers its scale
+        if is_finite or has_scaler:
             self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
@@ -89,7 +90,7 @@ class Weights:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients, with the averaged weights if there are any."""
-        in_training = [module for module in self.network.modules() if module.training]
+        training_modules = [module for module in self.network.modules() if module.training]
         self.network.eval()
         if self.ema is not None:
             self.ema.store(self.network.parameters())
@@ -98,7 +99,7 @@ class Weights:
             yield
         if self.ema is not None:
             self.ema.restore(self.network.parameters())
-        for module in in_training:
+        for module in training_modules:  # parts that are not trained stay in evaluation mode
             module.training = True
 
     def final(self) -> dict[str, torch.Tensor]:
@@ -120,9 +121,10 @@ class Weights:
         Raises:
             ValueError: If the weights are averaged, but the state has no average, or the other way round.
         """
-        has_average = "ema" in state
-        if has_average != (self.ema is not None):
-            raise ValueError(f"`--use_ema` must be {has_average}, as in the run that wrote the checkpoint.")
+        state_has_average = "ema" in state
+        run_has_average = self.ema is not None
+        if run_has_average != state_has_average:
+            raise ValueError(f"`--use_ema` must be {state_has_average}, as in the run that wrote the checkpoint.")
         resume_schedule(self.lr_scheduler, state["updates"], self.groups)
         self.skipped = state["skipped"]
         if self.ema is not None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-NEIGHBOURS = ((0, -1), (-1, -1), (-1, 0), (-1, 1))  # rows and columns from a latent to those before it
+NEIGHBOURS = ((0, -1), (-1, -1), (-1, 0), (-1, 1))  # offsets (row, column) from a latent to earlier ones
 RIDGE = 1e-2  # keeps coefficients finite, as a fraction of the mean square of a latent
 FLOOR = 0.004  # about the squared error of quantisation, below which a smaller error saves no bits
 
@@ -21,7 +21,7 @@ def causal_loss(latents: torch.Tensor, mean: Mean = lambda value: value) -> torc
 
     Each latent is predicted as the linear combination of the latents to its left and above that is the best for the
     batch. Gradients reach latents as neighbours and as targets, but not through the coefficients. The bits of an id
-    grow with the logarithm of this error, so a plain place counts as much as a busy one.
+    grow with the logarithm of this error, so halving the error counts as much where it is small as where it is large.
 
     Args:
         latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Latents before quantisation.
@@ -42,9 +42,13 @@ def causal_loss(latents: torch.Tensor, mean: Mean = lambda value: value) -> torc
         inputs = _flatten(torch.cat(neighbours, dim=1))  # (B * h * w, 4 * C)
         targets = _flatten(latents)  # (B * h * w, C)
         with torch.no_grad():
-            products = mean(inputs.T @ torch.cat([inputs, targets], dim=1) / len(inputs))  # (4 * C, 5 * C)
+            # Least squares: solve (inputs^T inputs) coefficients = inputs^T targets, from means over all processes.
+            inputs_and_targets = torch.cat([inputs, targets], dim=1)  # (B * h * w, 5 * C)
+            products = mean(inputs.T @ inputs_and_targets / len(inputs))  # (4 * C, 5 * C)
             products.diagonal().add_(RIDGE / dim)
-            coefficients = torch.linalg.solve(products[:, :-dim], products[:, -dim:])
+            input_products = products[:, :-dim]  # (4 * C, 4 * C)
+            target_products = products[:, -dim:]  # (4 * C, C)
+            coefficients = torch.linalg.solve(input_products, target_products)  # (4 * C, C)
         squared_errors = (inputs @ coefficients - targets).square().mean(1)
         return (squared_errors + FLOOR).log().mean()
 

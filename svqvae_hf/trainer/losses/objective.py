@@ -222,16 +222,17 @@ class Objective:
             sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in the model's `pixel_range`.
             output ([`SVQVAEOutput`]): Output of the model at a list of scales.
         """
-        low, high = self.pixel_range
-        target = (sample - low) / (high - low)
-        total_pixels = sum(reconstruction[0, 0].numel() for reconstruction in output.sample)
+        black, white = self.pixel_range
+        full_target = (sample - black) / (white - black)  # (B, 3, H, W) in [0, 1]
+        pixels_of_scales = [reconstruction[0, 0].numel() for reconstruction in output.sample]
+        total_pixels = sum(pixels_of_scales)
         pairs = []
-        for reconstruction in output.sample:
+        for reconstruction, num_pixels in zip(output.sample, pixels_of_scales, strict=True):
             size = reconstruction.shape[-2:]
-            mode = "area" if size[0] < target.shape[-2] else "bicubic"
-            resized = resize(target, size, mode)  # (B, 3, h, w)
-            scaled = (reconstruction.float() - low) / (high - low)
-            pairs.append(Pair(resized, scaled, reconstruction[0, 0].numel() / total_pixels))
+            mode = "area" if size[0] < full_target.shape[-2] else "bicubic"
+            target = resize(full_target, size, mode)  # (B, 3, h, w)
+            scaled = (reconstruction.float() - black) / (white - black)  # (B, 3, h, w)
+            pairs.append(Pair(target, scaled, num_pixels / total_pixels))
         return pairs
 
     def __call__(self, pairs: Sequence[Pair], output: SVQVAEOutput, step: int) -> tuple[torch.Tensor, Numbers]:
@@ -249,7 +250,8 @@ class Objective:
         codebook_terms = self._codebook_terms(output)
         reconstruction_loss = total_of(pixel_terms)
         loss = reconstruction_loss + total_of(codebook_terms)
-        loss = loss + 0 * self.codebook.table().sum()  # a gradient in every step, for which DDP waits
+        # DDP waits for a gradient of every weight, and the codes have none in a step that does not quantise.
+        loss = loss + 0 * self.codebook.table().sum()
         numbers = {term.name: term.value.detach() for term in pixel_terms + codebook_terms}
         if self.adversarial is not None and self.is_adversarial(step):
             term = self.adversarial(pairs, reconstruction_loss)
@@ -295,7 +297,8 @@ class Objective:
 def fractions_of_latents(output: SVQVAEOutput) -> list[float]:
     """Fraction of each scale's latents in the latents of all scales."""
     counts = [ids.numel() for ids in output.ids or []]
-    return [count / sum(counts) for count in counts]
+    total = sum(counts)
+    return [count / total for count in counts]
 
 
 def mean_logit(weights: Sequence[float], logits: Sequence[torch.Tensor]) -> torch.Tensor:
