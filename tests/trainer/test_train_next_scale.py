@@ -23,6 +23,7 @@ import svqvae_cli
 from svqvae_hf import SVQVAENextScalePipeline
 from svqvae_hf.pipelines.schedules import make_schedule
 from svqvae_hf.trainer.run import run_training
+from svqvae_hf.trainer.tracking import LABEL_HEIGHT
 
 CONFIG = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16}
 CROP, SIDE = 32, 8  # of images in pixels and in ids
@@ -155,7 +156,7 @@ def test_bf16_run_with_everything_on_learns_validates_and_shows_samples(options,
         assert 20 in logged(caplog, f"validation/{name}")
     assert losses[20] < losses[10]
     with Image.open(ROOT / options["output_dir"] / "samples" / "step-0000020.png") as grid:
-        assert grid.size == (2 * CROP + 3 * 4, CROP + 2 * 4)
+        assert grid.size == (2 * CROP + 3 * 4, LABEL_HEIGHT + CROP + 2 * 4)
 
 
 def test_without_labels_images_have_no_class(options):
