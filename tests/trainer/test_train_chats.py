@@ -12,8 +12,6 @@ from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from cli_runner import svqvae
@@ -30,6 +28,7 @@ from peft import PeftModel
 from PIL import Image
 from processes import start
 from tiny_language_models import FAMILIES, GRIDS, extended, load_extended
+from token_set_parts import replace_column
 from torch.optim.lr_scheduler import LambdaLR
 from train_language_model import LanguageModelOptions, main
 from transformers import (
@@ -391,11 +390,7 @@ def test_arguments_without_effect_are_arguments():
 def test_captions_and_texts_longer_than_the_context_are_named_before_the_run(train, tokens, tmp_path):
     long = tmp_path / "long"
     shutil.copytree(tokens, long)
-    (file,) = long.rglob("*.parquet")
-    table = pq.read_table(file)
-    captions = ["a pear", "a cat", "a red key " * 200, "a sailboat"]
-    column = table.column_names.index("caption")
-    pq.write_table(table.set_column(column, table.schema.field(column), pa.array(captions)), file)
+    replace_column(long, "caption", ["a pear", "a cat", "a red key " * 200, "a sailboat"])
     with pytest.raises(ValueError, match=r"row 2 \(`2.png`\), caption 'a red key.* must fit in 512 tokens, but takes"):
         train("wrong", model="neox", token_set=str(long))
     texts = tmp_path / "texts.jsonl"

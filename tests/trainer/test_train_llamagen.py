@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,6 +16,7 @@ from PIL import Image
 from pipeline_parts import text_components
 from s3_server import make_bucket, s3_server
 from safetensors.torch import load_file
+from token_set_parts import replace_column
 from train_llamagen import LlamaGenOptions, main
 from training_runs import assert_no_private_path
 from transformers import TrainingArguments
@@ -55,14 +55,9 @@ def train(**options) -> Path:
 
 
 def write_captions(folder: Path, captions: list) -> None:
-    """Adds a column of captions to a token set."""
-    (file,) = folder.rglob("*.parquet")
-    table = pq.read_table(file)
-    names = [name for name in table.column_names if name != "caption"]
-    rows = [captions[index % len(captions)] for index in range(table.num_rows)]
-    table = table.select(names).append_column("caption", pa.array(rows))
-    metadata = {name: value for name, value in table.schema.metadata.items() if name != b"huggingface"}
-    pq.write_table(table.replace_schema_metadata(metadata), file, row_group_size=3)
+    """Adds a column of captions to a token set of 8 images, or replaces it."""
+    repeated = [captions[index % len(captions)] for index in range(len(CAPTIONS))]
+    replace_column(folder, "caption", repeated, rows_per_group=3)
 
 
 @pytest.fixture(scope="module")

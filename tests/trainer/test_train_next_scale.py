@@ -6,12 +6,12 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import train_next_scale
 from conftest import ROOT, make_tiny
 from PIL import Image
+from token_set_parts import replace_column
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 import svqvae_cli
 from svqvae_hf import SVQVAENextScalePipeline
 from svqvae_hf.pipelines.schedules import make_schedule
+from svqvae_hf.token_sets.manifest import load_rows
 from svqvae_hf.trainer.run import run_training
 from svqvae_hf.trainer.tracking import LABEL_HEIGHT
 
@@ -93,10 +94,9 @@ def test_a_run_is_not_resumed_with_other_rows_or_another_tokenizer_of_the_same_n
 @pytest.mark.slow
 def test_images_of_captions_learned_by_heart_come_back(options, parts, tmp_path):
     words = [f"photo{index}" for index in range(IMAGES)]
-    rows = datasets.load_dataset(f"{parts}/latents", split="train").add_column("caption", [[word] for word in words])
+    rows = load_rows(parts / "latents")
     shutil.copytree(parts / "latents", tmp_path / "captioned")
-    (file,) = (tmp_path / "captioned" / "data").rglob("*.parquet")
-    rows.to_parquet(file)
+    replace_column(tmp_path / "captioned", "caption", [[word] for word in words])
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", *words])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
