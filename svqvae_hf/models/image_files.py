@@ -23,14 +23,20 @@ IMAGE_FORMATS = {
 }
 IMAGE_SUFFIXES = tuple(itertools.chain.from_iterable(IMAGE_FORMATS.values()))
 
-# Tags of TIFF, and values of them
+# Tags of TIFF, each followed by the value that is looked for
 TAG_BITS_PER_SAMPLE = 258
 TAG_PHOTOMETRIC = 262
 WHITE_IS_LOWEST = 0
 TAG_SAMPLE_FORMAT = 339
 SIGNED = 2
 
+# Pillow's names of the pixel layouts in PNG files whose pixels it scales to 8 bits
 PNG_GREY_FACTORS = {"1": 255, "L;2": 85, "L;4": 17}  # from grey of 1, 2 and 4 bits to 8 bits
+PNG_RGB_16_BITS = "RGB;16B"
+
+BMP_RUN_LENGTHS = "bmp_rle"  # Pillow's decoder of run-length encoded BMPs
+WHITE_FLOAT = 1  # white in mode "F"
+WHITE_16_BITS = 65535  # white in integer modes
 
 
 def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
@@ -51,14 +57,17 @@ def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
             more pixels than Pillow allows: twice `PIL.Image.MAX_IMAGE_PIXELS`, by default 179 million.
     """
     if isinstance(file, str | os.PathLike):
-        if "://" in os.fspath(file):
-            raise ValueError(f"`{file}` must be a local file, because URLs are not read. Download it first.")
-        with open(file, "rb") as opened:
-            return _decode(opened, f"`{os.fspath(file)}`")
+        path = os.fspath(file)
+        is_url = "://" in path
+        if is_url:
+            raise ValueError(f"`{path}` must be a local file, because URLs are not read. Download it first.")
+        with open(path, "rb") as opened:
+            return _decode(opened, f"`{path}`")
     return _decode(file, "the image")
 
 
 def _decode(file: BinaryIO, name: str) -> Image.Image:
+    """Decodes an open file to 8-bit RGB. `name` names the file in errors."""
     with opened_image(file, name, tuple(IMAGE_FORMATS)) as image:
         _check_values(image)
         _scale_transparent_value(image)
@@ -105,35 +114,46 @@ def to_grey(image: Image.Image) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
     if _has_deep_grey(upright):
         return _scale_grey(upright)
-    if upright.mode == "La":  # Pillow converts it to "LA" alone
-        upright = upright.convert("LA")
-    return upright.convert("L")
+    return _unpremultiply_grey(upright).convert("L")
+
+
+def _unpremultiply_grey(image: Image.Image) -> Image.Image:
+    """Converts an image of mode `"La"` to `"LA"`, the only mode that Pillow converts it to."""
+    if image.mode == "La":
+        return image.convert("LA")
+    return image
 
 
 def _check_values(image: Image.Image) -> None:
-    """Raises for TIFFs that Pillow reads as if their values were other ones."""
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(TAG_BITS_PER_SAMPLE)
-    is_signed = SIGNED in tags.get(TAG_SAMPLE_FORMAT, ()) and bits in ((8,), (16,))  # mode "I" has 32 bits
-    is_inverted = tags.get(TAG_PHOTOMETRIC) == WHITE_IS_LOWEST and _has_deep_grey(image)
-    if is_signed or is_inverted or bits == (12,):
+    """Raises for grey TIFFs whose values Pillow misreads: signed, of 12 bits, or with white as the lowest value."""
+    tags = getattr(image, "tag_v2", {})  # only TIFFs have tags
+    bits = tags.get(TAG_BITS_PER_SAMPLE)  # a tuple with one number per channel
+    formats = tags.get(TAG_SAMPLE_FORMAT, ())
+    is_misread_if_signed = bits in ((8,), (16,))  # Pillow reads signed values of 32 bits correctly
+    is_signed = is_misread_if_signed and SIGNED in formats
+    is_inverted = _has_deep_grey(image) and tags.get(TAG_PHOTOMETRIC) == WHITE_IS_LOWEST
+    has_12_bits = bits == (12,)
+    if is_signed or is_inverted or has_12_bits:
         raise ValueError("a grey TIFF must have unsigned values of 8 or 16 bits, black the lowest. Convert it.")
 
 
 def _scale_transparent_value(image: Image.Image) -> None:
-    """Scales the one value that a PNG declares transparent as Pillow scales the pixels when it decodes them.
+    """Scales the colour that a PNG declares transparent to 8 bits.
 
-    Of a colour with 16 bits Pillow keeps the higher 8.
+    Pillow scales the pixels of the file when it decodes them, but not this colour, so pixels of the colour would not
+    be found. Call this before the image is decoded.
     """
-    value = image.info.get("transparency")
-    tiles = getattr(image, "tile", [])  # how Pillow will decode the pixels; none once it has
-    if image.format != "PNG" or value is None or not tiles:
+    if image.format != "PNG":
         return
-    layout = tiles[0].args
-    if layout in PNG_GREY_FACTORS and isinstance(value, int):
-        image.info["transparency"] = value * PNG_GREY_FACTORS[layout]
-    elif layout == "RGB;16B":
-        image.info["transparency"] = tuple(channel >> 8 for channel in value)
+    colour = image.info.get("transparency")
+    decoder_tiles = getattr(image, "tile", [])  # how Pillow will decode the pixels; empty after decoding
+    if colour is None or not decoder_tiles:
+        return
+    layout = decoder_tiles[0].args  # of the pixels in the file
+    if layout in PNG_GREY_FACTORS and isinstance(colour, int):
+        image.info["transparency"] = colour * PNG_GREY_FACTORS[layout]
+    elif layout == PNG_RGB_16_BITS:
+        image.info["transparency"] = tuple(channel >> 8 for channel in colour)  # the higher 8 bits, as Pillow does
 
 
 def _has_deep_grey(image: Image.Image) -> bool:
@@ -147,10 +167,11 @@ def _scale_grey(image: Image.Image) -> Image.Image:
     Pillow's own conversion would clip at 255.
     """
     values = np.asarray(image)
-    white = 1 if image.mode == "F" else 65535
+    white = WHITE_FLOAT if image.mode == "F" else WHITE_16_BITS
     lowest = values.min()
     highest = values.max()
-    if not (lowest >= 0 and highest <= white):  # also if they are NaN
+    is_in_range = lowest >= 0 and highest <= white  # False for NaN
+    if not is_in_range:
         raise ValueError(
             f"an image of mode {image.mode!r} must lie in [0, {white}], got [{lowest}, {highest}]. Scale it."
         )
@@ -161,20 +182,30 @@ def _scale_grey(image: Image.Image) -> Image.Image:
 def _convert(image: Image.Image) -> Image.Image:
     """Converts an upright image to RGB, without the metadata of its file."""
     if _has_deep_grey(image):
-        rgb = _scale_grey(image)
-        if "transparency" in image.info:  # the one grey value that a 16-bit PNG may declare transparent
-            is_transparent = np.asarray(image) == image.info["transparency"]
-            rgb.paste(255, mask=Image.fromarray(is_transparent))
+        opaque = _put_deep_grey_on_white(image)
     elif image.has_transparency_data:
-        if image.mode == "La":  # Pillow converts it to "LA" alone
-            image = image.convert("LA")
-        white = Image.new("RGBA", image.size, "white")
-        rgb = Image.alpha_composite(white, image.convert("RGBA"))
+        opaque = _put_on_white(image)
     else:
-        rgb = image
-    rgb = rgb.convert("RGB")
+        opaque = image
+    rgb = opaque.convert("RGB")
     rgb.info = {}
     return rgb
+
+
+def _put_deep_grey_on_white(image: Image.Image) -> Image.Image:
+    """Scales deep grey to 8 bits. Pixels of the grey value that a 16-bit PNG declares transparent become white."""
+    grey = _scale_grey(image)
+    if "transparency" in image.info:
+        is_transparent = np.asarray(image) == image.info["transparency"]  # (height, width)
+        grey.paste(255, mask=Image.fromarray(is_transparent))
+    return grey
+
+
+def _put_on_white(image: Image.Image) -> Image.Image:
+    """Blends an image with transparent parts over white."""
+    rgba = _unpremultiply_grey(image).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, rgba)
 
 
 @contextmanager
@@ -198,7 +229,8 @@ def opened_image(file: BinaryIO, name: str, formats: tuple[str, ...]) -> Iterato
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # raised at half the limit
             with Image.open(file, formats=formats) as image:
-                if any(tile.codec_name == "bmp_rle" for tile in image.tile):
+                has_run_lengths = any(tile.codec_name == BMP_RUN_LENGTHS for tile in image.tile)
+                if has_run_lengths:
                     raise UnidentifiedImageError
                 yield image
     except Image.DecompressionBombError as error:

@@ -14,6 +14,8 @@ from .checks import check_choice, check_range, type_name
 from .image_files import load_image, to_rgb
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+INTEGER_KINDS = ("i", "u")  # NumPy's kinds of signed and unsigned integers
+CHANNELS = (1, 3, 4)  # grey, RGB and RGBA
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Keys that transformers writes to the configs of its processors.
 TRANSFORMERS_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
@@ -155,10 +157,10 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         if sample.isnan().any():
             raise ValueError("`sample` must not contain NaN. Decode in float32 or bfloat16.")
         black, white = self.pixel_range
-        unit = ((sample.detach().float() - black) / (white - black)).clamp(0, 1)
+        unit_batch = ((sample.detach().float() - black) / (white - black)).clamp(0, 1)  # in [0, 1]
         images = []
-        for image, (height, width) in zip(unit, sizes, strict=True):
-            images.append(image[:, :height, :width])
+        for image, (height, width) in zip(unit_batch, sizes, strict=True):
+            images.append(image[:, :height, :width])  # (3, height, width)
         has_one_size = len(set(sizes)) == 1
         if output_type == "pt":
             return torch.stack(images) if has_one_size else images
@@ -182,8 +184,10 @@ def _sizes_of_images(sample: torch.Tensor, image_sizes: Sequence[tuple[int, int]
     sizes = []
     for size in image_sizes:
         sides = np.asarray(size)
-        is_pair = sides.shape == (2,) and sides.dtype.kind in "iu"
-        if not is_pair or (sides < 1).any() or (sides > (height, width)).any():
+        is_integer = sides.dtype.kind in INTEGER_KINDS
+        is_pair = is_integer and sides.shape == (2,)
+        fits_sample = is_pair and (sides >= 1).all() and (sides <= (height, width)).all()
+        if not fits_sample:
             raise ValueError(
                 f"`image_sizes` must hold integers (height, width) from 1 to the size of the sample, {height} x "
                 f"{width}, got {size!r}. Resize the decoded ids of another scale with `SVQVAE.resize_to_image`."
@@ -207,25 +211,31 @@ def _check_one_size(pixels: list[torch.Tensor]) -> None:
 
 
 def _check_keywords(unknown: set[str]) -> None:
+    """Raises TypeError if there are unknown keywords."""
     if unknown:
         raise TypeError(f"image processors take only `pixel_range`, got {', '.join(sorted(unknown))}. Leave it out.")
 
 
 def _unit_pixels(image: ImageInput) -> torch.Tensor:
     """Converts one item of `preprocess` to float32 in [0, 1] of shape (batch, 3, height, width)."""
-    pixels = _pixels(image)  # (..., channels, height, width), without channels if they are one
-    if pixels.ndim == 2:
-        pixels = pixels[None]
-    values = _to_unit_range(pixels)
-    if values.shape[-3] == 4:
-        values = _put_on_white(values, has_8_bits=pixels.dtype == torch.uint8)
-    height, width = values.shape[-2:]
-    rgb = values.expand(*values.shape[:-3], 3, height, width)
-    return rgb.reshape(-1, 3, height, width)
+    pixels = _read_pixels(image)
+    if pixels.ndim == 2:  # (height, width)
+        pixels = pixels[None]  # (1, height, width)
+    channels, height, width = pixels.shape[-3:]
+    batch = _to_unit_range(pixels).reshape(-1, channels, height, width)
+    if channels == 1:
+        return batch.expand(-1, 3, -1, -1)
+    if channels == 4:
+        return _put_on_white(batch, has_8_bits=pixels.dtype == torch.uint8)
+    return batch
 
 
-def _pixels(image: ImageInput) -> torch.Tensor:
-    """Values of one item of `preprocess` as they are, `(height, width)` or `(..., channels, height, width)`."""
+def _read_pixels(image: ImageInput) -> torch.Tensor:
+    """Reads one item of `preprocess`, without changing its values.
+
+    Returns:
+        `torch.Tensor`: `(height, width)`, `(channels, height, width)` or `(batch, channels, height, width)`.
+    """
     if isinstance(image, bytes):
         image = io.BytesIO(image)
     if isinstance(image, str | os.PathLike) or hasattr(image, "read"):
@@ -233,13 +243,13 @@ def _pixels(image: ImageInput) -> torch.Tensor:
     if isinstance(image, Image.Image):
         image = np.asarray(to_rgb(image))
     if isinstance(image, np.ndarray):
-        _check_shape(image, "height, width, channels", channels=-1)
+        _check_shape(image, "height, width, channels", channel_axis=-1)
         pixels = _as_tensor(image)
         if pixels.ndim == 2:
             return pixels
         return pixels.movedim(-1, -3)
     if isinstance(image, torch.Tensor):
-        _check_shape(image, "channels, height, width", channels=-3)
+        _check_shape(image, "channels, height, width", channel_axis=-3)
         return image
     raise TypeError(
         "an image must be a PIL image, a NumPy array, a torch tensor, the path of a file, an open binary file or "
@@ -248,22 +258,27 @@ def _pixels(image: ImageInput) -> torch.Tensor:
 
 
 def _put_on_white(rgba: torch.Tensor, *, has_8_bits: bool) -> torch.Tensor:
-    """RGBA values `(..., 4, height, width)` in [0, 1] on white, 8-bit values with the rounding of Pillow."""
-    colours, alpha = rgba.split([3, 1], dim=-3)
-    blended = colours * alpha + (1 - alpha)
+    """Blends RGBA values `(batch, 4, height, width)` in [0, 1] over white. Rounds 8-bit values, as Pillow does."""
+    colours, alpha = rgba.split([3, 1], dim=1)
+    blended = colours * alpha + (1 - alpha)  # (batch, 3, height, width)
     if has_8_bits:
         return (blended * 255).round() / 255
     return blended
 
 
 def _as_tensor(array: np.ndarray) -> torch.Tensor:
-    # A copy, because torch needs it writable, contiguous and in the machine's byte order.
-    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
+    """Copies an array to a tensor."""
+    # PyTorch needs memory that is writable, contiguous and in the byte order of the machine.
+    copied = np.array(array, array.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(copied)
 
 
-def _check_shape(image: np.ndarray | torch.Tensor, layout: str, channels: int) -> None:
-    has_channels = image.ndim == 2 or (image.ndim in (3, 4) and image.shape[channels] in (1, 3, 4))
-    if not has_channels or 0 in image.shape:
+def _check_shape(image: np.ndarray | torch.Tensor, layout: str, channel_axis: int) -> None:
+    """Raises ValueError unless an image has two axes, or the layout of an image or batch with 1, 3 or 4 channels."""
+    is_plane = image.ndim == 2  # (height, width)
+    has_channels = image.ndim in (3, 4) and image.shape[channel_axis] in CHANNELS
+    is_empty = 0 in image.shape
+    if is_empty or not (is_plane or has_channels):
         raise ValueError(
             f"{type(image).__name__} images must have shape (height, width), ({layout}) or (batch, {layout}), with 3 "
             f"channels (RGB), 4 (RGBA) or 1 (grey), got {tuple(image.shape)}."
@@ -271,12 +286,14 @@ def _check_shape(image: np.ndarray | torch.Tensor, layout: str, channels: int) -
 
 
 def _to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
+    """Converts pixels of any shape to float32 in [0, 1]. Raises for other types, and for floats outside [0, 1]."""
     if pixels.dtype == torch.uint8:
         return pixels.float() / 255
     if pixels.dtype not in FLOAT_DTYPES:
         raise TypeError(f"an image must be uint8 in [0, 255] or floating point in [0, 1], got {pixels.dtype}.")
     lowest = pixels.min().item()
     highest = pixels.max().item()
-    if not (lowest >= 0 and highest <= 1):  # also when they are NaN
+    is_in_range = lowest >= 0 and highest <= 1  # False for NaN
+    if not is_in_range:
         raise ValueError(f"a float image must lie in [0, 1], got [{lowest:g}, {highest:g}]. Scale it, or pass uint8.")
     return pixels.float()

@@ -8,7 +8,10 @@ import torch
 from transformers import PreTrainedConfig
 
 PLACEHOLDER = "<|image|>"  # stands for an image in a text; it is not a token
-BEGIN, END, NO_CONDITION = "<|image_begin|>", "<|image_end|>", "<|no_condition|>"
+BEGIN = "<|image_begin|>"
+END = "<|image_end|>"
+NO_CONDITION = "<|no_condition|>"
+CODE_DIGITS = 5  # fewest digits of a code in the name of its token
 CONFIG_KEY = "image_vocabulary"  # in the config of the language model and of the processor
 
 
@@ -48,8 +51,9 @@ class ImageVocabulary:
             grids = tuple((int(rows), int(columns)) for rows, columns in self.grids)  # a config stores lists
         except (TypeError, ValueError) as error:
             raise ValueError(fault) from error
-        smallest_side = min(min(grid) for grid in grids) if grids else 0
-        if smallest_side < 1 or len(set(grids)) < len(grids):
+        has_empty_grid = any(rows < 1 or columns < 1 for rows, columns in grids)
+        has_duplicates = len(set(grids)) < len(grids)
+        if not grids or has_empty_grid or has_duplicates:
             raise ValueError(fault)
         object.__setattr__(self, "grids", grids)
 
@@ -77,11 +81,13 @@ class ImageVocabulary:
         """
         if not isinstance(entries, Mapping):
             raise ValueError(f"`{CONFIG_KEY}` of the config must be an object, got {entries!r:.80}. Restore the file.")
-        optional = {field.name for field in fields(cls) if field.default is not MISSING}
-        required = {field.name for field in fields(cls)} - optional
-        if not required <= entries.keys() <= required | optional:
+        all_keys = {field.name for field in fields(cls)}
+        required_keys = {field.name for field in fields(cls) if field.default is MISSING}
+        has_required_keys = required_keys <= entries.keys()
+        has_only_known_keys = entries.keys() <= all_keys
+        if not has_required_keys or not has_only_known_keys:
             raise ValueError(
-                f"`{CONFIG_KEY}` of the config must have the keys {', '.join(sorted(required))}, got "
+                f"`{CONFIG_KEY}` of the config must have the keys {', '.join(sorted(required_keys))}, got "
                 f"{', '.join(sorted(map(str, entries)))}. Restore the file."
             )
         for key in ("first_token", "codebook_size", "f"):
@@ -97,7 +103,8 @@ class ImageVocabulary:
     @property
     def names(self) -> list[str]:
         """Names of the tokens, in the order of their ids."""
-        digits = max(5, len(str(self.codebook_size - 1)))
+        largest_code = self.codebook_size - 1
+        digits = max(CODE_DIGITS, len(str(largest_code)))
         codes = [f"<|image_{code:0{digits}}|>" for code in range(self.codebook_size)]
         sizes = [f"<|image_{rows}x{columns}|>" for rows, columns in self.grids]
         return codes + [BEGIN, END, NO_CONDITION] + sizes
@@ -135,9 +142,9 @@ class ImageVocabulary:
         """
         if tuple(grid) not in self.grids:
             choices = ", ".join(f"{rows} x {columns}" for rows, columns in self.grids)
-            wrong = " x ".join(str(side) for side in grid)
+            wanted = " x ".join(str(side) for side in grid)
             raise ValueError(
-                f"`grid` must be one of the rows x columns of codes that the model knows, {choices}, got {wrong}. "
+                f"`grid` must be one of the rows x columns of codes that the model knows, {choices}, got {wanted}. "
                 "Choose one, or extend the language model with more `--grids`."
             )
         return self.first_size + self.grids.index(tuple(grid))
@@ -179,13 +186,13 @@ class ImageVocabulary:
         for begin in (tokens == self.begin).nonzero().flatten().tolist():
             parts.append(self._check_text(tokens[text_start:begin], text_start))
             if begin + 1 == len(tokens):
-                return parts  # cut off before its size
+                return parts  # the sequence ends before the size of the image
             rows, columns = self._grid_of(tokens[begin + 1])
             first_code = begin + 2
             end = first_code + rows * columns
             ids = self._check_codes(tokens, first_code, rows, columns)
             if end >= len(tokens):
-                return parts  # cut off before its end
+                return parts  # the sequence ends before the end token of the image
             parts.append(ids.view(rows, columns))
             text_start = end + 1
         parts.append(self._check_text(tokens[text_start:], text_start))
@@ -199,26 +206,32 @@ class ImageVocabulary:
         return self.grids[size - self.first_size]
 
     def _check_codes(self, tokens: torch.Tensor, first_code: int, rows: int, columns: int) -> torch.Tensor:
-        """Ids of an image, fewer if the sequence is cut off in it. Raises for another token among them or after."""
-        end = first_code + rows * columns
+        """Ids of an image, fewer if the sequence ends inside the image.
+
+        Raises ValueError if one of these tokens is not a code, or the token after them is not the end token.
+        """
+        end = first_code + rows * columns  # position of the end token
         ids = tokens[first_code:end] - self.first_token
-        wrong = ((ids < 0) | (ids >= self.codebook_size)).nonzero().flatten().tolist()
-        has_end = end >= len(tokens) or tokens[end] == self.end
-        if not wrong and has_end:
+        is_wrong = (ids < 0) | (ids >= self.codebook_size)
+        lacks_end = end < len(tokens) and tokens[end] != self.end
+        if is_wrong.any():
+            position = first_code + int(is_wrong.nonzero()[0])
+        elif lacks_end:
+            position = end
+        else:
             return ids
-        place = first_code + wrong[0] if wrong else end
         raise ValueError(
             f"an image of {rows} x {columns} must have {rows * columns} codes and then {END}, got token "
-            f"{tokens[place]} at position {place}. Correct the prompt, or generate with `ImageGrammar`."
+            f"{tokens[position]} at position {position}. Correct the prompt, or generate with `ImageGrammar`."
         )
 
     def _check_text(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
         """Tokens of a text that starts at a position of the sequence. Raises for image tokens in it."""
         is_image = (tokens >= self.first_token) & (tokens < self.stop) & (tokens != self.no_condition)
         if is_image.any():
-            place = int(is_image.nonzero()[0])
+            position = int(is_image.nonzero()[0])  # in the text
             raise ValueError(
-                f"outside an image there must be no image token, got token {tokens[place]} at position "
-                f"{start + place}. Correct the prompt, or generate with `ImageGrammar`."
+                f"outside an image there must be no image token, got token {tokens[position]} at position "
+                f"{start + position}. Correct the prompt, or generate with `ImageGrammar`."
             )
         return tokens

@@ -116,11 +116,11 @@ class SVQVAEProcessor(ProcessorMixin):
         """Loads the vqvae after the tokenizer."""
         arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         processor_dict.pop(PARTS_KEY, None)  # describes the files of this folder, not of one that is saved later
-        ImageVocabulary.from_config(processor_dict)
+        ImageVocabulary.from_config(processor_dict)  # raises if the config has no image tokens
         source = os.fspath(pretrained_model_name_or_path)
         folder = os.path.join(kwargs.get("subfolder") or "", VQVAE_FOLDER)
-        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        vqvae = cls.vqvae_class.from_pretrained(source, subfolder=folder, **options)
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        vqvae = cls.vqvae_class.from_pretrained(source, subfolder=folder, **hub_options)
         return arguments + [vqvae]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
@@ -163,19 +163,26 @@ class SVQVAEProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError(f"`text` must be given. For images alone, pass one `{PLACEHOLDER}` per image.")
-        first_text = text if isinstance(text, str) else "".join(text[:1])
-        bos = self.tokenizer.bos_token
-        has_bos = bos is not None and first_text.startswith(bos)
-        if has_bos and "add_special_tokens" not in kwargs.get("text_kwargs", {}):
-            kwargs.setdefault("add_special_tokens", False)
+        if self._starts_with_bos(text):
+            is_set_by_caller = "add_special_tokens" in kwargs.get("text_kwargs", {})
+            if not is_set_by_caller:
+                kwargs.setdefault("add_special_tokens", False)
         features = super().__call__(images=images, text=text, **kwargs)
         for tokens in features["input_ids"]:
-            self.vocabulary.split(torch.as_tensor(tokens))
+            self.vocabulary.split(torch.as_tensor(tokens))  # raises for malformed images
         return features
+
+    def _starts_with_bos(self, text: str | list[str]) -> bool:
+        """Whether a text, or the first of several, starts with the begin of sequence."""
+        bos = self.tokenizer.bos_token
+        texts = [text] if isinstance(text, str) else text
+        if bos is None or not texts:
+            return False
+        return texts[0].startswith(bos)
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, ...]:
         """Opens the images as Pillow images."""
-        layout = list(super().prepare_inputs_layout(text=text, **kwargs))  # images come first
+        layout = list(super().prepare_inputs_layout(text=text, **kwargs))  # images, text, ...
         if images is not None:
             layout[0] = [self._open(image) for image in _flatten(images)]
         return tuple(layout)
@@ -198,7 +205,7 @@ class SVQVAEProcessor(ProcessorMixin):
         """
         if grid is None:
             return [self._encode(image, self._closest_grid(image)) for image in images]
-        self.vocabulary.size_token(grid)  # raises for an unknown one
+        self.vocabulary.size_token(grid)  # raises for an unknown grid
         return [self._encode(image, grid) for image in images]
 
     @torch.inference_mode()
@@ -212,15 +219,17 @@ class SVQVAEProcessor(ProcessorMixin):
         return self.vqvae.encode_tokens(sample)[0].cpu()
 
     def _closest_grid(self, image: Image.Image) -> tuple[int, int]:
-        """Grid of the closest aspect ratio; of several, the one with the most rows."""
+        """Grid of the closest aspect ratio. Among equally close grids, the one with the most rows."""
         aspect = image.width / image.height
 
-        def distance(grid: tuple[int, int]) -> tuple[float, int]:
+        def order(grid: tuple[int, int]) -> tuple[float, int]:
+            """Factor between the aspect ratios of the grid and the image, at least 1; then the most rows."""
             rows, columns = grid
-            factor = max(columns / rows / aspect, aspect * rows / columns)
-            return factor, -rows
+            factor_if_wider = columns / rows / aspect
+            factor_if_taller = aspect * rows / columns
+            return max(factor_if_wider, factor_if_taller), -rows
 
-        return min(self.vocabulary.grids, key=distance)
+        return min(self.vocabulary.grids, key=order)
 
     @torch.inference_mode()
     def decode_images(self, grids: Sequence[torch.Tensor]) -> list[Image.Image]:
@@ -268,8 +277,10 @@ class SVQVAEProcessor(ProcessorMixin):
         results: list[Any] = []
         for number, tokens in enumerate(generated_outputs):
             sequence = torch.as_tensor(tokens).cpu()
-            parts = self.vocabulary.split(sequence)  # a text, an image, a text, ...
-            images = self.decode_images(parts[1::2])
+            parts = self.vocabulary.split(sequence)  # tokens of a text, ids of an image, tokens of a text, ...
+            tokens_of_texts = parts[::2]
+            ids_of_images = parts[1::2]
+            images = self.decode_images(ids_of_images)
             num_begun = int((sequence == self.vocabulary.begin).sum())
             if num_begun > len(images):
                 warnings.warn(
@@ -278,15 +289,17 @@ class SVQVAEProcessor(ProcessorMixin):
             if generation_mode == "image":
                 results.append(images)
                 continue
-            texts = [self.tokenizer.decode(part, skip_special_tokens, **kwargs) for part in parts[::2]]
+            texts = [self.tokenizer.decode(part, skip_special_tokens, **kwargs) for part in tokens_of_texts]
             results.append(_interleave(texts, images))
         return results
 
     def _open(self, image: Any) -> Image.Image:
         """An image of any kind as an RGB image of Pillow."""
-        if isinstance(image, str) and image.startswith("data:"):
+        is_data_url = isinstance(image, str) and image.startswith("data:")
+        is_web_url = isinstance(image, str) and image.startswith(("http://", "https://"))
+        if is_data_url:
             return load_image(urllib.request.urlopen(image))
-        if isinstance(image, str) and image.startswith(("http://", "https://")):
+        if is_web_url:
             answer = httpx.get(image, timeout=60, follow_redirects=True).raise_for_status()
             return load_image(io.BytesIO(answer.content))
         if isinstance(image, str | os.PathLike):
