@@ -25,6 +25,7 @@ RANGE_TOLERANCE = 0.25  # share of `pixel_range` by which resized images may ove
 USUAL_RANGES = ((0, 1), (-1, 1), (0, 255))  # of samples, the narrowest first
 SCALE_SOURCES = ("latents", "image")  # values of `scale_from`
 MOST = {"levels": 16, "residual blocks per level": 64, "layers": 256}  # far above every real model
+PREPARE_IMAGES = "Prepare images with `SVQVAEImageProcessor.from_model(vqvae)`"  # advice in warnings
 CHANNEL_MULTIPLIERS = ("encoder_ch_mult", "decoder_ch_mult")
 
 
@@ -180,10 +181,13 @@ def check_sample(sample: torch.Tensor, config: Mapping[str, Any], dtype: torch.d
             f"`sample` must be a floating-point tensor with values in {tuple(config['pixel_range'])} (`pixel_range`), "
             f"got {type_name(sample)}. Prepare images with SVQVAEImageProcessor."
         )
-    if sample.dtype != dtype and not torch.is_autocast_enabled(sample.device.type):
+    has_other_dtype = sample.dtype != dtype
+    if has_other_dtype and not torch.is_autocast_enabled(sample.device.type):
         raise TypeError(f"`sample` must be {dtype} like the model, got {sample.dtype}. Pass `sample.to(model.dtype)`.")
     channels = config["in_channels"]
-    if sample.ndim != 4 or sample.shape[1] != channels or 0 in sample.shape:
+    has_layout = sample.ndim == 4 and sample.shape[1] == channels
+    is_empty = 0 in sample.shape
+    if is_empty or not has_layout:
         advice = ""
         if channels == 3:
             advice = " Prepare images with SVQVAEImageProcessor."
@@ -203,19 +207,27 @@ def type_name(value: Any) -> str:
 
 
 def _warn_outside_range(sample: torch.Tensor, pixel_range: Sequence[float]) -> None:
-    """Warns if values are far outside `pixel_range`, or if it reaches below 0 and no value does."""
-    low, high = pixel_range
+    """Warns if values are far outside `pixel_range`, or if they look like images in [0, 1] and it reaches below 0."""
+    low, _ = pixel_range
     lowest, highest = sample.aminmax()
     if not _fits_range(lowest, highest, pixel_range):
-        fault = f"has values far outside {tuple(pixel_range)} (`pixel_range`), so its ids will be wrong"
         advice = _advise_range(lowest, highest, pixel_range)
-    elif low < 0 <= lowest < highest <= 1:
-        fault = f"has no value below 0, where `pixel_range` is {tuple(pixel_range)}. Images in [0, 1] get wrong ids"
-        advice = "load the model with the range of your images: `from_pretrained(..., pixel_range=(0, 1))`"
-    else:
+        warnings.warn(
+            f"`sample` has values far outside {tuple(pixel_range)} (`pixel_range`), so its ids will be wrong. "
+            f"{PREPARE_IMAGES}, or {advice}.",
+            stacklevel=2,
+        )
         return
-    preparation = "Prepare images with `SVQVAEImageProcessor.from_model(vqvae)`"
-    warnings.warn(f"`sample` {fault}. {preparation}, or {advice}.", stacklevel=2)
+    if low >= 0:
+        return
+    is_unit_image = 0 <= lowest < highest <= 1
+    if is_unit_image:
+        warnings.warn(
+            f"`sample` has no value below 0, where `pixel_range` is {tuple(pixel_range)}. Images in [0, 1] get wrong "
+            f"ids. {PREPARE_IMAGES}, or load the model with the range of your images: "
+            "`from_pretrained(..., pixel_range=(0, 1))`.",
+            stacklevel=2,
+        )
 
 
 def _fits_range(lowest: torch.Tensor, highest: torch.Tensor, bounds: Sequence[float]) -> bool:
@@ -226,11 +238,12 @@ def _fits_range(lowest: torch.Tensor, highest: torch.Tensor, bounds: Sequence[fl
 
 
 def _advise_range(lowest: torch.Tensor, highest: torch.Tensor, pixel_range: Sequence[float]) -> str:
-    """Advice for samples outside `pixel_range`: the usual range that they lie in and fill, if there is one."""
-    for usual in USUAL_RANGES:
-        fills_range = highest > usual[1] / 2
-        if fills_range and _fits_range(lowest, highest, usual):
-            return f"load the model with the range of your images: `from_pretrained(..., pixel_range={usual})`"
+    """Advice for samples outside `pixel_range`: to use a usual range that their values lie in and fill, if any."""
+    for usual_range in USUAL_RANGES:
+        _, high = usual_range
+        fills_range = highest > high / 2
+        if fills_range and _fits_range(lowest, highest, usual_range):
+            return f"load the model with the range of your images: `from_pretrained(..., pixel_range={usual_range})`"
     return f"scale them to {tuple(pixel_range)}"
 
 
@@ -262,25 +275,38 @@ def check_ids(ids: torch.Tensor, config: Mapping[str, Any], shape: Sequence[int]
         shape (`tuple[int, int, int, int]`, *optional*): `(batch, h, w, codebook_embed_dim)`.
     """
     if not isinstance(ids, torch.Tensor) or ids.dtype not in INTEGERS:
-        advice = "Pass its `.latents`." if hasattr(ids, "latents") else "Only `decode` takes latents."
+        is_encoder_output = hasattr(ids, "latents")
+        advice = "Pass its `.latents`." if is_encoder_output else "Only `decode` takes latents."
         raise TypeError(f"Ids must be a tensor of an integer type, got {type_name(ids)}. {advice}")
-    dim = config["codebook_embed_dim"]
     if shape is None:
-        if ids.ndim != 3 or not ids.numel():
-            raise ValueError(
-                f"Ids must have shape (batch, h, w), not empty, got {tuple(ids.shape)}. Reshape them, or pass `shape`."
-            )
-    elif not ids.numel() or len(shape) != 4 or math.prod(shape[:-1]) != ids.numel() or shape[-1] != dim:
-        raise ValueError(
-            f"`shape` must be (batch, h, w, {dim}) for as many ids as there are, at least one, got {tuple(shape)} for "
-            f"{ids.numel()}. Reshape them to the grid."
-        )
+        _check_grid_of_ids(ids)
+    else:
+        _check_shape_of_codes(ids, shape, config["codebook_embed_dim"])
     # Skipped when compiling: a data-dependent check would break the graph.
     if not torch.compiler.is_compiling():
         _check_ids_in_codebook(ids, config["codebook_size"])
 
 
+def _check_grid_of_ids(ids: torch.Tensor) -> None:
+    """Raises unless ids have shape `(batch, h, w)` and are not empty."""
+    if ids.ndim != 3 or ids.numel() == 0:
+        raise ValueError(
+            f"Ids must have shape (batch, h, w), not empty, got {tuple(ids.shape)}. Reshape them, or pass `shape`."
+        )
+
+
+def _check_shape_of_codes(ids: torch.Tensor, shape: Sequence[int], dim: int) -> None:
+    """Raises unless a shape is `(batch, h, w, dim)` with as many positions as there are ids, at least one."""
+    is_grid_of_codes = len(shape) == 4 and shape[-1] == dim
+    if ids.numel() == 0 or not is_grid_of_codes or math.prod(shape[:-1]) != ids.numel():
+        raise ValueError(
+            f"`shape` must be (batch, h, w, {dim}) for as many ids as there are, at least one, got {tuple(shape)} for "
+            f"{ids.numel()}. Reshape them to the grid."
+        )
+
+
 def _check_ids_in_codebook(ids: torch.Tensor, codebook_size: int) -> None:
+    """Raises unless ids lie in `[0, codebook_size)`."""
     lowest, highest = ids.long().aminmax()
     if lowest < 0 or highest >= codebook_size:
         raise ValueError(
@@ -293,8 +319,13 @@ def _check_ids_in_codebook(ids: torch.Tensor, codebook_size: int) -> None:
 
 
 def is_list_of_scales(scales: Any) -> bool:
-    """Whether scales are several, even if the list has one, in contrast to a number or an array without dimensions."""
-    return isinstance(scales, Iterable) and getattr(scales, "ndim", None) != 0
+    """Whether scales are a list, even of a single scale, and not a number or an array that holds one number."""
+    return isinstance(scales, Iterable) and not _is_array_of_one_number(scales)
+
+
+def _is_array_of_one_number(value: Any) -> bool:
+    """Whether a value is an array or a tensor without dimensions."""
+    return getattr(value, "ndim", None) == 0
 
 
 def check_scales(scales: Any, name: str = "`scales`") -> list[float]:
@@ -313,13 +344,15 @@ def check_scales(scales: Any, name: str = "`scales`") -> list[float]:
         raise ValueError(f"{name} must have at least one scale, got none. Pass `[1]`, or leave them out.")
     checked: list[float] = []
     for scale in listed:
-        if getattr(scale, "ndim", None) == 0:  # an array or a tensor that holds one number
-            scale = scale.item()
-        if not isinstance(scale, Real) or isinstance(scale, bool):
+        number = scale.item() if _is_array_of_one_number(scale) else scale
+        is_number = isinstance(number, Real) and not isinstance(number, bool)
+        if not is_number:
             raise TypeError(f"{name} must be a number or a list of numbers, got {scales!r}.")
-        if not 0 < float(scale) < math.inf:
-            raise ValueError(f"{name} must be finite and above 0, got {scale}.")
-        checked.append(scale if isinstance(scale, int) else float(scale))
+        if not 0 < float(number) < math.inf:
+            raise ValueError(f"{name} must be finite and above 0, got {number}.")
+        if not isinstance(number, int):
+            number = float(number)
+        checked.append(number)
     return checked
 
 
@@ -346,7 +379,7 @@ def check_tiles(f: int, tile_size: int, overlap: int | None) -> None:
     if overlap is None:
         return
     _check_pixels("overlap", overlap)
-    largest = (tile_size // f - 1) // 2 * f
+    largest = (tile_size // f - 1) // 2 * f  # in whole latents, less than half of a tile
     if overlap % f or not 0 <= overlap <= largest:
         nearest = min(max(0, round(overlap / f) * f), largest)
         raise ValueError(
@@ -356,6 +389,7 @@ def check_tiles(f: int, tile_size: int, overlap: int | None) -> None:
 
 
 def _check_pixels(name: str, value: Any) -> None:
+    """Raises ValueError unless a number of pixels is an integer of Python or NumPy."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise ValueError(f"`{name}` must be an integer number of pixels, got {value!r}.")
 
@@ -373,11 +407,19 @@ def check_same_codebook(model: Any, tokens: Any) -> None:
     Raises:
         ValueError: The codebook's fingerprint or size differs, or the model's f.
     """
-    _check_fact("of the model's codebook, with fingerprint", model.codebook_fingerprint(), tokens.codebook_fingerprint)
-    _check_fact("of a model with f =", model.f, tokens.f)
-    _check_fact("of a codebook with this number of codes:", model.config["codebook_size"], tokens.codebook_size)
-
-
-def _check_fact(fact: str, expected: Any, value: Any) -> None:
-    if value != expected:
-        raise ValueError(f"the ids must be {fact} {expected}, got {value}. Use the model that encoded them.")
+    fingerprint = model.codebook_fingerprint()
+    if tokens.codebook_fingerprint != fingerprint:
+        raise ValueError(
+            f"the ids must be of the model's codebook, with fingerprint {fingerprint}, got "
+            f"{tokens.codebook_fingerprint}. Use the model that encoded them."
+        )
+    if tokens.f != model.f:
+        raise ValueError(
+            f"the ids must be of a model with f = {model.f}, got {tokens.f}. Use the model that encoded them."
+        )
+    codebook_size = model.config["codebook_size"]
+    if tokens.codebook_size != codebook_size:
+        raise ValueError(
+            f"the ids must be of a codebook with this number of codes: {codebook_size}, got {tokens.codebook_size}. "
+            "Use the model that encoded them."
+        )

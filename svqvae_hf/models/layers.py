@@ -133,8 +133,8 @@ class TileContext:
     def _scaled_core(self, hidden: torch.Tensor) -> tuple[slice, slice]:
         """Rows and columns of the core in positions of features, which may be more or fewer than the latents."""
         height, width = self.size  # in latents
-        hidden_height, hidden_width = hidden.shape[-2:]
-        rows = self.core.rows
+        hidden_height, hidden_width = hidden.shape[-2:]  # in positions of the features
+        rows = self.core.rows  # in latents
         columns = self.core.columns
         return (
             slice(rows.start * hidden_height // height, rows.stop * hidden_height // height),
@@ -232,15 +232,22 @@ class GroupNorm(nn.GroupNorm):
         """`(batch, channels, h, w)` -> the same shape."""
         if torch.is_grad_enabled() and hidden.device.type == "cpu":
             hidden = hidden.contiguous()  # in channels_last the backward pass takes half of a training step on CPU
-        if shared is None:  # not `F.group_norm`, which raises for a 1 x 1 image with one value per group
+        if shared is None:
+            # `F.group_norm` would raise an error for a 1 x 1 image with one value per group.
             return torch.group_norm(hidden, self.num_groups, self.weight, self.bias, self.eps)
-        variance, mean = shared.moments_of(self, hidden)  # (images, groups)
+        variance, mean = shared.moments_of(self, hidden)
+        return self._normalise(hidden, variance, mean)
+
+    def _normalise(self, hidden: torch.Tensor, variance: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """Normalises windows `(images * windows, channels, h, w)` by the moments `(images, groups)` of each image."""
         channels_per_group = hidden.shape[1] // self.num_groups
         variance = variance.repeat_interleave(channels_per_group, dim=1)  # (images, channels)
         mean = mean.repeat_interleave(channels_per_group, dim=1)
         weight = self.weight.to(mean.dtype)
         bias = self.bias.to(mean.dtype)
-        if len(mean) == 1 and not torch.is_grad_enabled():  # a fused kernel, which has no gradient for the statistics
+        is_one_image = len(mean) == 1
+        if is_one_image and not torch.is_grad_enabled():
+            # A fused kernel. It has no gradient for the moments.
             return F.batch_norm(hidden, mean[0], variance[0], weight, bias, eps=self.eps)
         scale = weight * torch.rsqrt(variance + self.eps)
         shift = bias - mean * scale
@@ -257,7 +264,8 @@ def pad_edges(hidden: torch.Tensor, shared: TileContext | None, before: int = 1)
     padded = F.pad(hidden, (before, 1, before, 1))
     if shared is None or shared.cuts is None:
         return padded
-    top, bottom, left, right = shared.cuts
+    top, bottom, left, right = shared.cuts  # each (windows, 1, 1, 1), 1 where the window is cut and 0 at a border
+    # The row or column next to a side fills the padding there if the window is cut, otherwise zeros do.
     padded[..., :before, :] = padded[..., before : 2 * before, :] * top
     padded[..., -1:, :] = padded[..., -2:-1, :] * bottom
     padded[..., :before] = padded[..., before : 2 * before] * left
@@ -301,6 +309,7 @@ class RepeatConv2d(nn.Conv2d):
         kernel = self.summed_kernel()
         if shared is None or shared.cuts is None:
             return F.conv_transpose2d(hidden, kernel, self.bias, stride=2, padding=1)
+        # A position of padding makes the result two positions longer at that side, so `padding` crops two more.
         return F.conv_transpose2d(pad_edges(hidden, shared), kernel, self.bias, stride=2, padding=3)
 
     def summed_kernel(self) -> torch.Tensor:

@@ -291,7 +291,7 @@ class Decoder(nn.Module):
             )
             self.conv_blocks.append(block)
             channels = out_channels
-        self.margins = read_margins(num_levels, num_blocks)
+        self.margins = margins_of_levels(num_levels, num_blocks)
         self.norm_out = GroupNorm(num_groups, channels)
         self.conv_out = Conv3x3(channels, config["out_channels"])
 
@@ -302,7 +302,8 @@ class Decoder(nn.Module):
             hidden = block(hidden, shared)
         for level, margin in zip(self.conv_blocks, self.margins, strict=True):
             hidden = level(hidden, shared)
-            if shared is not None and margin:
+            is_last_level = margin == 0
+            if shared is not None and not is_last_level:
                 hidden, shared = shared.crop(hidden, margin)
         hidden = self.conv_out(silu(self.norm_out(hidden, shared)), shared)
         if shared is None:
@@ -310,15 +311,18 @@ class Decoder(nn.Module):
         return shared.core_of(hidden)
 
 
-def read_margins(num_levels: int, num_blocks: int) -> list[int]:
-    """For each decoder level, how many positions around a core the levels after it read, in its output's resolution.
+def margins_of_levels(num_levels: int, num_blocks: int) -> list[int]:
+    """Margin around the core that must be kept of the output of each decoder level, because later levels read it.
 
-    A residual block reads two positions on each side, and the last layer of a level or of the decoder one.
+    Margins are in positions of the output of the level. Nothing needs to be cropped after the last level: margin 0.
     """
+    # Each 3 x 3 convolution reads one position on each side. A residual block has two of them. One more follows the
+    # blocks of a level: in its upsampling, or at the end of the decoder.
+    margin_of_convolutions = 2 * num_blocks + 1
     margins = [0]  # from the last level to the first
     for _ in range(num_levels - 1):
-        margin_of_next_level = margins[-1] // 2  # whose resolution is twice as high
-        margins.append(2 * num_blocks + 1 + margin_of_next_level)
+        margin_after_upsampling = margins[-1]
+        margins.append(margin_of_convolutions + margin_after_upsampling // 2)
     return margins[::-1]
 
 
@@ -475,8 +479,8 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             quantized, _, _ = self.quantize(h)
         else:
             check_ids(h, self.config, shape)
-            grid = (*h.shape, self.config["codebook_embed_dim"]) if shape is None else shape
-            quantized = self.quantize.get_codebook_entry(h.long(), grid)
+            shape_of_codes = (*h.shape, self.config["codebook_embed_dim"]) if shape is None else shape
+            quantized = self.quantize.get_codebook_entry(h.long(), shape_of_codes)
         sample = self._decode(quantized.to(self.dtype), self._check_tiles(tiles))
         if not return_dict:
             return (sample,)
@@ -638,19 +642,26 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             else:
                 quantized, losses_of_scale, (_, _, flat_ids) = self.quantize(latents_of_scale)
                 batch, _, height, width = latents_of_scale.shape
+                losses.append(losses_of_scale)
                 ids.append(flat_ids.view(batch, height, width))
-                if return_dict:
-                    losses.append(losses_of_scale)
-                else:
-                    losses.append((*losses_of_scale, self.quantize.usage(flat_ids)))
             decoded = self._decode(quantized, tiles)
             samples.append(self.resize_to_image(decoded, sample.shape[-2:], scale))
+        if not return_dict:
+            losses = self._add_usage(losses, ids)
         output = SVQVAEOutput(samples, losses, latents, ids)
         if not is_list_of_scales(scales):
             output = first_scale(output)
         if not return_dict:
             return (output.sample, output.losses)
         return output
+
+    def _add_usage(self, losses: list[VQLosses], ids: list[torch.Tensor]) -> list[tuple]:
+        """Losses of each scale in the form of the original, `(vq, commit, entropy, usage)`."""
+        losses_with_usage = []
+        for losses_of_scale, ids_of_scale in zip(losses, ids, strict=True):
+            usage = self.quantize.usage(ids_of_scale)
+            losses_with_usage.append((*losses_of_scale, usage))
+        return losses_with_usage
 
     def resize_to_image(self, decoded: torch.Tensor, image_size: Sequence[int], scale: float) -> torch.Tensor:
         """Resizes and crops a decoded sample to the size of the original image at `scale`.

@@ -239,14 +239,16 @@ def flatten_latents(latents: torch.Tensor) -> torch.Tensor:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
+    """Context in which operations on a device run in the type of their inputs."""
     if device_type == "meta":  # meta tensors have no autocast
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
 def _mean_over_processes(value: torch.Tensor) -> torch.Tensor:
-    """Mean over all processes, with the gradient of this process's own value."""
-    if not distributed.is_available() or not distributed.is_initialized():
+    """Mean of a value over all processes. Its gradient is the gradient of the value of this process."""
+    is_distributed = distributed.is_available() and distributed.is_initialized()
+    if not is_distributed:
         return value
     mean = value.detach().clone()
     distributed.all_reduce(mean)

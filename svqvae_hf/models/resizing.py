@@ -6,13 +6,16 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+AREA_SCALE = 0.25  # largest scale at which images are resized by area
+
 
 def pad_to_multiple(sample: torch.Tensor, f: int) -> torch.Tensor:
     """Pads both sides to multiples of `f`, at the bottom and right, by repeating the last row and column."""
     height, width = sample.shape[-2:]
     bottom = -height % f
     right = -width % f
-    if not torch.compiler.is_compiling() and bottom == right == 0:  # a graph pads images of any size alike
+    # A compiled graph always pads, because the same graph runs on images of any size.
+    if not torch.compiler.is_compiling() and bottom == 0 and right == 0:
         return sample
     return F.pad(sample, (0, right, 0, bottom), mode="replicate")
 
@@ -37,7 +40,7 @@ def resize_sample(sample: torch.Tensor, scale: float, f: int) -> torch.Tensor:
     height, width = padded.shape[-2:]
     rows, columns = grid_shape(height, width, f, scale)
     size = (rows * f, columns * f)
-    if scale <= 0.25:
+    if scale <= AREA_SCALE:
         return resize(padded, size, "area")
     return resize(padded, size, "bicubic", antialias=True)
 
@@ -86,5 +89,7 @@ def map_range(values: torch.Tensor, source: Sequence[float], target: Sequence[fl
     """Maps values linearly from the range `source` (low, high) to `target` (low, high), without clamping."""
     if list(source) == list(target):
         return values
-    gain = (target[1] - target[0]) / (source[1] - source[0])
-    return values * gain + (target[0] - source[0] * gain)
+    source_low, source_high = source
+    target_low, target_high = target
+    gain = (target_high - target_low) / (source_high - source_low)
+    return values * gain + (target_low - source_low * gain)

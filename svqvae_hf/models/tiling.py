@@ -60,16 +60,23 @@ def tile_axis(length: int, tile: int, overlap: int) -> list[tuple[slice, slice]]
     """
     if length <= tile:
         return [(slice(0, length), slice(0, length))]
-    count = -(-(length - 2 * overlap) // (tile - 2 * overlap))
-    window = -(-(length + 2 * overlap * (count - 1)) // count)
-    starts = [round(i * (length - window) / (count - 1)) for i in range(count)]
+    # `count` windows, of which neighbours share `shared` positions, reach over
+    # `count * window - (count - 1) * shared` positions, which must be at least `length`.
+    shared = 2 * overlap
+    count = divide_rounding_up(length - shared, tile - shared)
+    window = divide_rounding_up(length + shared * (count - 1), count)
+    starts = _spread(length - window, count)
     windows_and_cores = []
     core_start = 0
-    for i, start in enumerate(starts):
-        core_stop = length
-        if i + 1 < count:  # the middle of what this window and the next one share
-            core_stop = (start + window + starts[i + 1]) // 2
-        windows_and_cores.append((slice(start, start + window), slice(core_start, core_stop)))
+    for number, start in enumerate(starts):
+        stop = start + window
+        is_last = number + 1 == count
+        if is_last:
+            core_stop = length
+        else:
+            start_of_next = starts[number + 1]
+            core_stop = (start_of_next + stop) // 2  # in the middle of the positions that both windows have
+        windows_and_cores.append((slice(start, stop), slice(core_start, core_stop)))
         core_start = core_stop
     return windows_and_cores
 
@@ -83,20 +90,27 @@ def window_origins(size: Sequence[int], side: int, count: int) -> list[tuple[int
         count (`int`): Maximum number of windows; fewer where they cover the image.
     """
     height, width = size
-    most_down = -(-height // side)
-    most_across = -(-width // side)
-    down = min(max(1, round((count * height / width) ** 0.5)), most_down, count)
-    across = min(count // down, most_across)
-    tops = _spread(max(0, height - side), down)
-    lefts = _spread(max(0, width - side), across)
+    rows_that_cover = divide_rounding_up(height, side)
+    columns_that_cover = divide_rounding_up(width, side)
+    # A grid of `count` windows with rows / columns = height / width
+    rows_in_proportion = max(1, round((count * height / width) ** 0.5))
+    rows = min(rows_in_proportion, rows_that_cover, count)
+    columns = min(count // rows, columns_that_cover)
+    tops = _spread(max(0, height - side), rows)
+    lefts = _spread(max(0, width - side), columns)
     return list(itertools.product(tops, lefts))
 
 
-def _spread(room: int, count: int) -> list[int]:
-    """Starts of windows from 0 to `room`, at equal distances. A single window is centred."""
+def _spread(last_start: int, count: int) -> list[int]:
+    """Starts of `count` windows at equal distances, from 0 to `last_start`. A single window is centred."""
     if count == 1:
-        return [room // 2]
-    return [round(i * room / (count - 1)) for i in range(count)]
+        return [last_start // 2]
+    return [round(number * last_start / (count - 1)) for number in range(count)]
+
+
+def divide_rounding_up(dividend: int, divisor: int) -> int:
+    """Quotient of two integers, rounded up."""
+    return -(-dividend // divisor)
 
 
 # Running a network over tiles
@@ -124,8 +138,8 @@ class TiledRun:
 
     def read_area(self, area: Area) -> torch.Tensor:
         """Input `(batch, channels, rows, columns)` at an area in latents."""
-        place = area.scaled(self.input_stride)
-        return self.read(place.rows, place.columns)
+        input_area = area.scaled(self.input_stride)
+        return self.read(input_area.rows, input_area.columns)
 
 
 def sample_windows(run: TiledRun) -> WindowSample:
@@ -141,14 +155,18 @@ def sample_windows(run: TiledRun) -> WindowSample:
         cut_sides.append(CutSides.of(area, run.size))
     by_image = torch.stack(windows, dim=1)  # (images, windows, channels, height, width)
     images = len(by_image)
-    core = Area(_context_core(run.size[0], side), _context_core(run.size[1], side))
-    sample = WindowSample((height, width), core, make_cuts(cut_sides * images, by_image), images=images)
+    core = Area(_core_of_window(run.size[0], side), _core_of_window(run.size[1], side))
+    cuts = make_cuts(cut_sides * images, by_image)  # the same windows in each image
+    sample = WindowSample((height, width), core, cuts, images=images)
     run.network(by_image.flatten(0, 1), sample)
     return sample
 
 
-def _context_core(length: int, side: int) -> slice:
-    """Part of a window that counts along an axis: all of it if it holds the axis, otherwise without its ends."""
+def _core_of_window(length: int, side: int) -> slice:
+    """Part of a window of `side` latents that statistics are gathered from, along an axis of `length` latents.
+
+    A window as long as the axis counts whole. A shorter one counts without a margin at either end.
+    """
     if length <= side:
         return slice(0, length)
     margin = min(CONTEXT_MARGIN, (side - 1) // 2)
@@ -170,9 +188,9 @@ def run_tiles(run: TiledRun) -> Iterator[tuple[Area, torch.Tensor]]:
         for window_columns, core_columns in tile_axis(width, run.tile, run.overlap):
             window = Area(window_rows, window_columns)
             core = Area(core_rows, core_columns)
-            values = run.read_area(window)
-            context = sample.tile(values, core.within(window), run.input_stride)
-            yield core, run.network(values, context)
+            tile_input = run.read_area(window)
+            context = sample.tile(tile_input, core.within(window), run.input_stride)
+            yield core, run.network(tile_input, context)
 
 
 def map_tiles(
@@ -195,12 +213,14 @@ def map_tiles(
     height = source.shape[-2] // input_stride
     width = source.shape[-1] // input_stride
     run = TiledRun(network, read, (height, width), tile, overlap, input_stride)
-    joined = torch.empty(0)
+    joined = torch.empty(0)  # replaced when the first result shows the number of channels
     for area, result in run_tiles(run):
-        if not joined.numel():
-            joined = result.new_empty(*result.shape[:2], height * output_stride, width * output_stride)
-        place = area.scaled(output_stride)
-        joined[..., place.rows, place.columns] = result
+        is_first = joined.numel() == 0
+        if is_first:
+            batch, channels, _, _ = result.shape
+            joined = result.new_empty(batch, channels, height * output_stride, width * output_stride)
+        output_area = area.scaled(output_stride)
+        joined[..., output_area.rows, output_area.columns] = result
     return joined
 
 
@@ -254,7 +274,8 @@ class TilingMixin(ModelMixin):
         Raises:
             ValueError: If `tile_size` or `overlap` does not fit.
         """
-        if not self.use_tiling and tile_size is None and overlap is None:
+        has_arguments = tile_size is not None or overlap is not None
+        if not has_arguments and not self.use_tiling:
             return None
         if tile_size is None:
             check_tiles(self.f, self.tile_size, overlap)
@@ -307,23 +328,25 @@ class TilingMixin(ModelMixin):
     def _run(
         self, network: RunWindow, source: torch.Tensor, tiles: Tiles | None, *, input_stride: int, output_stride: int
     ) -> torch.Tensor:
-        """Runs a network over a batch: as a whole, or by slices and tiles."""
+        """Runs a network over a batch: as a whole, image by image if slicing is on, or over tiles of each image."""
         if self.use_slicing and len(source) > 1:
             results = []
             for image in source.split(1):
                 result = self._run(network, image, tiles, input_stride=input_stride, output_stride=output_stride)
                 results.append(result)
             return torch.cat(results)
-        longest = max(source.shape[-2:]) // input_stride  # in latents
-        if tiles is None or longest <= tiles.tile_size // self.f:
+        if tiles is None:
+            return network(source)
+        tile = tiles.tile_size // self.f  # in latents
+        overlap = tiles.overlap // self.f
+        longer_side = max(source.shape[-2:]) // input_stride  # in latents
+        if longer_side <= tile:
             return network(source)
         if torch.is_grad_enabled() and self.is_gradient_checkpointing:
             raise ValueError(
                 "Gradient checkpointing must be off for tiles with gradients, because it runs the network again after "
                 "the values that tiles share have changed. Disable gradient checkpointing, tiling or gradients."
             )
-        tile = tiles.tile_size // self.f
-        overlap = tiles.overlap // self.f
         return map_tiles(network, source, tile, overlap, input_stride, output_stride)
 
 
