@@ -12,6 +12,8 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 
+WEIGHTS_NAME = "diffusion_pytorch_model"  # start of the names of diffusers' files of weights
+
 
 class StrictLoadingMixin(ModelMixin, ConfigMixin):
     """Loads models of diffusers only if the weights are exactly what the config asks for."""
@@ -25,7 +27,8 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         "auto_map",  # of a repository with code
     )
     component_name: str  # subfolder of the model in a pipeline or beside a language model
-    _auto_class = "AutoModel" if "diffusers_modules" in __name__ else None  # only such code is saved with a model
+    # Code that came from a repository is saved with its model.
+    _auto_class = "AutoModel" if "diffusers_modules" in __name__ else None
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Saves the config, and the code of a model that was loaded with `trust_remote_code=True`.
@@ -53,7 +56,7 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
             ValueError: If weights are missing, unexpected or of another shape, or the folder holds another class.
             TypeError: If an argument is unknown.
         """
-        with_info = kwargs.pop("output_loading_info", False)
+        returns_info = kwargs.pop("output_loading_info", False)
         kwargs.pop("low_cpu_mem_usage", None)  # diffusers keeps the codebook in float32 only with it
         source = os.fspath(pretrained_model_name_or_path)
         cls._check_source(source, kwargs.get("subfolder"))
@@ -65,7 +68,7 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         except ValueError as error:
             raise ValueError(f"`{source}` cannot be loaded: {error}") from error
         check_weights(source, info)
-        if with_info:
+        if returns_info:
             return model, info
         return model
 
@@ -81,8 +84,9 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
             if not os.path.isdir(folder):  # diffusers would load `source`
                 raise OSError(f"there is no folder `{folder}`. Correct `subfolder`, or leave it out.")
             return
-        holds_weights = any(name.startswith("diffusion_pytorch_model") for name in os.listdir(source))
-        if not holds_weights and os.path.isfile(os.path.join(source, cls.component_name, "config.json")):
+        has_weights = any(name.startswith(WEIGHTS_NAME) for name in os.listdir(source))
+        config_in_subfolder = os.path.join(source, cls.component_name, "config.json")
+        if not has_weights and os.path.isfile(config_in_subfolder):
             raise OSError(
                 f"`{source}` holds its {cls.__name__} in a folder of its own. Load it with "
                 f"`from_pretrained(..., subfolder={cls.component_name!r})`."
@@ -111,8 +115,8 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         parameters = inspect.signature(cls.__init__).parameters
         unknown = []
         for name in sorted(kwargs):
-            is_private = name.startswith("_")
-            if name not in parameters and name != "trust_remote_code" and not is_private:
+            is_option_of_diffusers = name == "trust_remote_code" or name.startswith("_")
+            if name not in parameters and not is_option_of_diffusers:
                 unknown.append(name)
         if unknown and not return_unused_kwargs:
             raise TypeError(
@@ -161,7 +165,11 @@ def check_merged(name: str, model: Any) -> None:
 
 
 def copy_code(model_class: type, folder: str | os.PathLike) -> str:
-    """Copies the file that defines a class, and all that it imports relatively, to a folder. Returns its module."""
+    """Copies the file that defines a class, and all files that it imports relatively, to a folder.
+
+    Returns:
+        `str`: Name of the module of the class in the folder.
+    """
     source = Path(inspect.getfile(model_class))
     shutil.copy(source, folder)
     for file in get_relative_import_files(source):

@@ -72,8 +72,9 @@ class CodeHead(nn.Linear):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Computes logits `(batch, length, vocab_size)`."""
         logits = super().forward(hidden_states)
-        other_tokens = self.config.vocab_size - self.config.codebook_size
-        return F.pad(logits, (0, other_tokens), value=torch.finfo(logits.dtype).min)
+        num_other_tokens = self.config.vocab_size - self.config.codebook_size
+        lowest = torch.finfo(logits.dtype).min
+        return F.pad(logits, (0, num_other_tokens), value=lowest)
 
 
 class CaptionProjection(nn.Module):
@@ -108,7 +109,8 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
     config_class = LlamaGenConfig
     _tied_weights_keys: dict[str, str] = {}  # the head has rows for codes alone
     _tp_plan: dict[str, str] = {}  # the head pads its logits, so its rows cannot be spread over devices
-    _auto_class = "AutoModel" if "diffusers_modules" in __name__ else None  # only such code is saved with a model
+    # Code that came from a repository is saved with its model.
+    _auto_class = "AutoModel" if "diffusers_modules" in __name__ else None
 
     def __init__(self, config: LlamaGenConfig):
         super().__init__(config)
@@ -179,11 +181,13 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
             inputs_embeds = self._embed(input_ids, prompt_embeds)
             input_ids = None
             if logits_to_keep == 0 or logits_to_keep > length:
-                logits_to_keep = length  # none for the caption
+                logits_to_keep = length  # one position per token, without the other positions of the caption
         elif cache is None:
             raise ValueError(MISSING_CAPTIONS)
-        else:  # all tokens before are in the cache, whose length bounds the mask
-            attention_mask = self._mask_positions(attention_mask, prompt_attention_mask, 1 + self.config.grid_size**2)
+        else:
+            # The mask covers a whole image. transformers reads as much of it as the cache holds.
+            most_tokens = 1 + self.config.grid_size**2  # the condition token and all ids
+            attention_mask = self._mask_positions(attention_mask, prompt_attention_mask, most_tokens)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -202,8 +206,9 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
         if prompt_attention_mask is None:
             if attention_mask is None:
                 return None
-            prompt_attention_mask = attention_mask[:, :1].expand(-1, self.config.num_condition_tokens)
-        if attention_mask is None:
+            condition_mask = attention_mask[:, :1]  # (batch, 1): all features are seen if the condition token is
+            prompt_attention_mask = condition_mask.expand(-1, self.config.num_condition_tokens)
+        if attention_mask is None:  # all ids are seen
             return F.pad(prompt_attention_mask, (0, tokens - 1), value=1)
         return torch.cat([prompt_attention_mask, attention_mask[:, 1:]], dim=1)
 
@@ -240,15 +245,17 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if self.config.caption_dim is None:
             return inputs
-        for name in ("attention_mask", "position_ids"):  # counted without the positions of the caption
+        for name in ("attention_mask", "position_ids"):  # they lack the positions of the caption
             inputs.pop(name, None)
-        reads_caption = kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True)
+        has_no_cache = not kwargs.get("use_cache", True)  # so each call reads all tokens again
+        reads_caption = kwargs.get("is_first_iteration") or has_no_cache
         if not reads_caption:
             return inputs
         if prompt_embeds is None:
             raise ValueError(MISSING_CAPTIONS)
         inputs["prompt_embeds"] = prompt_embeds
-        if isinstance(inputs.get("cache"), StaticCache):  # made for tokens: a caption has more positions
+        if isinstance(inputs.get("cache"), StaticCache):
+            # transformers made it as long as the tokens, but a caption has more positions than its one token.
             length = self.config.max_position_embeddings
             inputs["cache"] = StaticCache(config=self.config, max_cache_len=length)
         return inputs

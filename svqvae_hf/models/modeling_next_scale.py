@@ -44,6 +44,7 @@ INITIAL_QUERY_FACTOR = 4.0
 HEAD_GAIN = 0.02
 MODULATION_GAIN = 0.5
 GATE_GAIN = 1e-3
+MODULATION_WEIGHT = "ada_lin.1.weight"  # end of the names of the parameters that modulate
 
 POSITIVE_INTEGERS = (
     "num_layers",
@@ -97,13 +98,16 @@ class Attention(nn.Module, AttentionModuleMixin):
         query = query.transpose(1, 2)  # (batch, tokens, heads, head width)
         key = key.transpose(1, 2)
         value = value.transpose(1, 2)
-        visible = key.shape[1] - query.shape[1]  # cached tokens
+        num_visible = key.shape[1] - query.shape[1]  # at first the cached tokens
         attended = []
         for query_of_scale in query.split(list(lengths), dim=1):
             # No mask is needed, because a scale sees all keys up to its own last one.
-            visible += query_of_scale.shape[1]
-            attended.append(self.processor(query_of_scale, key[:, :visible], value[:, :visible], scale=1.0))
-        return self.proj(torch.cat(attended, dim=1).flatten(2))
+            num_visible += query_of_scale.shape[1]
+            visible_key = key[:, :num_visible]
+            visible_value = value[:, :num_visible]
+            attended.append(self.processor(query_of_scale, visible_key, visible_value, scale=1.0))
+        joined = torch.cat(attended, dim=1)  # (batch, tokens, heads, head width)
+        return self.proj(joined.flatten(2))
 
     def _split_heads(self, features: torch.Tensor) -> torch.Tensor:
         """`(batch, tokens, width)` -> `(batch, heads, tokens, head width)`."""
@@ -199,7 +203,8 @@ class NextScaleTransformer(StrictLoadingMixin):
         for name in POSITIVE_INTEGERS:
             check_json_integer(name, self.config[name])
         check_json_integer("num_classes", num_classes, least=0)
-        least = 1 if vocab_size or max_text_length else 0  # captions need both, other models neither
+        reads_captions = bool(vocab_size or max_text_length)
+        least = 1 if reads_captions else 0  # captions need a vocabulary and a length
         check_json_integer("vocab_size", vocab_size, least)
         check_json_integer("max_text_length", max_text_length, least)
         check_depth("The config", {"layers": num_layers})
@@ -250,33 +255,43 @@ class NextScaleTransformer(StrictLoadingMixin):
         is_first = cache is None or cache.get_seq_length() == 0
         check_number_of_codes(codes, sizes, is_first=is_first)
         condition = self.class_emb(class_labels).unsqueeze(1)  # (batch, 1, width)
-        inputs = []  # of each scale, (batch, tokens, width)
         if is_first:
-            inputs.append(condition + self.pos_start)
-        for codes_before, size in zip(codes, sizes[len(inputs) :], strict=True):
-            resized = resize_codes(codes_before, size)
-            inputs.append(self.word_embed(resized.to(condition.dtype)))
-        parts = []  # the caption, if there is one, and the scales
-        if is_first:
-            parts += self._embed(text)
-        caption_length = parts[0].shape[1] if parts else 0
+            caption = self._embed_caption(text)
+            start = condition + self.pos_start  # (batch, 1, width)
+            inputs = [start] + self._embed_codes(codes, sizes[1:], condition.dtype)
+        else:
+            caption = []
+            inputs = self._embed_codes(codes, sizes, condition.dtype)
+        tokens_of_scales = []
         for tokens, size in zip(inputs, sizes, strict=True):
-            parts.append(tokens + self._positions(size))
+            tokens_of_scales.append(tokens + self._positions(size))  # (batch, height * width, width of the model)
+        parts = caption + tokens_of_scales
         lengths = [part.shape[1] for part in parts]
-        hidden = torch.cat(parts, dim=1)
+        hidden = torch.cat(parts, dim=1)  # (batch, tokens, width)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden = self._gradient_checkpointing_func(block, hidden, condition, lengths, cache)
             else:
                 hidden = block(hidden, condition, lengths, cache)
-        hidden = hidden[:, caption_length:]
+        caption_length = sum(part.shape[1] for part in caption)
+        hidden = hidden[:, caption_length:]  # the tokens of the scales
         logits = self.head(self.head_nm(hidden, condition)).float()
         if not return_dict:
             return (logits,)
         return NextScaleTransformerOutput(logits=logits)
 
-    def _embed(self, text: torch.Tensor | None) -> list[torch.Tensor]:
-        """Tokens `(batch, length, width)` before the first scale: a caption, or nothing if the model reads none."""
+    def _embed_codes(
+        self, codes: Sequence[torch.Tensor], sizes: Sequence[Size], dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        """Tokens `(batch, height * width, width of the model)` of each scale, from the codes of the scale before."""
+        tokens = []
+        for codes_before, size in zip(codes, sizes, strict=True):
+            resized = resize_codes(codes_before, size)  # (batch, height * width, codebook_embed_dim)
+            tokens.append(self.word_embed(resized.to(dtype)))
+        return tokens
+
+    def _embed_caption(self, text: torch.Tensor | None) -> list[torch.Tensor]:
+        """Tokens `(batch, length, width)` of the caption before the first scale; an empty list without captions."""
         length = self.config["max_text_length"]
         if text is None:
             if length:
@@ -292,28 +307,30 @@ class NextScaleTransformer(StrictLoadingMixin):
         return resized.flatten(2).transpose(1, 2)
 
     def _initialise(self) -> None:
-        """Draws the weights as FlexVAR does; the first third of a block's modulation are its gates."""
+        """Draws the weights as FlexVAR does."""
         width = self.pos_start.shape[-1]
         std = math.sqrt(1 / (3 * width))
-        residual_gain = 1 / math.sqrt(2 * len(self.blocks))
-        gains = {
-            "head.weight": HEAD_GAIN,
-            "ada_lin.1.weight": MODULATION_GAIN,
-            "proj.weight": residual_gain,
-            "fc2.weight": residual_gain,
-        }
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
             elif name.endswith("weight") or name in ("pos_start", "text_pos"):
-                gain = 1.0
-                for ending in gains:
-                    if name.endswith(ending):
-                        gain = gains[ending]
+                gain = initial_gain(name, len(self.blocks))
                 nn.init.trunc_normal_(weight, std=gain * std)
-            if name.startswith("blocks.") and name.endswith("ada_lin.1.weight"):
-                gates = weight.detach()[: 2 * width]
+            if name.startswith("blocks.") and name.endswith(MODULATION_WEIGHT):
+                gates = weight.detach()[: 2 * width]  # the first third: gate1 and gate2 of `NextScaleBlock`
                 nn.init.trunc_normal_(gates, std=GATE_GAIN * std)
+
+
+def initial_gain(name: str, num_blocks: int) -> float:
+    """Factor of the standard deviation that the weights of a parameter are drawn with."""
+    if name.endswith("head.weight"):
+        return HEAD_GAIN
+    if name.endswith(MODULATION_WEIGHT):
+        return MODULATION_GAIN
+    ends_residual_branch = name.endswith(("proj.weight", "fc2.weight"))
+    if ends_residual_branch:
+        return 1 / math.sqrt(2 * num_blocks)
+    return 1.0
 
 
 def check_number_of_codes(codes: Sequence[torch.Tensor], sizes: Sequence[Size], *, is_first: bool) -> None:
