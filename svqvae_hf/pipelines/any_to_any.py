@@ -38,13 +38,13 @@ class ImageLanguagePipeline(AnyToAnyPipeline):
             return super().__call__(text=text, images=images, generation_mode=generation_mode, **kwargs)
         inputs = _as_batch(text)
         captions = [caption_of(chat) for chat in inputs]
-        edit = {}
-        for name, pictures in (("image", images), ("mask_image", kwargs.pop("mask_image", None))):
-            if pictures is not None:
-                edit[name] = make_flat_list_of_images(pictures)
-        drawn = ImageChats(self.model, self.processor).draw(captions, **edit, **kwargs)
+        if images is not None:
+            kwargs["image"] = make_flat_list_of_images(images)
+        if kwargs.get("mask_image") is not None:
+            kwargs["mask_image"] = make_flat_list_of_images(kwargs["mask_image"])
+        drawings = ImageChats(self.model, self.processor).draw(captions, **kwargs)
         results = []
-        for chat, image in zip(inputs, drawn, strict=True):
+        for chat, image in zip(inputs, drawings, strict=True):
             results.append({"input_text": chat, "generated_image": image})
         return results
 

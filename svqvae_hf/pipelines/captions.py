@@ -9,8 +9,12 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WORD, SYMBOL, SEPARATOR = "word", "symbol", "separator"  # kinds of the parts of a caption
+# Kinds of the parts of a caption
+WORD = "word"
+SYMBOL = "symbol"
+SEPARATOR = "separator"
 WORD_CHARACTER = re.compile(r"[\w'’]")
+SYMBOL_CATEGORIES = "S"  # start of the Unicode categories of symbols, such as emoji
 JOINING = ("Cf", "Me", "Mn")  # Unicode categories of characters that belong to the one before, as in emoji
 
 
@@ -32,19 +36,20 @@ def split_caption(caption: str) -> list[tuple[str, str]]:
 
 
 def _kind(character: str, last_kind: str) -> str:
+    """Kind of the part that a character belongs to, after a part of kind `last_kind`."""
     category = unicodedata.category(character)
     if WORD_CHARACTER.match(character):
         return WORD
     if category in JOINING:
         return last_kind
-    if category.startswith("S"):
+    if category.startswith(SYMBOL_CATEGORIES):
         return SYMBOL
     return SEPARATOR
 
 
 def unknown_words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[str]:
     """Words and symbols of captions that a tokenizer of whole words lacks; other tokenizers lack none."""
-    parts = {}  # in order, each once
+    parts = {}  # kinds by texts: words and symbols in order, without duplicates
     for caption in captions:
         for kind, text in split_caption(caption):
             if kind != SEPARATOR:
@@ -103,8 +108,10 @@ def pad_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], le
     _check_length(captions, batch, length)
     rows = []
     for caption, tokens in zip(captions, batch, strict=True):
-        # As in training, an empty caption is padding alone, without special tokens.
-        rows.append(tokens if caption else [tokenizer.pad_token_id] * length)
+        if caption:
+            rows.append(tokens)
+        else:  # padding alone, without special tokens, as in training
+            rows.append([tokenizer.pad_token_id] * length)
     return torch.tensor(rows)
 
 

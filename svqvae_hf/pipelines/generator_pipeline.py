@@ -53,8 +53,8 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         Raises:
             ValueError: The codebook of `vqvae` is another one, or the number of names is not `num_classes`.
         """
-        if class_names is not None and not len(set(class_names)) == len(class_names) == num_classes:
-            raise ValueError(f"`class_names` must be {num_classes} different names, one per class, got {class_names}.")
+        if class_names is not None:
+            check_class_names(class_names, num_classes)
         vqvae = components["vqvae"]
         for fingerprint in fingerprints:
             check_fingerprint(fingerprint, vqvae)
@@ -71,7 +71,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str) -> dict[str, Any]:
-        index = super()._dict_from_json_file(json_file)
+        index = super()._dict_from_json_file(json_file)  # content of `model_index.json`
         class_names = index.get("class_names")
         if class_names:
             index["class_names"] = tuple(class_names)  # diffusers takes any list for a component
@@ -183,7 +183,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
     def _call_back(
         self, callback: Callback | None, tensor_inputs: Sequence[str], step: int, size: Any, ids: torch.Tensor
     ) -> torch.Tensor:
-        """Calls `callback_on_step_end`, and returns the ids that it returns, or those that were sampled."""
+        """Calls `callback_on_step_end`. Returns the ids that it returns, or the sampled ones if it returns none."""
         if callback is None:
             return ids
         tensors = {"ids": ids.clone()} if tensor_inputs else {}
@@ -192,7 +192,9 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             return ids
         replaced = to_int64("ids", returned["ids"]).to(ids.device)
         end = self.vqvae.config["codebook_size"]
-        if replaced.shape != ids.shape or not 0 <= replaced.min() <= replaced.max() < end:
+        has_shape = replaced.shape == ids.shape
+        is_in_codebook = has_shape and replaced.min() >= 0 and replaced.max() < end
+        if not is_in_codebook:
             raise ValueError(
                 f"`ids` that `callback_on_step_end` returns must have shape {tuple(ids.shape)} and lie in [0, {end}), "
                 f"got shape {tuple(replaced.shape)} in [{replaced.min()}, {replaced.max()}]."
@@ -210,3 +212,10 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         if not return_dict:
             return (images,)
         return ImagePipelineOutput(images=images)
+
+
+def check_class_names(class_names: Sequence[str], num_classes: int) -> None:
+    """Raises ValueError unless there is a different name for each class."""
+    has_duplicates = len(set(class_names)) < len(class_names)
+    if has_duplicates or len(class_names) != num_classes:
+        raise ValueError(f"`class_names` must be {num_classes} different names, one per class, got {class_names}.")

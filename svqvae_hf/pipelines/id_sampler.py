@@ -94,17 +94,17 @@ class IdSampler:
             self.inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
         rows, columns = grid
         prompts = inputs["input_ids"]
-        longest = prompts.shape[1] + rows * columns - 1
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
-        if longest > context:
+        length = prompts.shape[1] + rows * columns - 1  # the model does not read the last id
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", length)
+        if length > context:
             raise ValueError(
-                f"the prompt and {rows} x {columns} ids must fit the context of {context} tokens, but take {longest}. "
+                f"the prompt and {rows} x {columns} ids must fit the context of {context} tokens, but take {length}. "
                 "Shorten the prompt, or pass a smaller `grid`."
             )
         images = len(prompts) if guide is None else len(prompts) // 2
         self.ids = prompts.new_zeros(images, rows, columns)
         self.guided_ids = rows * columns if guided_ids is None else guided_ids
-        self.place = 0  # number of ids so far
+        self.num_sampled = 0  # ids per image so far
         self._forget()
 
     def _forget(self) -> None:
@@ -125,7 +125,7 @@ class IdSampler:
             ValueError: Logits are NaN or infinite.
         """
         columns = self.ids.shape[2]
-        row = self.place // columns
+        row = self.num_sampled // columns
         highest_logits = []
         for column in range(columns):
             logits = self._next_logits()  # (batch, codes)
@@ -149,23 +149,20 @@ class IdSampler:
         if "position_ids" in inputs:
             positions = inputs["position_ids"]
             inputs["position_ids"] = torch.cat([positions, positions[:, -1:] + 1], dim=1)
-        self.place += 1
+        self.num_sampled += 1
         self.unread += 1
 
     def replace(self, ids: torch.Tensor) -> None:
         """Replaces all ids so far, `(batch, rows so far, columns)`. The rows below follow from them."""
         self.ids[:, : ids.shape[1]] = ids
         tokens = self.inputs["input_ids"]
-        tokens[:, -self.place :] = self._as_tokens(ids.flatten(1))
+        tokens[:, -self.num_sampled :] = self._as_tokens(ids.flatten(1))
         self._forget()
 
     def _next_logits(self) -> torch.Tensor:
         """Float32 logits `(batch, codes)` of the next id."""
-        if self.guide is not None and self.place == self.guided_ids:
-            self.guide = None
-            images = len(self.ids)
-            self.inputs = {name: values[:images] for name, values in self.inputs.items()}  # without guiding rows
-            self._forget()
+        if self.guide is not None and self.num_sampled == self.guided_ids:
+            self._end_guidance()
         inputs = self.model.prepare_inputs_for_generation(
             **self.inputs,
             cache=self.cache,
@@ -182,10 +179,17 @@ class IdSampler:
             return logits_of_codes
         return self.guide(logits_of_codes)
 
+    def _end_guidance(self) -> None:
+        """Leaves out the rows without their condition, so that later ids are sampled without guidance."""
+        self.guide = None
+        images = len(self.ids)
+        self.inputs = {name: values[:images] for name, values in self.inputs.items()}
+        self._forget()
+
     def _as_tokens(self, ids: torch.Tensor) -> torch.Tensor:
-        """Tokens of ids, for the rows with and without conditions."""
+        """Tokens of ids, for all rows of the model: twice with guidance, for the rows with and without conditions."""
         tokens = self.codes.start + ids
         rows = len(self.inputs["input_ids"])
         if rows == len(ids):
             return tokens
-        return torch.cat([tokens, tokens])  # with and without the condition
+        return torch.cat([tokens, tokens])

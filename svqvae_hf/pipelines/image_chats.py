@@ -21,8 +21,9 @@ from .known_objects import KnownObjects, say_undrawable
 from .sampling import Generators, check_generators, check_sampling, guide, sample
 
 ANSWER = "<|answer|>"  # stands for an answer in a template
+PIXEL_DIMENSIONS = (2, 3)  # of the pixels of one image, without and with channels
 DEFAULT_SAMPLING = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-WHITE = 127  # the darkest grey of a mask that counts as black; masks in JPEG files have noise
+LIGHTEST_BLACK = 127  # greys of a mask up to this value count as black, because masks in JPEG files have noise
 
 
 class ImageChats:
@@ -141,6 +142,7 @@ class ImageChats:
         has_caption = any(text is not None for text in texts)
         guidance = None
         if scale != 1 and has_caption:
+            # All questions again without their captions, as the sampler expects them for guidance.
             questions += [self.processor.no_condition] * len(texts)
             guidance = partial(guide, guidance_scale=scale)
         ids_to_keep = None
@@ -200,11 +202,14 @@ class ImageChats:
 
     def _questions(self, texts: Sequence[str | None]) -> list[str]:
         """What the model is asked for each caption, or for an image without one."""
-        captions = [text for text in texts if text is not None]
-        known_captions = iter(keep_known_words(self.tokenizer, captions))
+        captions = ["" if text is None else text for text in texts]
+        known_captions = keep_known_words(self.tokenizer, captions)
         questions = []
-        for text in texts:
-            questions.append(self.processor.no_condition if text is None else next(known_captions))
+        for text, caption in zip(texts, known_captions, strict=True):
+            if text is None:
+                questions.append(self.processor.no_condition)
+            else:
+                questions.append(caption)
         return questions
 
     def _ids_to_keep(
@@ -229,28 +234,27 @@ class ImageChats:
         """Whether the part of a mask that belongs to each code has no white, `(rows, columns)`."""
         if mask.mode in ("LA", "PA", "RGBA"):
             mask = mask.convert("RGB")  # without transparency
-        pixels = self.image_processor(mask)["pixel_values"]  # masks of floats and of 16 bits are scaled
+        # The image processor scales masks of floats and of 16 bits to 8 bits.
+        pixels = self.image_processor(mask)["pixel_values"]
         (rgb,) = self.image_processor.postprocess(pixels)
-        grey = np.asarray(rgb.convert("L"))
-        height, width = grey.shape
-        rows, columns = grid
-        fitted_height = min(height, width * rows / columns)  # in the middle, as `ImageOps.fit` crops the image
-        fitted_width = min(width, height * columns / rows)
-        top = (height - fitted_height) / 2
-        left = (width - fitted_width) / 2
-        cropped = grey[int(top) : math.ceil(top + fitted_height), int(left) : math.ceil(left + fitted_width)]
-        is_white = torch.from_numpy(cropped > WHITE).float()
-        has_white = F.adaptive_max_pool2d(is_white[None], grid)[0]  # a mean would lose thin strokes
+        grey = np.asarray(rgb.convert("L"))  # (height, width)
+        cropped = _crop_to_aspect_ratio(grey, grid)
+        is_white = torch.from_numpy(cropped > LIGHTEST_BLACK).float()
+        # Each code takes the maximum of its part of the mask, because a mean would lose thin strokes.
+        has_white = F.adaptive_max_pool2d(is_white[None], grid)[0]
         return has_white == 0
 
     def _ask(self, questions: list[str], start: str = "", images: Any = None) -> BatchFeature:
         """Prompts of a batch, padded on the left, up to the start of the answer."""
-        answer = {"role": "assistant", "content": ANSWER}  # before which templates may write more than for none
+        # Some templates write more before an answer than at the end of a chat without one. So the chats get an answer,
+        # and the texts end before it.
+        answer = {"role": "assistant", "content": ANSWER}
         conversations = [[{"role": "user", "content": question}, answer] for question in questions]
         texts = []
         for chat in self._apply_template(conversations):
-            before_answer = chat.rpartition(ANSWER)[0]
-            texts.append((before_answer + start).rstrip(" "))  # a space would be joined with the word after it
+            before_answer, _, _ = chat.rpartition(ANSWER)
+            text = before_answer + start
+            texts.append(text.rstrip(" "))  # tokenizers join a space with the word after it
         inputs = self.processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
         arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         return BatchFeature(arguments).to(self.language_model.device)
@@ -277,7 +281,24 @@ def _check_prompts(prompts: Sequence[Any]) -> None:
             raise ValueError(f"`prompts` must hold texts, or None for an image without one, got {prompt!r:.80}.")
 
 
+def _crop_to_aspect_ratio(grey: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Crops the middle of a mask `(height, width)` to the aspect ratio of a grid, as `ImageOps.fit` crops the image.
+
+    Pixels that the crop covers in part are kept.
+    """
+    height, width = grey.shape
+    rows, columns = grid
+    cropped_height = min(height, width * rows / columns)
+    cropped_width = min(width, height * columns / rows)
+    top = (height - cropped_height) / 2
+    left = (width - cropped_width) / 2
+    bottom = math.ceil(top + cropped_height)
+    right = math.ceil(left + cropped_width)
+    return grey[int(top) : bottom, int(left) : right]
+
+
 def _as_list(images: Image.Image | Sequence[Image.Image] | None) -> list[Image.Image]:
+    """Images in a list, which is empty for None."""
     if images is None:
         return []
     if isinstance(images, Image.Image):
@@ -286,7 +307,7 @@ def _as_list(images: Image.Image | Sequence[Image.Image] | None) -> list[Image.I
 
 
 def _is_one_image(images: Any) -> bool:
-    """Whether this is an image, its path or its pixels, and not several."""
+    """Whether the argument `images` holds a single image: a Pillow image, a path, or an array or tensor of pixels."""
     if isinstance(images, str | os.PathLike | Image.Image):
         return True
-    return getattr(images, "ndim", None) in (2, 3)
+    return getattr(images, "ndim", None) in PIXEL_DIMENSIONS

@@ -24,7 +24,8 @@ class KnownObjects:
 
     def unknown(self, prompt: str) -> list[str]:
         """Words of a prompt for things that the model cannot draw, in the order of the prompt."""
-        words = WORD.findall(prompt.lower().replace("’", "'"))
+        straight_quotes = prompt.lower().replace("’", "'")
+        words = WORD.findall(straight_quotes)
         unknown = []
         position = 0
         while position < len(words):

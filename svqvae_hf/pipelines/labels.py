@@ -35,16 +35,18 @@ def encode_labels(class_labels: Labels | None, num_classes: int, class_names: Se
     if isinstance(class_labels, list | tuple):
         names = list(class_names or [])
         numbers = [_number_of_class(label, names, num_classes) for label in class_labels]
-    labels = torch.as_tensor(numbers).reshape(-1)
-    if labels.numel():
-        labels = to_int64("class_labels", labels)
-    if not labels.numel() or not 0 <= labels.min() <= labels.max() < num_classes:
+    labels = torch.as_tensor(numbers).reshape(-1)  # (batch,)
+    if labels.numel() == 0:
+        raise ValueError(f"`class_labels` must be in [0, {num_classes}), got {class_labels!r}.")
+    labels = to_int64("class_labels", labels)
+    is_in_range = labels.min() >= 0 and labels.max() < num_classes
+    if not is_in_range:
         raise ValueError(f"`class_labels` must be in [0, {num_classes}), got {class_labels!r}.")
     return labels
 
 
 def _number_of_class(label: Any, names: list[str], num_classes: int) -> Any:
-    """Number of a class that is named, or the label itself if it is a number."""
+    """Number of the class with this name. A label that is a number is returned as it is."""
     if isinstance(label, str):
         if label not in names:
             raise ValueError(

@@ -151,7 +151,8 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         """
         check_sampling(guidance_scale, temperature, top_k, top_p)
         check_outputs(num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
-        if not 0 <= guidance_stop <= 1:
+        is_fraction = 0 <= guidance_stop <= 1
+        if not is_fraction:
             raise ValueError(f"`guidance_stop` must be a fraction in [0, 1], got {guidance_stop}.")
         self._interrupt = False
         rows, columns = self.grid
@@ -159,7 +160,8 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         captions = self._encode_captions(class_labels, prompt, prompt_embeds, prompt_attention_mask)
         if captions:
             class_labels = [0] * len(captions["prompt_embeds"])  # the one class, "with its caption"
-        labels = self._encode_labels(class_labels, 1, guidance_scale).repeat_interleave(num_images_per_prompt)
+        labels = self._encode_labels(class_labels, 1, guidance_scale)
+        labels = labels.repeat_interleave(num_images_per_prompt)
         for name, values in captions.items():
             captions[name] = values.repeat_interleave(num_images_per_prompt, dim=0)
         check_generators(generator, len(labels))
@@ -214,17 +216,21 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         prompt_embeds: torch.Tensor | None,
         prompt_attention_mask: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
-        """Arguments of the language model for captions; empty for other models."""
+        """Arguments of the language model for captions; empty for a model with classes."""
+        has_prompt = prompt is not None
+        has_features = prompt_embeds is not None
+        has_mask = prompt_attention_mask is not None
         if self.language_model.config.caption_dim is None:
-            if prompt is not None or prompt_embeds is not None or prompt_attention_mask is not None:
+            if has_prompt or has_features or has_mask:
                 raise ValueError(
                     "`prompt`, `prompt_embeds` and `prompt_attention_mask` need a language model with captions, but "
                     f"this one has {self.num_classes} classes. Leave them out."
                 )
             return {}
-        has_one_caption = (prompt is None) != (prompt_embeds is None)
-        has_mask_of_prompt = prompt is not None and prompt_attention_mask is not None
-        if class_labels is not None or not has_one_caption or has_mask_of_prompt:
+        has_only_prompt = has_prompt and not has_features and not has_mask
+        has_only_features = has_features and not has_prompt  # with or without their mask
+        is_one_kind = has_only_prompt or has_only_features
+        if class_labels is not None or not is_one_kind:
             raise ValueError(
                 "Pipelines for captions take `prompt` or `prompt_embeds`, and no `class_labels`. Pass `prompt` alone."
             )

@@ -190,13 +190,13 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         check_greedy_scales(greedy_scales, sizes)
         self._interrupt = False
         known_scales: list[KnownScale] = []
-        images = 1
+        num_images_to_edit = 1  # or one image without a class and a caption
         if image is not None or mask_image is not None:
             known_scales = self._encode_known(image, mask_image, sizes, height, width)
-            images = len(known_scales[0].ids)
-        text = self._encode_prompts(prompt, images, guidance_scale)
+            num_images_to_edit = len(known_scales[0].ids)
+        text = self._encode_prompts(prompt, num_images_to_edit, guidance_scale)
         if text is None:
-            labels = self._encode_labels(class_labels, images, guidance_scale)
+            labels = self._encode_labels(class_labels, num_images_to_edit, guidance_scale)
         else:
             labels = self._encode_labels(class_labels, len(text), guidance_scale=1)
             text = text.repeat_interleave(num_images_per_prompt, dim=0)
@@ -211,10 +211,10 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
                 logits = guide(logits, guidance_scales[step])
             check_finite(logits.amax(-1), self.transformer, "transformer")
             if step in greedy_scales:
-                flat_ids = sample(logits, temperature, 1, 1.0, generator)
+                flat_ids = sample(logits, temperature, top_k=1, top_p=1.0, generator=generator)
             else:
                 flat_ids = sample(logits, temperature, top_k, top_p, generator)
-            ids = flat_ids.unflatten(1, size)  # (images, h, w)
+            ids = flat_ids.unflatten(1, size)  # (images, tokens) -> (images, h, w)
             if known_scales:
                 ids = known_scales[step].replace(ids)
             ids = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step, size, ids)
@@ -278,46 +278,43 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         height: int,
         width: int,
     ) -> list["KnownScale"]:
-        """Encodes the images to edit and their masks at each scale."""
+        """Encodes the images to edit and their masks at each scale.
+
+        `height` and `width` are the sides of the result in pixels.
+        """
         if image is None or mask_image is None:
             raise ValueError("`image` and `mask_image` must be passed together: the mask says what is kept.")
         batch = self.image_processor(image)
+        masks = self._prepare_masks(mask_image)
         image_height, image_width = batch["image_sizes"][0]
-        if image_height * width != image_width * height:
-            raise ValueError(
-                f"`image` must have the aspect ratio of the result, {width} x {height} (width x height), got "
-                f"{image_width} x {image_height}. Crop it, or pass other sides."
-            )
-        mask = self._prepare_masks(mask_image)
-        if mask.shape[-2:] != (image_height, image_width):
-            raise ValueError(
-                f"`mask_image` must be as large as `image`, {image_width} x {image_height} (width x height), got "
-                f"{mask.shape[-1]} x {mask.shape[-2]}."
-            )
-        images = len(batch["image_sizes"])
-        if len(mask) not in (1, images):
-            raise ValueError(f"`mask_image` must be one mask or one per image, {images}, got {len(mask)}.")
-        mask = pad_to_multiple(mask, self.vqvae.f)
+        num_images = len(batch["image_sizes"])
+        check_images_to_edit((image_height, image_width), num_images, masks, (height, width))
         sample = batch["pixel_values"].to(self._execution_device, self.vqvae.dtype)
-        longest = max(grid_shape(image_height, image_width, self.vqvae.f, 1.0))
-        scales = [max(size) / longest for size in sizes]
+        longer_side = max(grid_shape(image_height, image_width, self.vqvae.f, 1.0))  # in ids
+        scales = [max(size) / longer_side for size in sizes]
         latents = self.vqvae.encode_scales(sample, scales, self.config["scale_from"])
+        padded_masks = pad_to_multiple(masks, self.vqvae.f)
         known_scales = []
         for latents_of_scale, size in zip(latents, sizes, strict=True):
             resized = resize(latents_of_scale.float(), size, "area")  # as in training
             ids = self.vqvae.quantize.nearest_ids(resized)
-            has_white = F.adaptive_max_pool2d(mask, size)[:, 0] > 0  # (masks, h, w)
-            known_scales.append(KnownScale(ids, ~has_white.to(ids.device)))
+            has_white = F.adaptive_max_pool2d(padded_masks, size)[:, 0] > 0  # (masks, h, w)
+            is_kept = has_white.logical_not().to(ids.device)
+            known_scales.append(KnownScale(ids, is_kept))
         return known_scales
 
     def _prepare_masks(self, mask_image: PipelineImageInput) -> torch.Tensor:
         """Masks `(masks, 1, height, width)` of zeros and ones."""
         if isinstance(mask_image, Image.Image):
-            mask_image = [mask_image]
-        if isinstance(mask_image, list | tuple):  # Pillow would clip float masks in [0, 1], and masks of 16 bits
-            masks: list[Any] = list(mask_image)
-            mask_image = [to_grey(mask) if isinstance(mask, Image.Image) else mask for mask in masks]
-        return self.mask_processor.preprocess(mask_image).float()
+            return self.mask_processor.preprocess([to_grey(mask_image)]).float()
+        if not isinstance(mask_image, list | tuple):
+            return self.mask_processor.preprocess(mask_image).float()
+        masks: list[Any] = []
+        for mask in mask_image:
+            # `to_grey` scales masks of floats and of 16 bits. Pillow, which the processor uses, would clip them.
+            grey = to_grey(mask) if isinstance(mask, Image.Image) else mask
+            masks.append(grey)
+        return self.mask_processor.preprocess(masks).float()
 
 
 @dataclass(frozen=True)
@@ -339,18 +336,54 @@ class KnownScale:
         return torch.where(is_kept, known_ids, sampled)
 
 
+def check_images_to_edit(image_size: Size, num_images: int, masks: torch.Tensor, size: Size) -> None:
+    """Raises unless images to edit fit the result and their masks.
+
+    Args:
+        image_size (`tuple[int, int]`): Height and width of the images in pixels.
+        num_images (`int`): Number of images.
+        masks (`torch.Tensor` of shape `(masks, 1, height, width)`): Masks.
+        size (`tuple[int, int]`): Height and width of the result in pixels.
+
+    Raises:
+        ValueError: The aspect ratio of the images is not the one of the result, the masks have another size, or they
+            are neither one nor one per image.
+    """
+    image_height, image_width = image_size
+    height, width = size
+    has_aspect_ratio = image_height * width == image_width * height
+    if not has_aspect_ratio:
+        raise ValueError(
+            f"`image` must have the aspect ratio of the result, {width} x {height} (width x height), got "
+            f"{image_width} x {image_height}. Crop it, or pass other sides."
+        )
+    mask_height, mask_width = masks.shape[-2:]
+    if (mask_height, mask_width) != (image_height, image_width):
+        raise ValueError(
+            f"`mask_image` must be as large as `image`, {image_width} x {image_height} (width x height), got "
+            f"{mask_width} x {mask_height}."
+        )
+    if len(masks) not in (1, num_images):
+        raise ValueError(f"`mask_image` must be one mask or one per image, {num_images}, got {len(masks)}.")
+
+
 def schedule_of_training(schedule: Sequence[Scale] | None, vqvae: SVQVAE) -> list[Size]:
     """Sizes of the scales in training; a single number is the side of a square. By default ten to `sample_size`."""
     if schedule is None:
-        return default_schedule(max(1, vqvae.config["sample_size"] // vqvae.f))
-    last = schedule[-1] if schedule else 1
-    size = (last, last) if isinstance(last, int) else (last[0], last[-1])
-    return fit_schedule(schedule, size)
+        side = vqvae.config["sample_size"] // vqvae.f  # in ids
+        return default_schedule(max(1, side))
+    if not schedule:
+        return fit_schedule(schedule, (1, 1))  # raises, because the schedule is empty
+    last = schedule[-1]
+    if isinstance(last, int):
+        return fit_schedule(schedule, (last, last))
+    return fit_schedule(schedule, (last[0], last[-1]))
 
 
 def check_greedy_scales(greedy_scales: Sequence[int], sizes: Sequence[Size]) -> None:
     """Raises ValueError for numbers of steps that the schedule does not have."""
-    if not set(greedy_scales) <= set(range(len(sizes))):
+    all_steps = set(range(len(sizes)))
+    if not all_steps.issuperset(greedy_scales):
         raise ValueError(
             f"`greedy_scales` must be steps in [0, {len(sizes)}) of {describe(sizes)}, got {list(greedy_scales)}."
         )

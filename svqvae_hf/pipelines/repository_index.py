@@ -28,6 +28,7 @@ PIPELINE_OF_BLOCKS = {
 }
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 COMPONENTS = ("vqvae", "transformer", "language_model", "text_encoder", "tokenizer")
+AUTO_MODEL = ["diffusers", "AutoModel"]  # library and class of components whose code lies in the repository
 MODELS = {"vqvae": SVQVAE, "transformer": NextScaleTransformer, "language_model": LlamaGenForCausalLM}
 
 
@@ -59,18 +60,27 @@ def read_index(source: str | os.PathLike, **options: Any) -> dict[str, Any]:
         OSError: There is no index, or the Hub does not answer and the cache has none.
         ValueError: The index is not a JSON object.
     """
-    try:
-        index = from_hub(PipelineIndex.load_config, source, **options)
-    except OSError as error:
-        try:
-            index = from_hub(ModularIndex.load_config, source, **options)
-        except OSError:
-            raise error from None
+    index = _load_index(source, **options)
     check_index(index, source)
     blocks = str(index.get("_blocks_class_name"))
     if blocks in PIPELINE_OF_BLOCKS:
         index["_class_name"] = PIPELINE_OF_BLOCKS[blocks]
     return index
+
+
+def _load_index(source: str | os.PathLike, **options: Any) -> Any:
+    """Content of `model_index.json`, or of the modular index if there is no such file.
+
+    Raises OSError about `model_index.json` if there is neither.
+    """
+    try:
+        return from_hub(PipelineIndex.load_config, source, **options)
+    except OSError as error:
+        error_of_pipeline = error
+    try:
+        return from_hub(ModularIndex.load_config, source, **options)
+    except OSError:
+        raise error_of_pipeline from None
 
 
 def check_index(index: Any, source: str | os.PathLike) -> None:
@@ -90,22 +100,24 @@ def write_blocks(blocks: type, folder: Path, source: str) -> None:
         source (`str`): Folder or Hub id that the repository will be loaded from.
     """
     write_code(folder)
-    reference = f"{copy_code(blocks, folder)}.{blocks.__name__}"
+    module = copy_code(blocks, folder)
+    reference = f"{module}.{blocks.__name__}"
     modular: dict[str, Any] = {"_blocks_class_name": blocks.__name__, "_class_name": "ModularPipeline"}
     index = read_json_object(folder / PipelineIndex.config_name)
     for name, value in index.items():
         is_component = isinstance(value, list) and (folder / name).is_dir()
-        is_absent = value == [None, None]
+        is_missing_component = value == [None, None]
+        is_private = name.startswith("_")
         if is_component:
             place = {
-                "type_hint": ["diffusers", "AutoModel"] if name in MODELS else value,
+                "type_hint": AUTO_MODEL if name in MODELS else value,
                 "pretrained_model_name_or_path": source,
                 "subfolder": name,
                 "variant": None,
                 "revision": None,
             }
             modular[name] = [None, None, place]
-        elif not is_absent and not name.startswith("_"):
+        elif not is_missing_component and not is_private:
             modular[name] = value
     write_json(folder / "modular_config.json", {"auto_map": {"ModularPipelineBlocks": reference}})
     write_json(folder / ModularIndex.config_name, modular)
@@ -144,20 +156,35 @@ def _load_component(source: str, name: str, entry: Any, options: Mapping[str, An
     Raises:
         ValueError: The entry is broken, or weights are missing or unexpected.
     """
-    place = entry[-1] if isinstance(entry, list) and entry else None
-    if not isinstance(place, dict) or not isinstance(place.get("type_hint"), list):
+    type_hint = _type_hint(entry)
+    if type_hint is None:
         raise ValueError(f"the index of `{source}` must say where `{name}` lies, got {entry!r:.80}.")
     if name in MODELS:
         component_class: Any = MODELS[name]
     else:
-        component_class = getattr(transformers, str(place["type_hint"][-1]), None)
+        class_name = str(type_hint[-1])
+        component_class = getattr(transformers, class_name, None)
     if component_class is None:
-        raise ValueError(f"the index of `{source}` names an unknown class of `{name}`, {place['type_hint']!r:.80}.")
-    if not hasattr(component_class, "forward"):  # not a model
+        raise ValueError(f"the index of `{source}` names an unknown class of `{name}`, {type_hint!r:.80}.")
+    is_model = hasattr(component_class, "forward")
+    if not is_model:
         return component_class.from_pretrained(source, subfolder=name, **hub_options(options))
     model, info = component_class.from_pretrained(source, subfolder=name, output_loading_info=True, **options)
     check_weights(f"{source}/{name}", info)
     return model
+
+
+def _type_hint(entry: Any) -> list[Any] | None:
+    """Library and class in an entry of a modular index, `[library, class, place]`; None for a broken entry."""
+    if not isinstance(entry, list) or not entry:
+        return None
+    place = entry[-1]
+    if not isinstance(place, dict):
+        return None
+    type_hint = place.get("type_hint")
+    if not isinstance(type_hint, list):
+        return None
+    return type_hint
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

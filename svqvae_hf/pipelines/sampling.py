@@ -65,7 +65,14 @@ def check_generators(generator: Generators, count: int) -> None:
 
 
 def check_finite(highest: torch.Tensor, network: torch.nn.Module, title: str) -> None:
-    """Raises for logits with NaN or infinity, which make the highest score of a draw NaN or infinite."""
+    """Raises ValueError for logits that are not finite.
+
+    Args:
+        highest (`torch.Tensor`): Highest logit of each draw. It is NaN or infinite if one of the logits is NaN or
+            positive infinity.
+        network (`torch.nn.Module`): Network that computed the logits, for the error.
+        title (`str`): Name of the network, for the error.
+    """
     if not highest.isfinite().all():
         raise ValueError(
             f"the logits of the {title} must be finite, but {type(network).__name__} in {network.dtype} returned NaN "
@@ -96,7 +103,7 @@ def sample(
         return logits.argmax(-1)
     scores = TemperatureLogitsWarper(float(temperature))(None, logits.flatten(0, -2))  # (rows, codes)
     if top_k:
-        scores = TopKLogitsWarper(int(top_k))(None, scores)  # it refuses integers of numpy
+        scores = TopKLogitsWarper(int(top_k))(None, scores)  # `int`, because it takes no integers of NumPy
     if top_p < 1:
         scores = TopPLogitsWarper(float(top_p))(None, scores)
     return draw(scores.view_as(logits), generator)
@@ -118,9 +125,14 @@ def draw(scores: torch.Tensor, generator: Generators) -> torch.Tensor:
 
 
 def _exponential(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
+    """Draws from the exponential distribution, from one generator for the batch or from one for each image."""
     if isinstance(generator, list):
         check_generators(generator, shape[0])
-        of_image = torch.Size((1, *shape[1:]))
-        return torch.cat([_exponential(of_image, generator_of_image, device) for generator_of_image in generator])
-    drawn_on = device if generator is None else generator.device
-    return torch.empty(shape, device=drawn_on).exponential_(generator=generator).to(device)
+        shape_of_image = torch.Size((1, *shape[1:]))
+        draws = []
+        for generator_of_image in generator:
+            draws.append(_exponential(shape_of_image, generator_of_image, device))
+        return torch.cat(draws)
+    device_of_generator = device if generator is None else generator.device
+    drawn = torch.empty(shape, device=device_of_generator).exponential_(generator=generator)
+    return drawn.to(device)

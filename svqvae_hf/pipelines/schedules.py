@@ -1,5 +1,6 @@
 """Schedules of next-scale generation: the sizes, in ids, of the scales of an image."""
 
+import itertools
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
@@ -62,10 +63,11 @@ def fit_schedule(schedule: Sequence[Scale], size: Size) -> list[Size]:
             is not `size`.
     """
     sizes = [_size_of_scale(entry, size) for entry in schedule]
-    for coarse, fine in zip(sizes, sizes[1:], strict=False):
-        if coarse == fine or coarse[0] > fine[0] or coarse[1] > fine[1]:
-            raise ValueError(f"`schedule` must rise, but {describe([fine])} follows {describe([coarse])}.")
-    if sizes[-1:] != [size]:
+    for size_before, next_size in itertools.pairwise(sizes):
+        shrinks = next_size[0] < size_before[0] or next_size[1] < size_before[1]
+        if next_size == size_before or shrinks:
+            raise ValueError(f"`schedule` must rise, but {describe([next_size])} follows {describe([size_before])}.")
+    if not sizes or sizes[-1] != size:
         raise ValueError(
             f"`schedule` must end with {describe([size])}, the ids of the image, got {describe(sizes) or 'no scale'}."
         )
@@ -75,7 +77,8 @@ def fit_schedule(schedule: Sequence[Scale], size: Size) -> list[Size]:
 def _size_of_scale(entry: Any, size: Size) -> Size:
     """Height and width of an entry of a schedule; see [`fit_schedule`]."""
     numbers = list(entry) if isinstance(entry, list | tuple) else [entry]
-    if len(numbers) not in (1, 2) or not all(type(number) is int and number > 0 for number in numbers):
+    are_sides = all(type(number) is int and number > 0 for number in numbers)
+    if len(numbers) not in (1, 2) or not are_sides:
         raise ValueError(f"`schedule` must hold sides or pairs (height, width), integers above 0, got {entry!r}.")
     if len(numbers) == 2:
         return (numbers[0], numbers[1])
@@ -87,6 +90,7 @@ def _size_of_scale(entry: Any, size: Size) -> Size:
 
 
 def _rounded_side(side: float) -> int:
+    """Nearest whole side, at least 1. A half is rounded up."""
     return max(1, int(side + 0.5))
 
 
