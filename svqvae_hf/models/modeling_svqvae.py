@@ -628,7 +628,8 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
                 tile_size = self.tile_size
                 overlap = self.overlap if overlap is None else overlap
             check_tiles(self.f, tile_size, None)
-            scales = [patch_num * self.f / tile_size for patch_num in check_scales(patch_nums, "`patch_nums`")]
+            latents_along_tile = check_scales(patch_nums, "`patch_nums`")
+            scales = [patch_num * self.f / tile_size for patch_num in latents_along_tile]
             scale_from = "latents"
         checked = [1.0] if scales is None else check_scales(scales)
         tiles = self.tiles_of_call(tile_size, overlap)
@@ -646,7 +647,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
                 ids.append(flat_ids.view(batch, height, width))
             decoded = self._decode(quantized, tiles)
             samples.append(self.resize_to_image(decoded, sample.shape[-2:], scale))
-        if not return_dict:
+        if not return_dict:  # the tuple of the original
             losses = self._add_usage(losses, ids)
         output = SVQVAEOutput(samples, losses, latents, ids)
         if not is_list_of_scales(scales):

@@ -167,6 +167,11 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
     def _encode_labels(self, class_labels: Labels | None, images: int, guidance_scale: float) -> torch.Tensor:
         """One label per image in int64; `num_classes` means no class.
 
+        Args:
+            class_labels (`int`, `str` or a list of them, *optional*): Classes; by default the images have none.
+            images (`int`): Number of images to edit; 1 if images are not edited.
+            guidance_scale (`float`): Scale of classifier-free guidance, which needs classes.
+
         Raises:
             TypeError: A label is neither an integer nor a name.
             ValueError: A class is unknown, guidance has no class, or the images are neither one nor one per label.

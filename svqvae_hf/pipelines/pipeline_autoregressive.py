@@ -160,7 +160,7 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         captions = self._encode_captions(class_labels, prompt, prompt_embeds, prompt_attention_mask)
         if captions:
             class_labels = [0] * len(captions["prompt_embeds"])  # the one class, "with its caption"
-        labels = self._encode_labels(class_labels, 1, guidance_scale)
+        labels = self._encode_labels(class_labels, images=1, guidance_scale=guidance_scale)
         labels = labels.repeat_interleave(num_images_per_prompt)
         for name, values in captions.items():
             captions[name] = values.repeat_interleave(num_images_per_prompt, dim=0)

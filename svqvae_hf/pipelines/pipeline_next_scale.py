@@ -190,7 +190,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         check_greedy_scales(greedy_scales, sizes)
         self._interrupt = False
         known_scales: list[KnownScale] = []
-        num_images_to_edit = 1  # or one image without a class and a caption
+        num_images_to_edit = 1  # also if there is none, because one image may have no class and no caption
         if image is not None or mask_image is not None:
             known_scales = self._encode_known(image, mask_image, sizes, height, width)
             num_images_to_edit = len(known_scales[0].ids)
@@ -226,7 +226,10 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
     def _encode_prompts(
         self, prompt: str | list[str] | None, images: int, guidance_scale: float
     ) -> torch.Tensor | None:
-        """Tokens of the prompts, one per image to edit; padding alone without prompts, None without captions."""
+        """Tokens `(prompts, max_text_length)`, only padding if there is no prompt.
+
+        Returns None if the transformer does not read captions.
+        """
         if self.tokenizer is None:
             if prompt is not None:
                 raise ValueError("`prompt` needs a transformer that reads captions. Leave it out.")
