@@ -16,6 +16,20 @@ def os_error(message: str, cause: Exception) -> OSError:
     return error
 
 
+def is_unreachable(error: Exception, is_remote: bool) -> bool:
+    """Whether an error of reading says that a file cannot be reached, and not that its content is damaged.
+
+    Libraries raise an `OSError` without an error number for damaged content. The network does so, too.
+
+    Args:
+        error (`Exception`): Error of reading the file.
+        is_remote (`bool`): Whether the file is read over the network.
+    """
+    if not isinstance(error, OSError):
+        return False
+    return is_remote or bool(error.errno)
+
+
 @contextmanager
 def explained(name: str | os.PathLike, done: str) -> Iterator[None]:
     """Makes an `OSError` of one line from the errors of file systems, which are of many types.

@@ -16,6 +16,11 @@ def find_bundled(name: str) -> str:
     return BUNDLED.get(name, name)
 
 
+def is_url(name: str) -> bool:
+    """Whether a name is a URL, and not a path or a name on the Hub."""
+    return "://" in name
+
+
 def check_local(name: str) -> str:
     """Returns a path or a name on the Hub. Raises for a URL, which would be taken for a local path otherwise."""
     scheme = re.match(r"([a-zA-Z][\w+.-]*)://", name)

@@ -6,6 +6,7 @@ from typing import Any
 import datasets
 
 from svqvae_files.identity import value_digest
+from svqvae_files.inputs import is_url
 from svqvae_hf.data.image_parts import ImagePart, IndexedRows
 from svqvae_hf.data.image_rows import ImageRow, ImageSource, read_bytes
 
@@ -57,7 +58,7 @@ def _embedded(source: ImageSource) -> dict[str, Any]:
     image: dict[str, Any] = {"path": None, "bytes": None, "fault": None}
     if isinstance(source, dict):
         image |= source
-    is_url = "://" in (image["path"] or "")
-    if is_url and image["bytes"] is None and image["fault"] is None:
+    is_unread = image["bytes"] is None and image["fault"] is None
+    if is_unread and is_url(image["path"] or ""):
         image["bytes"] = read_bytes(image["path"])
     return image

@@ -12,6 +12,7 @@ import fsspec
 from PIL import Image
 
 from svqvae_files.errors import explained
+from svqvae_files.inputs import is_url
 from svqvae_hf.models.image_files import load_image, to_rgb
 from svqvae_hf.untrusted.tars import MAX_MEMBER_BYTES
 
@@ -95,7 +96,7 @@ def read_bytes(path: str) -> bytes:
 
 def _read_start(path: str) -> bytes:
     """Reads one byte more than an image may have."""
-    if "://" not in path:
+    if not is_url(path):
         with open(path, "rb") as file:
             return file.read(MAX_MEMBER_BYTES + 1)
     if "::/" in path:  # in an archive on this machine
@@ -107,7 +108,8 @@ def _read_start(path: str) -> bytes:
 
 def fault_of(error: Exception) -> str:
     """Reason of an error of [`read_image`], in one line without a path of this machine."""
-    return " ".join((getattr(error, "strerror", None) or str(error)).split())
+    message = getattr(error, "strerror", None) or str(error)  # `strerror` lacks the path
+    return " ".join(message.split())
 
 
 def image_name(source: ImageSource | ImageRow, index: int) -> str:

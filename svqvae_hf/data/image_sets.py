@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import datasets
 
 from svqvae_files.identity import set_digest
+from svqvae_files.inputs import is_url
 from svqvae_hf.data.copies import copy_images
 from svqvae_hf.data.image_parts import CaptionedRows, FileRows, FirstRows, ImagePart, IndexedRows, RowRange
 from svqvae_hf.data.image_rows import ImageRow
@@ -165,15 +166,16 @@ def open_images(
 
 def _check_outside(results: str, names: Sequence[str]) -> None:
     """Raises if results would lie in a folder of the set, because the next run would read them as images."""
-    place = _place(results)
+    results_folder = _with_slash(results)
     for name in names:
-        if place.startswith(_place(name.rstrip("/"))):
+        set_folder = _with_slash(name.rstrip("/"))
+        if results_folder.startswith(set_folder):
             raise ValueError(f"`{results}` must not be in `{name}`, which is searched for images. Choose another.")
 
 
-def _place(name: str) -> str:
-    """Absolute path or URL, with a slash at its end."""
-    if "://" in name:
+def _with_slash(name: str) -> str:
+    """Absolute path or URL of a folder, with a slash at its end."""
+    if is_url(name):
         return f"{name}/"
     return f"{os.path.realpath(name)}/"
 

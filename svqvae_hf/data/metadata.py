@@ -15,6 +15,7 @@ from svqvae_files.errors import explained
 from svqvae_files.json_files import parse_json_object
 
 FILE_NAME = "file_name"  # column of the images, relative to the folder of the metadata file
+EMPTY = datasets.Value("null")  # type of a column whose cells are all empty
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 
 
@@ -51,19 +52,30 @@ def read_metadata(files: Sequence[str], root: str) -> ImageTable:
         table = _read_table(file)
         keys += _keys_of_images(table, file, root)
         table = table.drop_columns([FILE_NAME])
-        for name, feature in datasets.Features.from_arrow_schema(table.schema).items():
-            if feature == datasets.Value("null"):  # all cells are empty
-                continue
-            if features.setdefault(name, feature) != feature:
-                raise ValueError(
-                    f"metadata files of a set must have columns of one type, but `{name}` of `{file}` is {feature}, "
-                    f"and {features[name]} before."
-                )
+        _add_types(features, table.schema, file)
         tables.append(table)
     values = pa.concat_tables(tables, promote_options="default")
-    for name in values.column_names:
-        features.setdefault(name, datasets.Value("null"))
+    for column in values.column_names:
+        if column not in features:
+            features[column] = EMPTY
     return ImageTable(keys, values, features)
+
+
+def _add_types(features: datasets.Features, schema: pa.Schema, file: str) -> None:
+    """Adds the types of a file's columns. Raises ValueError if a file before has a column of another type.
+
+    A column of empty cells has no type yet.
+    """
+    for column, feature in datasets.Features.from_arrow_schema(schema).items():
+        if feature == EMPTY:
+            continue
+        if column not in features:
+            features[column] = feature
+        if features[column] != feature:
+            raise ValueError(
+                f"metadata files of a set must have columns of one type, but `{column}` of `{file}` is {feature}, "
+                f"and {features[column]} before."
+            )
 
 
 def _read_table(file: str) -> pa.Table:
@@ -87,29 +99,48 @@ def _read_csv(file: str) -> pa.Table:
     """Reads texts as they stand, such as `NA` and `007`. A column is of integers if all of its cells are."""
     with open(file, newline="", encoding="utf-8-sig") as lines:
         reader = csv.DictReader(lines)
-        columns: dict[str, list[Any]] = {name: [] for name in reader.fieldnames or ()}
+        columns: dict[str, list[Any]] = {}
+        for column in reader.fieldnames or ():
+            columns[column] = []
         for row in reader:
-            if None in row:
+            has_more_cells = None in row  # the key under which `csv` returns cells without a column
+            if has_more_cells:
                 raise ValueError(f"line {reader.line_num} of `{file}` must have {len(columns)} cells, but has more.")
-            for name, cells in columns.items():
-                cells.append(row[name])
-    for name, cells in columns.items():
-        if name != FILE_NAME and cells and all(cell is not None and INTEGER.fullmatch(cell) for cell in cells):
-            columns[name] = [int(cell) for cell in cells]
+            for column, cells in columns.items():
+                cells.append(row[column])
+    for column, cells in columns.items():
+        if column != FILE_NAME and _are_integers(cells):
+            columns[column] = [int(cell) for cell in cells]
     return pa.table(columns)
 
 
+def _are_integers(cells: Sequence[str | None]) -> bool:
+    """Whether a column has cells, and all of them are integers. A cell that its line lacks is `None`."""
+    for cell in cells:
+        if cell is None or not INTEGER.fullmatch(cell):
+            return False
+    return len(cells) > 0
+
+
 def _read_json_lines(file: str) -> pa.Table:
+    """Reads a row per line. A row need not have all columns."""
     rows: list[Mapping[str, Any]] = []
     with open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 rows.append(parse_json_object(line, f"{file}, line {number}"))
-    names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: [row.get(name) for row in rows] for name in names})
+    columns: dict[str, list[Any]] = {}  # in the order in which the rows name them
+    for row in rows:
+        for column in row:
+            columns[column] = []
+    for column, cells in columns.items():
+        for row in rows:
+            cells.append(row.get(column))
+    return pa.table(columns)
 
 
 def _keys_of_images(table: pa.Table, file: str, root: str) -> list[str]:
+    """Paths of the images that a metadata file names, relative to the folder of the set."""
     folder = os.path.relpath(os.path.dirname(file), root)
     keys = []
     for row, name in enumerate(table[FILE_NAME].to_pylist()):

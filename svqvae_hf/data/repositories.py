@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
+from svqvae_files.errors import is_unreachable
 from svqvae_files.identity import InputIdentity
 from svqvae_hf.data.image_parts import row_key
 from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
@@ -63,8 +64,7 @@ class StreamPart:
                 source = confine_row(row.pop(self.image_column), self.repository)
                 yield ImageRow(row_key(source, self.root, f"{self.number}-{index}"), source, row)
         except (ValueError, OSError, pa.ArrowException) as error:
-            is_remote = self.repository is not None
-            if isinstance(error, OSError) and (is_remote or error.errno):  # of the network or the disk
+            if is_unreachable(error, is_remote=self.repository is not None):
                 raise
             reason = fault_of(error).removesuffix(".")
             columns = [name for name in self.rows.features if name != self.image_column]

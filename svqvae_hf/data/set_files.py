@@ -11,7 +11,7 @@ import fsspec
 
 from svqvae_files.errors import explained
 from svqvae_files.identity import InputIdentity
-from svqvae_files.inputs import expand_braces, readable, walk_files
+from svqvae_files.inputs import expand_braces, is_url, readable, walk_files
 from svqvae_hf.data.splits import choose_folder, choose_shards, choose_split
 from svqvae_hf.data.tar_files import TAR_SUFFIXES
 from svqvae_hf.models.image_files import IMAGE_SUFFIXES
@@ -82,7 +82,7 @@ class SetFiles:
     @property
     def is_remote(self) -> bool:
         """Whether the files are at URLs."""
-        return "://" in self.files[0].path
+        return is_url(self.files[0].path)
 
     def keys(self) -> list[str]:
         """Paths of the files, relative to the root."""
@@ -116,15 +116,16 @@ def find_files(names: Sequence[str], split: str | None) -> SetFiles:
         listings.extend(_list_name(name))
     kind = _kind_of_all(listings)
     sets = []
-    for listing in listings:
-        if listing.folder is not None:
-            sets.append(_files_of_folder(listing, kind, split))
     named_files: list[SetFile] = []
     for listing in listings:
         if listing.folder is None:
             named_files += listing.files
+        elif kind == "image":
+            sets.append(_images_of_split(listing, listing.folder, split))
+        else:
+            sets.append(_shards_of_split(listing, listing.folder, kind, split))
     if named_files:
-        choose_split(names[0], ["train"], split)
+        choose_split(names[0], ["train"], split)  # raises for any other split, because these files have none
         sets.append(_named_files(names[0], named_files, kind))
     _check_metadata(sets)
     if len(sets) == 1:
@@ -135,22 +136,24 @@ def find_files(names: Sequence[str], split: str | None) -> SetFiles:
 def _check_metadata(sets: Sequence[SetFiles]) -> None:
     """Raises if captions or labels would be ignored."""
     for files in sets:
+        if not files.metadata or files.kind not in ("image", "zip"):
+            continue
         is_read = files.kind == "image" and len(sets) == 1 and not files.is_remote
-        is_of_images = files.kind in ("image", "zip")
-        if files.metadata and is_of_images and not is_read:
+        if not is_read:
             raise ValueError(
                 f"`{files.root}` has a metadata file, for images of one local folder. Pass a pattern without it."
             )
 
 
 def _merge(sets: Sequence[SetFiles]) -> SetFiles:
-    """Joins the files of several names, each once. The name that comes first says the label of a file."""
+    """Joins the files of several names, each once. If several names stand for a file, the first one labels it."""
     folder_of_file: dict[SetFile, str] = {}
-    for files in sets:
-        for file, folder in zip(files.files, files.folders, strict=True):
+    for set_files in sets:
+        for file, folder in zip(set_files.files, set_files.folders, strict=True):
             folder_of_file.setdefault(file, folder)
-    merged = list(folder_of_file)
-    return SetFiles(sets[0].name, _common_folder(merged), merged, list(folder_of_file.values()), sets[0].kind)
+    files = list(folder_of_file)
+    folders = list(folder_of_file.values())
+    return SetFiles(sets[0].name, _common_folder(files), files, folders, sets[0].kind)
 
 
 # From a name to its files
@@ -185,18 +188,18 @@ class _Listing:
             self.unread.append(file.path)
 
     def finish(self) -> None:
-        """Names the images that are left out, and raises if there are no others."""
-        note = ""
+        """Warns of images that are left out. Raises FileNotFoundError if the folder has no others."""
+        unread_note = ""
         if self.unread:
             example = readable(self.unread[0])
-            note = f"`{self.name}` has {len(self.unread):,} images in formats that are not read, such as `{example}`."
-        if self.files and note:
-            logger.warning(f"{note} They are left out. Convert them to JPEG or PNG to have them read.")
-        if not self.files:
-            raise FileNotFoundError(
-                f"a set must hold images, but the folder has none: `{self.name}`. "
-                f"{note or 'Pass images, shards or a folder of them, or a set on the Hub.'}"
+            unread_note = (
+                f"`{self.name}` has {len(self.unread):,} images in formats that are not read, such as `{example}`."
             )
+        if not self.files:
+            advice = unread_note or "Pass images, shards or a folder of them, or a set on the Hub."
+            raise FileNotFoundError(f"a set must hold images, but the folder has none: `{self.name}`. {advice}")
+        if self.unread:
+            logger.warning(f"{unread_note} They are left out. Convert them to JPEG or PNG to have them read.")
 
 
 def _list_name(name: str) -> list[_Listing]:
@@ -207,7 +210,7 @@ def _list_name(name: str) -> list[_Listing]:
         return [_Listing(name, None, [SetFile(os.path.abspath(name))])]
     listings = []
     for pattern in expand_braces(name):
-        if "://" in pattern:
+        if is_url(pattern):
             listings.append(_list_url(pattern))
         elif os.path.isdir(pattern):
             listings.append(_list_folder(pattern))
@@ -226,62 +229,83 @@ def _list_folder(name: str) -> _Listing:
 
 
 def _list_pattern(pattern: str) -> _Listing:
-    listing = _Listing(pattern, None)
     matches = sorted(glob.glob(pattern, recursive=True))
-    for path in matches:
-        if os.path.isfile(path):
-            listing.files.append(SetFile(os.path.abspath(path)))
-    if matches and not listing.files:
-        raise FileNotFoundError(
-            f"a pattern must match files, but `{pattern}` matches only folders. Pass the folders, or `{pattern}/*`."
-        )
     if not matches:
         raise FileNotFoundError(
             f"no file or folder matches: `{pattern}`. Pass images, shards or a folder of them, or a set on the Hub."
         )
-    return listing
+    files = []
+    for path in matches:
+        if os.path.isfile(path):
+            files.append(SetFile(os.path.abspath(path)))
+    if not files:
+        raise FileNotFoundError(
+            f"a pattern must match files, but `{pattern}` matches only folders. Pass the folders, or `{pattern}/*`."
+        )
+    return _Listing(pattern, None, files)
 
 
 def _list_url(url: str) -> _Listing:
-    listing = _Listing(url, None)
+    """Lists the files of a URL: of a file, a folder or a pattern."""
+    folder = None
     with explained(url, "read"):
-        try:
-            file_system, path = fsspec.core.url_to_fs(url)
-        except ImportError as error:
-            raise ValueError(f"`{url}` cannot be reached: {str(error).removesuffix('.')}.") from error
+        file_system, path = _open_file_system(url)
         if glob.has_magic(path) and not file_system.exists(path):
             infos = file_system.glob(path, detail=True)
         elif kind_of(path) is None and file_system.isdir(path):
-            listing.folder = file_system.unstrip_protocol(path.rstrip("/"))
+            folder = file_system.unstrip_protocol(path.rstrip("/"))
             infos = file_system.find(path, detail=True)
-        elif path.startswith("http"):  # whose servers rarely list folders
-            infos = {path: file_system.info(path)}
         else:
-            infos = _info_from_folder(file_system, path)
-    for path, info in sorted(infos.items()):
-        if info["type"] == "directory":
-            continue
-        file = SetFile(file_system.unstrip_protocol(path), info["size"], _version(info))
-        if listing.folder is None:
-            listing.files.append(file)
-        elif "/." not in file.path.removeprefix(listing.folder):  # not hidden
-            listing.add(file)
-    if listing.folder is not None:
-        listing.finish()
-    if not listing.files:
+            infos = _info_of_file(file_system, path)
+    files = _files_of_infos(file_system, infos)
+    if folder is not None:
+        return _listing_of_folder(url, folder, files)
+    if not files:
         raise FileNotFoundError(f"no file or folder matches `{url}`.")
-    return listing
+    return _Listing(url, None, files)
 
 
-def _info_from_folder(file_system: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
-    """Looks a file up in the listing of its folder: one request for all shards of a set, instead of one for each."""
+def _open_file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Opens the file system of a URL. Returns it, and the path in it."""
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise ValueError(f"`{url}` cannot be reached: {str(error).removesuffix('.')}.") from error
+
+
+def _info_of_file(file_system: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+    """Facts about a file by its path; empty if there is no such file."""
+    if path.startswith("http"):  # web servers rarely list folders
+        return {path: file_system.info(path)}
+    # One listing of the folder serves all shards of a set. `info` would take a request for each.
     for info in file_system.ls(os.path.dirname(path), detail=True):
         if info["name"] == path:
             return {path: info}
     return {}
 
 
+def _files_of_infos(file_system: fsspec.AbstractFileSystem, infos: Mapping[str, Any]) -> list[SetFile]:
+    """Files, in the order of their paths, from the facts that a file system tells by path."""
+    files = []
+    for path, info in sorted(infos.items()):
+        if info["type"] != "directory":
+            files.append(SetFile(file_system.unstrip_protocol(path), info["size"], _version(info)))
+    return files
+
+
+def _listing_of_folder(url: str, folder: str, files: Sequence[SetFile]) -> _Listing:
+    """Listing of a folder at a URL, without hidden files."""
+    listing = _Listing(url, folder)
+    for file in files:
+        is_hidden = "/." in file.path.removeprefix(folder)
+        if not is_hidden:
+            listing.add(file)
+    listing.finish()
+    return listing
+
+
 def _version(info: Mapping[str, Any]) -> str:
+    """Version of a file in the words of its file system; empty if the file system tells none."""
     for key in VERSION_KEYS:
         if info.get(key):
             return str(info[key])
@@ -291,23 +315,29 @@ def _version(info: Mapping[str, Any]) -> str:
 # From the files of a name to one split of them
 
 
-def _files_of_folder(listing: _Listing, kind: str, split: str | None) -> SetFiles:
-    folder = listing.folder or ""
-    if kind != "image":
-        chosen = set(choose_shards(listing.name, folder, [_key(folder, file) for file in listing.files], split))
-        shards = [file for file in listing.files if _key(folder, file) in chosen]
-        return SetFiles(listing.name, folder, shards, _folders(folder, shards), kind, listing.metadata)
+def _shards_of_split(listing: _Listing, folder: str, kind: str, split: str | None) -> SetFiles:
+    """Shards of a folder that are of a split, by words in their paths."""
     keys = [_key(folder, file) for file in listing.files]
-    subfolder = choose_folder(folder, map(readable, keys), split)
+    keys_of_split = set(choose_shards(listing.name, folder, keys, split))
+    shards = [file for file in listing.files if _key(folder, file) in keys_of_split]
+    return SetFiles(listing.name, folder, shards, _folders(folder, shards), kind, listing.metadata)
+
+
+def _images_of_split(listing: _Listing, folder: str, split: str | None) -> SetFiles:
+    """Images of a folder that are of a split, which is a subfolder; or all of them if the folder has no splits."""
+    keys = [readable(_key(folder, file)) for file in listing.files]
+    subfolder = choose_folder(folder, keys, split)
     if not subfolder:
-        return SetFiles(listing.name, folder, listing.files, _folders(folder, listing.files), kind, listing.metadata)
+        folders = _folders(folder, listing.files)
+        return SetFiles(listing.name, folder, listing.files, folders, "image", listing.metadata)
     root = f"{folder}/{subfolder}"
     for file in listing.metadata:
-        if root.startswith(os.path.dirname(file.path) + "/"):
+        is_above_split = root.startswith(os.path.dirname(file.path) + "/")
+        if is_above_split:
             raise ValueError(f"metadata of `{folder}` must lie in the folders of its splits, not above them.")
     files = [file for file in listing.files if file.path.startswith(f"{root}/")]
     metadata = [file for file in listing.metadata if file.path.startswith(f"{root}/")]
-    return SetFiles(listing.name, root, files, _folders(root, files), kind, metadata)
+    return SetFiles(listing.name, root, files, _folders(root, files), "image", metadata)
 
 
 def _named_files(name: str, files: Iterable[SetFile], kind: str) -> SetFiles:
@@ -329,7 +359,7 @@ def kind_of(name: str) -> str | None:
 
 
 def _kind_of_all(listings: Sequence[_Listing]) -> str:
-    """The kind of all files. One with an unknown suffix, which was named, is an image."""
+    """The kind of all files. A file with an unknown suffix is an image, because only a user can have named it."""
     kinds = set()
     for listing in listings:
         for file in listing.files:
@@ -346,10 +376,12 @@ def _kind_of_all(listings: Sequence[_Listing]) -> str:
 
 
 def _key(root: str, file: SetFile) -> str:
+    """Path of a file, relative to the root."""
     return file.path.removeprefix(root).lstrip("/")
 
 
 def _folders(root: str, files: Sequence[SetFile]) -> list[str]:
+    """Path of each file's folder below the root; `.` for the root itself."""
     return [os.path.dirname(_key(root, file)) or "." for file in files]
 
 
@@ -374,11 +406,12 @@ def _scheme(path: str) -> str:
 
 
 def _identity(root: str, file: SetFile) -> InputIdentity:
+    """Identity of a file, from the listing of a URL or from its status on this machine."""
     key = readable(_key(root, file))
     if file.size is not None:
         return InputIdentity(key, file.size, file.version)
     try:
-        facts = os.stat(file.path)
+        status = os.stat(file.path)
     except OSError:  # such as a broken link
         return InputIdentity(key, 0, "unreadable")
-    return InputIdentity(key, facts.st_size, str(facts.st_mtime_ns))
+    return InputIdentity(key, status.st_size, str(status.st_mtime_ns))

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -11,8 +11,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from svqvae_files.errors import explained
-from svqvae_files.inputs import readable
+from svqvae_files.errors import explained, is_unreachable
+from svqvae_files.inputs import is_url, readable
 from svqvae_hf.data.image_parts import row_key
 from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
 from svqvae_hf.data.selection import Selection
@@ -53,7 +53,7 @@ class TablePart:
             OSError: The file cannot be reached.
             ValueError: It has other columns than the first file.
         """
-        is_remote = "://" in self.path
+        is_remote = is_url(self.path)
         try:
             with _opened(self.path) as file:
                 self.check_schema(_read_schema(self.path, file))
@@ -61,7 +61,7 @@ class TablePart:
                 for index, row in enumerate(_rows(self.path, file, columns)):
                     yield self._image_row(index, row, is_remote)
         except (OSError, pa.ArrowException) as error:
-            if isinstance(error, OSError) and (is_remote or error.errno):  # of the network or the disk
+            if is_unreachable(error, is_remote):
                 raise
             reason = fault_of(error).removesuffix(".")
             yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", list(self.features))
@@ -109,25 +109,21 @@ def open_tables(paths: Sequence[str], root: str, selection: Selection) -> tuple[
     parts = []
     for number, path in enumerate(paths):
         part = TablePart(path, root, number, image_column, kept_features)
-        if number > 0 and "://" not in path:
-            schema = None
-            with (
-                suppress(OSError, pa.ArrowException),
-                _opened(path) as file,
-            ):  # a broken file is named where it is read
-                schema = _read_schema(path, file)
-            if schema is not None:
-                part.check_schema(schema)
+        is_first = number == 0
+        if not is_first and not is_url(path):
+            _check_local_schema(part)
         parts.append(part)
     return parts, kept_features
 
 
 def _check_local_schema(part: TablePart) -> None:
-    schema = None
-    with suppress(OSError, pa.ArrowException), _opened(part.path) as file:  # a broken file is named where it is read
-        schema = _read_schema(part.path, file)
-    if schema is not None:
-        part.check_schema(schema)
+    """Raises ValueError if a file has other columns than the first one. A broken file is reported when it is read."""
+    try:
+        with _opened(part.path) as file:
+            schema = _read_schema(part.path, file)
+    except (OSError, pa.ArrowException):
+        return
+    part.check_schema(schema)
 
 
 def select_columns(features: datasets.Features, selection: Selection) -> tuple[str, list[str]]:
@@ -139,24 +135,30 @@ def select_columns(features: datasets.Features, selection: Selection) -> tuple[s
             columns to keep.
 
     Raises:
-        ValueError: There is no such column.
+        ValueError: There is no such column, or several columns hold images and none is named.
     """
     selection.check_columns(list(features))
-    candidates = [name for name, feature in features.items() if _holds_images(feature)]
-    chosen = selection.image_column
-    if chosen is None and "image" in candidates:
-        chosen = "image"
-    if chosen is None and len(candidates) == 1:
-        chosen = candidates[0]
-    if chosen is None or chosen not in candidates:
-        choices = ", ".join(candidates) or "the columns of images"
-        got = f", got `{chosen}`" if chosen else ""
-        raise ValueError(f"--image-column must be one of {choices}{got}.")
+    image_column = _choose_image_column(features, selection.image_column)
     column_names = []
     for name in features:
-        if name != chosen and selection.keeps(name):
+        if name != image_column and selection.keeps(name):
             column_names.append(name)
-    return chosen, column_names
+    return image_column, column_names
+
+
+def _choose_image_column(features: datasets.Features, asked: str | None) -> str:
+    """The column that is asked for; otherwise the column `image`, or the only one that holds images."""
+    candidates = [name for name, feature in features.items() if _holds_images(feature)]
+    choices = ", ".join(candidates) or "the columns of images"
+    if asked is not None and asked not in candidates:
+        raise ValueError(f"--image-column must be one of {choices}, got `{asked}`.")
+    if asked is not None:
+        return asked
+    if "image" in candidates:
+        return "image"
+    if len(candidates) == 1:
+        return candidates[0]
+    raise ValueError(f"--image-column must be one of {choices}.")
 
 
 def _holds_images(feature: Any) -> bool:
@@ -178,7 +180,7 @@ def _source(value: Any) -> Mapping[str, Any] | None:
 
 @contextmanager
 def _opened(path: str) -> Iterator[BinaryIO]:
-    if "://" not in path:
+    if not is_url(path):
         with open(path, "rb") as file:
             yield file
         return

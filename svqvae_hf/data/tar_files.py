@@ -14,17 +14,18 @@ from typing import Any
 import datasets
 import fsspec
 
-from svqvae_files.errors import explained
-from svqvae_files.inputs import readable
+from svqvae_files.errors import explained, is_unreachable
+from svqvae_files.inputs import is_url, readable
 from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, fault_of, unreadable
 from svqvae_hf.data.selection import Selection
 from svqvae_hf.models.image_files import IMAGE_SUFFIXES
 from svqvae_hf.untrusted.tars import StrictTarInfo, check_end, read_member
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+CLASS_SUFFIX = "cls"  # of members that hold the number of a class
 TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, LZMAError, OSError)
 MEMBER_NAME = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)")  # a sample's name ends at the first dot
-PEEKED_SAMPLES = 100  # that say which columns a set has
+PEEKED_SAMPLES = 100  # at the start of a file, which are read first to find the columns of a set
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Sample:
 
     Args:
         name (`str`): Path of the members without their suffixes.
-        members (`dict[str, bytes]`): Contents by suffix without a dot; `None` for one that is too large.
+        members (`dict[str, bytes | None]`): Contents by suffix without a dot; `None` for one that is too large.
         repeated (`list[str]`): Suffixes that several members have.
     """
 
@@ -48,15 +49,14 @@ class Sample:
         self.members[suffix] = content
 
     def image_suffixes(self, image_suffix: str | None) -> list[str]:
-        """Suffixes of the images: the one that is asked for, or all suffixes of images."""
-        suffixes = []
-        for suffix in self.members:
-            is_image = f".{suffix}" in IMAGE_SUFFIXES
-            if image_suffix is not None:
-                is_image = suffix == image_suffix
-            if is_image:
-                suffixes.append(suffix)
-        return suffixes
+        """Suffixes of the sample's images.
+
+        Args:
+            image_suffix (`str`, *optional*): The only suffix of images. By default, all [`IMAGE_SUFFIXES`] are.
+        """
+        if image_suffix is None:
+            return [suffix for suffix in self.members if f".{suffix}" in IMAGE_SUFFIXES]
+        return [suffix for suffix in self.members if suffix == image_suffix]
 
 
 class TarPart:
@@ -88,7 +88,7 @@ class TarPart:
             for sample in _samples(self.path):
                 yield self._row(sample)
         except TAR_ERRORS as error:
-            if isinstance(error, OSError) and ("://" in self.path or error.errno):  # of the network or the disk
+            if is_unreachable(error, is_url(self.path)):
                 raise
             reason = f"the tar file ends early: {fault_of(error).removesuffix('.')}."
             yield unreadable(self.name, reason, list(self.features))
@@ -97,8 +97,9 @@ class TarPart:
         self._check_labels(sample)
         columns = list(self.features)
         image_suffixes = sample.image_suffixes(self.image_suffix)
-        is_repeated = any(suffix in sample.repeated for suffix in [*image_suffixes, *columns])
-        if len(image_suffixes) != 1 or is_repeated:
+        suffixes_to_read = image_suffixes + columns
+        has_repeated = any(suffix in sample.repeated for suffix in suffixes_to_read)
+        if len(image_suffixes) != 1 or has_repeated:
             listed = ", ".join([*sample.members, *sample.repeated])
             fault = f"the sample must hold one image, its files side by side, one of each kind, got {listed}."
             return unreadable(sample.name, fault, columns)
@@ -106,8 +107,8 @@ class TarPart:
         key = f"{sample.name}.{image_suffix}"
         values = {}
         try:
-            for column, type in self.features.items():
-                values[column] = _value(sample.members.get(column), type)
+            for column, feature in self.features.items():
+                values[column] = _parse_label(sample.members.get(column), feature)
         except ValueError as error:
             return unreadable(key, f"a label beside it cannot be read: {error}", columns)
         content = sample.members[image_suffix]
@@ -118,8 +119,8 @@ class TarPart:
     def _check_labels(self, sample: Sample) -> None:
         """Raises if a label would be lost, because the first samples of the set have none of its kind."""
         for suffix in sample.members:
-            is_kept = self.selection.keeps(suffix) and suffix != self.image_suffix
-            if is_kept and suffix not in self.features:
+            is_label = self.selection.keeps(suffix) and suffix != self.image_suffix
+            if is_label and suffix not in self.features:
                 raise ValueError(
                     f"`{self.path}` has `{sample.name}.{suffix}`, but the first {PEEKED_SAMPLES} samples of the set "
                     f"have no {suffix}. Ask for the column, as by `--keep {suffix}`. If the members of a sample do "
@@ -139,9 +140,7 @@ def open_tars(paths: Sequence[str], selection: Selection) -> list[TarPart]:
         OSError: The first file cannot be fetched.
         ValueError: No file has a sample, or the samples have no image or several, or no such column.
     """
-    samples, fault = _first_samples(paths)
-    if not samples:
-        raise ValueError(f"tar files must hold images, but `{paths[0]}` has none: {fault or 'it is empty'}.")
+    samples = _first_samples(paths)
     suffixes = _suffixes(samples)
     _check_images(samples, suffixes, selection.image_column)
     for column in selection.columns:
@@ -151,11 +150,12 @@ def open_tars(paths: Sequence[str], selection: Selection) -> list[TarPart]:
     features = datasets.Features()
     for suffix in suffixes:
         if selection.keeps(suffix):
-            features[suffix] = _type(suffix, samples)
+            features[suffix] = _feature_of_labels(suffix, samples)
     return [TarPart(path, features, selection) for path in paths]
 
 
 def _suffixes(samples: Sequence[Sample]) -> list[str]:
+    """Suffixes of all members, each once, in their order."""
     suffixes: dict[str, None] = {}
     for sample in samples:
         suffixes |= dict.fromkeys(sample.members)
@@ -170,7 +170,8 @@ def _check_images(samples: Sequence[Sample], suffixes: Sequence[str], image_suff
         if len(image_suffixes) > 1:
             listed = ", ".join(image_suffixes)
             raise ValueError(f"the samples have several images: {listed}. Choose one with --image-column.")
-        has_image = has_image or len(image_suffixes) == 1
+        if image_suffixes:
+            has_image = True
     if not has_image:
         got = "" if image_suffix is None else f", got `{image_suffix}`"
         raise ValueError(
@@ -179,42 +180,63 @@ def _check_images(samples: Sequence[Sample], suffixes: Sequence[str], image_suff
         )
 
 
-def _first_samples(paths: Sequence[str]) -> tuple[list[Sample], str]:
-    """Reads the first samples of the first file that has any. Without one, returns why the first file has none."""
-    first_fault = ""
+@dataclass
+class _FileStart:
+    """Start of a file.
+
+    Args:
+        samples (`list[Sample]`): First samples; fewer than [`PEEKED_SAMPLES`] if the file is short or damaged.
+        fault (`str`): Why no more samples can be read, if the file is damaged.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    fault: str = ""
+
+
+def _first_samples(paths: Sequence[str]) -> list[Sample]:
+    """Reads the first samples of the first file that has any. Raises ValueError if no file has one."""
+    reasons = []
     for path in paths:
-        samples: list[Sample] = []
-        try:
-            for sample in islice(_samples(path), PEEKED_SAMPLES):
-                samples.append(sample)  # kept, even if the file ends early
-        except TAR_ERRORS as error:
-            if isinstance(error, OSError) and ("://" in path or error.errno):
-                raise
-            first_fault = first_fault or fault_of(error)
-        if samples:
-            return samples, ""
-    return [], first_fault
+        start = _read_start(path)
+        if start.samples:
+            return start.samples
+        reasons.append(start.fault or "it is empty")
+    raise ValueError(f"tar files must hold images, but `{paths[0]}` has none: {reasons[0]}.")
+
+
+def _read_start(path: str) -> _FileStart:
+    """Reads the start of a file. Of a damaged file, these are the samples before the damage."""
+    start = _FileStart()
+    try:
+        for sample in islice(_samples(path), PEEKED_SAMPLES):
+            start.samples.append(sample)
+    except TAR_ERRORS as error:
+        if is_unreachable(error, is_url(path)):
+            raise
+        start.fault = fault_of(error)
+    return start
 
 
 def _samples(path: str) -> Iterator[Sample]:
     """Yields the samples of a file. Raises ValueError if the members of one do not stand side by side."""
     sample: Sample | None = None
-    names: set[str] = set()
+    sample_names: set[str] = set()
     with _opened(path) as tar:
         for member in _members(tar):
             match = MEMBER_NAME.fullmatch(readable(member.name))
             if match is None or not member.isfile():
                 continue
             name, suffix = match.groups()
-            if sample is None or name != sample.name:
-                if sample is not None:
-                    yield sample
-                if name in names:
+            if sample is not None and sample.name != name:
+                yield sample
+                sample = None
+            if sample is None:
+                if name in sample_names:
                     raise ValueError(
                         f"the members of a sample must stand side by side, but `{name}.{suffix}` in `{path}` does not "
                         "follow the others of its name. Pack the file again with `tar --sort=name`."
                     )
-                names.add(name)
+                sample_names.add(name)
                 sample = Sample(name)
             sample.add(suffix.lower(), read_member(tar, member))
         if sample is not None:
@@ -225,14 +247,14 @@ def _samples(path: str) -> Iterator[Sample]:
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     member = tar.next()
     while member is not None:
-        tar.members = []  # type: ignore[attr-defined] # otherwise it keeps all
+        tar.members = []  # type: ignore[attr-defined] # `tarfile` would store the headers of all members
         yield member
         member = tar.next()
 
 
 @contextmanager
 def _opened(path: str) -> Iterator[tarfile.TarFile]:
-    if "://" not in path:
+    if not is_url(path):
         with tarfile.open(path, tarinfo=StrictTarInfo) as tar:
             yield tar
         return
@@ -241,12 +263,14 @@ def _opened(path: str) -> Iterator[tarfile.TarFile]:
             yield tar
 
 
-def _type(suffix: str, samples: Sequence[Sample]) -> datasets.Value:
-    """Type of a column: text, but integers for classes."""
-    if suffix != "cls":
+def _feature_of_labels(suffix: str, samples: Sequence[Sample]) -> datasets.Value:
+    """Type of a column of labels: integers if it holds classes and all of them are integers, otherwise texts."""
+    if suffix != CLASS_SUFFIX:
         return datasets.Value("string")
     for sample in samples:
-        content = sample.members.get(suffix, b"0")
+        if suffix not in sample.members:
+            continue
+        content = sample.members[suffix]
         if content is None or not _is_integer(content):
             return datasets.Value("string")
     return datasets.Value("int64")
@@ -256,10 +280,10 @@ def _is_integer(content: bytes) -> bool:
     return re.fullmatch(rb"\s*-?\d{1,18}\s*", content) is not None
 
 
-def _value(content: bytes | None, type: datasets.Value) -> Any:
+def _parse_label(content: bytes | None, feature: datasets.Value) -> Any:
     if content is None:
         return None
-    if type.dtype == "string":
+    if feature.dtype == "string":
         return content.decode()
     if not _is_integer(content):
         raise ValueError(f"it must be an integer, but is {content[:40]!r}.")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import fsspec
 
 from svqvae_files.errors import explained
-from svqvae_files.inputs import readable
+from svqvae_files.inputs import is_url, readable
 from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
 from svqvae_hf.data.set_files import METADATA_FILES
 from svqvae_hf.models.image_files import IMAGE_SUFFIXES
@@ -64,7 +64,8 @@ class ZipPart:
         try:
             content = archive.read(name)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            return unreadable(name, f"its archive is damaged: {fault_of(error)}.")  # or has a password
+            # A member with a password raises `RuntimeError`, and one of an unknown compression `NotImplementedError`.
+            return unreadable(name, f"its archive is damaged: {fault_of(error)}.")
         return ImageRow(name, {"path": name, "bytes": content}, {})
 
 
@@ -88,7 +89,7 @@ def open_zips(paths: Sequence[str]) -> list[ZipPart]:
 
 @contextmanager
 def _opened(path: str) -> Iterator[zipfile.ZipFile]:
-    if "://" not in path:
+    if not is_url(path):
         with zipfile.ZipFile(path) as archive:
             yield archive
         return

@@ -31,6 +31,13 @@ def faults(images):
     return found
 
 
+def test_an_empty_file_is_not_blamed_for_the_damage_of_the_next_one(tmp_path):
+    write_tar(tmp_path / "a.tar", [])
+    (tmp_path / "b.tar").write_bytes(b"damaged" * 100)
+    with pytest.raises(ValueError, match=r"tar files must hold images, but `.*a.tar` has none: it is empty\.$"):
+        open_images([str(tmp_path)])
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_images_of_several_kinds_with_their_labels(tmp_path, mode):
     write_tar(tmp_path / "a.tar", members_of(range(6)), mode)
