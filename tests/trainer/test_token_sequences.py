@@ -44,6 +44,16 @@ def test_batches_are_the_ids_of_the_images_coarse_to_fine(tokens):
         assert np.array_equal(grids.flatten(1).numpy(), np.array(rows[column].to_pylist())[order])
 
 
+def test_labels_that_are_missing_in_all_rows_are_an_error(tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "photos" / "0.png")
+    labels = pa.table({"file_name": ["0.png"], "label": pa.array([None], pa.int64())})
+    pq.write_table(labels, tmp_path / "photos" / "metadata.parquet")
+    tokenize_set(make_tiny(), open_images([str(tmp_path / "photos")]), tmp_path / "tokens", model_name="vqvae")
+    with pytest.raises(ValueError, match="must hold a class, or an integer .* 'label' holds .*, or has empty rows"):
+        TokenSource(str(tmp_path / "tokens"), "label")
+
+
 def test_every_epoch_has_each_row_once_for_any_number_of_processes(tokens, monkeypatch):
     source = TokenSource(str(tokens), None)
     monkeypatch.setattr(source, "batch", list)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from svqvae_hf.data.image_parts import IndexedRows
 from svqvae_hf.data.image_rows import ImageRow, fault_of, read_image
@@ -81,8 +82,10 @@ class CropCutter:
 
     def __post_init__(self) -> None:
         self.sides = self.policy.sides_of(self.num_steps, self.seed)
-        self.times = (max(self.policy.sides) // self.sides) ** 2  # crops in the place of one of the largest side
-        self.first = np.cumsum(self.times) - self.times  # times of the steps before
+        # For each step: the number of its crops that have as many pixels as one crop of the largest side, and the sum
+        # of these numbers over the steps before it.
+        self.crops_per_largest = (max(self.policy.sides) // self.sides) ** 2
+        self.crops_per_largest_before = np.cumsum(self.crops_per_largest) - self.crops_per_largest
         self.processor = SVQVAEImageProcessor(pixel_range=self.pixel_range)
 
     def cut_batch(self, batch: int, images_for: Callable[[int], Iterator[ImageRow]]) -> CropBatch:
@@ -98,7 +101,7 @@ class CropCutter:
         step = batch // self.share.batches
         crops: list[_Crop] = []
         skipped: list[tuple[str, str]] = []
-        for number in self.share.numbers(batch, int(self.times[step])):
+        for number in self.share.numbers(batch, int(self.crops_per_largest[step])):
             images = images_for(number)
             if self._is_mixed(step, number):
                 images = self._mixed_images(step, number)
@@ -114,16 +117,19 @@ class CropCutter:
         """Whether a number of a step has an image of the other set."""
         if self.mixed is None:
             return False
-        rng = np.random.default_rng((MIXED, self.seed, step, number))
-        return rng.random() < self.mix_fraction
+        draw = self._mixing_rng(step, number).random()
+        return draw < self.mix_fraction
 
     def _mixed_images(self, step: int, number: int) -> Iterator[ImageRow]:
-        """Random images of the other set, without an end."""
+        """Yields random images of the other set, without an end."""
         rows = self._mixed_rows()
-        rng = np.random.default_rng((MIXED, self.seed, step, number))
-        rng.random()  # decided that the image is mixed in
+        rng = self._mixing_rng(step, number)
+        rng.random()  # the draw of `_is_mixed`
         while True:
             yield rows[int(rng.integers(len(rows)))]
+
+    def _mixing_rng(self, step: int, number: int) -> np.random.Generator:
+        return np.random.default_rng((MIXED, self.seed, step, number))
 
     def _mixed_rows(self) -> IndexedRows:
         rows = None if self.mixed is None else self.mixed.rows
@@ -132,32 +138,38 @@ class CropCutter:
         return rows
 
     def _first_crop(self, images: Iterator[ImageRow], step: int, number: int, skipped: list[tuple[str, str]]) -> _Crop:
-        """Cuts the first image that is readable, and adds those before it to `skipped`."""
+        """Cuts the first image that is readable. Adds the images before it to `skipped`, each with the reason."""
+        side = int(self.sides[step])
+        seed = (CROP, self.seed, step, number)
         for image in islice(images, MAX_IN_A_ROW):
             try:
-                return self._cut(image, int(self.sides[step]), (CROP, self.seed, step, number))
+                return self._cut(image, side, seed)
             except _SkippedError as error:
                 skipped.append((image.key, str(error)))
         key, reason = skipped[-1]
         raise ValueError(f"{MAX_IN_A_ROW} images in a row are not readable, the last one `{key}`: {reason}")
 
     def _cut(self, row: ImageRow, side: int, seed: tuple[int, ...]) -> _Crop:
-        """Cuts a crop. Raises `_SkippedError` if the image cannot be read or has no label."""
+        """Cuts a crop, or draws a synthetic one in its place.
+
+        Raises:
+            _SkippedError: The image cannot be read, or has no label.
+        """
         label = None
         if self.label_column is not None:
             label = row.values[self.label_column]
-        is_enlarged = False
         rng = np.random.default_rng((SYNTHETIC, *seed))
-        if self.policy.synthetic_fraction and rng.random() < self.policy.synthetic_fraction:
-            crop: Any = synthetic_crop(side, rng)
-        else:
-            try:
-                image = read_image(row)
-            except (OSError, ValueError) as error:
-                raise _SkippedError(fault_of(error)) from error
-            if label is None and self.label_column is not None:
-                raise _SkippedError("it has no label.")
-            crop = self.policy.cut(image, side, seed)
-            is_enlarged = min(image.size) < side
-        pixels = self.processor.preprocess(crop)["pixel_values"][0]
-        return _Crop(pixels, label, is_enlarged)
+        if rng.random() < self.policy.synthetic_fraction:
+            return _Crop(self._pixels(synthetic_crop(side, rng)), label, is_enlarged=False)
+        try:
+            image = read_image(row)
+        except (OSError, ValueError) as error:
+            raise _SkippedError(fault_of(error)) from error
+        if self.label_column is not None and label is None:
+            raise _SkippedError("it has no label.")
+        crop = self.policy.cut(image, side, seed)
+        return _Crop(self._pixels(crop), label, is_enlarged=min(image.size) < side)
+
+    def _pixels(self, crop: Image.Image | np.ndarray) -> torch.Tensor:
+        """Converts a crop to a tensor of shape `(3, side, side)` in `pixel_range`."""
+        return self.processor.preprocess(crop)["pixel_values"][0]

@@ -35,12 +35,16 @@ class CropRows(Dataset[CropBatch]):
     def __getitem__(self, batch: int) -> CropBatch:
         """Cuts a batch, in any process."""
         cutter = self.cutter
-        step = batch // cutter.share.batches
-        first_position = int(cutter.first[step]) * cutter.share.step_size
-        num_crops = int(cutter.times[step]) * cutter.share.step_size  # of the step
+        share = cutter.share
+        step = batch // share.batches
+        first_position = int(cutter.crops_per_largest_before[step]) * share.step_size  # of the step, in all epochs
+        num_crops = int(cutter.crops_per_largest[step]) * share.step_size  # of the step
 
         def images_for(number: int) -> Iterator[ImageRow]:
-            """Images with this number in this step, and in later ones as if they were equally large."""
+            """Yields the image of a number of the step, and then images that may replace it.
+
+            They have this number in the following steps, counted as if each had as many crops as this one.
+            """
             for position in itertools.count(first_position + number, num_crops):
                 yield self.rows[row_at(position, len(self.rows), cutter.seed)]
 

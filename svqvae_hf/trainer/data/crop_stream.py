@@ -55,16 +55,27 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
             worker_number = worker.id
         num_readers = len(self.places)  # of this process
         first_batch = self.batches.start + worker_number
-        number = first_batch % num_readers
-        self.place = self.places[number]
+        reader = first_batch % num_readers  # of this process; a run may resume at the batch of any reader
+        self.place = self.places[reader]
         share = self.cutter.share
-        images = self._read(share.process * num_readers + number, share.num_processes * num_readers)
+        reader_of_all = share.process * num_readers + reader
+        images = self._read(reader_of_all, share.num_processes * num_readers)
+
+        def next_images(number: int) -> Iterator[ImageRow]:
+            """The next images of the stream, whichever crop of the step they are for."""
+            return images
+
         for batch in range(first_batch, self.batches.stop, num_readers):
-            crops = self.cutter.cut_batch(batch, lambda _: images)
+            crops = self.cutter.cut_batch(batch, next_images)
             yield self.place, crops
 
     def _read(self, reader: int, num_readers: int) -> Iterator[ImageRow]:
-        """Reads images from the place on, without an end, and moves it."""
+        """Yields images from `place` on, without an end, and moves `place`.
+
+        Args:
+            reader (`int`): Number of the reader among the readers of all processes.
+            num_readers (`int`): Number of readers of all processes.
+        """
         while True:
             epoch = self.place.epoch
             order = row_order(len(self.shards), self.cutter.seed, epoch)

@@ -14,7 +14,7 @@ from svqvae_hf.data.image_rows import ImageRow, read_image
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 
 SIDE = 0  # first word of the seed of sides
-CENTRE = (0.5, 0.5)
+CENTRE = (0.5, 0.5)  # position (x, y) of a crop: 0 is left or top, 1 is right or bottom
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,20 @@ class CropPolicy:
 
     def sides_of(self, num_steps: int, seed: int) -> np.ndarray:
         """Side of the crops of each step, the same for the first steps of more steps."""
-        draws = np.random.default_rng((SIDE, seed)).random(num_steps)
-        return np.array(self.sides)[(draws * len(self.sides)).astype(int)]
+        draws = np.random.default_rng((SIDE, seed)).random(num_steps)  # in [0, 1)
+        indices = (draws * len(self.sides)).astype(int)
+        return np.array(self.sides)[indices]
 
     def cut(self, image: Image.Image, side: int, seed: Sequence[int]) -> Image.Image:
         """Cuts a crop of an image, at random as the seed says."""
         rng = np.random.default_rng(seed)
         low, high = self.resize_range
         factor = rng.uniform(low, high)
-        origin = rng.random(2).tolist()
+        position = rng.random(2).tolist()
         is_flipped = self.random_flip and rng.random() < 0.5
         if self.center_crop:
-            origin = CENTRE
-        crop = _crop(image, side, factor, origin)
+            position = CENTRE
+        crop = _crop(image, side, factor, position)
         if is_flipped:
             return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return crop
@@ -84,11 +85,11 @@ def centre_crops(images: Iterable[ImageRow], count: int, side: int, pixel_range:
     return SVQVAEImageProcessor(pixel_range=pixel_range).preprocess(crops)["pixel_values"]
 
 
-def _crop(image: Image.Image, side: int, factor: float, origin: Sequence[float]) -> Image.Image:
-    """Cuts a square of an image resized by `factor`, at `origin`: 0 is left or top, 1 is right or bottom."""
-    x, y = origin
-    span = min(side / factor, image.width, image.height)  # pixels of the image that the crop covers
-    if span == side:
+def _crop(image: Image.Image, side: int, factor: float, position: Sequence[float]) -> Image.Image:
+    """Cuts a square of an image resized by `factor`, at a position such as `CENTRE`."""
+    x, y = position
+    span = min(side / factor, image.width, image.height)  # side of the square of the image that becomes the crop
+    if span == side:  # nothing to resize, so the crop starts at a whole pixel
         left = math.floor(x * (image.width - side + 1))
         top = math.floor(y * (image.height - side + 1))
         return image.crop((left, top, left + side, top + side))

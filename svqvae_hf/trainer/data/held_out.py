@@ -5,7 +5,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 
-from svqvae_files.inputs import readable
+from svqvae_files.inputs import is_url, readable
 from svqvae_hf.data.image_sets import ImageSet
 
 
@@ -22,19 +22,20 @@ def check_held_out(held_out: ImageSet, trained: ImageSet | None) -> None:
     if trained is None:
         return
     trained_paths = trained.files.paths()
-    trained_urls = {path for path in trained_paths if "://" in path}
+    trained_urls = {path for path in trained_paths if is_url(path)}
     trained_files = _files_by_size(trained_paths)
     for path in held_out.files.paths():
         if path in trained_urls:
-            _refuse(held_out, path, trained, path)
+            raise _shared_file_error(held_out, path, trained, path)
         if not os.path.isfile(path):
             continue
-        for other in trained_files.get(os.path.getsize(path), []):
-            if filecmp.cmp(path, other, shallow=False):
-                _refuse(held_out, path, trained, other)
+        for trained_path in trained_files.get(os.path.getsize(path), []):
+            if filecmp.cmp(path, trained_path, shallow=False):
+                raise _shared_file_error(held_out, path, trained, trained_path)
 
 
 def _files_by_size(paths: Sequence[str]) -> dict[int, list[str]]:
+    """Paths of the files on this machine, by their bytes."""
     files = defaultdict(list)
     for path in paths:
         if os.path.isfile(path):
@@ -42,12 +43,13 @@ def _files_by_size(paths: Sequence[str]) -> dict[int, list[str]]:
     return files
 
 
-def _refuse(held_out: ImageSet, path: str, trained: ImageSet, trained_path: str) -> None:
-    raise ValueError(
+def _shared_file_error(held_out: ImageSet, path: str, trained: ImageSet, trained_path: str) -> ValueError:
+    return ValueError(
         f"`--validation_data_dir` must hold images that are not trained on, but `{_key(held_out, path)}` is "
         f"`{_key(trained, trained_path)}` of the training images. Remove it from one of them."
     )
 
 
 def _key(images: ImageSet, path: str) -> str:
+    """Path of a file, relative to the folder of its set."""
     return readable(path.removeprefix(images.files.root).lstrip("/"))

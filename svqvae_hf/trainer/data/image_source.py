@@ -1,6 +1,6 @@
 """The images of a run: loaders of their crops."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,11 +40,25 @@ class ImageSource:
     synthetic_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        options = self.options
         columns = []
         if self.label_column is not None:
             columns.append(self.label_column)
-        self.images = open_images(
+        self.images = self._open_training_images(columns)
+        self.mixed: ImageSet | None = None
+        if self.options.mix_data_dir is not None:
+            self.mixed = self._open_mixed_images(self.options.mix_data_dir, columns)
+        self.label_feature: Any = None
+        if self.label_column is not None:
+            self.label_feature = self.images.features[self.label_column]
+            if self.mixed is not None and self.mixed.features[self.label_column] != self.label_feature:
+                raise ValueError("`--mix_data_dir` must have the classes of the training images, but has others.")
+        self.logged_keys: set[str] = set()  # of skipped images
+        self.num_crops = 0
+        self.has_warned_of_enlarged = False
+
+    def _open_training_images(self, columns: Sequence[str]) -> ImageSet:
+        options = self.options
+        return open_images(
             [options.train_data_dir or options.dataset_name or ""],
             config=options.dataset_config_name,
             split=options.split,
@@ -55,41 +69,46 @@ class ImageSource:
             copy=not options.streaming,
             results=options.output_dir,
         )
-        self.mixed: ImageSet | None = None
-        if options.mix_data_dir is not None:
-            with about_split("mix_split"):
-                self.mixed = open_images(
-                    [options.mix_data_dir],
-                    split=options.mix_split,
-                    columns=columns,
-                    keep_labels=False,
-                    copy=True,
-                    results=options.output_dir,
-                )
-        self.label_feature: Any = None
-        if self.label_column is not None:
-            self.label_feature = self.images.features[self.label_column]
-            if self.mixed is not None and self.mixed.features[self.label_column] != self.label_feature:
-                raise ValueError("`--mix_data_dir` must have the classes of the training images, but has others.")
-        self.named_keys: list[str] = []  # of skipped images
-        self.num_crops = 0
-        self.has_warned = False
+
+    def _open_mixed_images(self, name: str, columns: Sequence[str]) -> ImageSet:
+        """Opens the other images, which are mixed into the training images."""
+        with about_split("mix_split"):
+            return open_images(
+                [name],
+                split=self.options.mix_split,
+                columns=columns,
+                keep_labels=False,
+                copy=True,
+                results=self.options.output_dir,
+            )
 
     def loader(self, sides: list[int], num_steps: int, seed: int, batches_per_step: int = 1) -> CropLoader:
-        """Makes a loader of this process's crops, cut as [`CropPolicy`] says; the seed decides which they are."""
+        """Makes a loader of the crops of this process.
+
+        Args:
+            sides (`list[int]`): Sides of the crops in pixels, see [`CropPolicy`].
+            num_steps (`int`): Number of steps.
+            seed (`int`): Seed that decides which crops are cut.
+            batches_per_step (`int`, defaults to 1): Batches of this process in a step.
+        """
         options = self.options
         policy = CropPolicy(
-            sides, options.center_crop, options.random_flip, options.resize_range, self.synthetic_fraction
+            sides=sides,
+            center_crop=options.center_crop,
+            random_flip=options.random_flip,
+            resize_range=options.resize_range,
+            synthetic_fraction=self.synthetic_fraction,
         )
+        share = replace(Share.of(options, self.accelerator), batches=batches_per_step)
         cutter = CropCutter(
-            policy,
-            self.pixel_range,
-            replace(Share.of(options, self.accelerator), batches=batches_per_step),
-            num_steps,
-            seed,
-            self.label_column,
-            self.mixed,
-            options.mix_fraction,
+            policy=policy,
+            pixel_range=self.pixel_range,
+            share=share,
+            num_steps=num_steps,
+            seed=seed,
+            label_column=self.label_column,
+            mixed=self.mixed,
+            mix_fraction=options.mix_fraction,
         )
         return CropLoader(self.images, cutter, options.dataloader_num_workers, options.shuffle_buffer)
 
@@ -101,20 +120,22 @@ class ImageSource:
             num_batches (`int`): Number of batches.
             step (`int`, defaults to 0): Step of the run. Each has crops of its own.
         """
-        loader = self.loader(sides, num_batches, self.options.seed + 1 + step)
-        loader.shuffle_buffer = min(loader.shuffle_buffer, num_batches * self.options.per_device_train_batch_size)
+        seed = self.options.seed + 1 + step  # the seed of the training crops is that of the options
+        loader = self.loader(sides, num_batches, seed)
+        num_crops = num_batches * self.options.per_device_train_batch_size
+        loader.shuffle_buffer = min(loader.shuffle_buffer, num_crops)  # a stream need not read more images
         for batch in loader:
             yield batch.sample.to(self.accelerator.device)
 
     def to_device(self, batch: CropBatch) -> torch.Tensor:
         """Moves the crops of a batch to the device. Logs once which images are skipped, and that some are small."""
         for key, reason in batch.skipped:
-            if key not in self.named_keys:
-                self.named_keys.append(key)
+            if key not in self.logged_keys:
+                self.logged_keys.add(key)
                 logger.warning(f"Skipped `{key}`: {reason}", main_process_only=False)
         self.num_crops += len(batch.sample)
-        if batch.enlarged and not self.has_warned:
-            self.has_warned = True
+        if batch.enlarged and not self.has_warned_of_enlarged:
+            self.has_warned_of_enlarged = True
             side = batch.sample.shape[-1]
             logger.warning(
                 f"{batch.enlarged} of the first {self.num_crops} images are smaller than their crops of {side} pixels,"

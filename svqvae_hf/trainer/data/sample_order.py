@@ -73,8 +73,9 @@ class Share:
             batch (`int`): Number of the batch in the run.
             times (`int`, defaults to 1): Samples of this step per sample of an ordinary one.
         """
-        size = self.batch_size * times * self.num_processes
-        first = batch % self.batches * size
+        size = self.batch_size * times * self.num_processes  # of this batch of all processes
+        batch_of_step = batch % self.batches
+        first = batch_of_step * size
         return range(first + self.process, first + size, self.num_processes)
 
 

@@ -22,20 +22,24 @@ def synthetic_crop(side: int, rng: np.random.Generator) -> np.ndarray:
         `np.ndarray` of shape `(side, side, 3)`: uint8.
     """
     kind = rng.choice(KINDS)
-    first, second = (_colour(rng) for _ in range(2))
+    first = _colour(rng)
+    second = _colour(rng)
     if kind == "flat":
         second = first
     angle = rng.uniform(0, 2 * np.pi)
     axis = np.linspace(-1, 1, side)
-    position = np.cos(angle) * axis[:, None] + np.sin(angle) * axis  # distance from a line through the centre
+    rows = axis[:, None]  # (side, 1)
+    distance = np.cos(angle) * rows + np.sin(angle) * axis  # (side, side), from a line through the centre
     if kind == "edge":
-        mixture = (position > rng.uniform(-0.7, 0.7)).astype(np.float64)
+        share_of_second = (distance > rng.uniform(-0.7, 0.7)).astype(np.float64)
     else:
-        mixture = (position - position.min()) / max(np.ptp(position), 1e-9)
-    return np.rint(first + mixture[..., None] * (second - first)).astype(np.uint8)
+        share_of_second = (distance - distance.min()) / max(np.ptp(distance), 1e-9)
+    crop = first + share_of_second[..., None] * (second - first)  # (side, side, 3)
+    return np.rint(crop).astype(np.uint8)
 
 
 def _colour(rng: np.random.Generator) -> np.ndarray:
+    """Draws red, green and blue, each in [0, 255]."""
     if rng.random() < CORNERS:
         return 255.0 * rng.integers(0, 2, 3)
     return rng.uniform(0, 255, 3)

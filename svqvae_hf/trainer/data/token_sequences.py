@@ -77,13 +77,14 @@ class TokenSource:
         if caption_column is not None:
             check_captions(self.rows, caption_column)
             self.num_classes = 1
-        height = self._only("height")
-        width = self._only("width")
+        height = self._only_value("height")
+        width = self._only_value("width")
         self.id_columns = []
         self.grids = []
-        for index in np.argsort(self.settings.scales):  # columns need not go from coarse to fine
+        scales = self.settings.scales
+        for index in np.argsort(scales):  # from coarse to fine, which the order of the columns need not be
             self.id_columns.append(f"ids_{index}")
-            self.grids.append(grid_shape(height, width, self.settings.f, self.settings.scales[index]))
+            self.grids.append(grid_shape(height, width, self.settings.f, scales[index]))
         columns = list(self.id_columns)
         for column in (label_column, caption_column):
             if column is not None:
@@ -115,30 +116,35 @@ class TokenSource:
         may use the same names for other images, so the ids at the largest scale must be equal, too.
         """
         keys = self.rows.data.column("key")
-        other_keys = held_out.rows.data.column("key")
-        shared_rows = np.flatnonzero(pc.is_in(keys, value_set=pc.unique(other_keys)).to_numpy())
+        held_out_keys = held_out.rows.data.column("key")
+        is_shared = pc.is_in(keys, value_set=pc.unique(held_out_keys))  # (rows,)
+        shared_rows = np.flatnonzero(is_shared.to_numpy())
         if len(shared_rows) == 0:
             return None
-        if self.image_files is not None and self.image_files == held_out.image_files:
+        are_same_files = self.image_files is not None and self.image_files == held_out.image_files
+        if are_same_files:
             return keys[int(shared_rows[0])].as_py()
         column = self.id_columns[-1]
         if column not in held_out.rows.features:
             return None
-        other_images = set()
+        held_out_images = set()
         for row in held_out.rows.select_columns(["key", column]):
-            other_images.add((row["key"], tuple(row[column])))
+            held_out_images.add((row["key"], tuple(row[column])))
         for row in self.rows.select_columns(["key", column]).select(shared_rows):
-            if (row["key"], tuple(row[column])) in other_images:
+            image = (row["key"], tuple(row[column]))
+            if image in held_out_images:
                 return row["key"]
         return None
 
     def _captions(self, table: pa.Table) -> list[list[str]]:
+        """Captions of each row of a table, as lists, also where a row has only one."""
         captions = []
         for value in table[self.caption_column].to_pylist():
             captions.append([value] if isinstance(value, str) else value)
         return captions
 
-    def _only(self, column: str) -> int:
+    def _only_value(self, column: str) -> int:
+        """The value that a column has in all rows. Raises ValueError if it has several."""
         least, most = pc.min_max(self.rows.data.column(column)).as_py().values()
         if least != most:
             raise ValueError(
@@ -148,14 +154,18 @@ class TokenSource:
         return int(least)
 
     def _count_classes(self, column: str) -> int:
+        """Number of classes: of the names of a column of classes, or up to the largest integer of a column."""
         feature = self.rows.features.get(column)
         has_names = isinstance(feature, datasets.ClassLabel)
         has_integers = isinstance(feature, datasets.Value) and "int" in feature.dtype
         if has_names or has_integers:
             labels = self.rows.data.column(column)
             least, most = pc.min_max(labels).as_py().values()
-            if least >= 0 and not labels.null_count:
-                return feature.num_classes if has_names else most + 1
+            are_classes = labels.null_count == 0 and least >= 0
+            if are_classes and has_names:
+                return feature.num_classes
+            if are_classes:
+                return most + 1
         raise ValueError(
             f"`--label_column` must hold a class, or an integer of at least 0, in each row, but {column!r} holds "
             f"{feature}, or has empty rows. The columns are {', '.join(self.rows.features)}."
@@ -165,8 +175,10 @@ class TokenSource:
 def check_captions(rows: datasets.Dataset, column: str) -> None:
     """Raises unless a column holds a caption, or a list of them, in each row."""
     feature = rows.features.get(column)
-    inner = getattr(feature, "feature", feature)
-    if not isinstance(inner, datasets.Value) or inner.dtype not in ("string", "large_string"):
+    is_of_lists = hasattr(feature, "feature")
+    text_feature = feature.feature if is_of_lists else feature
+    is_of_texts = isinstance(text_feature, datasets.Value) and text_feature.dtype in ("string", "large_string")
+    if not is_of_texts:
         raise ValueError(
             f"`--caption_column` must hold texts or lists of texts, but {column!r} holds {feature}. The columns "
             f"are {', '.join(rows.features)}."
@@ -174,7 +186,7 @@ def check_captions(rows: datasets.Dataset, column: str) -> None:
     captions = rows.data.column(column)
     texts = captions
     has_empty_lists = False
-    if inner is not feature:
+    if is_of_lists:
         texts = pc.list_flatten(captions)
         has_empty_lists = pc.min(pc.list_value_length(captions)).as_py() == 0
     has_empty_texts = pc.min(pc.utf8_length(texts)).as_py() == 0
