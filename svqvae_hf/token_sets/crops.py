@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
+from svqvae_files.inputs import is_url
 from svqvae_hf.data.image_rows import ImageRow, fault_of, read_image
 from svqvae_hf.data.workers import end_with_parent
 
@@ -72,14 +73,20 @@ def make_crops(image: Image.Image, crops: str, resolution: int | None) -> list[I
     for name in CROPS[crops]:
         crop = image
         if resolution is not None:
-            x, y = CROP_POSITIONS[name.removesuffix(FLIPPED)]
-            left = round(x * (image.width - resolution))
-            top = round(y * (image.height - resolution))
-            crop = image.crop((left, top, left + resolution, top + resolution))
+            position = CROP_POSITIONS[name.removesuffix(FLIPPED)]
+            crop = _crop_at(position, image, resolution)
         if name.endswith(FLIPPED):
             crop = ImageOps.mirror(crop)
         images.append(crop)
     return images
+
+
+def _crop_at(position: tuple[float, float], image: Image.Image, side: int) -> Image.Image:
+    """Cuts a square at a position (x, y): 0 is left or top, 1 is right or bottom."""
+    x, y = position
+    left = round(x * (image.width - side))
+    top = round(y * (image.height - side))
+    return image.crop((left, top, left + side, top + side))
 
 
 class CroppedImage(NamedTuple):
@@ -130,7 +137,10 @@ def read_crops(
 
 
 def _tasks(images: Iterable[ImageRow], size: int) -> Iterator[list[ImageRow]]:
-    """Yields tasks of workers. Only this process reads the set, so that no worker reads files of another."""
+    """Yields the images in groups, one per task of a worker.
+
+    Only this process iterates over the set. Otherwise each worker would read all of its files.
+    """
     rows = iter(images)
     task = list(itertools.islice(rows, size))
     while task:
@@ -159,14 +169,16 @@ class _CropReader(Dataset):
 
 
 def _is_remote(row: ImageRow) -> bool:
-    return isinstance(row.source, Mapping) and "://" in (row.source["path"] or "")
+    if not isinstance(row.source, Mapping):
+        return False
+    return is_url(row.source["path"] or "")
 
 
 def _start_worker(worker: int) -> None:
     """Ignores Ctrl-C, which reaches all processes of a terminal, and ends at SIGTERM or with the parent.
 
-    The parent sends SIGTERM to workers that it could not shut down, and then waits for their end. An exception in the
-    handler, as of `sys.exit`, would be raised in the parent as the worker's.
+    The parent sends SIGTERM to workers that it could not shut down, and then waits for their end. The handler does not
+    call `sys.exit`, because its exception would be raised in the parent as an error of the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -59,13 +59,14 @@ def detokenize_set(
     token_set.check_files()
     endings = scale_endings(settings.scales)
     names = RowNames()
-    written = kept = 0
+    num_written = 0
+    num_kept = 0
     rows = enumerate(islice(token_set.rows(), max_images))
     for number, row in tqdm(rows, total=token_set.num_rows, unit="image", disable=None):
         name = names.next_name(number, row)
         paths = [Path(output, f"{name}{ending}") for ending in endings]
         if keep(paths):
-            kept += len(paths)
+            num_kept += len(paths)
             continue
         tokens = row_tokens(row, settings, context_model)
         tiles = choose_tiles(model, tokens.height, tokens.width, tokens.scales, settings.tile_size, settings.overlap)
@@ -73,8 +74,8 @@ def detokenize_set(
         with writing(paths):
             for image, path in zip(images, paths, strict=True):
                 save_png(image, path)
-        written += len(paths)
-    return written, kept
+        num_written += len(paths)
+    return num_written, num_kept
 
 
 def first_images(data: str | os.PathLike, output: str | os.PathLike) -> list[Path]:

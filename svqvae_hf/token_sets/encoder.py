@@ -60,7 +60,7 @@ class RowEncoder:
     context_model: ContextModel | None = None
 
     def __post_init__(self) -> None:
-        self.device = execution_device(self.model)  # each look-up visits all modules
+        self.device = execution_device(self.model)  # stored, because finding it visits all modules
         self.dtype = self.model.dtype
         self.black, self.white = self.model.config["pixel_range"]
         self.tiles: dict[tuple[int, ...], Tiles | None] = {}  # of batches by their shape
@@ -88,7 +88,8 @@ class RowEncoder:
             batches[shape].append(crop)
             queue.append(crop.row)
             waiting_pixels += crop.num_pixels
-            if len(batches[shape]) >= self._full_batch(crop):
+            is_full = len(batches[shape]) >= self._crops_of_full_batch(crop)
+            if is_full:
                 batch = batches.pop(shape)
                 waiting_pixels -= len(batch) * crop.num_pixels
                 self._encode_batch(batch)
@@ -100,7 +101,7 @@ class RowEncoder:
         self._encode_all(batches)
         yield from queue
 
-    def _full_batch(self, crop: Crop) -> int:
+    def _crops_of_full_batch(self, crop: Crop) -> int:
         """Number of crops like this one that are encoded together."""
         if self.batch_size is not None:
             return self.batch_size
@@ -140,16 +141,19 @@ class RowEncoder:
     def _encode_batch(self, crops: list[Crop]) -> None:
         """Adds ids to the rows of crops of one size."""
         settings = self.settings
-        pixels = torch.stack([crop.pixels for crop in crops])  # (B, 3, height, width)
+        pixels = torch.stack([crop.pixels for crop in crops])  # (B, 3, height, width), uint8
         tiles = self._tiles(pixels.shape, crops[0].row["key"])
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
-        unit = pixels.to(self.device, non_blocking=True).float().div_(255)
-        sample = unit.mul_(self.white - self.black).add_(self.black)  # as the image processor, with fewer copies
+        # These are the sums of the image processor, in place to save copies.
+        sample = pixels.to(self.device, non_blocking=True).float()
+        sample.div_(255)  # in [0, 1]
+        sample.mul_(self.white - self.black)
+        sample.add_(self.black)  # in `pixel_range`
         encoded = self.model.encode_tokens(sample.to(self.dtype), settings.scales, settings.scale_from, tiles)
         grids = [grid.cpu() for grid in encoded]  # (B, h, w) for each scale
         for number, crop in enumerate(crops):
-            ids = [grid[number] for grid in grids]
+            ids = [grid[number] for grid in grids]  # (h, w) for each scale
             if self.context_model is None:
                 self._store_ids(crop.row, ids)
             else:

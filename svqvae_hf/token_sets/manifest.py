@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from svqvae_files.folders import Folder
+from svqvae_files.inputs import is_url
 from svqvae_files.json_files import parse_json_object
 from svqvae_hf.data.set_errors import explained_set
 from svqvae_hf.token_sets.settings import (
@@ -191,7 +192,7 @@ class TokenSet:
         if content is None:
             raise ValueError(f"`{self.name}/{file.name}` is missing, although the manifest names it. {REMEDY}")
         checksum = hashlib.sha256(content).hexdigest()
-        if (len(content), checksum) != (file.size, file.checksum):
+        if len(content) != file.size or checksum != file.checksum:
             raise ValueError(
                 f"`{self.name}/{file.name}` must be the file that the manifest of the set names, but has other "
                 f"content. {REMEDY}"
@@ -260,7 +261,9 @@ class TokenSet:
             raise ValueError(f"`{name}` must be the manifest that {SETTINGS_FILE} names, but has changed. {REMEDY}")
         files: list[TokenFile] = []
         for line in content.splitlines():
-            files += PartRecord.from_entry({**parse_json_object(line, name), "skipped": []}, name).files
+            entry = parse_json_object(line, name)
+            entry["skipped"] = []  # the manifest has only their number
+            files += PartRecord.from_entry(entry, name).files
         return files
 
 
@@ -275,6 +278,6 @@ def load_rows(name: str | os.PathLike) -> datasets.Dataset:
 
 def _pattern_of(path: str) -> str:
     """Pattern that stands for one file, because `datasets` reads names as patterns."""
-    if "://" in path:
+    if is_url(path):
         return path.replace("[", "[[]")
     return glob.escape(path)

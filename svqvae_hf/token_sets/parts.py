@@ -5,7 +5,6 @@ is written last, and its files are as the record says. Two processes that make t
 """
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -31,6 +30,7 @@ RECORDS = "parts"
 OPTIONS_FILE = f"{RECORDS}/options.json"
 SKIPPED_FILE = "skipped.jsonl"
 CARD_FILE = "README.md"
+OPTIONS_OF_IMAGES = ("images", "image_set", "image_files")  # their number, and digests of the set and of its files
 RECORD_NAME = re.compile(r"(\d{7})\.json")
 SHARD_NAME = re.compile(DATA + r"/\d{4}-\d{4}/train-(\d{7})-\d{5}\.parquet")
 
@@ -93,7 +93,7 @@ def check_options(folder: Folder, options: Mapping[str, Any]) -> None:
         if before == now:
             continue
         reason = "it was made otherwise"
-        if name in ("images", "image_set", "image_files"):
+        if name in OPTIONS_OF_IMAGES:
             reason = "the images have changed since"
         raise ValueError(
             f"`{folder.url}` must be continued with the same images and options, but {reason}: `{name}` was "
@@ -159,6 +159,7 @@ def read_records(folder: Folder, options: Mapping[str, Any]) -> dict[int, PartRe
 
 
 def _recorded_parts(folder: Folder) -> set[int]:
+    """Numbers of the parts that have a record."""
     parts = set()
     for name in folder.names(RECORDS):
         match = RECORD_NAME.fullmatch(name)
@@ -168,12 +169,14 @@ def _recorded_parts(folder: Folder) -> set[int]:
 
 
 def _read_record(folder: Folder, options: Mapping[str, Any], part: int) -> PartRecord | None:
+    """Reads the record of a part; `None` if there is none."""
     name = record_name(part)
     entry = _read_object(folder, name)
     if entry is None:
         return None
     record = PartRecord.from_entry(entry, f"{folder.url}/{name}")
-    if (record.part, record.options) != (part, value_digest(options)):
+    is_of_this_set = record.part == part and record.options == value_digest(options)
+    if not is_of_this_set:
         raise ValueError(
             f"`{folder.url}/{name}` must be the record of part {part} of this set, but is of part {record.part}, or "
             "of other images or options. Delete it, and the part is made again."
@@ -182,6 +185,7 @@ def _read_record(folder: Folder, options: Mapping[str, Any], part: int) -> PartR
 
 
 def _has_files(record: PartRecord, sizes: Mapping[str, int]) -> bool:
+    """Whether the files of a part are there and whole."""
     return all(sizes.get(file.name) == file.size for file in record.files)
 
 
@@ -252,10 +256,10 @@ def _write_set(
         lines.append(record.to_entry() | {"skipped": len(record.skipped)})
     totals = add_up(records)
     if not totals["rows"]:
-        first = ""
+        example = ""
         if skipped:
-            first = f" The first, `{skipped[0]['key']}`: {skipped[0]['reason']}"
-        raise ValueError(f"at least one image must be readable, but none of {totals['images']} is.{first}")
+            example = f" The first, `{skipped[0]['key']}`: {skipped[0]['reason']}"
+        raise ValueError(f"at least one image must be readable, but none of {totals['images']} is.{example}")
     check_foreign(files, folder.sizes(DATA), folder.url)
     manifest = _json_lines(lines)
     folder.write(MANIFEST_FILE, manifest)
@@ -289,18 +293,18 @@ def delete_set(folder: Folder) -> None:
     options = read_options(folder)
     if options is None:
         return
-    names = []
+    shards = []
     for name in folder.sizes(DATA):
         match = SHARD_NAME.fullmatch(name)
         if match is not None and int(match[1]) < options.get("parts", 0):
-            names.append(name)
-    check_foreign([TokenFile(name, 0, 0, "") for name in names], folder.sizes(DATA), folder.url)
-    for name in (SETTINGS_FILE, MANIFEST_FILE, SKIPPED_FILE, CARD_FILE, *names):
+            shards.append(name)
+    check_foreign([TokenFile(name, 0, 0, "") for name in shards], folder.sizes(DATA), folder.url)
+    for name in (SETTINGS_FILE, MANIFEST_FILE, SKIPPED_FILE, CARD_FILE, *shards):
         folder.delete(name)
     _delete_temporary_files(folder)
     _delete_records(folder)
-    for name in sorted({os.path.dirname(name) for name in names}):
-        folder.delete_empty(name)
+    for subfolder in sorted({os.path.dirname(name) for name in shards}):
+        folder.delete_empty(subfolder)
     folder.delete_empty(DATA)
 
 
@@ -315,7 +319,7 @@ def _delete_records(folder: Folder) -> None:
 
 
 def _delete_temporary_files(folder: Folder) -> None:
-    """Deletes what processes that were killed have left."""
+    """Deletes the temporary files of processes that were killed."""
     for name in folder.sizes(DATA):
         if TEMPORARY_NAME.fullmatch(os.path.basename(name)):
             folder.delete(name)
@@ -325,6 +329,7 @@ def _delete_temporary_files(folder: Folder) -> None:
 
 
 def _read_object(folder: Folder, name: str) -> dict[str, Any] | None:
+    """Reads a JSON object from a file; `None` if there is no file."""
     content = folder.read(name)
     if content is None:
         return None
@@ -337,10 +342,15 @@ def _json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Numbers as SLURM's `--array` takes them: `3-5,9`."""
+    """Numbers in ascending order, as `--array` of SLURM takes them: `3-5,9`."""
+    runs: list[list[int]] = []  # of consecutive numbers
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
     texts = []
-    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in group]
+    for run in runs:
         if len(run) == 1:
             texts.append(f"{run[0]}")
         else:

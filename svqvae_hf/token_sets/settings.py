@@ -14,6 +14,7 @@ import torch
 
 from svqvae_files.file_names import TOKEN_SET_FILE
 from svqvae_files.folders import Folder
+from svqvae_files.inputs import is_url
 from svqvae_hf.data.repositories import is_hub_set
 from svqvae_hf.hub.repositories import download_file
 from svqvae_hf.models.checks import check_integers
@@ -79,7 +80,11 @@ class TokenSettings(Encoding):
 
     def count_ids(self, row: Mapping[str, Any]) -> int:
         """Number of ids of a row."""
-        return sum(math.prod(self.grid(scale, row["height"], row["width"])) for scale in self.scales)
+        count = 0
+        for scale in self.scales:
+            rows, columns = self.grid(scale, row["height"], row["width"])
+            count += rows * columns
+        return count
 
     def to_json(self) -> str:
         """Formats the settings as [`read_settings`] reads them."""
@@ -140,7 +145,7 @@ def read_set_file(name: str, file: str) -> bytes | None:
     """Content of a file of a token set on a disk, at a URL or on the Hub; `None` if it is absent."""
     if is_token_set_on_hub(name):
         return download_set_file(name, file).read_bytes()
-    if "://" in name or Path(name).is_dir():
+    if is_url(name) or Path(name).is_dir():
         return Folder(name).read(file)
     return None
 
@@ -174,16 +179,16 @@ def row_tokens(
         values = [f"{name} = {row.get(name)!r:.40}" for name in ("height", "width", *names)]
         raise ValueError(
             f"a row must have integers as height, width, {', '.join(names)} to match its settings, but has "
-            f"{', '.join(values)}. "
-            "Make the set again with `svqvae tokenize`."
+            f"{', '.join(values)}. Make the set again with `svqvae tokenize`."
         ) from error
     grids = []
     for column, scale in zip(columns, settings.scales, strict=True):
-        ids = torch.as_tensor(column)
+        ids = torch.as_tensor(column)  # (h * w,)
         shape = settings.grid(scale, height, width)
-        if ids.shape != (math.prod(shape),):
+        count = math.prod(shape)
+        if ids.shape != (count,):
             raise ValueError(
-                f"a row of {height} x {width} pixels has {math.prod(shape)} ids at scale {scale:g}, not {ids.numel()}."
+                f"a row of {height} x {width} pixels has {count} ids at scale {scale:g}, not {ids.numel()}."
             )
         grids.append(ids.view(shape))  # (h, w)
     encoding = {field.name: getattr(settings, field.name) for field in fields(Encoding)}

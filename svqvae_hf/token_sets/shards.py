@@ -102,7 +102,9 @@ def write_shards(
     number = 0
     while group is not None:
         name = shard_name(part, number)
-        size = num_rows = num_ids = 0
+        size = 0
+        num_rows = 0
+        num_ids = 0
         with folder.new_file(name) as path:
             with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
                 while group is not None and size < SHARD_BYTES:

@@ -140,13 +140,14 @@ class TokenizeOptions:
         _check_least("resolution", self.resolution, 1)
         if self.crops not in CROPS:
             raise ValueError(f"`crops` must be one of {', '.join(CROPS)}, got {self.crops!r}.")
-        got = f"got {self.resolution} for `crops` {self.crops!r}"
-        must_be = f"`resolution` must be the side of the crops in pixels, {got}."
+        fault = (
+            f"`resolution` must be the side of the crops in pixels, got {self.resolution} for `crops` {self.crops!r}."
+        )
         if self.resolution is None and not is_whole(self.crops):
-            raise ValueError(f"{must_be} Pass it, or choose other crops.")
+            raise ValueError(f"{fault} Pass it, or choose other crops.")
         if self.resolution is not None and is_whole(self.crops):
-            raise ValueError(f"{must_be} Leave it out, or choose other crops.")
-        scale_endings(self.scales)  # `detokenize_set` names files by them
+            raise ValueError(f"{fault} Leave it out, or choose other crops.")
+        scale_endings(self.scales)  # raises if two scales would name the same file when the set is decoded
 
 
 def _check_least(name: str, value: int | None, least: int) -> None:
@@ -185,19 +186,22 @@ def tokenize_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, **opti
         model, plan.settings, images.features, plan.request.batch_size, context_model=plan.request.context_model
     )
     records = []
-    total = None
+    num_images = None  # of this run, if it is known
     if len(plan.parts) == plan.num_parts:
-        total = images.length
-    with tqdm(total=total, unit="image", disable=None) as bar:
+        num_images = images.length
+    with tqdm(total=num_images, unit="image", disable=None) as bar:
         for part in unfinished_parts(plan.folder, plan.options, plan.parts):
             records.append(make_part(plan, images, encoder, part, bar.update))
     totals = finish_set(plan)
+    is_complete = totals is not None
+    if totals is None:
+        totals = add_up(records)
     return TokenizeReport(
         out=plan.folder.url,
-        complete=totals is not None,
+        complete=is_complete,
         parts=plan.num_parts,
         resumed=len(plan.parts) - len(records),
-        **(totals or add_up(records)),
+        **totals,
     )
 
 
@@ -235,7 +239,9 @@ def plan_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, request: T
     """
     license = find_origin({}, {"image set": request.source_set}, request.license).license
     num_parts = count_parts(images, request.num_parts)
-    parts = range(num_parts) if request.parts is None else request.parts
+    parts: Sequence[int] = range(num_parts)
+    if request.parts is not None:
+        parts = request.parts
     for part in parts:
         if not 0 <= part < num_parts:
             raise ValueError(f"A part (`--part`) must be in [0, {num_parts - 1}], got {list(parts)!r:.80}.")
@@ -244,11 +250,14 @@ def plan_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, request: T
     folder = check_out(out)
     scales = [float(scale) for scale in request.scales]
     tiles = model.tiles_of_call(request.tile_size, request.overlap)
+    context_model = None
+    if request.context_model is not None:
+        context_model = request.context_model.fingerprint
     settings = TokenSettings(
         model=request.model_name,
         crops=request.crops,
         resolution=request.resolution,
-        context_model=None if request.context_model is None else request.context_model.fingerprint,
+        context_model=context_model,
         **encoding_of(model, scales, request.scale_from, tiles),
     )
     features = row_features(settings, images.features)
@@ -263,7 +272,7 @@ def plan_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, request: T
         "device": model.device.type,
         "encoder": encoder_digest(model),
     }
-    options = json.loads(json.dumps(options))
+    options = json.loads(json.dumps(options))  # as they will be read, with lists for tuples
     return SetPlan(request, folder, settings, features, options, num_parts, parts, license)
 
 
@@ -370,7 +379,8 @@ def check_out(out: str | os.PathLike) -> Folder:
     names = folder.names("")
     if names and read_options(folder) is not None:
         return folder
-    if names == {RECORDS} and _has_only_hidden_files(folder, RECORDS):  # another process starts the set
+    is_being_started = names == {RECORDS} and _has_only_hidden_files(folder, RECORDS)  # by another process
+    if is_being_started:
         return folder
     if folder.is_local:
         check_new_folder(Path(folder.url.removeprefix("file://")))
