@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from svqvae_files.inputs import check_url, find_bundled
+from svqvae_files.inputs import check_url, find_bundled, is_url
 
 SCALE_SOURCES = ("image", "latents")
 MAX_SCALE = 64
@@ -46,7 +46,8 @@ class Parser(argparse.ArgumentParser):
             if word == "--":  # all words after it are inputs
                 break
             name = word.partition("=")[0]
-            if name.startswith("--") and not any(option.startswith(name) for option in options):
+            is_known = any(option.startswith(name) for option in options)
+            if name.startswith("--") and not is_known:
                 faults.append(f"There is no option `{name}`.{nearest(name, options)}")
         if faults:
             self.error(" ".join(faults))
@@ -169,7 +170,7 @@ def path(text: str) -> Path:
 
 def path_or_name(text: str) -> str:
     """Reads a path or a name on the Hub."""
-    if "://" in text:
+    if is_url(text):
         raise argparse.ArgumentTypeError(
             f"`{text}` must be a local path or a name on the Hub, because URLs are not supported here. Copy or mount "
             "it first."

@@ -51,11 +51,13 @@ def run(args: argparse.Namespace) -> None:
         "num_attention_heads": args.num_attention_heads,
         "text_encoder": args.text_encoder,
     }
-    if args.tokenizer is None and any(value is not None for value in generator_options.values()):
+    has_generator_options = any(value is not None for value in generator_options.values())
+    if args.tokenizer is None and has_generator_options:
         raise ValueError("--image-size, --num-heads and --text-encoder are for generators, which need --tokenizer.")
     if args.tokenizer is not None and tokenizer_options:
         raise ValueError("--network-range and --no-codebook-l2-norm are for tokenizers. Convert --tokenizer first.")
-    if not os.path.isfile(args.source) and not re.fullmatch(f"{REPO_ID}:.+", args.source):
+    is_file_on_hub = re.fullmatch(f"{REPO_ID}:.+", args.source) is not None
+    if not os.path.isfile(args.source) and not is_file_on_hub:
         raise ValueError(f"There is no file `{args.source}`. Pass an existing one, or `org/repo:file` on the Hub.")
     check_new_folder(args.output)
     from svqvae_cli.loading import hide_loading_bars

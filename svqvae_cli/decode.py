@@ -27,11 +27,16 @@ from svqvae_cli.runs import Run, print_deleted
 from svqvae_files.file_names import TOKEN_SUFFIXES
 from svqvae_files.identity import InputIdentity
 
+LARGE_ENDING = "_x1.tif"  # of an image that is too large for memory
+
 
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
-    kinds = "token files, folders of them, which are searched with their subfolders, or globs; or one token set: its "
-    parser.add_files(f"{kinds}folder, its URL or its name on the Hub", not_empty)
+    help = (
+        "token files, folders of them, which are searched with their subfolders, or globs; or one token set: its "
+        "folder, its URL or its name on the Hub"
+    )
+    parser.add_files(help, not_empty)
     parser.add_model()
     parser.add_tiles("as encoded", "as encoded")
     parser.option("--max-images", positive, "N", "stop after N rows of a token set (default: all)")
@@ -53,17 +58,17 @@ def _decode_set(args: argparse.Namespace) -> None:
         raise ValueError(f"a token set must be the only INPUT, got {len(args.inputs)}. Decode each on its own.")
     forbid_options(args, "is not for token sets", "tile_size", "overlap", "large")
     check_output(args.output)
-    (name,) = args.inputs
+    name = args.inputs[0]
 
     from svqvae_cli.loading import load_model, require_context_model
     from svqvae_hf.models.checks import check_same_codebook
     from svqvae_hf.token_sets.decoding import detokenize_set, first_images
     from svqvae_hf.token_sets.settings import read_settings
 
-    settings = read_settings(name)  # fails before the model is loaded
+    settings = read_settings(name)  # before the model is loaded, so that a wrong name is an error at once
     folder = OutputFolder(args)
     source = _source_of_set(name, folder)
-    folder.holds(first_images(name, args.output), source)  # raises if they are there, but not from this set
+    folder.holds(first_images(name, args.output), source)  # raises if the first images exist, but are not of this set
     model = load_model(args.model, args.device, args.dtype)
     context_model = None
     if settings.context_model is not None:
@@ -91,10 +96,13 @@ def _source_of_set(name: str, folder: OutputFolder) -> Source:
     from svqvae_hf.token_sets.manifest import MANIFEST_FILE
     from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_set_file
 
-    contents = []
+    contents: list[str | None] = []
     for file in (SETTINGS_FILE, MANIFEST_FILE):
         content = read_set_file(name, file)
-        contents.append(None if content is None else content.decode(errors="replace"))
+        if content is None:
+            contents.append(None)
+        else:
+            contents.append(content.decode(errors="replace"))
     identity = InputIdentity("", 0, value_digest(contents))
     if Path(name).exists():
         return folder.source(Path(name), identity)
@@ -110,18 +118,26 @@ def _recorded(outputs: Sequence[Path], folder: OutputFolder, source: Source) -> 
 
 
 def _decode_files(args: argparse.Namespace) -> None:
+    """Decodes token files that are not decoded yet."""
     forbid_options(args, "is for token sets", "max_images")
     inputs = find_inputs(args.inputs, TOKEN_SUFFIXES, args.output)
     targets = {file: _targets(file, args) for file in inputs}
     with Run(args, targets, "images") as work:
-        if work.todo:
-            _decode(args, work)
+        if not work.todo:
+            return
+
+        from svqvae_cli.loading import load_model
+
+        model = load_model(args.model, args.device, args.dtype)
+        for file, tokens in work.read(partial(_read_tokens, model=model, args=args)):
+            with work.attempt(file, ValueError), prefix_errors(file.path):
+                _decode_file(file, tokens, model, args, work)
 
 
 def _targets(file: InputFile, args: argparse.Namespace) -> list[Path]:
-    """Images of a token file; none if it cannot be read."""
+    """Paths of the images of a token file; none if the file cannot be read."""
     if args.large:
-        return [file.target(args.output, "_x1.tif")]
+        return [file.target(args.output, LARGE_ENDING)]
 
     from svqvae_files.outputs import scale_endings
     from svqvae_hf.tokens.token_files import load_scales
@@ -129,36 +145,35 @@ def _targets(file: InputFile, args: argparse.Namespace) -> list[Path]:
     try:
         check_file(file.path)
         endings = scale_endings(load_scales(file.path))
-    except (OSError, ValueError):  # is raised again, and counted, when its turn comes
+    except (OSError, ValueError):  # `Run.read` will report the error, and count the file as skipped
         return []
     return [file.target(args.output, ending) for ending in endings]
 
 
-def _decode(args: argparse.Namespace, work: Run[InputFile]) -> None:
-    from svqvae_cli.loading import load_model
-    from svqvae_files.outputs import save_png
+def _decode_file(file: InputFile, tokens: Any, model: Any, args: argparse.Namespace, work: Run[InputFile]) -> None:
+    """Writes the images of a token file, from its content."""
     from svqvae_hf.models.checks import check_same_codebook
+
+    check_same_codebook(model, tokens)
+    asked_tiles = _asked_tiles(model, args, tokens.tile_size, tokens.overlap)
+    if args.large:
+        from svqvae_hf.large.large_images import decode_large
+
+        path = work.outputs(file)[0]
+        decode_large(model, tokens, path, asked_tiles)
+        return
+
+    from svqvae_files.outputs import save_png
     from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image
 
-    model = load_model(args.model, args.device, args.dtype)
-    for file, tokens in work.read(partial(_read_tokens, model=model, args=args)):
-        with work.attempt(file, ValueError), prefix_errors(file.path):
-            check_same_codebook(model, tokens)
-            asked_tiles = _asked_tiles(model, args, tokens.tile_size, tokens.overlap)
-            if args.large:
-                from svqvae_hf.large.large_images import decode_large
-
-                (path,) = work.outputs(file)
-                decode_large(model, tokens, path, asked_tiles)
-                continue
-            tiles = choose_tiles(model, tokens.height, tokens.width, tokens.scales, *(asked_tiles or ()))
-            images = decode_image(model, tokens, tiles)
-            for image, path in zip(images, work.outputs(file), strict=True):
-                save_png(image, path)
+    tiles = choose_tiles(model, tokens.height, tokens.width, tokens.scales, *(asked_tiles or ()))
+    images = decode_image(model, tokens, tiles)
+    for image, path in zip(images, work.outputs(file), strict=True):
+        save_png(image, path)
 
 
 def _read_tokens(path: Path, model: Any, args: argparse.Namespace) -> Any:
-    """Reads a token file. Of a compressed one, the tiles are checked before its ids are decoded, which takes long."""
+    """Reads a token file. Decoding the ids of a compressed file takes long, so its tiles are checked before."""
     from svqvae_cli.loading import require_context_model
     from svqvae_hf.tokens.image_tokens import choose_tiles
     from svqvae_hf.tokens.token_files import is_compressed, load_compressed, load_tokens

@@ -9,6 +9,7 @@ same command resumes an interrupted run.
 """
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from svqvae_cli.arguments import Parser
@@ -29,7 +30,10 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes one token file per image."""
     check_large(args)
-    inputs = find_images(args, TIFF_SUFFIXES if args.large else IMAGE_SUFFIXES)
+    image_suffixes: Sequence[str] = IMAGE_SUFFIXES
+    if args.large:
+        image_suffixes = TIFF_SUFFIXES
+    inputs = find_images(args, image_suffixes)
     suffix = TOKEN_SUFFIXES[args.compress]
     targets = {file: [file.target(args.output, suffix)] for file in inputs}
     with Run(args, targets, "token files") as work:
@@ -54,12 +58,12 @@ def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:
             with prefix_errors(file.path):
                 tiles = choose_tiles(model, image.height, image.width, args.scales, args.tile_size, args.overlap)
             tokens = encode_image(model, image, args.scales, args.scale_from, tiles)
-            (path,) = work.outputs(file)
+            path = work.outputs(file)[0]
             save_tokens(path, tokens, context_model)
 
 
 def _encode_large(args: argparse.Namespace, work: Run[InputFile]) -> None:
-    """Encodes images that are read row by row of tiles."""
+    """Encodes images that are too large for memory, and are read one row of tiles at a time."""
     from svqvae_cli.loading import load_encoder
     from svqvae_hf.large.large_images import encode_large
     from svqvae_hf.tokens.token_files import save_tokens
@@ -69,12 +73,15 @@ def _encode_large(args: argparse.Namespace, work: Run[InputFile]) -> None:
     for file, _ in work.read(check_large_image):
         with work.attempt(file, ValueError):
             tokens = encode_large(model, file.path, model.tiles_of_call(args.tile_size, args.overlap))
-            (path,) = work.outputs(file)
+            path = work.outputs(file)[0]
             save_tokens(path, tokens, context_model)
 
 
 def _context_model(model: Any, args: argparse.Namespace) -> Any:
     """Context model that compresses the ids; `None` without `--compress`."""
+    if not args.compress:
+        return None
+
     from svqvae_cli.loading import require_context_model
 
-    return require_context_model(model, args.model) if args.compress else None
+    return require_context_model(model, args.model)

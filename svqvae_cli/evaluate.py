@@ -62,8 +62,10 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_cli.loading import find_device
 
     state = PartialState(cpu=find_device(args.device).type == "cpu")
-    if args.device is None:  # accelerate numbers CPUs, torch does not
-        args.device = "cpu" if state.device.type == "cpu" else str(state.device)
+    if args.device is None and state.device.type == "cpu":
+        args.device = "cpu"  # without the number that accelerate gives it
+    elif args.device is None:
+        args.device = str(state.device)
     networks: dict[str, Any] = {"lpips": None, "inception": None}
     if args.lpips_weights is not None:
         networks["lpips"] = load_lpips(args.lpips_net, args.lpips_weights)
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     if state.is_main_process:
         _write(args, report)
     state.destroy_process_group()
-    if state.num_processes == 1:  # launchers take any other exit code than 0 for a crash
+    if state.num_processes == 1:  # a launcher would take the exit code for skipped images for a crash
         num_read = report.settings["images"] + report.settings.get("generated_images", 0)
         check_none_skipped(len(report.skipped), len(report.skipped) + num_read)
 
@@ -139,8 +141,11 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -
     if "SVQVAE" not in class_names:
         forbid_options(args, "is for SVQVAEs", *OPTIONS_OF_SVQVAES)
     is_alone = args.beside is None and args.codecs is None and class_names == ["SVQVAE"]
+    codecs = args.codecs
+    if codecs is None:
+        codecs = CODEC_NAMES
     if not is_alone:
-        tokenizers += _codec_tokenizers(CODEC_NAMES if args.codecs is None else args.codecs)
+        tokenizers += _codec_tokenizers(codecs)
     report = evaluate(
         tokenizers, images, own_size=is_alone, resolution=args.resolution, device=args.device, **networks
     )
@@ -169,7 +174,8 @@ def _judge(args: argparse.Namespace, networks: dict[str, Any]) -> Any:
 
     statistics = {}
     resolution = args.resolution
-    if len(args.data) == 1 and args.data[0].endswith(REFERENCE_SUFFIX):
+    is_reference_batch = len(args.data) == 1 and args.data[0].endswith(REFERENCE_SUFFIX)
+    if is_reference_batch:
         forbid_options(args, "is not for a reference batch", "resolution", *image_set_options(args))
         batch = ReferenceBatch(Path(args.data[0]))
         statistics[FID_NETWORK] = batch.statistics

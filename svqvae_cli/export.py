@@ -62,18 +62,19 @@ def _export_page(args: argparse.Namespace) -> None:
         name = _public_name(source)
         license = str(card.get("license", "not stated"))
         if ImageLanguageModel.is_at(source):
-            _check_first(drawing, "language model", args.models)
+            _check_only_one(drawing, "language model", args.models)
             examples = [entry["text"] for entry in card.get("widget", []) if "text" in entry]
             language_model = load_generator(source, "cpu", "float32")
             drawing = DrawingModel(language_model, name, license, tuple(examples), _read_objects(source))
         else:
-            _check_first(photographs, "tokenizer", args.models)
+            _check_only_one(photographs, "tokenizer", args.models)
             photographs = PhotographModel(load_model(source, "cpu", "float32"), name, license)
     print(export_page(args.output, drawing, photographs, args.runtime))
 
 
-def _check_first(earlier: object, kind: str, sources: list[str]) -> None:
-    if earlier is not None:
+def _check_only_one(earlier_model: object, kind: str, sources: list[str]) -> None:
+    """Raises if a model of this kind came before."""
+    if earlier_model is not None:
         raise ValueError(f"MODEL must be at most one {kind}, got {' '.join(sources)}. Export them to two pages.")
 
 

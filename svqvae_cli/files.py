@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svqvae_files.file_names import DEFAULT_MODEL, IMAGE_SUFFIXES, REPO_ID, TOKEN_SET_FILE, TOKEN_SUFFIXES
-from svqvae_files.inputs import walk_files
+from svqvae_files.inputs import is_url, walk_files
 from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import is_writable, nearest_existing
 
@@ -72,14 +72,15 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path |
     files: dict[Path, FoundFile] = {}
     for pattern in patterns:
         for file in _find(pattern, suffixes, output):
-            place = file.path.parent.resolve() / file.path.name  # links with different names are kept
-            files.setdefault(place, file)
+            real_path = file.path.parent.resolve() / file.path.name  # the file may be a link to another input
+            files.setdefault(real_path, file)
     counts_by_stem = Counter(file.name.with_suffix("") for file in files.values())
     inputs = []
     for file in files.values():
-        stem = file.name.with_suffix("")
-        is_only_one = counts_by_stem[stem] == 1
-        inputs.append(InputFile(file.path, file.name, stem if is_only_one else file.name))
+        target_name = file.name.with_suffix("")
+        if counts_by_stem[target_name] > 1:
+            target_name = file.name
+        inputs.append(InputFile(file.path, file.name, target_name))
     return inputs
 
 
@@ -91,7 +92,9 @@ def _find(pattern: str, suffixes: Sequence[str], output: Path | None) -> list[Fo
             raise ValueError(f"--output must not be an input folder, got `{output}`. Choose another.")
         files = search_folder(path, suffixes, output)
         if not files:
-            raise ValueError(f"the folder `{path}`, subfolders included, has no file that ends in {_list(suffixes)}.")
+            raise ValueError(
+                f"the folder `{path}`, subfolders included, has no file that ends in {', '.join(suffixes)}."
+            )
         return files
     if path.exists():
         if pattern.lower().endswith(ARCHIVE_SUFFIXES):
@@ -114,7 +117,7 @@ def _find_matches(pattern: str, suffixes: Sequence[str], output: Path | None) ->
         elif match.is_dir() and not _is_same(match, output):
             files += search_folder(match, suffixes, output)
     if not files:
-        raise ValueError(f"`{pattern}` matches only folders without a file that ends in {_list(suffixes)}.")
+        raise ValueError(f"`{pattern}` matches only folders without a file that ends in {', '.join(suffixes)}.")
     return files
 
 
@@ -131,13 +134,9 @@ def _is_same(folder: Path, output: Path | None) -> bool:
     return output is not None and folder.resolve() == output.resolve()
 
 
-def _list(suffixes: Sequence[str]) -> str:
-    return ", ".join(suffixes)
-
-
 def is_token_set(name: str) -> bool:
     """Whether an input is the folder of a token set, its URL or its name on the Hub."""
-    if "://" in name or os.path.isfile(os.path.join(name, TOKEN_SET_FILE)):
+    if is_url(name) or os.path.isfile(os.path.join(name, TOKEN_SET_FILE)):
         return True
     may_be_on_hub = re.fullmatch(REPO_ID, name) is not None and not name.endswith(TOKEN_SUFFIXES)
     return may_be_on_hub and not os.path.lexists(name)
@@ -165,7 +164,12 @@ def check_absent(path: Path) -> None:
 
 
 def check_source(source: str | None, subfolder: bool = False) -> None:
-    """Raises ValueError unless a model can be loaded from `source`: a folder or a Hub id, here with subfolders."""
+    """Raises ValueError unless a model can be loaded.
+
+    Args:
+        source (`str`, *optional*): Folder or Hub id of the model; `None` for the bundled model.
+        subfolder (`bool`, defaults to `False`): Whether a Hub id may be followed by a subfolder: `org/repo/vqvae`.
+    """
     if source is None:  # the bundled model
         return
     path = Path(source)
@@ -198,6 +202,9 @@ def check_tiles(source: str | None, tile_size: int | None) -> None:
 def check_data(names: Sequence[str]) -> None:
     """Raises ValueError for an image set that does not exist, unless it is a pattern, a URL or may be on the Hub."""
     for name in names:
-        is_pattern_or_url = "://" in name or re.search(r"[*?\[{]", name) is not None
-        if not is_pattern_or_url and not re.fullmatch(REPO_ID, name) and not os.path.lexists(name):
+        is_pattern = re.search(r"[*?\[{]", name) is not None
+        may_be_on_hub = re.fullmatch(REPO_ID, name) is not None
+        if is_pattern or is_url(name) or may_be_on_hub:
+            continue
+        if not os.path.lexists(name):
             raise ValueError(f"no file or folder matches `{name}`. On the Hub an image set is `org/name`.")

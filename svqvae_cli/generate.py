@@ -92,7 +92,11 @@ def _generate(args: argparse.Namespace, work: Run[str], rows: Mapping[str, int])
     _warn_of_unknown_words(pipeline, args.prompt or [])
     _warn_of_undrawable_things(pipeline, args.prompt or [])
     seeds = {stem: args.seed + number for number, stem in enumerate(work.targets)}
-    sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    sampling = {}
+    for name in SAMPLING:
+        value = getattr(args, name)
+        if value is not None:
+            sampling[name] = value
     _tell_temperature(pipeline, args)
     for batch in _batches(work.files(), args.batch_size):
         generators = [torch.Generator().manual_seed(seeds[stem]) for stem in batch]
@@ -100,7 +104,7 @@ def _generate(args: argparse.Namespace, work: Run[str], rows: Mapping[str, int])
         images = _sample(pipeline, args, rows_of_batch, generator=generators, **sampling)
         for stem, image in zip(batch, images, strict=True):
             with work.attempt(stem):
-                (path,) = work.outputs(stem)
+                path = work.outputs(stem)[0]
                 save_png(image, path)
 
 
@@ -125,10 +129,13 @@ def _warn_of_unknown_words(pipeline: Any, prompts: list[str]) -> None:
 def _tell_temperature(pipeline: Any, args: argparse.Namespace) -> None:
     """Says that a model samples at a low temperature of its own, because its seeds then hardly change an image."""
     own_sampling = getattr(pipeline, "sampling", None)
-    if own_sampling is None or args.temperature is not None or own_sampling["temperature"] > LOW_TEMPERATURE:
+    if own_sampling is None or args.temperature is not None:
+        return
+    temperature = own_sampling["temperature"]
+    if temperature > LOW_TEMPERATURE:
         return
     print(
-        f"svqvae: the model's temperature is {own_sampling['temperature']:g}, so seeds hardly change an image. "
+        f"svqvae: the model's temperature is {temperature:g}, so seeds hardly change an image. "
         "For others, pass --temperature 1.",
         file=sys.stderr,
     )
@@ -148,26 +155,33 @@ def _warn_of_undrawable_things(pipeline: Any, prompts: list[str]) -> None:
 
 def _check_options(pipeline: Any, args: argparse.Namespace) -> None:
     """Raises for an option of another kind of generator."""
-    draws = hasattr(pipeline, "draw")
-    has_scales = hasattr(pipeline, "trained_schedule")
-    foreign_options = []
-    if draws and args.class_labels:
-        foreign_options.append("--class")
-    if not draws and args.grid:
-        foreign_options.append("--grid")
-    if not has_scales and args.steps:
-        foreign_options.append("--steps")
-    kind = type(pipeline).__name__
-    for option in foreign_options:
-        name = "the bundled model" if args.model is None else f"`{args.model}`"
-        raise ValueError(f"{option} does not apply to {name}, whose class is {kind}. Leave it out, or change --model.")
+    is_language_model = hasattr(pipeline, "draw")
+    is_next_scale = hasattr(pipeline, "trained_schedule")
+    if is_language_model and args.class_labels:
+        raise _foreign_option_error("--class", pipeline, args)
+    if args.grid and not is_language_model:
+        raise _foreign_option_error("--grid", pipeline, args)
+    if args.steps and not is_next_scale:
+        raise _foreign_option_error("--steps", pipeline, args)
     if args.class_labels:
-        _class_numbers(pipeline, args.class_labels)  # raises for an unknown one
+        _class_numbers(pipeline, args.class_labels)  # raises for an unknown class
+
+
+def _foreign_option_error(option: str, pipeline: Any, args: argparse.Namespace) -> ValueError:
+    name = "the bundled model"
+    if args.model is not None:
+        name = f"`{args.model}`"
+    class_name = type(pipeline).__name__
+    return ValueError(
+        f"{option} does not apply to {name}, whose class is {class_name}. Leave it out, or change --model."
+    )
 
 
 def _sample(pipeline: Any, args: argparse.Namespace, rows: list[int], **sampling: Any) -> list[Any]:
-    """Samples an image for each of some rows, the numbers of its class or caption."""
-    prompts = [args.prompt[row] for row in rows] if args.prompt else None
+    """Samples images, each by the number of its class or caption on the command line."""
+    prompts = None
+    if args.prompt:
+        prompts = [args.prompt[row] for row in rows]
     if hasattr(pipeline, "draw"):
         return pipeline.draw(prompts or [None] * len(rows), args.grid, **sampling)
     pipeline.set_progress_bar_config(position=1, leave=False, disable=None)
@@ -188,6 +202,9 @@ def _class_numbers(pipeline: Any, texts: list[str]) -> list[int]:
     class_names = pipeline.config["class_names"]
     labels: list[int | str] = []
     for text in texts:
-        is_number = text.removeprefix("-").isdecimal() and text not in (class_names or [])
-        labels.append(int(text) if is_number else text)
+        is_name = class_names is not None and text in class_names
+        if text.removeprefix("-").isdecimal() and not is_name:
+            labels.append(int(text))
+        else:
+            labels.append(text)
     return encode_labels(labels, pipeline.num_classes, class_names).tolist()

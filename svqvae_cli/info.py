@@ -16,7 +16,7 @@ from svqvae_cli.arguments import Parser, path_or_url
 from svqvae_cli.errors import one_line
 from svqvae_cli.files import check_source
 from svqvae_files.file_names import IMAGE_SUFFIXES, REPO_ID, TOKEN_SET_FILE
-from svqvae_files.inputs import find_bundled
+from svqvae_files.inputs import find_bundled, is_url
 from svqvae_files.json_files import read_json_object
 
 ADAPTER_FILE = "adapter_config.json"
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
 def _facts(source: str) -> dict[str, Any]:
     """Facts by their names, in the order in which they are printed."""
     path = Path(source)
-    if "://" in source:
+    if is_url(source):
         return _set_facts(source)
     if path.is_dir():
         return _folder_facts(path)

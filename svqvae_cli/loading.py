@@ -33,6 +33,7 @@ FILE_ERRORS = (
     TypeError,
     UnicodeDecodeError,
 )
+INDEX_PATTERN = "*model_index.json"  # of a pipeline, also of a modular one
 DEVICES = ("cuda", "mps", "xpu")  # besides the CPU; the first that is available is the default
 
 
@@ -67,7 +68,7 @@ def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **opt
     with explain_loading(source):
         model = cls.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, **options)
     if torch_device.type == "cpu":
-        return model  # already there; diffusers' `to` would import all its hooks
+        return model  # it is loaded to the CPU, and `to` of diffusers would import all its hooks
     return model.to(torch_device)
 
 
@@ -92,17 +93,18 @@ def explain_loading(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_of_files(error):
+        if not _is_about_files(error):
             raise
-        raise OSError(f"could not load the model `{source}`: {_find_cause(error)}") from error
+        raise OSError(f"could not load the model `{source}`: {_describe_cause(error)}") from error
 
 
-def _is_of_files(error: Exception) -> bool:
+def _is_about_files(error: Exception) -> bool:
     """Whether libraries raise such an error for files that are absent, damaged or of another model."""
     if isinstance(error, RuntimeError):
         return not is_out_of_memory(error)
-    is_of_tokenizers = type(error) is Exception  # from Rust, where errors have no types
-    return is_of_tokenizers or isinstance(error, FILE_ERRORS)
+    if type(error) is Exception:  # from `tokenizers`, whose Rust code raises no other type
+        return True
+    return isinstance(error, FILE_ERRORS)
 
 
 def hide_loading_bars() -> None:
@@ -128,28 +130,32 @@ def _merge_adapter(pipeline: Any, adapter: str, base: str) -> None:
         import peft  # noqa: F401
     from svqvae_hf.loaders.adapters import load_adapter
 
-    kind = type(pipeline).__name__
+    class_name = type(pipeline).__name__
     if not hasattr(pipeline, "language_model"):
-        raise ValueError(f"--adapter does not apply to --model, whose class is {kind}. Leave it out.")
-    subfolder = "language_model" if kind in PIPELINES else ""
+        raise ValueError(f"--adapter does not apply to --model, whose class is {class_name}. Leave it out.")
+    subfolder = ""
+    if class_name in PIPELINES:
+        subfolder = "language_model"
     try:
         adapted = load_adapter(pipeline.language_model, adapter, base, subfolder)
     except Exception as error:
-        if not _is_of_files(error) and not isinstance(error, IndexError | ValueError):
+        is_about_adapter = _is_about_files(error) or isinstance(error, IndexError | ValueError)
+        if not is_about_adapter:
             raise
-        message = f"`{adapter}` must be a LoRA adapter for the language model of --model: {_find_cause(error):.300}"
+        cause = _describe_cause(error)
+        message = f"`{adapter}` must be a LoRA adapter for the language model of --model: {cause:.300}"
         raise ValueError(message) from error
     pipeline.language_model = adapted.merge_and_unload()
 
 
 def _generator_class(source: str) -> Any:
-    """Class of a generator. Imports that class alone."""
+    """Class of a generator. Imports no other generator."""
     from svqvae_hf.language.image_language_model import ImageLanguageModel
 
     if ImageLanguageModel.is_at(source):
         return ImageLanguageModel
     folder = Path(source)
-    if folder.is_dir() and not list(folder.glob("*model_index.json")):
+    if folder.is_dir() and not any(folder.glob(INDEX_PATTERN)):
         raise ValueError(
             f"`{source}` must be a pipeline or a language model with image tokens. {_advice_for_no_generator(folder)}"
         )
@@ -165,19 +171,26 @@ def _advice_for_no_generator(folder: Path) -> str:
     return "`svqvae extend-lm` adds image tokens."
 
 
-def _find_cause(error: Exception) -> str:
-    """Finds the real cause of a loading error; diffusers' own message only guesses."""
-    cause: BaseException | None = error
-    while cause is not None:
+def _describe_cause(error: Exception) -> str:
+    """Describes the real cause of a loading error; the message of diffusers is only a guess."""
+    for cause in _causes(error):
         if isinstance(cause, SafetensorError):
             return f"its weight file is empty, cut short or of another kind ({cause}). Download it again."
         if isinstance(cause, RepositoryNotFoundError | LocalEntryNotFoundError):
             return hub_reason(cause)
-        cause = cause.__context__
     message = f"{error!s:.500}"
-    if isinstance(error, AttributeError | KeyError | TypeError | ValueError):
+    is_of_content = isinstance(error, AttributeError | KeyError | TypeError | ValueError)
+    if is_of_content:
         return f"one of its files is damaged or of another model ({type(error).__name__}: {message})."
     return message
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yields an error, the error during whose handling it was raised, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__context__
 
 
 def find_device(name: str | None) -> torch.device:
@@ -186,16 +199,16 @@ def find_device(name: str | None) -> torch.device:
     Raises:
         ValueError: If torch does not find the device on this machine.
     """
-    names = []
+    available = []
     for kind in DEVICES:
         count = getattr(torch, kind).device_count()
-        if count:
-            names.append(kind)
+        if count > 0:
+            available.append(kind)
         for index in range(count):
-            names.append(f"{kind}:{index}")
-    names.append("cpu")
+            available.append(f"{kind}:{index}")
+    available.append("cpu")
     if name is None:
-        return torch.device(names[0])
-    if name not in names:
-        raise ValueError(f"--device must be one that torch finds here, {', '.join(names)}, got `{name}`.")
+        return torch.device(available[0])
+    if name not in available:
+        raise ValueError(f"--device must be one that torch finds here, {', '.join(available)}, got `{name}`.")
     return torch.device(name)

@@ -68,11 +68,8 @@ class OutputFolder:
         Raises:
             ValueError: An output exists, but no record names it; or it has changed, or was made from another input.
         """
-        are_finished = True
-        for output in outputs:
-            if not self._holds(output, source):
-                are_finished = False
-        return are_finished
+        are_finished = [self._holds(output, source) for output in outputs]  # all of them are checked for errors
+        return all(are_finished)
 
     def _holds(self, output: Path, source: Source) -> bool:
         name = self._name(output)
@@ -91,7 +88,8 @@ class OutputFolder:
         recorded = self._recorded_source(name)
         if recorded.input == source.input:
             return True
-        if recorded.folder != source.folder:
+        is_from_other_folder = recorded.folder != source.folder
+        if is_from_other_folder:
             raise ValueError(
                 f"`{output}` was made from another input, `{self._path_of(recorded)}`. Pass --overwrite to replace "
                 "it, or use another --output."
@@ -128,7 +126,8 @@ class OutputFolder:
         self.record.finish([self._name(output) for output in outputs])
 
     def _start(self, all_outputs: Iterable[Path]) -> None:
-        if self.overwrite and self.record.options not in (None, self.options):
+        has_other_options = self.record.options not in (None, self.options)
+        if self.overwrite and has_other_options:
             self.record.start_over(self.options)
             return
         self.record.start(self.options)

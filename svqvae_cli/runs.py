@@ -65,11 +65,11 @@ class Run(Generic[Item]):
         input_paths = set()
         for item in self.targets:
             if isinstance(item, InputFile):
-                input_paths.add(_place(item.path, real_folders))
+                input_paths.add(_real_path(item.path, real_folders))
         writers: dict[Path, Item] = {}
         for item, outputs in self.targets.items():
             for output in outputs:
-                if _place(output, real_folders) in input_paths:
+                if _real_path(output, real_folders) in input_paths:
                     raise ValueError(f"the input `{output}` would be overwritten. Use another --output.")
                 if output in writers and writers[output] != item:
                     first_writer = _name(writers[output])
@@ -81,7 +81,7 @@ class Run(Generic[Item]):
             return Source("", InputIdentity(str(item), 0, ""))
         try:
             identity = input_identity(item.folder, str(item.name))
-        except OSError:  # a broken link, which is skipped when its turn comes
+        except OSError:  # a broken link, which `read` will skip
             identity = InputIdentity(item.name.as_posix(), 0, "")
         return self.folder.source(item.folder, identity)
 
@@ -135,7 +135,7 @@ class Run(Generic[Item]):
         try:
             yield
             self._finish()
-        except RecordError:  # of another run, which leaves nothing to do for this one
+        except RecordError:  # another run has started in the folder, so this one ends
             raise
         except errors as error:
             self._skip(error, str(error))
@@ -177,8 +177,13 @@ def print_deleted(files: Sequence[Path]) -> None:
         print(f"deleted  {len(files):,} outputs of earlier inputs, such as {one_line(str(files[0]))}")
 
 
-def _place(path: Path, real_folders: dict[Path, Path]) -> Path:
-    """Path in a folder without links. Files are replaced and links among them not followed, so they may be links."""
+def _real_path(path: Path, real_folders: dict[Path, Path]) -> Path:
+    """Path whose folders are not links. The file may be one, because a command replaces a link as it does a file.
+
+    Args:
+        path (`Path`): Path of a file.
+        real_folders (`dict[Path, Path]`): Resolved folders by their paths, to which the folder of the file is added.
+    """
     folder = path.parent
     if folder not in real_folders:
         real_folders[folder] = folder.resolve()

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ from svqvae_files.file_names import DEFAULT_MODEL
 from svqvae_files.outputs import check_new_folder
 
 CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # as in `svqvae_hf.token_sets.crops`
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 MAX_WORKERS = 4  # that read images, by default
 
 
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     """Encodes an image set to a token set."""
     process = _read_process()
     _check(args, process)
-    from svqvae_cli.loading import find_device, load_model, require_context_model
+    from svqvae_cli.loading import load_model, require_context_model
     from svqvae_hf.data.image_sets import open_images
     from svqvae_hf.token_sets.cards import public_names
     from svqvae_hf.token_sets.writer import check_out, count_parts, tokenize_set
@@ -61,27 +60,27 @@ def run(args: argparse.Namespace) -> None:
     check_out(args.output)
     images = open_images(args.data, columns=args.keep, results=args.output, **image_set_options(args))
     num_parts = count_parts(images, args.num_parts)
-    parts = range(num_parts)[process.rank :: process.world_size] if args.part is None else [args.part]
-    device = args.device
-    if device is None and process.local_rank is not None:
-        default_device = find_device(None)
-        if default_device.type != "cpu":  # CPUs have no numbers
-            device = f"{default_device.type}:{process.local_rank}"
-    model = load_model(args.model, device, args.dtype)
+    parts: Sequence[int] = range(num_parts)[process.rank :: process.world_size]  # processes take turns
+    if args.part is not None:
+        parts = [args.part]
+    model = load_model(args.model, _device(args, process), args.dtype)
     scales = args.scales
     if args.sides:
-        side = math.ceil(args.resolution / model.f)  # of the crops in ids
-        scales = [ids / side for ids in args.sides]
+        crop_side = math.ceil(args.resolution / model.f)  # in ids
+        scales = [side / crop_side for side in args.sides]
     num_workers = args.workers
     if num_workers is None:
         num_workers = min(MAX_WORKERS, os.cpu_count() or 1)
+    context_model = None
+    if args.compress:
+        context_model = require_context_model(model, args.model)
     with _explained_interruption(args.output):
         report = tokenize_set(
             model,
             images,
             args.output,
             **public_names(args.data, args.model or DEFAULT_MODEL),
-            context_model=require_context_model(model, args.model) if args.compress else None,
+            context_model=context_model,
             parts=parts,
             num_parts=num_parts,
             num_workers=num_workers,
@@ -96,7 +95,8 @@ def run(args: argparse.Namespace) -> None:
             overlap=args.overlap,
         )
     print(report)
-    if not process.is_launched and args.part is None:  # schedulers take any other exit code than 0 for a crash
+    is_scheduled = process.is_launched or args.part is not None
+    if not is_scheduled:  # a scheduler would take the exit code for skipped images for a crash
         check_none_skipped(report.skipped, report.images)
 
 
@@ -117,24 +117,42 @@ class Process:
     local_rank: int | None
 
 
+def _device(args: argparse.Namespace, process: Process) -> str | None:
+    """Device of the command line; otherwise the GPU with the number of this process, or `None` for the default."""
+    if args.device is not None or process.local_rank is None:
+        return args.device
+
+    from svqvae_cli.loading import find_device
+
+    default_device = find_device(None)
+    if default_device.type == "cpu":  # which all processes share
+        return None
+    return f"{default_device.type}:{process.local_rank}"
+
+
 def _read_process() -> Process:
-    """Reads the environment of this process."""
-    numbers = {}
-    for name in LAUNCHER_VARIABLES:
-        text = os.environ.get(name)
-        if text is not None and not re.fullmatch("[0-9]+", text):
-            raise ValueError(f"the environment variable {name} must be a number, got {text!r}. Unset it.")
-        numbers[name] = None if text is None else int(text)
-    rank = numbers["RANK"]
-    world_size = numbers["WORLD_SIZE"]
+    """Reads the environment variables of this process, which launchers set."""
+    rank = _read_variable("RANK")
+    world_size = _read_variable("WORLD_SIZE")
+    local_rank = _read_variable("LOCAL_RANK")
     if rank is None and world_size in (None, 1):
-        return Process(False, 0, 1, numbers["LOCAL_RANK"])
+        return Process(False, 0, 1, local_rank)
     if rank is None or world_size is None or rank >= world_size:
         raise ValueError(
             "the environment variables RANK and WORLD_SIZE must be the number of this process and the number of "
             f"processes, got {rank} and {world_size}. Start with `accelerate launch`, or unset both."
         )
-    return Process(True, rank, world_size, numbers["LOCAL_RANK"])
+    return Process(True, rank, world_size, local_rank)
+
+
+def _read_variable(name: str) -> int | None:
+    """Number in an environment variable; `None` if it is not set."""
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not re.fullmatch("[0-9]+", text):
+        raise ValueError(f"the environment variable {name} must be a number, got {text!r}. Unset it.")
+    return int(text)
 
 
 def _check(args: argparse.Namespace, process: Process) -> None:
@@ -145,7 +163,8 @@ def _check(args: argparse.Namespace, process: Process) -> None:
         raise ValueError("--sides stands for the scales. Leave out --sides or --scales.")
     if args.resolution is None and not args.crops.startswith("whole"):
         raise ValueError(f"--crops {args.crops} needs --resolution PIXELS.")
-    if args.overwrite and process.world_size > 1:
+    is_one_of_several = process.world_size > 1
+    if args.overwrite and is_one_of_several:
         raise ValueError("--overwrite deletes all parts, so one process must make them. Or delete the folder first.")
     check_source(args.model)
     check_tiles(args.model, args.tile_size)
@@ -162,7 +181,7 @@ def _explained_interruption(out: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit, OSError):
-        with suppress(ValueError, OSError):  # it was not started yet
+        with suppress(ValueError, OSError):  # the set was not started yet
             state = describe_state(out)
             print(f"parts    {state['parts']}")
             print(f"svqvae: `{out}` is not complete. Run the same command again to resume.", file=sys.stderr)

@@ -77,15 +77,16 @@ class Folder:
             path.parent.mkdir(parents=True, exist_ok=True)
             with new_file(path) as temporary:
                 yield temporary
-        else:
-            with tempfile.TemporaryDirectory() as folder, self._explained(name, "written"):
-                yield Path(folder, "content")
-                self.files.put_file(f"{folder}/content", self._path(name))
+            return
+        with tempfile.TemporaryDirectory() as folder, self._explained(name, "written"):
+            content = Path(folder, "content")
+            yield content
+            self.files.put_file(str(content), self._path(name))
 
     def names(self, subfolder: str) -> set[str]:
         """Names of what is in a subfolder; none if it is absent."""
         with self._explained(subfolder, "read"), suppress(FileNotFoundError):
-            self.files.invalidate_cache()  # others write there, too
+            self.files.invalidate_cache()  # because other processes write to the folder, too
             paths = self.files.ls(self._path(subfolder), detail=False)
             return {path.rsplit("/", 1)[-1] for path in paths}
         return set()
@@ -115,14 +116,16 @@ class Folder:
         return f"{self.path.rstrip('/')}/{name}"
 
     def _explained(self, name: str, done: str) -> AbstractContextManager[None]:
-        shown = self._path(name) if self.is_local else f"{self.url}/{name}"
-        return explained(shown, done)
+        if self.is_local:
+            return explained(self._path(name), done)
+        return explained(f"{self.url}/{name}", done)
 
 
 def _move_unless_exists(temporary: Path, path: Path) -> None:
+    """Gives a temporary file its name, unless there is a file of this name."""
     try:
         os.link(temporary, path)
     except FileExistsError:
         pass
-    except OSError:  # some file systems have no links
+    except OSError:  # the file system has no links
         temporary.replace(path)

@@ -96,8 +96,8 @@ def input_identity(root: str | os.PathLike, name: str) -> InputIdentity:
     Raises:
         OSError: The file does not exist or cannot be read.
     """
-    facts = os.stat(os.path.join(root, name))
-    return InputIdentity(name.replace(os.sep, "/"), facts.st_size, str(facts.st_mtime_ns))
+    status = os.stat(os.path.join(root, name))
+    return InputIdentity(name.replace(os.sep, "/"), status.st_size, str(status.st_mtime_ns))
 
 
 def set_digest(
@@ -171,7 +171,7 @@ def weights_digest(path: str | os.PathLike) -> str:
             start, end = tensor["data_offsets"]
             digest.update(value_digest([name, tensor["dtype"], tensor["shape"]]).encode())
             file.seek(first_byte + start)
-            _update(digest, file, end - start)
+            _add_bytes(digest, file, end - start)
     return digest.hexdigest()
 
 
@@ -208,6 +208,7 @@ def model_file_digest(path: Path) -> str:
 
 
 def _without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config, and of the configs in it, that change what a model does."""
     values = {}
     for key, value in config.items():
         if key in NOTES:
@@ -218,7 +219,8 @@ def _without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _update(digest: Any, file: BinaryIO, size: int) -> None:
+def _add_bytes(digest: Any, file: BinaryIO, size: int) -> None:
+    """Adds the next bytes of a file to a digest, block by block."""
     while size > 0:
         block = file.read(min(size, BLOCK_BYTES))
         digest.update(block)

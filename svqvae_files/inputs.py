@@ -33,9 +33,11 @@ def check_local(name: str) -> str:
 
 def check_url(name: str) -> str:
     """Returns a path, a name on the Hub or a URL. Raises for a URL without a bucket, such as `s3://` or `s3:///a`."""
-    scheme, separator, place = name.partition("://")
-    has_no_bucket = not place.strip("/") or place.startswith("/")
-    if separator and scheme not in LOCAL_SCHEMES and has_no_bucket:
+    if not is_url(name):
+        return name
+    scheme, _, path = name.partition("://")
+    has_no_bucket = not path.strip("/") or path.startswith("/")
+    if has_no_bucket and scheme not in LOCAL_SCHEMES:
         raise ValueError(f"`{name}` must name a bucket or a server. If it is a shell variable, set it.")
     return name
 
@@ -60,19 +62,21 @@ def walk_files(folder: str | os.PathLike, leave_out: str | os.PathLike | None = 
     root = os.path.join(folder, "")
     left_out = set() if leave_out is None else {Path(leave_out).resolve()}
     files = []
-    for here, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
-        folders_above = {path.resolve() for path in (Path(here), *Path(here).parents)}
-        subfolders[:] = _subfolders_except(Path(here), subfolders, folders_above | left_out)
+    for current, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
+        folders_above = {path.resolve() for path in (Path(current), *Path(current).parents)}
+        subfolders[:] = _subfolders_except(Path(current), subfolders, folders_above | left_out)
         for name in names:
             if not name.startswith("."):
-                files.append(os.path.join(here[len(root) :], name))
+                files.append(os.path.join(current[len(root) :], name))
     return sorted(files)
 
 
-def _subfolders_except(here: Path, names: list[str], left_out: set[Path]) -> list[str]:
+def _subfolders_except(folder: Path, names: list[str], left_out: set[Path]) -> list[str]:
+    """Names of the subfolders to search: neither hidden ones nor those that are left out."""
     names_to_search = []
     for name in names:
-        if not name.startswith(".") and Path(here, name).resolve() not in left_out:
+        is_hidden = name.startswith(".")
+        if not is_hidden and Path(folder, name).resolve() not in left_out:
             names_to_search.append(name)
     return names_to_search
 
@@ -106,7 +110,8 @@ def expand_braces(pattern: str) -> list[str]:
     if not options:
         raise ValueError(f"`{braces[0]}` in `{pattern}` must count upwards.")
     patterns = []
+    start = pattern[: braces.start()]
+    rest = pattern[braces.end() :]
     for option in options:
-        # the rest of the pattern may have braces, too
-        patterns += expand_braces(f"{pattern[: braces.start()]}{option}{pattern[braces.end() :]}")
+        patterns += expand_braces(start + option + rest)  # the rest may have braces, too
     return patterns

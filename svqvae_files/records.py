@@ -68,7 +68,7 @@ class RunRecord:
         """
         if self.options is None:
             return
-        for name in sorted({*self.options, *options}):
+        for name in sorted(set(self.options) | set(options)):
             recorded = self.options.get(name)
             current = options.get(name)
             if recorded != current:
@@ -145,7 +145,9 @@ class RunRecord:
     def is_finished(self, output: str) -> bool:
         """Whether an output was written and is there. It may have changed since, see [`~RunRecord.has_changed`]."""
         recorded = self.outputs.get(output)
-        return recorded is not None and recorded.identity is not None and self._file(output).exists()
+        if recorded is None or recorded.identity is None:
+            return False
+        return self._file(output).exists()
 
     def has_changed(self, output: str) -> bool:
         """Whether a finished output has another size or checksum than the record says."""
@@ -170,7 +172,7 @@ class RunRecord:
             self._append(file, entries)
 
     def _append(self, file: BinaryIO, entries: list[dict[str, Any]]) -> None:
-        """Appends lines, in place of the part of a line that a killed run may have left."""
+        """Appends lines. A killed run may have left a part of a line, which they replace."""
         with explained(self.path, "written"):
             file.truncate(self._num_read)
             for entry in entries:
@@ -186,8 +188,8 @@ class RunRecord:
             raise RecordError(f"`{self.path.parent}` was emptied by a run with --overwrite. Use another --output.")
         file.seek(self._num_read)
         for line in file:
-            if not line.endswith(b"\n"):
-                break  # of a run that was killed
+            if not line.endswith(b"\n"):  # the run that wrote it was killed
+                break
             self._parse(line)
             self._num_read += len(line)
         if self._num_read:
@@ -204,9 +206,11 @@ class RunRecord:
 
     def _apply(self, entry: Mapping[str, Any]) -> None:
         """Changes the state by the entry of a line."""
-        if ("options" in entry) != (self.options is None):
+        is_first_line = self.options is None
+        has_options = "options" in entry
+        if has_options != is_first_line:
             raise ValueError("the first line, and no other, must have the options.")
-        if "options" in entry:
+        if has_options:
             self.options = dict(entry["options"])
             return
         if "deleted" in entry:
@@ -214,7 +218,8 @@ class RunRecord:
             return
         output = entry["output"]
         path = PurePosixPath(output)
-        if path.is_absolute() or ".." in path.parts:  # it would be deleted outside the folder
+        may_be_outside = path.is_absolute() or ".." in path.parts
+        if may_be_outside:  # a run might delete it there
             raise ValueError(f"an output must lie in the folder, got {output}.")
         identity = entry["identity"]
         if identity is not None:
