@@ -27,11 +27,14 @@ COUNTED = 200  # images, spread over the set
 def colour_latents(model: SVQVAE, levels: int) -> torch.Tensor:
     """Latents at the centres of flat images, whose colours are the centres of the cells of a lattice."""
     axis = (torch.arange(levels) + 0.5) / levels
-    latents = []
-    for colours in tqdm(torch.cartesian_prod(axis, axis, axis).split(BATCH), desc="colours"):
-        sample = colours[..., None, None].expand(-1, -1, SIDE, SIDE)
-        latents.append(model.encode(sample).latents[..., SIDE // 2 // model.f, SIDE // 2 // model.f])
-    return F.normalize(torch.cat(latents).float(), dim=-1)
+    colours = torch.cartesian_prod(axis, axis, axis)  # (levels**3, 3)
+    centre = SIDE // 2 // model.f
+    latents_at_centre = []
+    for batch in tqdm(colours.split(BATCH), desc="colours"):
+        sample = batch[..., None, None].expand(-1, -1, SIDE, SIDE)  # (B, 3, SIDE, SIDE)
+        latents = model.encode(sample).latents  # (B, C, h, w)
+        latents_at_centre.append(latents[..., centre, centre])  # (B, C)
+    return F.normalize(torch.cat(latents_at_centre).float(), dim=-1)
 
 
 def count_uses(model: SVQVAE, rows: list[ImageRow]) -> torch.Tensor:

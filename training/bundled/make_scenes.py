@@ -28,9 +28,9 @@ GROUNDS = {
     **{"pink": (250, 180, 200), "grey": (190, 190, 195), "orange": (250, 180, 110), "purple": (190, 160, 230)},
     **{"red": (225, 85, 80), "black": (45, 45, 50)},
 }
-OBJECTS = dict(
-    each.split(":")
-    for each in (
+OBJECTS = dict(  # emoji by the name of the object
+    entry.split(":")
+    for entry in (
         "airplane:✈ avocado:🥑 balloon:🎈 banana:🍌 bear:🐻 bell:🔔 bicycle:🚲 bus:🚌 camera:📷 carrot:🥕 "
         "cat:🐈 cow:🐄 crab:🦀 croissant:🥐 crown:👑 dog:🐕 dolphin:🐬 drum:🥁 duck:🦆 eagle:🦅 elephant:🐘 "
         "flamingo:🦩 fox:🦊 frog:🐸 giraffe:🦒 guitar:🎸 hamburger:🍔 hedgehog:🦔 helicopter:🚁 horse:🐎 "
@@ -40,7 +40,7 @@ OBJECTS = dict(
         "tractor:🚜 tulip:🌷 turtle:🐢 whale:🐋 zebra:🦓"
     ).split()
 )
-SLOTS = {  # centre, and longer side of the object, in pixels
+SLOTS = {  # (x, y, side) in pixels: centre and longer side of the object
     "small": (48, 48, 40),
     "large": (48, 48, 60),
     "left": (24, 48, 40),
@@ -52,11 +52,18 @@ SLOTS = {  # centre, and longer side of the object, in pixels
     "bottom left": (24, 72, 40),
     "bottom right": (72, 72, 40),
 }
-ONE, TWO, THREE = ("small", "large"), ("left", "right"), ("top left", "top right", "bottom")
-FOUR = (*THREE[:2], "bottom left", "bottom right")
+# Slots of one object, of two to four of a kind, and of two objects
+ONE = ("small", "large")
+ODDS_OF_ONE = (1, 4)
+TWO = ("left", "right")
+THREE = ("top left", "top right", "bottom")
+FOUR = ("top left", "top right", "bottom left", "bottom right")
 RELATIONS = (TWO, ("top", "bottom"))
+SHARE_OF_ONE = 0.3  # scenes of one object
+SHARE_OF_A_KIND = 0.2  # scenes of two to four of a kind
 WRITER = CaptionWriter(Recipe())
 NUMBERS = {2: "two", 3: "three", 4: "four"}
+HELD_OUT_SCENES = 1000  # of each split besides train
 CAPTIONS = 4  # of each scene, after the plain one
 SHIFTS = (-4, 4)  # pixels; they differ by the 8 of an id, so ids repeat
 PAIRS = [frozenset(pair) for pair in itertools.combinations(OBJECTS, 2)]
@@ -65,7 +72,12 @@ HELD_OUT_PAIRS = frozenset(Random(0).sample(PAIRS, len(PAIRS) // 10))
 
 @dataclass(frozen=True)
 class Scene:
-    """A ground, and objects in their slots, in reading order."""
+    """A scene.
+
+    Args:
+        ground (`str`): Colour of the ground, a key of `GROUNDS`.
+        objects (`tuple[tuple[str, str], ...]`): Slot and name of each object, in reading order.
+    """
 
     ground: str
     objects: tuple[tuple[str, str], ...]
@@ -107,16 +119,25 @@ class Scene:
 
     @classmethod
     def draw(cls, random: Random, held_out: bool) -> "Scene":
-        """Draws a scene; `held_out` ones show a held-out pair."""
-        names, kind = random.sample(list(OBJECTS), 2), random.random()
+        """Draws a scene that shows a held-out pair of objects, or one that does not."""
+        scene = cls._draw_any(random, pairs_only=held_out)
+        while scene.held_out != held_out:
+            scene = cls._draw_any(random, pairs_only=held_out)
+        return scene
+
+    @classmethod
+    def _draw_any(cls, random: Random, pairs_only: bool) -> "Scene":
+        names = random.sample(list(OBJECTS), 2)
+        draw = random.random()
         slots: tuple[str, ...] = random.choice(RELATIONS)
-        if not held_out and kind < 0.3:
-            names, slots = names[:1], tuple(random.choices(ONE, (1, 4)))  # only here are objects large
-        elif not held_out and kind < 0.5:
+        if not pairs_only and draw < SHARE_OF_ONE:
+            names = names[:1]
+            slots = tuple(random.choices(ONE, ODDS_OF_ONE))
+        elif not pairs_only and draw < SHARE_OF_ONE + SHARE_OF_A_KIND:
             slots = random.choice((TWO, THREE, FOUR))
             names = names[:1] * len(slots)
-        scene = cls(random.choice(list(GROUNDS)), tuple(zip(slots, names, strict=True)))
-        return scene if scene.held_out == held_out else cls.draw(random, held_out)
+        ground = random.choice(list(GROUNDS))
+        return cls(ground, tuple(zip(slots, names, strict=True)))
 
     def render(self, objects: Mapping[str, Image.Image], random: Random | None = None) -> Image.Image:
         """Draws the picture from objects in RGBA, shifted at random, or not at all."""
@@ -125,8 +146,10 @@ class Scene:
             x, y, side = SLOTS[slot]
             shape = objects[name].copy()
             shape.thumbnail((side, side), Image.Resampling.LANCZOS)
-            dx, dy = (random.choice(SHIFTS) if random else 0 for _ in "xy")
-            picture.paste(shape, (x + dx - shape.width // 2, y + dy - shape.height // 2), shape)
+            if random is not None:
+                x += random.choice(SHIFTS)
+                y += random.choice(SHIFTS)
+            picture.paste(shape, (x - shape.width // 2, y - shape.height // 2), shape)
         return picture
 
 
@@ -140,7 +163,8 @@ def load_objects(font: Path = FONT) -> dict[str, Image.Image]:
         raise FileNotFoundError(
             f"`{font}` must be NotoColorEmoji.ttf. Install fonts-noto-color-emoji or pass `--font`."
         )
-    face, shapes = ImageFont.truetype(font, FONT_SIZE), {}
+    face = ImageFont.truetype(font, FONT_SIZE)
+    shapes = {}
     for name, character in OBJECTS.items():
         shape = Image.new("RGBA", (160, 160))
         ImageDraw.Draw(shape).text((12, 12), character, font=face, embedded_color=True)
@@ -153,8 +177,11 @@ def make_rows(seed: int, count: int, held_out: bool, objects: Mapping[str, Image
     for number in range(count):
         random = Random(f"{seed} {number}")
         scene = Scene.draw(random, held_out)
-        image, plain = scene.render(objects, random), scene.plain()[0]
-        captions = [plain, *(scene.caption(random) for _ in range(CAPTIONS))]
+        image = scene.render(objects, random)
+        plain = scene.plain()[0]
+        captions = [plain]
+        for _ in range(CAPTIONS):
+            captions.append(scene.caption(random))
         yield {"image": image, "caption": captions, "short_caption": plain}
 
 
@@ -169,7 +196,8 @@ def main() -> None:
     options.out.mkdir(parents=True)
     text = datasets.Value("string")
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.List(text), "short_caption": text})
-    for seed, (split, count) in enumerate({"train": options.count, "validation": 1000, "test": 1000}.items()):
+    counts = {"train": options.count, "validation": HELD_OUT_SCENES, "test": HELD_OUT_SCENES}
+    for seed, (split, count) in enumerate(counts.items()):
         arguments = {"seed": seed, "count": count, "held_out": split == "test", "objects": objects}
         rows = datasets.Dataset.from_generator(make_rows, features, gen_kwargs=arguments)
         rows.to_parquet(options.out / f"{split}.parquet")

@@ -40,9 +40,12 @@ SYMBOLS = ("Symbols", "D050000L")  # fonts without letters
 SHEETS = {"text": 400, "screens": 240, "charts": 140}  # squares of the training part
 HELD_OUT = 48  # images per kind in each of the other parts
 HELD_OUT_EVERY = 20  # groups of drawings that look alike
-ALIKE, THUMBNAIL = 14.0, 8  # root mean square difference, of 255, of thumbnails of so many pixels a side
-GROUP_CAP, FOLDER_CAP = 6, 120  # drawings that are kept of those that look alike, and of a folder
-SMALL, LARGE = 128, 256  # sides of drawings in pixels
+ALIKE = 14.0  # root mean square difference of thumbnails that look alike, whose values are in [0, 255]
+THUMBNAIL = 8  # side of a thumbnail in pixels
+GROUP_CAP = 6  # drawings that look alike, at most
+FOLDER_CAP = 120  # drawings of a folder of clip art, at most
+SMALL = 128  # side of a drawing in pixels
+LARGE = 256
 EMOJI = 109  # the only size of the emoji font
 FIRST_SYMBOL = 0x2000  # code points before it are letters
 
@@ -73,11 +76,11 @@ def alone(draw: Draw, side: int) -> Image.Image:
 
 def group_alike(vectors: np.ndarray, distance: float) -> list[list[int]]:
     """Groups vectors, so that two whose root mean square difference is below `distance` are in one group."""
-    labels = np.arange(len(vectors))
+    labels = np.arange(len(vectors))  # of the group of each vector
     squares = (vectors**2).sum(1)
     for index, vector in enumerate(vectors):
-        products = vectors[:index] @ vector
-        mean_squares = (squares[:index] + squares[index] - 2 * products) / len(vector)
+        products = vectors[:index] @ vector  # with each vector before it
+        mean_squares = (squares[:index] + squares[index] - 2 * products) / len(vector)  # of the differences
         is_alike = mean_squares < distance**2
         labels_to_join = np.append(labels[:index][is_alike], index)
         labels[np.isin(labels, labels_to_join)] = labels_to_join.min()

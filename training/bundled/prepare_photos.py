@@ -54,7 +54,8 @@ def fetch_packages(rows: list[dict[str, str]], folder: Path) -> None:
 
 def call(*command: str, cwd: Path | None = None) -> None:
     """Runs a command, whose own messages say why it fails."""
-    if subprocess.run(command, cwd=cwd, check=False).returncode:
+    process = subprocess.run(command, cwd=cwd, check=False)
+    if process.returncode != 0:
         raise OSError(f"`{Path(command[0]).name}` failed, see its message above.")
 
 
@@ -113,19 +114,21 @@ def main() -> None:
     rows = read_list(options.list)
     if options.out.exists():
         raise ValueError(f"OUT must be a new folder, but `{options.out}` exists. Choose another.")
-    partial = options.out.with_name(options.out.name + ".partial")
+    incomplete = options.out.with_name(options.out.name + ".partial")
     with tempfile.TemporaryDirectory() as name:
         packages = Path(name, "packages")
         fetch_packages(rows, packages)
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(incomplete, ignore_errors=True)
         for part in ("train", "validation"):
-            (partial / part).mkdir(parents=True)
+            (incomplete / part).mkdir(parents=True)
         photographs = find_photographs(rows, packages, options.folder)
         for number, path in enumerate(tqdm(photographs, unit="photo")):
-            part = "train" if number % VALIDATION_EVERY else "validation"
+            part = "train"
+            if number % VALIDATION_EVERY == 0:
+                part = "validation"
             for index, square in enumerate(squares(load_image(path))):
-                square.save(partial / part / f"{number:04d}-{index:02d}.bmp")
-    partial.rename(options.out)
+                square.save(incomplete / part / f"{number:04d}-{index:02d}.bmp")
+    incomplete.rename(options.out)
 
 
 if __name__ == "__main__":

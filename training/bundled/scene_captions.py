@@ -36,7 +36,10 @@ SAME_PLURAL = ("aircraft", "spacecraft", "rotorcraft", "fish", "swine", "longleg
 FILLERS = "just really simply actually um maybe now very nice also then well only kind sort".split()
 LONGEST = 20  # words of a caption, so that batches need little padding
 SIMILES = {"dinosaur", "dinosaurs"}  # in phrases, "as big as a dinosaur", but nothing that a scene shows
-HELD_OUT = 4  # one in so many pairs of a phrase and a frame is in no caption of the training set
+HELD_OUT_EVERY = 4  # one in so many pairs of a phrase and a frame is in no caption of the training set
+PHRASE_SLOT = "{p}"  # in frames and leads, for the phrase
+GROUND_SLOT = "{g}"  # in phrases and frames, for the colour of the ground
+SIZE_SLOT = "{size}"  # in phrases, for an adjective
 
 
 @dataclass(frozen=True)
@@ -101,19 +104,19 @@ class CaptionWriter:
         recipe = self.recipe
         voice = random.choice(self.voices)
         caption, frame = self.phrase_and_frame(voice, kind, random, held_out)
-        surroundings = "{p}"
+        surroundings = PHRASE_SLOT
         if frame is not None and (held_out or random.random() < recipe.grounds):
             surroundings = frame
         if random.random() < recipe.leads:
-            surroundings = random.choice(voice["leads"]).replace("{p}", surroundings)
+            surroundings = random.choice(voice["leads"]).replace(PHRASE_SLOT, surroundings)
         if random.random() < recipe.random_words:
             surroundings = self.replace_words(surroundings, random)
-        caption = surroundings.replace("{p}", caption)
+        caption = surroundings.replace(PHRASE_SLOT, caption)
         if random.random() < recipe.noise:
             caption = add_noise(caption, random)
-        caption = caption.replace("{g}", self.colour(ground, random))
+        caption = caption.replace(GROUND_SLOT, self.colour(ground, random))
         if kind in ("small", "large"):
-            caption = caption.replace("{size}", self.size(kind, random))
+            caption = caption.replace(SIZE_SLOT, self.size(kind, random))
         caption = fill(caption, [self.name(name, random) for name in names])
         if random.random() < recipe.typos:
             caption = add_typo(caption, random)
@@ -125,24 +128,24 @@ class CaptionWriter:
         """Chooses a phrase and the frame around it, which is None for a phrase that names the ground itself."""
         while True:
             phrase = random.choice(voice[kind])
-            names_ground = "{g}" in phrase
+            names_ground = GROUND_SLOT in phrase
             if names_ground and not held_out:
                 return phrase, None
             frame = random.choice(voice["frames"])
-            is_held_out = crc32(f"{phrase} {frame}".lower().encode()) % HELD_OUT == 0  # whoever wrote them
-            if is_held_out == held_out and not names_ground:
+            if not names_ground and _is_held_out(phrase, frame) == held_out:
                 return phrase, frame
 
     def name(self, name: str, random: Random) -> str:
-        """Chooses a name of an object, in which more writers' names are more frequent."""
-        chance = random.random()
-        if chance < self.recipe.names:
+        """Chooses a name of an object. A name that more writers use is more frequent."""
+        draw = random.random()
+        options = []
+        if draw < self.recipe.names:
             options = self.pool("objects", name)
-        elif chance < self.recipe.names + self.recipe.wordnet_names:
+        elif draw < self.recipe.names + self.recipe.wordnet_names:
             options = self.wordnet["objects"][name]
-        else:
-            options = []
-        text = random.choice(options) if options else name
+        text = name
+        if options:
+            text = random.choice(options)
         if random.random() < self.recipe.adjectives:
             return f"{random.choice(self.wordnet['adjectives'])} {text}"
         return text
@@ -175,6 +178,12 @@ class CaptionWriter:
         return " ".join(words)
 
 
+def _is_held_out(phrase: str, frame: str) -> bool:
+    """Whether a pair is in no caption of the training set, by a digest of its words, whoever wrote them."""
+    digest = crc32(f"{phrase} {frame}".lower().encode())
+    return digest % HELD_OUT_EVERY == 0
+
+
 @cache
 def read_wordings(name: str) -> dict[str, Any]:
     """Reads a file of `wordings/`."""
@@ -199,7 +208,8 @@ def plural(noun: str) -> str:
     parts = re.fullmatch(r"(.+?)((?: of| with| on| in| and| for) .*)?", noun)
     if parts is None:
         return noun
-    head, tail = parts[1], parts[2] or ""
+    head = parts[1]  # "slice" of "slice of pizza"
+    tail = parts[2] or ""
     if head.endswith(SAME_PLURAL):
         return noun
     if re.search(r"[^aeiou]y$", head):
@@ -232,10 +242,14 @@ def add_typo(caption: str, random: Random) -> str:
     word = words[number]
     if len(word) < 4:
         return caption
-    at = random.randrange(1, len(word) - 1)
-    before, letter, after = word[:at], word[at], word[at + 1 :]
-    errors = [before + after, before + after[:1] + letter + after[1:], before + letter + letter + after]
-    words[number] = random.choice(errors)
+    position = random.randrange(1, len(word) - 1)
+    before = word[:position]
+    letter = word[position]
+    after = word[position + 1 :]
+    without_letter = before + after
+    swapped = before + after[:1] + letter + after[1:]
+    doubled = before + letter + letter + after
+    words[number] = random.choice([without_letter, swapped, doubled])
     return " ".join(words)
 
 
@@ -264,13 +278,12 @@ def known_names() -> set[str]:
 
 
 def texts_of(part: Any) -> list[str]:
-    """All texts of wordings."""
+    """All texts of wordings, which are a text, a list of wordings, or wordings by texts."""
     if isinstance(part, str):
         return [part]
-    values = part.values() if isinstance(part, dict) else part
-    texts = []
-    for value in values:
-        texts += texts_of(value)
     if isinstance(part, dict):
-        texts += list(part)
+        return texts_of(list(part.values())) + list(part)
+    texts = []
+    for value in part:
+        texts += texts_of(value)
     return texts
