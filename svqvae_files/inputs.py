@@ -110,8 +110,8 @@ def expand_braces(pattern: str) -> list[str]:
     if not options:
         raise ValueError(f"`{braces[0]}` in `{pattern}` must count upwards.")
     patterns = []
-    start = pattern[: braces.start()]
-    rest = pattern[braces.end() :]
+    text_before = pattern[: braces.start()]
+    text_after = pattern[braces.end() :]
     for option in options:
-        patterns += expand_braces(start + option + rest)  # the rest may have braces, too
+        patterns += expand_braces(text_before + option + text_after)  # the text after may have braces, too
     return patterns
