@@ -8,26 +8,27 @@ from typing import Any
 from huggingface_hub import errors, hf_hub_download, snapshot_download
 from safetensors import safe_open
 
-from svqvae_files.identity import model_file_digest, value_digest
+from svqvae_files.identity import model_file_digest, value_digest, weights_digest
 from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import write_file
 from svqvae_hf.loaders.folder_checks import check_files
 
 BASE_FILE = "adapter_base.json"  # peft warns of keys in its own config that it does not know
 DIGEST_KEY = "base_digest"  # in that file
+WEIGHTS_KEY = "weights_digest"  # in that file
 WEIGHTS = "adapter_model.safetensors"
 BASE_PATTERNS = ("config.json", "model*.safetensors")
 
 
 def record_base(folder: Path, base: str, subfolder: str = "") -> None:
-    """Records the digest of the base model in the folder of an adapter.
+    """Records the digests of the base model and of the adapter's weights in the folder of the adapter.
 
     Args:
-        folder (`Path`): Folder of the adapter.
+        folder (`Path`): Folder of the adapter, with its weights.
         base (`str`): Folder or Hub id of the base.
         subfolder (`str`, defaults to `""`): Folder of the language model in the base.
     """
-    content = {DIGEST_KEY: base_digest(base, subfolder)}
+    content = {DIGEST_KEY: base_digest(base, subfolder), WEIGHTS_KEY: weights_digest(folder / WEIGHTS)}
     write_file(folder / BASE_FILE, json.dumps(content, indent=2).encode())
 
 
@@ -58,24 +59,30 @@ def load_adapter(language_model: Any, adapter: str | os.PathLike, base: str | os
 
     Raises:
         OSError: The adapter does not exist or cannot be read.
-        ValueError: A file is damaged, the adapter lacks tensors, or it was made for another base.
+        ValueError: A file is damaged, the adapter lacks tensors, its weights are others than recorded, or it was made
+            for another base.
     """
     from peft import PeftModel, get_peft_model_state_dict  # installed only with an extra
 
     check_files(adapter)
+    weights_path = _find_file(adapter, WEIGHTS)
+    if weights_path is None:
+        raise ValueError(f"`{adapter}` must hold `{WEIGHTS}`, but does not. Restore the file.")
     base_file = _find_file(adapter, BASE_FILE)
     if base_file is not None:
-        recorded_digest = read_json_object(base_file).get(DIGEST_KEY)
-        if recorded_digest != base_digest(base, subfolder):
+        record = read_json_object(base_file)
+        if record.get(DIGEST_KEY) != base_digest(base, subfolder):
             raise ValueError(
                 f"`{adapter}` must be an adapter of `{base}`, but was made for another model or other weights of it. "
                 "Pass the model that it was trained on."
             )
+        if record.get(WEIGHTS_KEY) != weights_digest(weights_path):
+            raise ValueError(
+                f"`{weights_path}` must hold the weights that {BASE_FILE} records, but holds others. Restore the "
+                f"file, or delete {BASE_FILE} if you replaced the weights yourself."
+            )
     adapted = PeftModel.from_pretrained(language_model, adapter)
     expected_names = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    weights_path = _find_file(adapter, WEIGHTS)
-    if weights_path is None:
-        raise ValueError(f"`{adapter}` must hold `{WEIGHTS}`, but does not. Restore the file.")
     with safe_open(weights_path, "pt") as weights:
         missing = sorted(expected_names - set(weights.keys()))
     if missing:

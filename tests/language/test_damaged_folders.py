@@ -116,9 +116,14 @@ def test_an_adapter_without_its_tensors_or_of_another_base_is_an_error(tmp_path,
     half = dict(sorted(weights.items())[: len(weights) // 2])
     for kept, message in [(half, "lacks 4 of 8: "), ({}, "lacks 8 of 8: ")]:
         save_file(kept, folder / "adapter_model.safetensors")
+        record_base(folder, str(extended("qwen")))
         assert svqvae(*command) == 2
         assert message in capsys.readouterr().err
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
+    assert svqvae(*command) == 2
+    assert "but holds others. Restore the file" in capsys.readouterr().err
     save_file(weights, folder / "adapter_model.safetensors")
+    record_base(folder, str(extended("qwen")))
     base = tmp_path / "base"
     shutil.copytree(extended("qwen"), base)
     changed = load_file(base / "model.safetensors")
