@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+SCREENSHOTS = ROOT / "outputs" / "screenshots"
 
 
 def pytest_unconfigure() -> None:
@@ -59,6 +60,19 @@ def require_package(name: str) -> None:
     """Skips a test whose package is not installed, but fails it in CI."""
     if importlib.util.find_spec(name) is None:
         skip_or_fail(f"The package {name} is missing. Run `make EXTRA=ci install`.")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, without a window."""
+    require_package("playwright")
+    import demo_pictures
+
+    if demo_pictures.find_browser() is None:
+        skip_or_fail(f"none of {', '.join(demo_pictures.BROWSERS)} is installed. Run `make browser`.")
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    with demo_pictures.open_browser() as opened:
+        yield opened
 
 
 class Lazy:

@@ -10,7 +10,7 @@ from threading import Event
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_tiny, require_package, skip_or_fail
+from conftest import SCREENSHOTS, make_tiny
 from next_scale_golden import make_transformer
 from PIL import Image
 from processes import start
@@ -21,8 +21,6 @@ from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
 pytestmark = pytest.mark.slow
-
-SCREENSHOTS = ROOT / "outputs" / "screenshots"
 
 
 def serve(folder, addresses):
@@ -43,18 +41,6 @@ def serve(folder, addresses):
         pages = [stack.enter_context(serving(page, "127.0.0.1", None)) for page in (photographs, generator, drawing)]
         addresses.send(pages)
         Event().wait()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    require_package("playwright")
-    import demo_pictures
-
-    if demo_pictures.find_browser() is None:
-        skip_or_fail(f"none of {', '.join(demo_pictures.BROWSERS)} is installed. Run `make browser`.")
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    with demo_pictures.open_browser() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,13 @@
 """The page of `svqvae export --web` in headless Chromium, with the bundled models. Screenshots go to outputs."""
 
 import http.server
-import importlib.util
-import os
 import threading
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Lazy
+from conftest import ROOT, SCREENSHOTS, Lazy, skip_or_fail
 from PIL import Image
 
 import svqvae_cli
@@ -21,31 +19,10 @@ web_runtime = Lazy("svqvae_hf.export.web_runtime")
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:unknown to the model and left out")]
 
-SCREENSHOTS = ROOT / "outputs" / "screenshots"
 RUNTIME = ROOT / "outputs" / "web_runtime"  # archives of npm, kept for the next run
 NUM_CAPTIONS = 20
 SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 PATIENCE = 120_000  # milliseconds: the machine may be busy
-
-
-def skip_or_fail(reason):
-    """Skips, but fails in CI, which requires a browser."""
-    is_required = os.environ.get("SVQVAE_BROWSER_TESTS") == "required"
-    stop = pytest.fail if is_required else pytest.skip
-    stop(f"{reason}: run `make browser`")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if importlib.util.find_spec("playwright") is None:
-        skip_or_fail("the package playwright is missing")
-    import demo_pictures
-
-    if demo_pictures.find_browser() is None:
-        skip_or_fail(f"none of {', '.join(demo_pictures.BROWSERS)} is installed")
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    with demo_pictures.open_browser() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
