@@ -170,9 +170,13 @@ def refuse_finished(output_dir: Path, identity: RunIdentity) -> None:
 
 
 def _check_same_options(output_dir: Path, finished: RunIdentity, identity: RunIdentity, has_checkpoint: bool) -> None:
-    """Raises ValueError if a run has other options than the finished run in its folder."""
+    """Raises ValueError if a run has other options than the finished run in its folder.
+
+    Models and sets are compared by their digests, so a folder that was moved counts as the same.
+    """
     options = identity.to_record()["options"]  # only those that change the result
-    changed = changed_names(finished.options, options)
+    with_digests = identity.models.keys() | identity.sets.keys()
+    changed = [name for name in changed_names(finished.options, options) if name not in with_digests]
     if not changed:
         return
     flags = ", ".join(f"--{name} {options.get(name)}" for name in changed)

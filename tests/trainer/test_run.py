@@ -1,6 +1,7 @@
 """The run of a toy script: one linear layer on a few numbers."""
 
 import gc
+import json
 import multiprocessing
 import os
 import re
@@ -20,9 +21,10 @@ from processes import start
 from torch import nn
 from training_runs import cpu, forget_accelerate, logged
 
+from svqvae_hf.trainer.identity import RunIdentity
 from svqvae_hf.trainer.optimization import hyperparameters
 from svqvae_hf.trainer.options import RunOptions
-from svqvae_hf.trainer.publishing import provenance
+from svqvae_hf.trainer.publishing import FINISHED_FILE, provenance, refuse_finished
 from svqvae_hf.trainer.run import make_accelerator, run_script, run_training
 from svqvae_hf.trainer.scripts import one_line_errors
 
@@ -387,3 +389,14 @@ def test_processes_that_do_not_know_each_other_are_refused(options, monkeypatch)
 def test_settings_of_accelerate_cannot_change_the_accumulation(options, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert make_accelerator(RunOptions(**options)).gradient_accumulation_steps == 1
+
+
+def test_a_set_that_was_moved_is_the_same_set(tmp_path):
+    finished = RunIdentity({"max_steps": 3, "train_data_dir": "photos"}, {}, {"train_data_dir": "digest"})
+    (tmp_path / FINISHED_FILE).write_text(json.dumps(finished.to_record()))
+    moved = {"max_steps": 3, "train_data_dir": "moved"}
+    with pytest.raises(SystemExit) as end:
+        refuse_finished(tmp_path, RunIdentity(moved, {}, {"train_data_dir": "digest"}))
+    assert end.value.code == 0
+    with pytest.raises(ValueError, match="`--train_data_dir` must name what"):
+        refuse_finished(tmp_path, RunIdentity(moved, {}, {"train_data_dir": "another digest"}))
