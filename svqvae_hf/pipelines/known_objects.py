@@ -17,10 +17,14 @@ class KnownObjects:
     Args:
         names (`frozenset[str]`): Words of the training captions, and whole names in them, in lower case.
         things (`frozenset[str]`): Nouns, in singular, for things that the model cannot draw.
+        objects (`tuple[str, ...]`): Plain names of the objects that the model draws, to show to people.
+        grounds (`tuple[str, ...]`): Plain names of the colours of its backgrounds.
     """
 
     names: frozenset[str]
     things: frozenset[str]
+    objects: tuple[str, ...] = ()
+    grounds: tuple[str, ...] = ()
 
     def unknown(self, prompt: str) -> list[str]:
         """Words of a prompt for things that the model cannot draw, in the order of the prompt."""

@@ -27,14 +27,26 @@ def read_known_objects(source: str | os.PathLike, **options: Any) -> KnownObject
     if path is None:
         return None
     entries = read_json_object(path)
-    for key in ("names", "things"):
+    entries.setdefault("objects", [])  # only people read these two, so a file may lack them
+    entries.setdefault("grounds", [])
+    for key in ("names", "things", "objects", "grounds"):
         if not isinstance(entries.get(key), list):
             raise ValueError(f"`{path}` must have a list of `{key}`. Restore the file, or delete it.")
-    return KnownObjects(frozenset(entries["names"]), frozenset(entries["things"]))
+    return KnownObjects(
+        names=frozenset(entries["names"]),
+        things=frozenset(entries["things"]),
+        objects=tuple(entries["objects"]),
+        grounds=tuple(entries["grounds"]),
+    )
 
 
 def write_known_objects(objects: KnownObjects, folder: str | os.PathLike) -> None:
     """Writes the known objects to the folder of a language model."""
-    entries = {"names": sorted(objects.names), "things": sorted(objects.things)}
+    entries = {
+        "objects": objects.objects,
+        "grounds": objects.grounds,
+        "names": sorted(objects.names),
+        "things": sorted(objects.things),
+    }
     text = json.dumps(entries, indent=0) + "\n"
     write_file(Path(folder, FILE), text.encode())

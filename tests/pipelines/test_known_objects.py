@@ -1,5 +1,6 @@
 """Things in prompts that the bundled model cannot draw."""
 
+import make_scenes
 import pytest
 import torch
 from cli_runner import svqvae
@@ -12,6 +13,8 @@ from svqvae_hf.pipelines.known_objects_file import FILE, read_known_objects, wri
 OBJECTS = KnownObjects(
     names=frozenset(["a", "on", "bearded dragon", "dragon green", "fox", "soup bowl"]),
     things=frozenset(["dragon", "cherry", "scarf", "soup", "church"]),
+    objects=("fox",),
+    grounds=("green",),
 )
 
 
@@ -51,6 +54,13 @@ def test_the_bundled_model_tells_what_it_cannot_draw(prompt, thing):
 @pytest.mark.parametrize("prompt", ["please draw a tiny poodle on lilac", "my bearded dragon left of a steam train"])
 def test_it_knows_kinds_of_its_objects(prompt):
     assert read_known_objects(DEFAULT_GENERATOR).unknown(prompt) == []
+
+
+def test_the_bundled_model_lists_what_its_training_pictures_show():
+    known_objects = read_known_objects(DEFAULT_GENERATOR)
+    assert known_objects.objects == tuple(make_scenes.OBJECTS)
+    assert known_objects.grounds == tuple(make_scenes.GROUNDS)
+    assert known_objects.names.issuperset(known_objects.objects + known_objects.grounds)
 
 
 def test_they_come_back_from_a_folder_and_a_damaged_file_is_one_error(tmp_path):

@@ -2,8 +2,8 @@
 
 OUT is `wordings/wordnet.json`: synonyms and kinds of the objects that scenes show, and common words. The file
 `known_objects.json` of FOLDER has all names and words of captions, and nouns for other things that have a shape, by
-which the model says what it cannot draw. Only words of `/usr/share/dict/american-english` are among them (Debian:
-`apt install wamerican`). WordNet is in `/usr/share/wordnet` (Debian: `apt install wordnet-base`; licence of Princeton
+which the model says what it cannot draw. It also lists objects and colours for people to read. Only words of
+`/usr/share/dict/american-english` are among the other things (Debian: `apt install wamerican`). WordNet is in `/usr/share/wordnet` (Debian: `apt install wordnet-base`; licence of Princeton
 University).
 """
 
@@ -285,7 +285,8 @@ def main() -> None:
     options.out.write_text(json.dumps(entries, indent=0) + "\n", encoding="utf-8")
     names = caption_words().union(OBJECTS, *objects.values())
     things = find_things(nouns, names)
-    write_known_objects(KnownObjects(frozenset(names), frozenset(things)), options.folder)
+    known_objects = KnownObjects(frozenset(names), frozenset(things), tuple(OBJECTS), tuple(GROUNDS))
+    write_known_objects(known_objects, options.folder)
 
 
 if __name__ == "__main__":
