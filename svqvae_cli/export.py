@@ -65,7 +65,7 @@ def _export_page(args: argparse.Namespace) -> None:
             _check_only_one(drawing, "language model", args.models)
             examples = [entry["text"] for entry in card.get("widget", []) if "text" in entry]
             language_model = load_generator(source, "cpu", "float32")
-            drawing = DrawingModel(language_model, name, license, tuple(examples), _read_objects(source))
+            drawing = DrawingModel(language_model, name, license, tuple(examples))
         else:
             _check_only_one(photographs, "tokenizer", args.models)
             photographs = PhotographModel(load_model(source, "cpu", "float32"), name, license)
@@ -86,16 +86,6 @@ def _read_metadata(source: str) -> dict[str, Any]:
     if card is None:
         return {}
     return card.data.to_dict()
-
-
-def _read_objects(source: str) -> tuple[str, ...]:
-    """Objects that a language model can draw, if `objects.json` in its folder lists them."""
-    path = Path(source, "objects.json")
-    if not path.is_file():
-        return ()
-    from svqvae_files.json_files import read_json_object
-
-    return tuple(read_json_object(path)["objects"])
 
 
 def _public_name(source: str) -> str:

@@ -43,14 +43,12 @@ class DrawingModel:
         name (`str`): Name for the README.
         license (`str`): Licence of its weights.
         examples (`tuple[str, ...]`): Captions that visitors can press.
-        objects (`tuple[str, ...]`): Objects that the model can draw, if they can be listed.
     """
 
     model: ImageLanguageModel
     name: str
     license: str
     examples: tuple[str, ...] = ()
-    objects: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,6 +112,7 @@ def export_page(
             shutil.copy(EXAMPLE, folder)
             settings["photographs"] = {**decoding_settings(photographs.model), "example": EXAMPLE.name}
         models = [model for model in (drawing, photographs) if model is not None]
+        settings["models"] = [{"name": model.name, "license": model.license} for model in models]
         (folder / "README.md").write_text(readme(models), encoding="utf-8")
         (folder / "LICENSES.txt").write_text(licenses(models, archives), encoding="utf-8")
         settings["files"] = file_sizes(folder)
@@ -205,8 +204,15 @@ def drawing_settings(drawing: DrawingModel) -> dict[str, Any]:
         "heads": heads,
         "head_dim": head_dim,
         "examples": drawing.examples,
-        "objects": drawing.objects,
+        **listed_objects(model),
     }
+
+
+def listed_objects(model: ImageLanguageModel) -> dict[str, tuple[str, ...]]:
+    """Names of the objects and grounds that the model can draw, if it lists them."""
+    if model.known_objects is None:
+        return {"objects": (), "grounds": ()}
+    return {"objects": model.known_objects.objects, "grounds": model.known_objects.grounds}
 
 
 def decoding_settings(model: SVQVAE) -> dict[str, Any]:

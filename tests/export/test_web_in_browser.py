@@ -53,7 +53,7 @@ def tokenizer():
 def folder(browser, runtime, language_model, tokenizer, tmp_path_factory):
     """Folder of the page. Its graphs are checked on fewer images here, because the tests look at photographs."""
     folder = tmp_path_factory.mktemp("web") / "page"
-    drawing = web.DrawingModel(language_model, "scenes", "cc-by-sa-4.0", ("a tiny fox",), ("fox", "pear"))
+    drawing = web.DrawingModel(language_model, "scenes", "cc-by-sa-4.0", ("a tiny fox",))
     photographs = web.PhotographModel(tokenizer, "bundled", "cc-by-sa-4.0")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("svqvae_hf.export.comparison.PHOTOGRAPH_GRIDS", [(20, 31)])
@@ -179,6 +179,7 @@ def test_sampled_ids_are_the_librarys_with_the_same_noise(page, language_model, 
     steps = iter(torch.stack(noise, dim=1))  # (captions, codes) per step
     monkeypatch.setattr("svqvae_hf.pipelines.sampling._exponential", lambda *_: next(steps))
     expected = library_ids(language_model, captions, temperature=1.0)
+    page.locator("#settings summary").click()
     set_slider(page, "#temperature", 1)
     for seed, (caption, ids) in enumerate(zip(captions, expected, strict=True)):
         page.locator("#seed").fill(str(seed))
@@ -270,6 +271,10 @@ def test_wrong_inputs_get_one_sentence(page, server, language_model, photographs
     wait_for_wrong(page, "#photograph-result", "The file “photographs/decoder.onnx” could not be loaded.")
     monkeypatch.setattr(server, "missing", set())
     open_photograph(page, photographs[1])
+    page.locator("#photograph").set_input_files(tmp_path / "text.png")
+    wait_for_wrong(page, "#photograph-result", "“text.png” is not a picture that this browser can read.")
+    for result in (".compared", ".figures", ".ids"):  # of the photograph before
+        assert page.locator(f"#photographs {result}").is_hidden()
 
     page.locator("#caption").fill(" ")
     page.locator("#caption").press("Enter")
@@ -278,14 +283,28 @@ def test_wrong_inputs_get_one_sentence(page, server, language_model, photographs
         page.locator("#caption").fill("xylofon 🙂")
         page.locator("#caption").press("Enter")
         wait_for_wrong(page, "#drawing-result", "The model knows no word of this text.")
+        assert page.locator("#drawing .picture").is_hidden()
         note = draw(page, "a fox and a xylofon 🙂")
-        assert "The model does not know “xylofon”, “🙂”, and left that out." in note
+        assert "The model does not know “xylofon”, “🙂”, so it left them out." in note
 
 
 @pytest.mark.parametrize("size", [SIZES["phone"]])
-def test_on_a_phone(page, size, photographs):
+def test_on_a_phone(page, size, photographs, language_model):
     draw(page, "a tiny fox")
     open_photograph(page, photographs[0])
     page.screenshot(path=SCREENSHOTS / "web_phone.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") == size["width"]
-    assert page.locator("#objects").text_content() == "fox, pear."
+    known_objects = language_model.known_objects
+    assert page.locator("#objects").text_content() == f"{', '.join(known_objects.objects)}."
+    assert page.locator("#grounds").text_content() == f"Backgrounds: {', '.join(known_objects.grounds)}."
+
+
+def test_one_button_shows_the_focus(page):
+    page.locator("#caption").focus()
+    while page.evaluate("document.activeElement.id") != "photograph":
+        page.keyboard.press("Tab")
+    outlined = page.locator("#drop").evaluate(
+        "drop => [...drop.querySelectorAll('button, .button')]"
+        ".filter(button => getComputedStyle(button).outlineStyle !== 'none').map(button => button.textContent)"
+    )
+    assert outlined == ["Choose a photograph"]

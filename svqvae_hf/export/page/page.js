@@ -13,21 +13,26 @@ worker.onerror = () => {
   for (const note of document.querySelectorAll(".note")) say(note.parentElement, message, true);
 };
 
-// Starts a job of a section. Messages of the section's jobs before are ignored from now on.
+// Starts a job of a section. Messages of its jobs before are ignored from now on.
 function start(section, request, onMessage, transfer = []) {
   const job = ++jobCount;
   jobs.delete(section.job);
   section.job = job;
+  say(section.result, "Starting …");
   jobs.set(job, (message) => {
     if (message.kind === "progress") return showProgress(section.result, message);
     find("progress", section.result).hidden = true;
-    if (message.kind === "error") {
-      jobs.delete(job); // other files may still report progress
-      return say(section.result, message.message, true);
-    }
+    if (message.kind === "error") return fail(section, message.message);
     onMessage(message);
   });
   worker.postMessage({ job, ...request }, transfer);
+}
+
+// Says what is wrong, instead of a result. The result before is hidden, because it would belong to another request.
+function fail(section, text) {
+  jobs.delete(section.job);
+  say(section.result, text, true);
+  for (const element of section.shown) element.hidden = true;
 }
 
 function say(result, text, isWrong = false) {
@@ -61,8 +66,10 @@ function put(canvas, image, width = image.width, height = image.height) {
 // Drawing -------------------------------------------------------------------------------------------------------------
 
 function setUpDrawing(model) {
-  const section = { result: find("#drawing-result"), job: 0 };
   const panel = new IdsPanel(find("#drawing .ids"), model);
+  const picture = find("#drawing .picture");
+  const another = find("#another");
+  const section = { result: find("#drawing-result"), job: 0, shown: [panel.place, picture, another] };
   const caption = find("#caption");
   find("#drawing").hidden = false;
   caption.value = model.examples[0] ?? "";
@@ -85,10 +92,15 @@ function setUpDrawing(model) {
     find("#captions").append(button);
   }
   if (model.objects.length) {
+    find("#limits summary").textContent = `The ${model.objects.length} things that it can draw`;
     find("#objects").textContent = `${model.objects.join(", ")}.`;
     find("#limits").hidden = false;
   }
-  find("#another").addEventListener("click", () => {
+  if (model.grounds.length) {
+    find("#grounds").textContent = `Backgrounds: ${model.grounds.join(", ")}.`;
+    find("#grounds").hidden = false;
+  }
+  another.addEventListener("click", () => {
     find("#seed").value = Number(find("#seed").value) + 1;
     draw();
   });
@@ -96,12 +108,12 @@ function setUpDrawing(model) {
     event.preventDefault();
     draw();
   });
-  say(section.result, "Press Draw. The model is loaded once.");
+  say(section.result, "Press Draw. The first picture takes longer, because the page loads the model.");
 
   function draw() {
     const seed = Number(find("#seed").value);
-    if (!find("#seed").reportValidity()) return;
-    if (!caption.value.trim()) return say(section.result, "Type what to draw, or press an example.", true);
+    if (!find("#seed").checkValidity()) return fail(section, "The seed must be a whole number from 0 to 4,294,967,295.");
+    if (!caption.value.trim()) return fail(section, "Type what to draw, or press an example.");
     const request = {
       kind: "draw",
       caption: caption.value,
@@ -109,35 +121,43 @@ function setUpDrawing(model) {
       guidance: Number(find("#guidance").value),
       temperature: Number(find("#temperature").value),
     };
-    say(section.result, "Starting …");
     start(section, request, (message) => show(message, request));
   }
 
   function show({ kind, image, ids, rows, columns, unknown, seconds }, request) {
-    const picture = find(".picture", section.result);
     if (rows === 1) {
-      picture.hidden = false;
       picture.width = columns * model.f;
       picture.height = model.rows * model.f;
       picture.style.aspectRatio = `${columns} / ${model.rows}`;
     }
+    picture.hidden = false;
+    another.hidden = false;
     picture.getContext("2d").putImageData(image, 0, 0);
     picture.setAttribute("aria-label", `Picture of ${request.caption}`);
-    const leftOut = unknown.length ? ` The model does not know ${quoted(unknown)}, and left that out.` : "";
-    const progress = kind === "done" ? `Drawn in ${seconds.toFixed(1)} s.` : `Row ${rows} of ${model.rows} …`;
-    say(section.result, progress + leftOut);
-    panel.show({ ids, rows, columns, image, allRows: model.rows, name: request.caption, isWhole: kind === "done" });
+    const isDone = kind === "done";
+    const progress = isDone ? `Drawn in ${seconds.toFixed(1)} s, seed ${request.seed}.` : `Row ${rows} of ${model.rows} …`;
+    say(section.result, progress + leftOut(unknown));
+    panel.show({ ids, rows, columns, image, allRows: model.rows, name: request.caption, isWhole: isDone });
   }
 }
 
-const quoted = (words) => words.map((word) => `“${word}”`).join(", ");
+function leftOut(words) {
+  if (!words.length) return "";
+  const quoted = words.map((word) => `“${word}”`).join(", ");
+  const them = words.length > 1 ? "them" : "it";
+  return ` The model does not know ${quoted}, so it left ${them} out.`;
+}
 
 // Photographs ---------------------------------------------------------------------------------------------------------
 
 function setUpPhotographs(model) {
-  const section = { result: find("#photograph-result"), job: 0 };
+  const result = find("#photograph-result");
   const panel = new IdsPanel(find("#photographs .ids"), model);
-  const compared = find(".compared", section.result);
+  const compared = find(".compared", result);
+  const figures = find(".figures", result);
+  const figuresHint = find(".figures-hint", result);
+  const section = { result, job: 0, shown: [panel.place, compared, figures, figuresHint] };
+  say(result, "The first photograph takes longer, because the page loads the model.");
   const share = find("input", compared);
   find("#photographs").hidden = false;
   share.addEventListener("input", slide);
@@ -155,18 +175,18 @@ function setUpPhotographs(model) {
     event.preventDefault();
     find("#drop").classList.remove("over");
     if (event.dataTransfer.files.length) read(event.dataTransfer.files[0]);
-    else say(section.result, "What you dropped is not a file. Save the picture first, then drop its file.", true);
+    else fail(section, "What you dropped is not a file. Save the picture first, then drop its file.");
   });
   addEventListener("paste", (event) => {
     const file = [...event.clipboardData.files].find(({ type }) => type.startsWith("image/"));
     if (file) read(file);
-    else if (event.target.id !== "caption") say(section.result, "There is no picture in the clipboard.", true);
+    else if (event.target.id !== "caption") fail(section, "There is no picture in the clipboard.");
   });
   if (model.example) {
     find("#example").hidden = false;
     find("#example").addEventListener("click", async () => {
       const response = await fetch(model.example).catch(() => null);
-      if (!response?.ok) return say(section.result, `The file “${model.example}” could not be loaded. Reload the page.`, true);
+      if (!response?.ok) return fail(section, `The file “${model.example}” could not be loaded. Reload the page.`);
       read(new File([await response.blob()], model.example));
     });
   }
@@ -174,8 +194,7 @@ function setUpPhotographs(model) {
   async function read(file) {
     if (!file) return;
     const { bitmap, wrong } = await openPicture(file);
-    if (wrong) return say(section.result, wrong, true);
-    say(section.result, "Starting …");
+    if (wrong) return fail(section, wrong);
     start(section, { kind: "photograph", bitmap }, (message) => show(message, file.name), [bitmap]);
   }
 
@@ -198,19 +217,19 @@ function setUpPhotographs(model) {
     panel.show({ ids, rows, columns, image, allRows: rows, name, isWhole: true, width, height });
   }
 
-  function showFigures(figures) {
-    const list = find(".figures", section.result);
-    list.replaceChildren();
-    for (const [name, value] of Object.entries(figures)) {
+  function showFigures(entries) {
+    figures.replaceChildren();
+    for (const [name, value] of Object.entries(entries)) {
       const figure = document.createElement("div");
       const term = document.createElement("dt");
       const description = document.createElement("dd");
       term.textContent = name;
       description.textContent = value;
       figure.append(term, description);
-      list.append(figure);
+      figures.append(figure);
     }
-    list.hidden = false;
+    figures.hidden = false;
+    figuresHint.hidden = false;
   }
 
   function slide() {
@@ -245,6 +264,9 @@ async function openPicture(file) {
 
 // Grid of ids ---------------------------------------------------------------------------------------------------------
 
+const LEGIBLE_SIDE = 48; // pixels of a cell that has room for its number
+const AROUND = 5; // cells in a row of the enlarged part
+const DARK = 0.45; // brightness of the cells of other ids than the one that is pointed at
 const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
 class IdsPanel {
@@ -253,6 +275,11 @@ class IdsPanel {
     this.model = model;
     place.append(find("#ids-panel").content.cloneNode(true));
     this.cells = find(".cells", place);
+    this.around = find(".around", place);
+    const codes = model.codebook_size.toLocaleString("en");
+    find(".explanation", place).textContent =
+      `Each cell stands for ${model.f} × ${model.f} pixels. Its id is the number of one of ${codes} patterns that the ` +
+      "tokenizer has learned. Its colour is the mean colour of that id in this picture.";
     this.cells.addEventListener("pointermove", (event) => this.choose(this.cellAt(event), true));
     this.cells.addEventListener("pointerdown", (event) => this.choose(this.cellAt(event), true));
     this.cells.addEventListener("pointerleave", () => this.choose(this.chosen, false));
@@ -272,52 +299,76 @@ class IdsPanel {
     this.colours = meanColours(this.grid, f);
     this.cells.width = columns * this.side;
     this.cells.height = allRows * this.side;
-    this.background = new OffscreenCanvas(this.cells.width, this.cells.height);
-    for (let cell = 0; cell < this.grid.ids.length; cell++) this.paint(this.background.getContext("2d"), cell);
+    this.bright = new OffscreenCanvas(this.cells.width, this.cells.height);
+    this.dark = new OffscreenCanvas(this.cells.width, this.cells.height);
+    for (let cell = 0; cell < this.grid.ids.length; cell++) {
+      this.paint(this.bright.getContext("2d"), cell, 1);
+      this.paint(this.dark.getContext("2d"), cell, DARK);
+    }
+    this.around.hidden = this.side >= LEGIBLE_SIDE; // the grid itself has numbers
     this.place.hidden = false;
     for (const button of this.place.querySelectorAll("button")) button.disabled = !isWhole;
     this.choose(Math.floor(rows / 2) * columns + Math.floor(columns / 2), false);
   }
 
-  paint(context, cell) {
+  // Paints a cell in its place of the grid, with its colour times `brightness`.
+  paint(context, cell, brightness) {
     const { ids, columns } = this.grid;
-    const [red, green, blue] = this.colours.get(ids[cell]);
     const left = (cell % columns) * this.side;
     const top = Math.floor(cell / columns) * this.side;
-    context.fillStyle = `rgb(${red} ${green} ${blue})`;
-    context.fillRect(left, top, this.side, this.side);
-    if (this.side < 48) return; // a number would not be legible
-    context.fillStyle = 0.3 * red + 0.6 * green + 0.1 * blue > 140 ? "black" : "white";
-    context.font = `${this.side / 3}px system-ui, sans-serif`;
-    context.textAlign = "center";
-    context.textBaseline = "middle";
-    context.fillText(ids[cell], left + this.side / 2, top + this.side / 2);
+    this.paintId(context, ids[cell], left, top, this.side, brightness);
   }
 
-  // Names a cell's id. While it is pointed at, the cells of other ids are dimmed.
+  paintId(context, id, left, top, side, brightness) {
+    const [red, green, blue] = this.colours.get(id).map((value) => value * brightness);
+    context.fillStyle = `rgb(${red} ${green} ${blue})`;
+    context.fillRect(left, top, side, side);
+    if (side < LEGIBLE_SIDE) return;
+    context.fillStyle = 0.3 * red + 0.6 * green + 0.1 * blue > 140 ? "black" : "white";
+    const digits = String(this.model.codebook_size).length;
+    context.font = `${side / Math.max(3, 0.72 * digits)}px system-ui, sans-serif`;
+    context.textAlign = "center";
+    context.textBaseline = "middle";
+    context.fillText(id, left + side / 2, top + side / 2);
+  }
+
+  // The cell and its neighbours, large enough for their numbers.
+  paintAround(cell) {
+    const { ids, columns, rows } = this.grid;
+    const chosenRow = Math.floor(cell / columns);
+    const chosenColumn = cell % columns;
+    const reach = Math.floor(AROUND / 2);
+    this.around.width = AROUND * LEGIBLE_SIDE;
+    this.around.height = AROUND * LEGIBLE_SIDE;
+    const context = this.around.getContext("2d");
+    for (let row = chosenRow - reach; row <= chosenRow + reach; row++) {
+      for (let column = chosenColumn - reach; column <= chosenColumn + reach; column++) {
+        if (clamp(row, rows) !== row || clamp(column, columns) !== column) continue; // outside the picture
+        const left = (column - chosenColumn + reach) * LEGIBLE_SIDE;
+        const top = (row - chosenRow + reach) * LEGIBLE_SIDE;
+        this.paintId(context, ids[row * columns + column], left, top, LEGIBLE_SIDE, 1);
+      }
+    }
+    frame(context, reach * LEGIBLE_SIDE, reach * LEGIBLE_SIDE, LEGIBLE_SIDE);
+  }
+
+  // Names a cell's id. While it is pointed at, the cells of other ids are darker.
   choose(cell, isPointed) {
     const { ids, columns, image } = this.grid;
     const context = this.cells.getContext("2d");
     this.chosen = cell;
     context.clearRect(0, 0, this.cells.width, this.cells.height);
-    context.drawImage(this.background, 0, 0);
-    if (isPointed) {
-      context.fillStyle = "rgb(0 0 0 / 0.65)";
-      context.fillRect(0, 0, this.cells.width, this.cells.height);
-    }
+    context.drawImage(isPointed ? this.dark : this.bright, 0, 0);
     let uses = 0;
     ids.forEach((id, place) => {
       if (id !== ids[cell]) return;
       uses += 1;
-      if (isPointed) this.paint(context, place);
+      if (isPointed) this.paint(context, place, 1);
     });
     const row = Math.floor(cell / columns);
     const column = cell % columns;
-    if (isPointed) {
-      context.strokeStyle = "white";
-      context.lineWidth = Math.max(2, this.side / 16);
-      context.strokeRect(column * this.side, row * this.side, this.side, this.side);
-    }
+    if (isPointed) frame(context, column * this.side, row * this.side, this.side);
+    if (!this.around.hidden) this.paintAround(cell);
     const { f } = this.model;
     const look = find(".look", this.place);
     look.width = f;
@@ -379,6 +430,16 @@ class IdsPanel {
   }
 }
 
+// A square that is visible on any colour.
+function frame(context, left, top, side) {
+  const width = Math.max(2, side / 16);
+  context.lineWidth = width;
+  context.strokeStyle = "black";
+  context.strokeRect(left + width / 2, top + width / 2, side - width, side - width);
+  context.strokeStyle = "white";
+  context.strokeRect(left - width / 2, top - width / 2, side + width, side + width);
+}
+
 // The mean colour of each id over its cells in a picture.
 function meanColours({ ids, columns, image }, f) {
   const sums = new Map();
@@ -428,6 +489,7 @@ function crc32(parts) {
 
 const settings = await fetch("settings.json").then((response) => response.json());
 find("#starting").remove();
-find("#loaded").textContent = `Made by svqvae-hf ${settings.version}`;
+find("#version").textContent = `svqvae-hf ${settings.version}`;
+find("#models").textContent = settings.models.map(({ name, license }) => `${name} (${license})`).join(", ");
 if (settings.drawing) setUpDrawing(settings.drawing);
 if (settings.photographs) setUpPhotographs(settings.photographs);
