@@ -3,7 +3,7 @@ BIN := .venv/bin
 EXTRA ?= dev
 PYTEST := pytest --numprocesses auto --dist worksteal --durations 15
 
-.PHONY: install reconstruct generate browser test quick lowest lint damage docs gpu dist
+.PHONY: install reconstruct generate browser test quick lowest lint damage docs site gpu dist
 
 # `EXTRA=lint` is enough for a typo. `EXTRA=ci` adds an S3 server and a driver of the browser for a few tests.
 install: .venv/installed-$(EXTRA)
@@ -53,6 +53,12 @@ damage: install
 # The site, in site/.
 docs: install
 	$(BIN)/mkdocs build --strict
+
+# The site with the page that draws in the browser, in site/draw. Needs npm: `make browser`.
+site: install
+	rm -rf outputs/draw
+	$(BIN)/svqvae export scenes --web --output outputs/draw
+	DRAWING_PAGE=outputs/draw $(BIN)/mkdocs build --strict
 
 # The tests, and tables of speed, memory, training steps and generation in outputs/gpu, on a machine with a GPU.
 gpu: install

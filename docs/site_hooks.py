@@ -1,10 +1,16 @@
-"""Hooks of MkDocs: pages from files of the root."""
+"""Hooks of MkDocs: pages from files of the root, and the page that draws in the browser."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md"}
+DRAWING_PAGE = os.environ.get("DRAWING_PAGE")  # folder that `svqvae export scenes --web` wrote
+TRY_IT = (
+    '<p><a href="draw/index.html"><strong>Draw in your browser</strong></a>: this site carries the page, 27 MB.</p>'
+)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -12,4 +18,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri in PAGES:
         text = (ROOT / PAGES[page.file.src_uri]).read_text()
         return text.replace("](docs/", "](").replace("](model_card.md)", "](index.md)")
+    if page.file.src_uri == "browser.md" and DRAWING_PAGE:
+        title, text = markdown.split("\n", 1)
+        return f"{title}\n\n{TRY_IT}\n{text}"
     return markdown
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    """Called by MkDocs after the site is written. Adds the page that draws."""
+    if DRAWING_PAGE:
+        shutil.copytree(DRAWING_PAGE, Path(config.site_dir, "draw"))
