@@ -10,3 +10,4 @@ pytest
 for name in speed growth training llamagen; do
     python "benchmarks/$name.py" --device cuda --output "outputs/gpu/$name.json"
 done
+python benchmarks/token_sets.py docs/images --sides 256 --workers 4 16 --count 512 --device cuda --output outputs/gpu/token_sets.json

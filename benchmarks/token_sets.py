@@ -35,7 +35,7 @@ def write_images(paths: Sequence[Path], folder: Path, side: int, count: int) -> 
 def measure_side(options: argparse.Namespace, folder: Path, side: int) -> list[Row]:
     """Measures images per second of one size, from files and from tensors in memory."""
     paths = [file.path for file in find_inputs([str(options.images)], IMAGE_SUFFIXES)]
-    model = SVQVAE.from_pretrained(DEFAULT_MODEL).to(options.device).eval()
+    model = SVQVAE.from_pretrained(options.model).to(options.device).eval()
     count = options.count * (options.sides[-1] // side) ** 2
     write_images(paths, folder, side, count)
     images = open_images([str(folder)])
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of source images")
     parser.add_argument("--count", type=int, default=64, help="images of the last side, more of others (default: 64)")
     parser.add_argument("--sides", type=int, nargs="+", default=[32, 64, 128, 256], help="default: 32 64 128 256")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="tokenizer (default: the bundled one)")
     parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="reading processes (default: 0 1)")
     options, machine = parse_options(parser)

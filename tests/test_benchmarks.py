@@ -76,6 +76,8 @@ COMMANDS = [  # options that shrink the work
     "growth --whole 64x64 --tiles 96x64 --files 96x64 --tile-size 64 --overlap 8",
     f"tiles photos {SMALL_TILES}",
     "token_sets photos --count 2 --sides 16 --workers 0",
+    "plan photos --side 16 --rows 4 --gpu-rate 10 --train-rate 10",
+    "plan photos --side 16 --rows 4 --crops ten-crop --workers 2 --part-minutes 1",
     "baselines photos --fit photos --scales 1 0.5 --side 4 --codes 64",
     "training --side 64 --crops 1",
     "llamagen --side 4 --batches 2 --hidden-size 64 --layers 1 --heads 2",
