@@ -55,17 +55,20 @@ def _as_batch(text: Any) -> list[Any]:
         return [text]
     if not isinstance(text, list | tuple) or not text:
         raise ValueError(f"`text` must be a caption, a chat, or a list of either that is not empty, got {text!r:.80}.")
-    is_one_chat = isinstance(text[0], dict)
-    return [text] if is_one_chat else list(text)
+    is_one_chat = isinstance(text[0], dict)  # its first message
+    if is_one_chat:
+        return [text]
+    return list(text)
 
 
 def caption_of(text: Any) -> str:
-    """Caption that a text is, or that the last message of a chat asks for."""
+    """Caption of the image to draw: a text itself, or the text of the last message of a chat."""
     if isinstance(text, str):
         return text
     if not isinstance(text, list | tuple) or not text:
         raise ValueError(f"a caption must be a text or a chat, got {text!r:.80}.")
-    content = text[-1]["content"]
+    last_message = text[-1]
+    content = last_message["content"]
     if isinstance(content, str):
         return content
     caption = ""

@@ -25,13 +25,19 @@ def split_caption(caption: str) -> list[tuple[str, str]]:
         `list[tuple[str, str]]`: Kind and text of each part. The texts together are the caption.
     """
     parts: list[tuple[str, str]] = []
+    kind_of_part = SEPARATOR
+    text_of_part = ""
     for character in caption:
-        last_kind, last_text = parts[-1] if parts else (SEPARATOR, "")
-        kind = _kind(character, last_kind)
-        if kind == last_kind and parts:
-            parts[-1] = (kind, last_text + character)
-        else:
-            parts.append((kind, character))
+        kind = _kind(character, kind_of_part)
+        if kind == kind_of_part:
+            text_of_part += character
+            continue
+        if text_of_part:
+            parts.append((kind_of_part, text_of_part))
+        kind_of_part = kind
+        text_of_part = character
+    if text_of_part:
+        parts.append((kind_of_part, text_of_part))
     return parts
 
 
@@ -49,16 +55,16 @@ def _kind(character: str, last_kind: str) -> str:
 
 def unknown_words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[str]:
     """Words and symbols of captions that a tokenizer of whole words lacks; other tokenizers lack none."""
-    parts = {}  # kinds by texts: words and symbols in order, without duplicates
+    kinds = {}  # of the words and symbols, in their order and without duplicates
     for caption in captions:
         for kind, text in split_caption(caption):
             if kind != SEPARATOR:
-                parts[text] = kind
+                kinds[text] = kind
     unknown = []
-    for text, kind in parts.items():
+    for text, kind in kinds.items():
         tokens = tokenizer(text, add_special_tokens=False).input_ids
-        is_ignored = kind == SYMBOL and not tokens
-        if is_ignored or tokenizer.unk_token_id in tokens:
+        is_ignored_symbol = kind == SYMBOL and not tokens
+        if is_ignored_symbol or tokenizer.unk_token_id in tokens:
             unknown.append(text)
     return unknown
 
@@ -72,21 +78,33 @@ def keep_known_words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]
     unknown = unknown_words(tokenizer, captions)
     if not unknown:
         return list(captions)
-    shortened = [_leave_out(tokenizer, caption, unknown) for caption in captions]
+    shortened_captions = []
+    for caption in captions:
+        _check_has_known_word(tokenizer, caption, unknown)
+        shortened_captions.append(_leave_out(caption, unknown))
     warnings.warn(say_unknown(unknown), stacklevel=3)
+    return shortened_captions
+
+
+def _check_has_known_word(tokenizer: PreTrainedTokenizerBase, caption: str, unknown: Sequence[str]) -> None:
+    """Raises ValueError if a caption has words, but all of them are among the unknown ones."""
+    words = []  # and symbols
+    for kind, text in split_caption(caption):
+        if kind != SEPARATOR:
+            words.append(text)
+    if words and all(word in unknown for word in words):
+        known_words = [word for word in tokenizer.get_vocab() if word.isalnum()]
+        listed = ", ".join(sorted(known_words))
+        raise ValueError(f"a prompt must have a word that the model knows, got {caption!r}. It knows {listed}.")
+
+
+def _leave_out(caption: str, unknown: Sequence[str]) -> str:
+    """A caption without unknown words and symbols."""
+    shortened = ""
+    for _, text in split_caption(caption):
+        if text not in unknown:
+            shortened += text
     return shortened
-
-
-def _leave_out(tokenizer: PreTrainedTokenizerBase, caption: str, unknown: Sequence[str]) -> str:
-    """A caption without unknown words. Raises if it has words, but none that is known."""
-    parts = split_caption(caption)
-    kept_parts = [(kind, text) for kind, text in parts if text not in unknown]
-    had_words = any(kind != SEPARATOR for kind, _ in parts)
-    has_words = any(kind != SEPARATOR for kind, _ in kept_parts)
-    if had_words and not has_words:
-        vocabulary = ", ".join(sorted(word for word in tokenizer.get_vocab() if word.isalnum()))
-        raise ValueError(f"a prompt must have a word that the model knows, got {caption!r}. It knows {vocabulary}.")
-    return "".join(text for _, text in kept_parts)
 
 
 def say_unknown(words: Sequence[str]) -> str:
@@ -106,12 +124,10 @@ def pad_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], le
     captions = keep_known_words(tokenizer, captions)
     batch = tokenizer(captions, padding="max_length", padding_side="right", max_length=length).input_ids
     _check_length(captions, batch, length)
+    only_padding = [tokenizer.pad_token_id] * length  # without special tokens, as in training
     rows = []
     for caption, tokens in zip(captions, batch, strict=True):
-        if caption:
-            rows.append(tokens)
-        else:  # padding alone, without special tokens, as in training
-            rows.append([tokenizer.pad_token_id] * length)
+        rows.append(tokens if caption else only_padding)
     return torch.tensor(rows)
 
 
@@ -169,8 +185,11 @@ def encode_captions(
     ids = torch.tensor(batch["input_ids"], device=device)  # (batch, length), the text first
     mask = torch.tensor(batch["attention_mask"], device=device)
     features = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (batch, length, channels)
-    features = features * mask[..., None]
-    text_last = []
-    for caption_features, num_tokens in zip(features, mask.sum(1).tolist(), strict=True):
-        text_last.append(caption_features.roll(length - num_tokens, dims=0))
-    return torch.stack(text_last), mask.flip(1)
+    features = features * mask[..., None]  # zeros for padding
+    # Moves the text from the start of each row to its end.
+    features_at_end = []
+    tokens_per_caption = mask.sum(1).tolist()
+    for features_of_caption, num_tokens in zip(features, tokens_per_caption, strict=True):
+        num_zeros = length - num_tokens
+        features_at_end.append(features_of_caption.roll(num_zeros, dims=0))
+    return torch.stack(features_at_end), mask.flip(1)

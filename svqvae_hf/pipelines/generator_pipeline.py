@@ -55,13 +55,14 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         """
         if class_names is not None:
             check_class_names(class_names, num_classes)
+            class_names = list(class_names)
         vqvae = components["vqvae"]
         for fingerprint in fingerprints:
             check_fingerprint(fingerprint, vqvae)
         self.register_modules(**components)
         self.register_to_config(
             codebook_fingerprint=vqvae.codebook_fingerprint(),
-            class_names=list(class_names) if class_names else class_names,
+            class_names=class_names,
             _load_with=LOAD_WITH,
             **config,
         )
@@ -92,21 +93,23 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
                 another codebook.
         """
         kwargs["use_safetensors"] = True
-        name = os.fspath(pretrained_model_name_or_path)
-        index = read_index(name, **hub_options(kwargs))
+        source = os.fspath(pretrained_model_name_or_path)
+        index = read_index(source, **hub_options(kwargs))
         if index["_class_name"] != cls.__name__:
             raise ValueError(
-                f"the pipeline of `{name}` must be an {cls.__name__}, but is {index['_class_name']}. Load it with "
+                f"the pipeline of `{source}` must be an {cls.__name__}, but is {index['_class_name']}. Load it with "
                 "that class."
             )
-        if "_blocks_class_name" in index:  # of a repository with code
-            pipeline = cls(**load_arguments(cls, name, index, **kwargs))
-        elif os.path.isdir(name):
-            pipeline = super().from_pretrained(name, **kwargs)
+        holds_code = "_blocks_class_name" in index
+        if holds_code:
+            arguments = load_arguments(cls, source, index, **kwargs)
+            pipeline = cls(**arguments)
+        elif os.path.isdir(source):
+            pipeline = super().from_pretrained(source, **kwargs)
         else:
-            folder = from_hub(cls.download, name, **kwargs)
+            folder = from_hub(cls.download, source, **kwargs)
             pipeline = super().from_pretrained(folder, **kwargs)
-        pipeline.register_to_config(_name_or_path=name)
+        pipeline.register_to_config(_name_or_path=source)
         return pipeline
 
     @functools.wraps(DiffusionPipeline.save_pretrained)  # diffusers looks at the names of its arguments
@@ -130,19 +133,26 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             check_merged(name, component)
         super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
         folder = Path(save_directory)
-        repo_id = standalone if isinstance(standalone, str) else None
+        load_from = str(folder)
+        title = folder.absolute().name
+        if isinstance(standalone, str) and standalone:
+            repo_id = standalone
+            load_from = repo_id
+            title = repo_id
         if standalone:
-            write_blocks(self.blocks(), folder, repo_id or str(folder))
+            write_blocks(self.blocks(), folder, load_from)
         card = folder / "README.md"
         if not card.exists():
-            text = self.make_card(repo_id or folder.absolute().name, standalone=bool(standalone))
+            text = self.make_card(title, standalone=bool(standalone))
             card.write_text(text, encoding="utf-8")
 
     def make_card(self, repo_id: str, **options: Any) -> str:
         """Text of the card; see [`~svqvae_hf.hub.model_cards.pipeline_card`]."""
-        summary, call = self.describe()
-        defaults = {"tags": ["svqvae"], "provenance": {}, "pipeline_tag": self.task}
-        return pipeline_card(type(self), repo_id=repo_id, summary=summary, call=call, **(defaults | options))
+        summary, arguments_of_example = self.describe()
+        options.setdefault("tags", ["svqvae"])
+        options.setdefault("provenance", {})
+        options.setdefault("pipeline_tag", self.task)
+        return pipeline_card(type(self), repo_id=repo_id, summary=summary, call=arguments_of_example, **options)
 
     def blocks(self) -> type:
         """Class of the blocks that diffusers' `ModularPipeline` runs in place of this pipeline."""
@@ -164,12 +174,12 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         """Whether a callback has ended the sampling, by `pipe._interrupt = True`."""
         return self._interrupt
 
-    def _encode_labels(self, class_labels: Labels | None, images: int, guidance_scale: float) -> torch.Tensor:
+    def _encode_labels(self, class_labels: Labels | None, num_images: int, guidance_scale: float) -> torch.Tensor:
         """One label per image in int64; `num_classes` means no class.
 
         Args:
             class_labels (`int`, `str` or a list of them, *optional*): Classes; by default the images have none.
-            images (`int`): Number of images to edit; 1 if images are not edited.
+            num_images (`int`): Number of images to edit; 1 if images are not edited.
             guidance_scale (`float`): Scale of classifier-free guidance, which needs classes.
 
         Raises:
@@ -178,11 +188,11 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         """
         if class_labels is None and guidance_scale != 1:
             raise ValueError(f"`guidance_scale` = {guidance_scale} needs `class_labels`. Pass them, or leave it at 1.")
-        labels = encode_labels(class_labels, self.num_classes, self.config["class_names"])
+        labels = encode_labels(class_labels, self.num_classes, self.config["class_names"])  # (labels,)
         if class_labels is None:
-            labels = labels.expand(images)
-        elif images not in (1, len(labels)):
-            raise ValueError(f"`image` must be one image or one per label, got {images} for {len(labels)} labels.")
+            labels = labels.expand(num_images)  # "no class" for each image
+        elif num_images not in (1, len(labels)):
+            raise ValueError(f"`image` must be one image or one per label, got {num_images} for {len(labels)} labels.")
         return labels.to(self._execution_device)
 
     def _call_back(
@@ -191,26 +201,30 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         """Calls `callback_on_step_end`. Returns the ids that it returns, or the sampled ones if it returns none."""
         if callback is None:
             return ids
-        tensors = {"ids": ids.clone()} if tensor_inputs else {}
-        returned = callback(self, step, size, tensors)
-        if not returned or "ids" not in returned:
+        tensors = {}
+        if tensor_inputs:
+            tensors["ids"] = ids.clone()
+        returned_tensors = callback(self, step, size, tensors)
+        if not returned_tensors or "ids" not in returned_tensors:
             return ids
-        replaced = to_int64("ids", returned["ids"]).to(ids.device)
-        end = self.vqvae.config["codebook_size"]
-        has_shape = replaced.shape == ids.shape
-        is_in_codebook = has_shape and replaced.min() >= 0 and replaced.max() < end
-        if not is_in_codebook:
+        new_ids = to_int64("ids", returned_tensors["ids"]).to(ids.device)
+        codebook_size = self.vqvae.config["codebook_size"]
+        has_same_shape = new_ids.shape == ids.shape
+        is_valid = has_same_shape and new_ids.min() >= 0 and new_ids.max() < codebook_size
+        if not is_valid:
             raise ValueError(
-                f"`ids` that `callback_on_step_end` returns must have shape {tuple(ids.shape)} and lie in [0, {end}), "
-                f"got shape {tuple(replaced.shape)} in [{replaced.min()}, {replaced.max()}]."
+                f"`ids` that `callback_on_step_end` returns must have shape {tuple(ids.shape)} and lie in "
+                f"[0, {codebook_size}), got shape {tuple(new_ids.shape)} in [{new_ids.min()}, {new_ids.max()}]."
             )
-        return replaced
+        return new_ids
 
     def _output(self, ids: torch.Tensor, size: tuple[int, int], output_type: str, return_dict: bool) -> Any:
-        """Output of a call, from ids `(batch, h, w)` of images of `size` pixels."""
-        images: Any = ids
-        if output_type != "latent":
-            decoded = self.vqvae.decode(ids).sample
+        """Output of a call, from ids `(batch, h, w)` of images with this height and width in pixels."""
+        images: Any
+        if output_type == "latent":
+            images = ids
+        else:
+            decoded = self.vqvae.decode(ids).sample  # (batch, 3, h * f, w * f)
             sample = self.vqvae.resize_to_image(decoded, size, scale=1.0)
             images = self.image_processor.postprocess(sample, output_type=output_type)
         self.maybe_free_model_hooks()

@@ -33,7 +33,8 @@ class ReservedLayer(DynamicLayer):
             self.key_buffer = self._reserve(key_states)
             self.value_buffer = self._reserve(value_states)
         start = self.get_seq_length()
-        stop = start + key_states.shape[-2]
+        num_new_tokens = key_states.shape[-2]
+        stop = start + num_new_tokens
         self.key_buffer[..., start:stop, :] = key_states
         self.value_buffer[..., start:stop, :] = value_states
         self.keys = self.key_buffer[..., :stop, :]
@@ -88,32 +89,29 @@ class IdSampler:
         self.sample = sample
         self.guide = guide
         self.known = known
-        self.arguments = inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self.takes_logits_to_keep = "logits_to_keep" in parameters
         mask = inputs.get("attention_mask")
-        if mask is not None and "position_ids" in self.arguments:
+        if mask is not None and "position_ids" in parameters:
+            # The first token that is not padding has position 0.
             self.inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+        prompts = inputs["input_ids"]  # (rows of the model, length)
+        check_context(model, prompts.shape[1], grid)
         rows, columns = grid
-        prompts = inputs["input_ids"]
-        length = prompts.shape[1] + rows * columns - 1  # the model does not read the last id
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", length)
-        if length > context:
-            raise ValueError(
-                f"the prompt and {rows} x {columns} ids must fit the context of {context} tokens, but take {length}. "
-                "Shorten the prompt, or pass a smaller `grid`."
-            )
         images = len(prompts) if guide is None else len(prompts) // 2
         self.ids = prompts.new_zeros(images, rows, columns)
-        self.guided_ids = rows * columns if guided_ids is None else guided_ids
-        self.num_sampled = 0  # ids per image so far
-        self._forget()
+        self.num_guided_ids = rows * columns if guided_ids is None else guided_ids
+        self.num_sampled_ids = 0  # per image
+        self._empty_cache()
 
-    def _forget(self) -> None:
-        """Empties the cache, so that the model reads all tokens again."""
+    def _empty_cache(self) -> None:
+        """Starts with an empty cache, so that the model reads all tokens again."""
         self.cache = DynamicCache(config=self.model.config)
+        ids_per_image = self.ids[0].numel()
         for index, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer:
-                self.cache.layers[index] = ReservedLayer(self.ids[0].numel())
-        self.unread = self.inputs["input_ids"].shape[1]  # tokens that are not in the cache
+                self.cache.layers[index] = ReservedLayer(ids_per_image)
+        self.num_unread_tokens = self.inputs["input_ids"].shape[1]
 
     def next_row(self) -> torch.Tensor:
         """Samples a row.
@@ -125,12 +123,12 @@ class IdSampler:
             ValueError: Logits are NaN or infinite.
         """
         columns = self.ids.shape[2]
-        row = self.num_sampled // columns
+        row = self.num_sampled_ids // columns
         highest_logits = []
         for column in range(columns):
             logits = self._next_logits()  # (batch, codes)
             highest_logits.append(logits.amax(-1))
-            ids = self.sample(logits)
+            ids = self.sample(logits)  # (batch,)
             if self.known is not None:
                 known_ids, is_kept = self.known
                 ids = torch.where(is_kept[:, row, column], known_ids[:, row, column], ids)
@@ -140,56 +138,78 @@ class IdSampler:
         return self.ids[:, : row + 1]
 
     def _append(self, ids: torch.Tensor) -> None:
-        """Adds sampled ids `(batch,)` to the arguments of the model."""
+        """Adds sampled ids `(batch,)` to the arguments of the model's next call."""
         inputs = self.inputs
-        tokens = self._as_tokens(ids)[:, None]
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
+        new_tokens = self._as_tokens(ids)[:, None]  # (rows of the model, 1)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], new_tokens], dim=1)
         if "attention_mask" in inputs:
             inputs["attention_mask"] = F.pad(inputs["attention_mask"], (0, 1), value=1)
         if "position_ids" in inputs:
-            positions = inputs["position_ids"]
-            inputs["position_ids"] = torch.cat([positions, positions[:, -1:] + 1], dim=1)
-        self.num_sampled += 1
-        self.unread += 1
+            positions = inputs["position_ids"]  # (rows of the model, length)
+            new_positions = positions[:, -1:] + 1
+            inputs["position_ids"] = torch.cat([positions, new_positions], dim=1)
+        self.num_sampled_ids += 1
+        self.num_unread_tokens += 1
 
     def replace(self, ids: torch.Tensor) -> None:
         """Replaces all ids so far, `(batch, rows so far, columns)`. The rows below follow from them."""
-        self.ids[:, : ids.shape[1]] = ids
-        tokens = self.inputs["input_ids"]
-        tokens[:, -self.num_sampled :] = self._as_tokens(ids.flatten(1))
-        self._forget()
+        num_rows = ids.shape[1]
+        self.ids[:, :num_rows] = ids
+        tokens = self.inputs["input_ids"]  # those of the prompt, then those of the ids
+        tokens[:, -self.num_sampled_ids :] = self._as_tokens(ids.flatten(1))
+        self._empty_cache()
 
     def _next_logits(self) -> torch.Tensor:
-        """Float32 logits `(batch, codes)` of the next id."""
-        if self.guide is not None and self.num_sampled == self.guided_ids:
-            self._end_guidance()
-        inputs = self.model.prepare_inputs_for_generation(
-            **self.inputs,
-            cache=self.cache,
-            use_cache=True,
-            next_sequence_length=self.unread,
-            is_first_iteration=self.cache.get_seq_length() == 0,
-        )
-        if "logits_to_keep" in self.arguments:
-            inputs["logits_to_keep"] = 1
-        logits = self.model(**inputs).logits[:, -1]  # (rows, tokens)
-        self.unread = 0
+        """Predicts the next id of each image: float32 logits `(batch, codes)`, with guidance while it lasts."""
+        if self.guide is not None and self.num_sampled_ids == self.num_guided_ids:
+            self._drop_unconditional_rows()
+            self.guide = None
+        logits = self._run_model()  # (rows of the model, tokens)
         logits_of_codes = logits[:, self.codes.start : self.codes.stop].float()
         if self.guide is None:
             return logits_of_codes
-        return self.guide(logits_of_codes)
+        return self.guide(logits_of_codes)  # (2 * batch, codes) -> (batch, codes)
 
-    def _end_guidance(self) -> None:
-        """Leaves out the rows without their condition, so that later ids are sampled without guidance."""
-        self.guide = None
+    def _run_model(self) -> torch.Tensor:
+        """Lets the model read the tokens that it has not read yet. Returns logits `(rows, tokens)` after the last."""
+        arguments = self.model.prepare_inputs_for_generation(
+            **self.inputs,
+            cache=self.cache,
+            use_cache=True,
+            next_sequence_length=self.num_unread_tokens,
+            is_first_iteration=self.cache.get_seq_length() == 0,
+        )
+        if self.takes_logits_to_keep:
+            arguments["logits_to_keep"] = 1  # the model need not compute the logits of earlier positions
+        logits = self.model(**arguments).logits  # (rows, positions, tokens)
+        self.num_unread_tokens = 0
+        return logits[:, -1]
+
+    def _drop_unconditional_rows(self) -> None:
+        """Leaves out the second half of the rows, the ones without a condition, which only guidance needs."""
         images = len(self.ids)
         self.inputs = {name: values[:images] for name, values in self.inputs.items()}
-        self._forget()
+        self._empty_cache()
 
     def _as_tokens(self, ids: torch.Tensor) -> torch.Tensor:
-        """Tokens of ids, for all rows of the model: twice with guidance, for the rows with and without conditions."""
+        """Tokens of ids, one row per row of the model.
+
+        With guidance each image has two rows, so the tokens are repeated for the rows without a condition.
+        """
         tokens = self.codes.start + ids
         rows = len(self.inputs["input_ids"])
         if rows == len(ids):
             return tokens
         return torch.cat([tokens, tokens])
+
+
+def check_context(model: PreTrainedModel, prompt_length: int, grid: tuple[int, int]) -> None:
+    """Raises ValueError if a prompt and the ids of a grid are longer than the model's context."""
+    rows, columns = grid
+    length = prompt_length + rows * columns - 1  # the model does not read the last id
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise ValueError(
+            f"the prompt and {rows} x {columns} ids must fit the context of {context} tokens, but take {length}. "
+            "Shorten the prompt, or pass a smaller `grid`."
+        )

@@ -85,9 +85,12 @@ class ImageChats:
             return []
         things: list[str] = []
         for prompt in prompts:
-            if prompt is not None:
-                things += self.known_objects.unknown(prompt)
-        return list(dict.fromkeys(things))
+            if prompt is None:
+                continue
+            for thing in self.known_objects.unknown(prompt):
+                if thing not in things:
+                    things.append(thing)
+        return things
 
     @torch.inference_mode()
     def draw(
@@ -138,13 +141,13 @@ class ImageChats:
         if things:
             warnings.warn(say_undrawable(things), stacklevel=2)
         questions = self._questions(texts)
-        scale = sampling.pop("guidance_scale")
+        guidance_scale = sampling.pop("guidance_scale")
         has_caption = any(text is not None for text in texts)
         guidance = None
-        if scale != 1 and has_caption:
+        if guidance_scale != 1 and has_caption:
             # All questions again without their captions, as the sampler expects them for guidance.
             questions += [self.processor.no_condition] * len(texts)
-            guidance = partial(guide, guidance_scale=scale)
+            guidance = partial(guide, guidance_scale=guidance_scale)
         ids_to_keep = None
         if image is not None or mask_image is not None:
             ids_to_keep = self._ids_to_keep(_as_list(image), _as_list(mask_image), grid, len(texts))
@@ -153,8 +156,8 @@ class ImageChats:
             self.language_model,
             self._ask(questions, self.processor.begin_image(grid)),
             grid,
-            range(vocabulary.first_token, vocabulary.begin),
-            partial(sample, **sampling, generator=generator),
+            codes=range(vocabulary.first_token, vocabulary.begin),
+            sample=partial(sample, **sampling, generator=generator),
             guide=guidance,
             known=ids_to_keep,
         )
@@ -181,18 +184,20 @@ class ImageChats:
         if len(images) == 0:
             raise ValueError("`images` must hold at least one image, got none.")
         questions = [self.processor.image_token + prompt] * len(images)
-        inputs = self._ask(questions, images=[[image] for image in images])
+        images_of_questions = [[image] for image in images]
+        inputs = self._ask(questions, images=images_of_questions)
         vocabulary_size = self.language_model.config.get_text_config().vocab_size
-        image_tokens = list(range(self.processor.vocabulary.first_token, vocabulary_size))
+        image_tokens = range(self.processor.vocabulary.first_token, vocabulary_size)
         tokens = self.language_model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, suppress_tokens=image_tokens
-        )
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, suppress_tokens=list(image_tokens)
+        )  # (images, prompt and answer)
         prompt_length = inputs["input_ids"].shape[1]
-        texts = self.processor.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        answers = tokens[:, prompt_length:]
+        captions = self.processor.batch_decode(answers, skip_special_tokens=True)
+        return [caption.strip() for caption in captions]
 
     def _choose_sampling(self, **arguments: Any) -> dict[str, Any]:
-        """Arguments of sampling, with the model's own in place of those that are None. Raises for a wrong one."""
+        """Checked arguments of sampling. An argument that is None gets the model's default."""
         sampling = self.sampling
         for name, value in arguments.items():
             if value is not None:
@@ -201,37 +206,37 @@ class ImageChats:
         return sampling
 
     def _questions(self, texts: Sequence[str | None]) -> list[str]:
-        """What the model is asked for each caption, or for an image without one."""
-        captions = ["" if text is None else text for text in texts]
-        known_captions = keep_known_words(self.tokenizer, captions)
+        """What the model is asked for each caption, without unknown words, or for an image without a caption."""
+        captions = [text for text in texts if text is not None]
+        known_captions = iter(keep_known_words(self.tokenizer, captions))
         questions = []
-        for text, caption in zip(texts, known_captions, strict=True):
+        for text in texts:
             if text is None:
                 questions.append(self.processor.no_condition)
             else:
-                questions.append(caption)
+                questions.append(next(known_captions))
         return questions
 
     def _ids_to_keep(
         self, images: Sequence[Image.Image], masks: Sequence[Image.Image], grid: tuple[int, int], count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids of images, and whether each is kept because its part of the mask is black, `(batch, rows, columns)`."""
+        """Ids of images, and whether each is kept because its part of the mask is black, `(batch, rows, columns)`.
+
+        `count` is the number of prompts, each of which needs an image and a mask.
+        """
         images = [ImageOps.exif_transpose(image) for image in images]
         masks = [ImageOps.exif_transpose(mask) for mask in masks]
-        image_sizes = [image.size for image in images]
-        mask_sizes = [mask.size for mask in masks]
-        if len(images) != count or image_sizes != mask_sizes:
-            raise ValueError(
-                "`image` and `mask_image` must hold one image and one mask of its size per prompt, got images of "
-                f"{image_sizes} and masks of {mask_sizes} (width, height) for {count} prompts."
-            )
-        is_kept = torch.stack([self._is_black(mask, grid) for mask in masks])
+        _check_masks(images, masks, count)
+        is_kept_of_images = []
+        for mask in masks:
+            is_kept_of_images.append(self._is_black(mask, grid))
+        is_kept = torch.stack(is_kept_of_images)
         ids = torch.stack(self.processor.encode_images(images, grid))
         device = self.language_model.device
         return ids.to(device), is_kept.to(device)
 
     def _is_black(self, mask: Image.Image, grid: tuple[int, int]) -> torch.Tensor:
-        """Whether the part of a mask that belongs to each code has no white, `(rows, columns)`."""
+        """Whether the part of a mask that belongs to each code has no white, `(rows, columns)` in bool."""
         if mask.mode in ("LA", "PA", "RGBA"):
             mask = mask.convert("RGB")  # without transparency
         # The image processor scales masks of floats and of 16 bits to 8 bits.
@@ -239,24 +244,30 @@ class ImageChats:
         (rgb,) = self.image_processor.postprocess(pixels)
         grey = np.asarray(rgb.convert("L"))  # (height, width)
         cropped = _crop_to_aspect_ratio(grey, grid)
-        is_white = torch.from_numpy(cropped > LIGHTEST_BLACK).float()
+        is_white = torch.from_numpy(cropped > LIGHTEST_BLACK)
         # Each code takes the maximum of its part of the mask, because a mean would lose thin strokes.
-        has_white = F.adaptive_max_pool2d(is_white[None], grid)[0]
+        has_white = F.adaptive_max_pool2d(is_white[None].float(), grid)[0]  # (rows, columns)
         return has_white == 0
 
-    def _ask(self, questions: list[str], start: str = "", images: Any = None) -> BatchFeature:
-        """Prompts of a batch, padded on the left, up to the start of the answer."""
+    def _ask(self, questions: list[str], start_of_answer: str = "", images: Any = None) -> BatchFeature:
+        """Arguments of the language model for questions, padded on the left, up to the start of the answer.
+
+        `images` are the images of each question, in lists.
+        """
         # Some templates write more before an answer than at the end of a chat without one. So the chats get an answer,
-        # and the texts end before it.
-        answer = {"role": "assistant", "content": ANSWER}
-        conversations = [[{"role": "user", "content": question}, answer] for question in questions]
-        texts = []
+        # and the prompts end before it.
+        conversations = []
+        for question in questions:
+            user = {"role": "user", "content": question}
+            assistant = {"role": "assistant", "content": ANSWER}
+            conversations.append([user, assistant])
+        prompts = []
         for chat in self._apply_template(conversations):
             before_answer, _, _ = chat.rpartition(ANSWER)
-            text = before_answer + start
-            texts.append(text.rstrip(" "))  # tokenizers join a space with the word after it
-        inputs = self.processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
-        arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            prompt = before_answer + start_of_answer
+            prompts.append(prompt.rstrip(" "))  # tokenizers join a space with the word after it
+        inputs = self.processor(images=images, text=prompts, padding=True, padding_side="left", return_tensors="pt")
+        arguments = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         return BatchFeature(arguments).to(self.language_model.device)
 
     def _apply_template(self, conversations: list[list[dict[str, str]]]) -> list[str]:
@@ -270,6 +281,17 @@ class ImageChats:
         if any(ANSWER not in chat for chat in chats):
             raise ValueError("the chat template must write what the assistant answers, but leaves it out. Restore it.")
         return chats
+
+
+def _check_masks(images: Sequence[Image.Image], masks: Sequence[Image.Image], num_prompts: int) -> None:
+    """Raises ValueError unless there is one image per prompt, and a mask of its size."""
+    image_sizes = [image.size for image in images]
+    mask_sizes = [mask.size for mask in masks]
+    if len(images) != num_prompts or image_sizes != mask_sizes:
+        raise ValueError(
+            "`image` and `mask_image` must hold one image and one mask of its size per prompt, got images of "
+            f"{image_sizes} and masks of {mask_sizes} (width, height) for {num_prompts} prompts."
+        )
 
 
 def _check_prompts(prompts: Sequence[Any]) -> None:
@@ -292,9 +314,9 @@ def _crop_to_aspect_ratio(grey: np.ndarray, grid: tuple[int, int]) -> np.ndarray
     cropped_width = min(width, height * columns / rows)
     top = (height - cropped_height) / 2
     left = (width - cropped_width) / 2
-    bottom = math.ceil(top + cropped_height)
-    right = math.ceil(left + cropped_width)
-    return grey[int(top) : bottom, int(left) : right]
+    bottom = top + cropped_height
+    right = left + cropped_width
+    return grey[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)]
 
 
 def _as_list(images: Image.Image | Sequence[Image.Image] | None) -> list[Image.Image]:

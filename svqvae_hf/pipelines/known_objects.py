@@ -28,28 +28,34 @@ class KnownObjects:
 
     def unknown(self, prompt: str) -> list[str]:
         """Words of a prompt for things that the model cannot draw, in the order of the prompt."""
-        straight_quotes = prompt.lower().replace("’", "'")
-        words = WORD.findall(straight_quotes)
-        unknown = []
+        with_straight_quotes = prompt.lower().replace("’", "'")
+        words = WORD.findall(with_straight_quotes)
+        undrawable: list[str] = []
         position = 0
         while position < len(words):
-            length = self.known_length(words[position:])
-            if length:
-                position += length
+            num_known_words = self.length_of_name_at_start(words[position:])
+            if num_known_words > 0:
+                position += num_known_words
                 continue
             word = words[position]
-            is_thing = any(form in self.things for form in singulars(word))
-            if is_thing and not has_purpose(words[:position]) and word not in unknown:
-                unknown.append(word)
+            if self.is_thing(word) and not names_purpose(words[:position]) and word not in undrawable:
+                undrawable.append(word)
             position += 1
-        return unknown
+        return undrawable
 
-    def known_length(self, words: list[str]) -> int:
-        """Number of words of the longest known name with which words start, or 0."""
-        for length in range(min(LONGEST_NAME, len(words)), 0, -1):
-            start = " ".join(words[: length - 1])
-            for form in singulars(words[length - 1]):
-                if f"{start} {form}".strip() in self.names:
+    def is_thing(self, word: str) -> bool:
+        """Whether a noun, in singular or plural, names a thing that the model cannot draw."""
+        return any(form in self.things for form in singulars(word))
+
+    def length_of_name_at_start(self, words: list[str]) -> int:
+        """Number of words, at the start of a text, that are a known name; 0 if there is none. The longest counts."""
+        longest = min(LONGEST_NAME, len(words))
+        for length in range(longest, 0, -1):
+            words_before_last = words[: length - 1]
+            last_word = words[length - 1]
+            for form in singulars(last_word):
+                name = " ".join([*words_before_last, form])
+                if name in self.names:
                     return length
         return 0
 
@@ -73,8 +79,9 @@ def singulars(word: str) -> list[str]:
     return forms
 
 
-def has_purpose(words: list[str]) -> bool:
-    """Whether the words before a noun say that it is what the picture is for, or what something is like."""
+def names_purpose(words_before: list[str]) -> bool:
+    """Whether a noun after these words names a purpose or a likeness, as in "for the soup", and need not be drawn."""
+    words = list(words_before)
     if words and words[-1] in DETERMINERS:
-        words = words[:-1]
+        words.pop()
     return bool(words) and words[-1] in PURPOSES

@@ -33,9 +33,9 @@ def encode_labels(class_labels: Labels | None, num_classes: int, class_names: Se
         class_labels = [class_labels]
     numbers: Any = class_labels
     if isinstance(class_labels, list | tuple):
-        names = list(class_names or [])
+        names = [] if class_names is None else list(class_names)
         numbers = [_number_of_class(label, names, num_classes) for label in class_labels]
-    labels = torch.as_tensor(numbers).reshape(-1)  # (batch,)
+    labels = torch.as_tensor(numbers).reshape(-1)  # (labels,)
     if labels.numel() == 0:
         raise ValueError(f"`class_labels` must be in [0, {num_classes}), got {class_labels!r}.")
     labels = to_int64("class_labels", labels)

@@ -57,9 +57,9 @@ class DecodeStep(Step):
         vqvae = components.vqvae
         check_fingerprint(components.config["codebook_fingerprint"], vqvae)
         black, white = vqvae.config["pixel_range"]
-        sample = vqvae.decode_tokens(values.ids).float()
-        unit = ((sample - black) / (white - black)).clamp(0, 1)
-        values.images = components.image_processor.postprocess(unit, output_type=values.output_type)
+        sample = vqvae.decode_tokens(values.ids).float()  # (batch, 3, height, width) in `pixel_range`
+        unit_sample = ((sample - black) / (white - black)).clamp(0, 1)  # in [0, 1]
+        values.images = components.image_processor.postprocess(unit_sample, output_type=values.output_type)
 
 
 class BlockList(SequentialPipelineBlocks):
@@ -70,12 +70,14 @@ class BlockList(SequentialPipelineBlocks):
     def save_config(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Saves the config, and the code of blocks that were loaded with `trust_remote_code=True`."""
         super().save_config(save_directory, *args, **kwargs)
-        if "diffusers_modules" not in __name__:
+        was_loaded_from_repository = "diffusers_modules" in __name__
+        if not was_loaded_from_repository:
             return
         file = Path(inspect.getfile(type(self)))
         shutil.copy(file, save_directory)
-        for name in get_relative_imports(file):
-            shutil.copy(file.with_name(f"{name}.py"), save_directory)
+        for module in get_relative_imports(file):
+            imported_file = file.with_name(f"{module}.py")
+            shutil.copy(imported_file, save_directory)
 
 
 def check_fingerprint(trained: str | None, vqvae: Any) -> None:

@@ -30,12 +30,16 @@ def condition_inputs(
         guided (`bool`): Whether as many rows without a condition follow.
     """
     inputs = {name: values for name, values in captions.items() if values is not None}
-    if "prompt_embeds" in inputs:  # the one class of models with captions
-        labels = torch.zeros_like(inputs["prompt_embeds"][:, 0, 0], dtype=torch.long)
-    inputs["input_ids"] = config.codebook_size + labels[:, None]
-    if guided:
-        inputs = {name: torch.cat([values, values]) for name, values in inputs.items()}
-        inputs["input_ids"][len(labels) :] = config.unconditional_token
+    if "prompt_embeds" in inputs:
+        batch, _, _ = inputs["prompt_embeds"].shape
+        labels = labels.new_zeros(batch)  # models with captions have one class
+    condition_tokens = config.codebook_size + labels
+    inputs["input_ids"] = condition_tokens[:, None]  # (batch, 1)
+    if not guided:
+        return inputs
+    for name, values in inputs.items():
+        inputs[name] = torch.cat([values, values])  # (2 * batch, ...)
+    inputs["input_ids"][len(labels) :] = config.unconditional_token
     return inputs
 
 
@@ -95,10 +99,11 @@ class SampleIdsStep(Step):
             "prompt_embeds": values.prompt_embeds,
             "prompt_attention_mask": values.prompt_attention_mask,
         }
-        steps = itertools.count()
+        num_ids = side * side
+        steps = itertools.count()  # one per id
 
         def guide(logits: torch.Tensor) -> torch.Tensor:
-            return guide_step(guider, logits, step=next(steps), steps=side**2)
+            return guide_step(guider, logits, step=next(steps), steps=num_ids)
 
         guided = is_guided(guider)
         sampler = IdSampler(

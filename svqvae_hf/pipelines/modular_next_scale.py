@@ -44,27 +44,32 @@ class ScalePredictor:
         guided: bool,
     ):
         self.transformer = transformer
-        quantize = vqvae.quantize
-        stored_on = quantize.embedding.table().device  # the CPU while the tokenizer is offloaded
-        codebook = quantize.get_codebook_entry(torch.arange(quantize.size, device=stored_on))
-        self.codebook = codebook.to(labels.device)
-        no_class = torch.full_like(labels, self.transformer.config["num_classes"])
-        self.labels = torch.cat([labels, no_class]) if guided else labels
-        self.text = text
+        self.guided = guided
+        self.labels = labels  # (rows,): one row per image, or two with guidance
+        self.text = text  # (rows, length)
+        if guided:
+            no_class = torch.full_like(labels, transformer.config["num_classes"])
+            self.labels = torch.cat([labels, no_class])
         if guided and text is not None:
-            self.text = torch.cat([text, torch.full_like(text, pad_token)])
+            no_text = torch.full_like(text, pad_token)
+            self.text = torch.cat([text, no_text])
+        quantize = vqvae.quantize
+        device_of_codebook = quantize.embedding.table().device  # the CPU while the tokenizer is offloaded
+        all_ids = torch.arange(quantize.size, device=device_of_codebook)
+        codebook = quantize.get_codebook_entry(all_ids)  # (codebook_size, dim)
+        self.codebook = codebook.to(labels.device)
         self.cache = DynamicCache()
-        self.codes: list[torch.Tensor] = []
+        self.codes: list[torch.Tensor] = []  # of the last scale; empty before the first
 
     def next_logits(self, size: tuple[int, int]) -> torch.Tensor:
         """Logits of the next scale, `(images, tokens, codebook_size)`; if guided, then those without a condition."""
         return self.transformer(self.labels, self.codes, [size], self.cache, self.text).logits
 
     def add(self, ids: torch.Tensor) -> None:
-        """Takes the ids `(images, h, w)` of the scale."""
+        """Takes the ids `(images, h, w)` that were sampled for the scale, to predict the next scale from them."""
         codes = self.codebook[ids].permute(0, 3, 1, 2)  # (images, dim, h, w)
-        if len(self.labels) > len(ids):  # as many rows without a condition
-            codes = torch.cat([codes, codes])
+        if self.guided:
+            codes = torch.cat([codes, codes])  # the rows without a condition see the same codes
         self.codes = [codes]
 
 
@@ -81,8 +86,10 @@ class TokenizeCaptionStep(Step):
         prompts = [values.prompt] if isinstance(values.prompt, str) else values.prompt
         config = components.transformer.config
         text = pad_captions(components.tokenizer, prompts, config["max_text_length"])
-        values.text = text.repeat_interleave(values.num_images_per_prompt, dim=0).to(components._execution_device)
-        values.labels = torch.full_like(values.text[:, 0], config["num_classes"])
+        text_of_images = text.repeat_interleave(values.num_images_per_prompt, dim=0)  # (images, length)
+        values.text = text_of_images.to(components._execution_device)
+        no_class = config["num_classes"]
+        values.labels = values.text.new_full((len(values.text),), no_class)
         values.pad_token = components.tokenizer.pad_token_id
 
 
@@ -110,12 +117,12 @@ class SampleScalesStep(Step):
             components.transformer, components.vqvae, values.labels, values.text, values.pad_token, guided=guided
         )
         for step, size in enumerate(sizes):
-            logits = predictor.next_logits(size)
+            logits = predictor.next_logits(size)  # (images, tokens, codes), with guidance twice as many rows
             if guided:
                 logits = guide_step(components.guider, logits, step, len(sizes))
             check_finite(logits.amax(-1), components.transformer, "transformer")
-            ids = sample(logits, values.temperature, values.top_k, values.top_p, values.generator)
-            values.ids = ids.unflatten(1, size)
+            flat_ids = sample(logits, values.temperature, values.top_k, values.top_p, values.generator)
+            values.ids = flat_ids.unflatten(1, size)  # (images, tokens) -> (images, h, w)
             predictor.add(values.ids)
 
 

@@ -82,17 +82,26 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
 
     def blocks(self) -> type:
         """Class of the blocks that diffusers' `ModularPipeline` runs in place of this pipeline."""
-        return LlamaGenBlocks if self.tokenizer is None else LlamaGenTextBlocks
+        if self.tokenizer is None:
+            return LlamaGenBlocks
+        return LlamaGenTextBlocks
 
     def describe(self) -> tuple[str, str]:
         """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""
         side = self.grid[0] * self.vqvae.f
         summary = f"Images of {side} x {side} pixels, id by id, from a LlamaGen model over the codebook of an SVQVAE."
-        if self.language_model.config.caption_dim is None:
-            return summary, "class_labels=[0]" if self.num_classes else ""
-        if self.text_encoder is None:
-            return summary, "prompt_embeds=pipeline.language_model.uncond_embedding[None]"
-        return summary, 'prompt="a caption like those it was trained on"'
+        return summary, self._example_arguments()
+
+    def _example_arguments(self) -> str:
+        """Arguments of the example on the card: a class, features of a caption, or a caption."""
+        reads_captions = self.language_model.config.caption_dim is not None
+        if reads_captions and self.text_encoder is None:
+            return "prompt_embeds=pipeline.language_model.uncond_embedding[None]"
+        if reads_captions:
+            return 'prompt="a caption like those it was trained on"'
+        if self.num_classes:
+            return "class_labels=[0]"
+        return ""
 
     @torch.no_grad()
     def __call__(
@@ -157,22 +166,24 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         self._interrupt = False
         rows, columns = self.grid
         config = self.language_model.config
+        # The condition of each image: a class or a caption
         captions = self._encode_captions(class_labels, prompt, prompt_embeds, prompt_attention_mask)
         if captions:
             class_labels = [0] * len(captions["prompt_embeds"])  # the one class, "with its caption"
-        labels = self._encode_labels(class_labels, images=1, guidance_scale=guidance_scale)
-        labels = labels.repeat_interleave(num_images_per_prompt)
+        labels = self._encode_labels(class_labels, num_images=1, guidance_scale=guidance_scale)
+        labels = labels.repeat_interleave(num_images_per_prompt)  # (images,)
         for name, values in captions.items():
-            captions[name] = values.repeat_interleave(num_images_per_prompt, dim=0)
+            captions[name] = values.repeat_interleave(num_images_per_prompt, dim=0)  # (images, ...)
         check_generators(generator, len(labels))
         is_guided = guidance_scale != 1
+        guidance = partial(guide, guidance_scale=guidance_scale) if is_guided else None
         sampler = IdSampler(
             self.language_model,
             condition_inputs(config, labels, captions, guided=is_guided),
             self.grid,
             range(config.codebook_size),
             partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator),
-            guide=partial(guide, guidance_scale=guidance_scale) if is_guided else None,
+            guide=guidance,
             guided_ids=round(guidance_stop * rows * columns),
         )
         for row in self.progress_bar(range(rows)):
@@ -204,7 +215,8 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
                 "both, or pass `prompt_embeds`."
             )
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not prompts or not all(isinstance(caption, str) for caption in prompts):
+        are_texts = all(isinstance(caption, str) for caption in prompts)
+        if not prompts or not are_texts:
             raise ValueError(f"`prompt` must be a caption or a list of captions, got {reprlib.repr(prompt)}.")
         length = self.language_model.config.num_condition_tokens
         return encode_captions(self.text_encoder, self.tokenizer, prompts, length, device=self._execution_device)
@@ -220,7 +232,8 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         has_prompt = prompt is not None
         has_features = prompt_embeds is not None
         has_mask = prompt_attention_mask is not None
-        if self.language_model.config.caption_dim is None:
+        reads_captions = self.language_model.config.caption_dim is not None
+        if not reads_captions:
             if has_prompt or has_features or has_mask:
                 raise ValueError(
                     "`prompt`, `prompt_embeds` and `prompt_attention_mask` need a language model with captions, but "
@@ -229,8 +242,8 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
             return {}
         has_only_prompt = has_prompt and not has_features and not has_mask
         has_only_features = has_features and not has_prompt  # with or without their mask
-        is_one_kind = has_only_prompt or has_only_features
-        if class_labels is not None or not is_one_kind:
+        has_one_kind_of_caption = has_only_prompt or has_only_features
+        if class_labels is not None or not has_one_kind_of_caption:
             raise ValueError(
                 "Pipelines for captions take `prompt` or `prompt_embeds`, and no `class_labels`. Pass `prompt` alone."
             )
@@ -247,9 +260,13 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
 def check_text_encoder(text_encoder: T5EncoderModel, caption_dim: int | None) -> None:
     """Raises ValueError unless the features of a text encoder have the channels of a language model's captions."""
     channels = text_encoder.config.d_model
-    if channels != caption_dim:
-        captions = "does not take captions" if caption_dim is None else f"takes captions of {caption_dim} channels"
-        raise ValueError(
-            f"`text_encoder` must fit the language model, which {captions}, but has {channels} channels. Use the text "
-            "encoder that it was trained with."
-        )
+    if channels == caption_dim:
+        return
+    if caption_dim is None:
+        rule = "which does not take captions"
+    else:
+        rule = f"which takes captions of {caption_dim} channels"
+    raise ValueError(
+        f"`text_encoder` must fit the language model, {rule}, but has {channels} channels. Use the text encoder that "
+        "it was trained with."
+    )

@@ -100,16 +100,19 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
 
     def blocks(self) -> type:
         """Class of the blocks that diffusers' `ModularPipeline` runs in place of this pipeline."""
-        return NextScaleBlocks if self.tokenizer is None else NextScaleTextBlocks
+        if self.tokenizer is None:
+            return NextScaleBlocks
+        return NextScaleTextBlocks
 
     def describe(self) -> tuple[str, str]:
         """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""
         summary = "Images scale by scale: a transformer predicts all ids of a scale at once, and SVQVAE decodes them."
-        condition = "num_images_per_prompt=4"
         if self.tokenizer is not None:
             condition = "prompt='a pear above a sailboat', guidance_scale=3.5"
         elif self.transformer.config["num_classes"]:
             condition = "class_labels=0, guidance_scale=3.5"
+        else:
+            condition = "num_images_per_prompt=4"
         return summary, f"{condition}, top_k=900, top_p=0.95"
 
     @torch.no_grad()
@@ -189,18 +192,15 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         guidance_scales = guidance_per_step(guidance_scale, guidance_mode, sizes, self.trained_schedule[-1])
         check_greedy_scales(greedy_scales, sizes)
         self._interrupt = False
-        known_scales: list[KnownScale] = []
-        num_images_to_edit = 1  # also if there is none, because one image may have no class and no caption
+        scales_to_edit: list[ScaleToEdit] = []  # one per size if images are edited
+        num_images_to_edit = 1  # also if none is edited, because one image may have no class and no caption
         if image is not None or mask_image is not None:
-            known_scales = self._encode_known(image, mask_image, sizes, height, width)
-            num_images_to_edit = len(known_scales[0].ids)
-        text = self._encode_prompts(prompt, num_images_to_edit, guidance_scale)
-        if text is None:
-            labels = self._encode_labels(class_labels, num_images_to_edit, guidance_scale)
-        else:
-            labels = self._encode_labels(class_labels, len(text), guidance_scale=1)
-            text = text.repeat_interleave(num_images_per_prompt, dim=0)
-        labels = labels.repeat_interleave(num_images_per_prompt)
+            scales_to_edit = self._encode_images_to_edit(image, mask_image, sizes, height, width)
+            num_images_to_edit = len(scales_to_edit[0].ids)
+        labels, text = self._encode_conditions(class_labels, prompt, num_images_to_edit, guidance_scale)
+        labels = labels.repeat_interleave(num_images_per_prompt)  # (images,)
+        if text is not None:
+            text = text.repeat_interleave(num_images_per_prompt, dim=0)  # (images, max_text_length)
         check_generators(generator, len(labels))
         is_guided = guidance_scale != 1
         pad_token = 0 if self.tokenizer is None else self.tokenizer.pad_token_id
@@ -215,35 +215,50 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             else:
                 flat_ids = sample(logits, temperature, top_k, top_p, generator)
             ids = flat_ids.unflatten(1, size)  # (images, tokens) -> (images, h, w)
-            if known_scales:
-                ids = known_scales[step].replace(ids)
+            if scales_to_edit:
+                ids = scales_to_edit[step].restore_kept(ids)
             ids = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step, size, ids)
             if self.interrupt:
                 break
             predictor.add(ids)
         return self._output(ids, (height, width), output_type, return_dict)
 
-    def _encode_prompts(
-        self, prompt: str | list[str] | None, images: int, guidance_scale: float
-    ) -> torch.Tensor | None:
-        """Tokens `(prompts, max_text_length)`, only padding if there is no prompt.
+    def _encode_conditions(
+        self,
+        class_labels: Labels | None,
+        prompt: str | list[str] | None,
+        num_images_to_edit: int,
+        guidance_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Labels `(conditions,)`, and tokens of captions `(conditions, max_text_length)` if the transformer reads any.
 
-        Returns None if the transformer does not read captions.
+        There is one condition per label or prompt; without both, one per image to edit.
         """
         if self.tokenizer is None:
             if prompt is not None:
                 raise ValueError("`prompt` needs a transformer that reads captions. Leave it out.")
-            return None
+            return self._encode_labels(class_labels, num_images_to_edit, guidance_scale), None
+        text = self._encode_prompts(prompt, num_images_to_edit, guidance_scale)
+        # The captions are guided, so labels need not be there for guidance.
+        labels = self._encode_labels(class_labels, len(text), guidance_scale=1)
+        return labels, text
+
+    def _encode_prompts(
+        self, prompt: str | list[str] | None, num_images_to_edit: int, guidance_scale: float
+    ) -> torch.Tensor:
+        """Tokens `(prompts, max_text_length)`. Without a prompt, they are padding for each image to edit."""
         if prompt is None and guidance_scale != 1:
             raise ValueError(f"`guidance_scale` = {guidance_scale} needs `prompt`. Pass it, or leave it at 1.")
         if prompt is None:
-            prompts = [""] * images
+            prompts = [""] * num_images_to_edit
         elif isinstance(prompt, str):
             prompts = [prompt]
         else:
             prompts = check_prompts(prompt)
-        if images not in (1, len(prompts)):
-            raise ValueError(f"`image` must be one image or one per prompt, got {images} for {len(prompts)} prompts.")
+        if num_images_to_edit not in (1, len(prompts)):
+            raise ValueError(
+                f"`image` must be one image or one per prompt, got {num_images_to_edit} for {len(prompts)} prompts."
+            )
         length = self.transformer.config["max_text_length"]
         return pad_captions(self.tokenizer, prompts, length).to(self._execution_device)
 
@@ -271,16 +286,18 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             return make_schedule(size, num_inference_steps)
         if size == self.trained_schedule[-1]:
             return self.trained_schedule
-        return make_schedule(size, min(len(self.trained_schedule), max(size)))
+        longer_side = max(size)  # a schedule has at most as many steps
+        num_steps = min(len(self.trained_schedule), longer_side)
+        return make_schedule(size, num_steps)
 
-    def _encode_known(
+    def _encode_images_to_edit(
         self,
         image: ImageInput | list[ImageInput] | None,
         mask_image: PipelineImageInput | None,
         sizes: list[Size],
         height: int,
         width: int,
-    ) -> list["KnownScale"]:
+    ) -> list["ScaleToEdit"]:
         """Encodes the images to edit and their masks at each scale.
 
         `height` and `width` are the sides of the result in pixels.
@@ -288,23 +305,23 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         if image is None or mask_image is None:
             raise ValueError("`image` and `mask_image` must be passed together: the mask says what is kept.")
         batch = self.image_processor(image)
-        masks = self._prepare_masks(mask_image)
+        masks = self._prepare_masks(mask_image)  # (masks, 1, height, width)
         image_height, image_width = batch["image_sizes"][0]
         num_images = len(batch["image_sizes"])
         check_images_to_edit((image_height, image_width), num_images, masks, (height, width))
         sample = batch["pixel_values"].to(self._execution_device, self.vqvae.dtype)
-        longer_side = max(grid_shape(image_height, image_width, self.vqvae.f, 1.0))  # in ids
-        scales = [max(size) / longer_side for size in sizes]
+        image_grid = grid_shape(image_height, image_width, self.vqvae.f, 1.0)
+        scales = [max(size) / max(image_grid) for size in sizes]
         latents = self.vqvae.encode_scales(sample, scales, self.config["scale_from"])
         padded_masks = pad_to_multiple(masks, self.vqvae.f)
-        known_scales = []
+        scales_to_edit = []
         for latents_of_scale, size in zip(latents, sizes, strict=True):
             resized = resize(latents_of_scale.float(), size, "area")  # as in training
-            ids = self.vqvae.quantize.nearest_ids(resized)
+            ids = self.vqvae.quantize.nearest_ids(resized)  # (images, h, w)
             has_white = F.adaptive_max_pool2d(padded_masks, size)[:, 0] > 0  # (masks, h, w)
             is_kept = has_white.logical_not().to(ids.device)
-            known_scales.append(KnownScale(ids, is_kept))
-        return known_scales
+            scales_to_edit.append(ScaleToEdit(ids, is_kept))
+        return scales_to_edit
 
     def _prepare_masks(self, mask_image: PipelineImageInput) -> torch.Tensor:
         """Masks `(masks, 1, height, width)` of zeros and ones."""
@@ -321,8 +338,8 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
 
 
 @dataclass(frozen=True)
-class KnownScale:
-    """Images to edit at one scale.
+class ScaleToEdit:
+    """Images to edit, encoded at one scale.
 
     Args:
         ids (`torch.Tensor` of shape `(images, h, w)`): Ids of the images.
@@ -332,11 +349,14 @@ class KnownScale:
     ids: torch.Tensor
     is_kept: torch.Tensor
 
-    def replace(self, sampled: torch.Tensor) -> torch.Tensor:
-        """Sampled ids `(batch, h, w)`, with the known ones where they are kept."""
-        known_ids = self.ids.repeat_interleave(len(sampled) // len(self.ids), dim=0)
-        is_kept = self.is_kept.repeat_interleave(len(sampled) // len(self.is_kept), dim=0)
-        return torch.where(is_kept, known_ids, sampled)
+    def restore_kept(self, sampled_ids: torch.Tensor) -> torch.Tensor:
+        """Sampled ids `(batch, h, w)`, with the ids of the images where these are kept."""
+        batch = len(sampled_ids)
+        samples_per_image = batch // len(self.ids)
+        samples_per_mask = batch // len(self.is_kept)
+        image_ids = self.ids.repeat_interleave(samples_per_image, dim=0)  # (batch, h, w)
+        is_kept = self.is_kept.repeat_interleave(samples_per_mask, dim=0)  # (batch, h, w)
+        return torch.where(is_kept, image_ids, sampled_ids)
 
 
 def check_images_to_edit(image_size: Size, num_images: int, masks: torch.Tensor, size: Size) -> None:
@@ -354,8 +374,8 @@ def check_images_to_edit(image_size: Size, num_images: int, masks: torch.Tensor,
     """
     image_height, image_width = image_size
     height, width = size
-    has_aspect_ratio = image_height * width == image_width * height
-    if not has_aspect_ratio:
+    has_same_aspect_ratio = image_height * width == image_width * height
+    if not has_same_aspect_ratio:
         raise ValueError(
             f"`image` must have the aspect ratio of the result, {width} x {height} (width x height), got "
             f"{image_width} x {image_height}. Crop it, or pass other sides."
@@ -394,10 +414,10 @@ def check_greedy_scales(greedy_scales: Sequence[int], sizes: Sequence[Size]) -> 
 
 def check_prompts(prompts: Any) -> list[str]:
     """Captions as a list. Raises ValueError unless there is at least one, and all are texts."""
-    captions = list(prompts) if isinstance(prompts, list | tuple) else []
-    if not captions or not all(isinstance(caption, str) for caption in captions):
+    is_list = isinstance(prompts, list | tuple) and len(prompts) > 0
+    if not is_list or not all(isinstance(caption, str) for caption in prompts):
         raise ValueError(f"`prompt` must be a caption or a list of captions, got {reprlib.repr(prompts)}.")
-    return captions
+    return list(prompts)
 
 
 def default_schedule(side: int) -> list[Size]:

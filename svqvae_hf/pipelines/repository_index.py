@@ -76,11 +76,11 @@ def _load_index(source: str | os.PathLike, **options: Any) -> Any:
     try:
         return from_hub(PipelineIndex.load_config, source, **options)
     except OSError as error:
-        error_of_pipeline = error
+        error_of_model_index = error
     try:
         return from_hub(ModularIndex.load_config, source, **options)
     except OSError:
-        raise error_of_pipeline from None
+        raise error_of_model_index from None
 
 
 def check_index(index: Any, source: str | os.PathLike) -> None:
@@ -101,27 +101,37 @@ def write_blocks(blocks: type, folder: Path, source: str) -> None:
     """
     write_code(folder)
     module = copy_code(blocks, folder)
-    reference = f"{module}.{blocks.__name__}"
-    modular: dict[str, Any] = {"_blocks_class_name": blocks.__name__, "_class_name": "ModularPipeline"}
-    index = read_json_object(folder / PipelineIndex.config_name)
+    class_of_blocks = f"{module}.{blocks.__name__}"
+    path_of_index = folder / PipelineIndex.config_name
+    index = read_json_object(path_of_index)
+    modular_index: dict[str, Any] = {"_blocks_class_name": blocks.__name__, "_class_name": "ModularPipeline"}
     for name, value in index.items():
         is_component = isinstance(value, list) and (folder / name).is_dir()
         is_missing_component = value == [None, None]
         is_private = name.startswith("_")
         if is_component:
-            place = {
-                "type_hint": AUTO_MODEL if name in MODELS else value,
-                "pretrained_model_name_or_path": source,
-                "subfolder": name,
-                "variant": None,
-                "revision": None,
-            }
-            modular[name] = [None, None, place]
+            modular_index[name] = _entry_of_component(name, value, source)
         elif not is_missing_component and not is_private:
-            modular[name] = value
-    write_json(folder / "modular_config.json", {"auto_map": {"ModularPipelineBlocks": reference}})
-    write_json(folder / ModularIndex.config_name, modular)
-    (folder / PipelineIndex.config_name).unlink()
+            modular_index[name] = value
+    write_json(folder / "modular_config.json", {"auto_map": {"ModularPipelineBlocks": class_of_blocks}})
+    write_json(folder / ModularIndex.config_name, modular_index)
+    path_of_index.unlink()
+
+
+def _entry_of_component(name: str, library_and_class: list[str], source: str) -> list[Any]:
+    """Entry of a component in a modular index, `[library, class, place]`, as diffusers reads it.
+
+    The first two are None, because the place says of which class the component is.
+    """
+    type_hint = AUTO_MODEL if name in MODELS else library_and_class
+    place = {
+        "type_hint": type_hint,
+        "pretrained_model_name_or_path": source,
+        "subfolder": name,
+        "variant": None,
+        "revision": None,
+    }
+    return [None, None, place]
 
 
 def load_arguments(cls: Callable[..., Any], source: str, index: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -140,11 +150,12 @@ def load_arguments(cls: Callable[..., Any], source: str, index: dict[str, Any], 
     components_to_load = []
     for name in inspect.signature(cls).parameters:
         if name in options:
-            arguments[name] = options.pop(name)
+            arguments[name] = options.pop(name)  # passed by the caller
         elif name in COMPONENTS and name in index:
             components_to_load.append(name)
         elif name in index:
             arguments[name] = index[name]
+    # `options` now holds only the arguments of `from_pretrained`.
     for name in components_to_load:
         arguments[name] = _load_component(source, name, index[name], options)
     return arguments

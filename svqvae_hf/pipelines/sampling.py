@@ -24,12 +24,11 @@ def check_sampling(guidance_scale: float, temperature: float, top_k: int, top_p:
     check_type("temperature", temperature, Real, "a number")
     check_type("top_k", top_k, Integral, "an integer")
     check_type("top_p", top_p, Real, "a number")
-    least = 1 / MAX_FACTOR
-    most = MAX_FACTOR
-    if not -most <= guidance_scale <= most:
-        raise_range("guidance_scale", guidance_scale, f"in [-{most:g}, {most:g}]")
-    if temperature != 0 and not least <= temperature <= most:
-        raise_range("temperature", temperature, f"0 or in [{least:g}, {most:g}]")
+    lowest_temperature = 1 / MAX_FACTOR
+    if not -MAX_FACTOR <= guidance_scale <= MAX_FACTOR:
+        raise_range("guidance_scale", guidance_scale, f"in [-{MAX_FACTOR:g}, {MAX_FACTOR:g}]")
+    if temperature != 0 and not lowest_temperature <= temperature <= MAX_FACTOR:
+        raise_range("temperature", temperature, f"0 or in [{lowest_temperature:g}, {MAX_FACTOR:g}]")
     if top_k < 0:
         raise_range("top_k", top_k, "at least 0")
     if not 0 < top_p <= 1:
@@ -101,8 +100,10 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    scores = TemperatureLogitsWarper(float(temperature))(None, logits.flatten(0, -2))  # (rows, codes)
-    if top_k:
+    scores = logits.flatten(0, -2)  # (rows, codes)
+    # transformers' warpers take a sequence of tokens first, but do not read it.
+    scores = TemperatureLogitsWarper(float(temperature))(None, scores)
+    if top_k > 0:
         scores = TopKLogitsWarper(int(top_k))(None, scores)  # `int`, because it takes no integers of NumPy
     if top_p < 1:
         scores = TopPLogitsWarper(float(top_p))(None, scores)
@@ -125,14 +126,20 @@ def draw(scores: torch.Tensor, generator: Generators) -> torch.Tensor:
 
 
 def _exponential(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
-    """Draws from the exponential distribution, from one generator for the batch or from one for each image."""
+    """Draws `(batch, ...)` from the exponential distribution, with one generator for the batch or one per image."""
     if isinstance(generator, list):
-        check_generators(generator, shape[0])
-        shape_of_image = torch.Size((1, *shape[1:]))
+        batch, *shape_of_image = shape
+        check_generators(generator, batch)
         draws = []
         for generator_of_image in generator:
-            draws.append(_exponential(shape_of_image, generator_of_image, device))
+            draws.append(_exponential_of_one(torch.Size([1, *shape_of_image]), generator_of_image, device))
         return torch.cat(draws)
+    return _exponential_of_one(shape, generator, device)
+
+
+def _exponential_of_one(shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
+    """Draws from the exponential distribution with one generator, which may be on another device than the result."""
     device_of_generator = device if generator is None else generator.device
-    drawn = torch.empty(shape, device=device_of_generator).exponential_(generator=generator)
-    return drawn.to(device)
+    values = torch.empty(shape, device=device_of_generator)
+    values.exponential_(generator=generator)
+    return values.to(device)

@@ -30,24 +30,33 @@ def make_schedule(size: Size, steps: int) -> list[Size]:
         raise ValueError(f"`num_inference_steps` must be an integer, got {steps!r}.")
     if not 1 <= steps <= longest:
         raise ValueError(f"`num_inference_steps` must be in [1, {longest}] for {describe([size])} ids, got {steps}.")
-    factor = 1.0  # largest factor so far with which the sides stay within the image
-    too_large = float(longest)
-    for _ in range(BISECTIONS):
-        middle = (factor + too_large) / 2
-        if _grow(middle, steps)[-1] > longest:
-            too_large = middle
-        else:
-            factor = middle
-    sides = [int(side + 0.5) for side in _grow(factor, steps)]
+    factor = _largest_factor(longest, steps)
+    sides = [_rounded_side(side) for side in _grow(factor, steps)]
     sides[-1] = longest
     return fit_schedule(sides, size)
 
 
+def _largest_factor(longest: int, steps: int) -> float:
+    """Largest factor by which sides can grow without exceeding `longest` after so many steps, by bisection."""
+    factor = 1.0  # small enough
+    too_large = float(longest)
+    for _ in range(BISECTIONS):
+        middle = (factor + too_large) / 2
+        last_side = _grow(middle, steps)[-1]
+        if last_side > longest:
+            too_large = middle
+        else:
+            factor = middle
+    return factor
+
+
 def _grow(factor: float, steps: int) -> list[float]:
-    """Sides from 1 that grow by a factor, at least by 1."""
-    sides = [1.0]
+    """One side per step, not rounded. They start at 1 and grow by a factor, at least by 1."""
+    side = 1.0
+    sides = [side]
     while len(sides) < steps:
-        sides.append(max(sides[-1] + 1, sides[-1] * factor))
+        side = max(side + 1, side * factor)
+        sides.append(side)
     return sides
 
 
@@ -64,25 +73,27 @@ def fit_schedule(schedule: Sequence[Scale], size: Size) -> list[Size]:
     """
     sizes = [_size_of_scale(entry, size) for entry in schedule]
     for size_before, next_size in itertools.pairwise(sizes):
-        shrinks = next_size[0] < size_before[0] or next_size[1] < size_before[1]
+        height_before, width_before = size_before
+        height, width = next_size
+        shrinks = height < height_before or width < width_before
         if next_size == size_before or shrinks:
             raise ValueError(f"`schedule` must rise, but {describe([next_size])} follows {describe([size_before])}.")
-    if not sizes or sizes[-1] != size:
-        raise ValueError(
-            f"`schedule` must end with {describe([size])}, the ids of the image, got {describe(sizes) or 'no scale'}."
-        )
+    if not sizes:
+        raise ValueError(f"`schedule` must end with {describe([size])}, the ids of the image, got no scale.")
+    if sizes[-1] != size:
+        raise ValueError(f"`schedule` must end with {describe([size])}, the ids of the image, got {describe(sizes)}.")
     return sizes
 
 
 def _size_of_scale(entry: Any, size: Size) -> Size:
-    """Height and width of an entry of a schedule; see [`fit_schedule`]."""
-    numbers = list(entry) if isinstance(entry, list | tuple) else [entry]
-    are_sides = all(type(number) is int and number > 0 for number in numbers)
-    if len(numbers) not in (1, 2) or not are_sides:
+    """Height and width of an entry of a schedule: a pair, or the longer side of a scale that is shaped like `size`."""
+    sides = list(entry) if isinstance(entry, list | tuple) else [entry]
+    are_positive_integers = all(type(side) is int and side > 0 for side in sides)
+    if len(sides) not in (1, 2) or not are_positive_integers:
         raise ValueError(f"`schedule` must hold sides or pairs (height, width), integers above 0, got {entry!r}.")
-    if len(numbers) == 2:
-        return (numbers[0], numbers[1])
-    longer_side = numbers[0]
+    if len(sides) == 2:
+        return (sides[0], sides[1])
+    longer_side = sides[0]
     height, width = size
     if height >= width:
         return (longer_side, _rounded_side(longer_side * width / height))
@@ -112,12 +123,14 @@ def guidance_per_step(guidance_scale: float, mode: str, sizes: Sequence[Size], t
         raise ValueError(f"`guidance_mode` must be one of {', '.join(GUIDANCE_MODES)}, got {mode!r}.")
     if mode == "constant":
         return [guidance_scale] * len(sizes)
-    rising_steps = max(1, min(len(sizes) - 1, RISING_STEPS))
-    rise = (guidance_scale - 1) / rising_steps
+    num_rises = max(1, min(len(sizes) - 1, RISING_STEPS))  # from the first step to the one with `guidance_scale`
+    rise_per_step = (guidance_scale - 1) / num_rises
     scales = []
     for step, size in enumerate(sizes):
-        is_larger_than_trained = max(size) > max(trained)
-        scales.append(guidance_scale if is_larger_than_trained else 1 + rise * step)
+        if max(size) > max(trained):
+            scales.append(guidance_scale)
+        else:
+            scales.append(1 + rise_per_step * step)
     return scales
 
 

@@ -76,7 +76,7 @@ def test_answers_begin_as_in_training(monkeypatch):
     model, processor = load_extended("qwen")
     thinks = "{% if message.role == 'assistant' %}<think>\n{% endif %}{{ message.content }}"  # as Qwen3's template
     monkeypatch.setattr(processor, "chat_template", CHAT_ML.replace("{{ message.content }}", thinks))
-    asked = ImageLanguageModel(model, processor)._ask(["a cat"], start=processor.begin_image((2, 2)))
+    asked = ImageLanguageModel(model, processor)._ask(["a cat"], start_of_answer=processor.begin_image((2, 2)))
     chat = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": processor.begin_image((2, 2))}]
     trained = processor.tokenizer(processor.apply_chat_template(chat)).input_ids
     assert asked["input_ids"][0].tolist() == trained[: asked["input_ids"].shape[1]]

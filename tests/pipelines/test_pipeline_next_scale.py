@@ -229,7 +229,8 @@ def test_one_white_pixel_of_a_large_mask_is_drawn(editor, photo):
         side = len(is_changed)
         is_changed[100 * side // 512, 300 * side // 512] = False
         assert not is_changed.any()
-    is_drawn = editor._encode_known(photo.resize((512, 512)), mask, [(4, 4)], 16, 16)[0].is_kept.logical_not()
+    (scale,) = editor._encode_images_to_edit(photo.resize((512, 512)), mask, [(4, 4)], 16, 16)
+    is_drawn = scale.is_kept.logical_not()
     assert is_drawn.nonzero().tolist() == [[0, 0, 2]]
 
 
