@@ -16,9 +16,10 @@ from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
 from svqvae_hf.data.selection import Selection
 from svqvae_hf.data.set_errors import explained_set
 from svqvae_hf.data.set_files import METADATA_FILES
-from svqvae_hf.data.tables import select_columns
+from svqvae_hf.data.tables import check_classes, select_columns
 from svqvae_hf.untrusted.set_rows import confine_row
 
+TABLE_SUFFIXES = (".parquet", ".arrow")
 SET_NAME = r"\w[\w.-]*(/[\w.-]+)?"  # on the Hub, also sets without an owner
 
 
@@ -46,6 +47,7 @@ class StreamPart:
         repository (`str`, *optional*): Repository of the set if it is on the Hub, which its rows may name files of.
         name (`str`): Name of the shard's file.
         number (`int`): Number of the shard.
+        table (`str`, *optional*): Path or URL of the shard's file if it is a Parquet or Arrow file.
     """
 
     rows: datasets.IterableDataset
@@ -54,9 +56,17 @@ class StreamPart:
     repository: str | None
     name: str
     number: int
+    table: str | None
 
     def read(self) -> Iterator[ImageRow]:
-        """Yields the images."""
+        """Yields the images.
+
+        Raises:
+            OSError: The file cannot be reached.
+            ValueError: It has other classes than the set.
+        """
+        if self.table is not None:
+            self._check_classes(self.table)
         try:
             shard = self.rows.shard(self.rows.num_shards, self.number)
             for index, batch in enumerate(shard.iter(1)):  # its `__iter__` would share rows among a loader's workers
@@ -69,6 +79,17 @@ class StreamPart:
             reason = fault_of(error).removesuffix(".")
             columns = [name for name in self.rows.features if name != self.image_column]
             yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", columns)
+
+    def _check_classes(self, table: str) -> None:
+        """Raises ValueError if a file has other classes, whose numbers `datasets` would take for classes of the set.
+
+        A damaged file passes. It is reported when its rows are read.
+        """
+        try:
+            check_classes(table, self.rows.features)
+        except (OSError, pa.ArrowException) as error:
+            if is_unreachable(error, is_remote=self.repository is not None):
+                raise
 
 
 @dataclass(frozen=True)
@@ -144,10 +165,14 @@ def open_stream(files: RepositoryFiles, name: str, selection: Selection) -> Open
     rows = rows.decode(False)  # otherwise a broken image of a folder on the Hub ends the stream
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     rows = rows.select_columns([image_column, *column_names])
-    shard_names = [os.path.basename(path) for path in files.paths()]
-    if rows.num_shards != len(shard_names):
-        shard_names = [name] * rows.num_shards
+    paths = files.paths()
+    has_shard_per_file = rows.num_shards == len(paths)
     parts = []
-    for number, shard_name in enumerate(shard_names):
-        parts.append(StreamPart(rows, image_column, files.root, files.builder.repo_id, shard_name, number))
+    for number in range(rows.num_shards):
+        part = StreamPart(rows, image_column, files.root, files.builder.repo_id, name, number, None)
+        if has_shard_per_file:
+            part.name = os.path.basename(paths[number])
+        if has_shard_per_file and paths[number].endswith(TABLE_SUFFIXES):
+            part.table = paths[number]
+        parts.append(part)
     return OpenedStream(parts, image_column, features, length)

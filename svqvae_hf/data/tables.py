@@ -75,10 +75,7 @@ class TablePart:
         for name, feature in self.features.items():
             has_classes = isinstance(feature, datasets.ClassLabel) or isinstance(features[name], datasets.ClassLabel)
             if has_classes and features[name] != feature:
-                raise ValueError(
-                    f"all files of a set must have the same classes in the same order, but `{name}` of `{self.path}` "
-                    f"is {features[name]!s:.200}, and {feature!s:.200} in the first file."
-                )
+                raise _other_classes(self.path, name, features[name], feature)
 
     def _image_row(self, index: int, row: dict[str, Any], is_remote: bool) -> ImageRow:
         repository = "" if is_remote else None  # rows at a URL may name no file of this machine
@@ -124,6 +121,30 @@ def _check_local_schema(part: TablePart) -> None:
     except (OSError, pa.ArrowException):
         return
     part.check_schema(schema)
+
+
+def check_classes(path: str, features: datasets.Features) -> None:
+    """Raises ValueError if a Parquet or Arrow file has other classes than its set.
+
+    A column of numbers without names passes, because the card of a repository may name its classes.
+
+    Args:
+        path (`str`): Local path, or a URL for `fsspec`.
+        features (`datasets.Features`): Columns of the set.
+    """
+    with _opened(path) as file:
+        features_of_file = datasets.Features.from_arrow_schema(_read_schema(path, file))
+    for name, feature in features.items():
+        feature_of_file = features_of_file.get(name)
+        if isinstance(feature_of_file, datasets.ClassLabel) and feature_of_file != feature:
+            raise _other_classes(path, name, feature_of_file, feature)
+
+
+def _other_classes(path: str, column: str, feature_of_file: Any, feature: Any) -> ValueError:
+    return ValueError(
+        f"all files of a set must have the same classes in the same order, but `{column}` of `{path}` is "
+        f"{feature_of_file!s:.200}, and {feature!s:.200} in the set."
+    )
 
 
 def select_columns(features: datasets.Features, selection: Selection) -> tuple[str, list[str]]:

@@ -34,6 +34,36 @@ def test_files_with_other_classes_are_an_error(tmp_path, prefix):
         list(open_images([f"{prefix}{tmp_path}"]))
 
 
+CARD = """---
+configs:
+- config_name: default
+  data_files: "*.parquet"
+dataset_info:
+  features:
+  - {name: image, dtype: image}
+  - {name: label, dtype: {class_label: {names: {'0': a, '1': b}}}}
+---
+"""
+
+
+def test_files_of_a_repository_with_other_classes_are_an_error(tmp_path):
+    make_rows([0, 1]).to_parquet(tmp_path / "0.parquet")
+    make_rows([2, 3], ["b", "a"]).to_parquet(tmp_path / "1.parquet")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*.parquet'\n---\n")
+    with pytest.raises(ValueError, match="same classes in the same order, but `label` of `.*1.parquet` is Class"):
+        list(open_images([str(tmp_path)]))
+
+
+def test_the_card_of_a_repository_names_the_classes_of_numbers(tmp_path):
+    (tmp_path / "README.md").write_text(CARD)
+    rows = make_rows([0, 1])
+    rows.cast_column("label", datasets.Value("int64")).to_parquet(tmp_path / "0.parquet")
+    rows.to_parquet(tmp_path / "1.parquet")
+    images = open_images([str(tmp_path)])
+    assert images.features["label"].names == ["a", "b"]
+    assert [row.values["label"] for row in images] == [0, 1, 0, 1]
+
+
 @pytest.mark.parametrize("prefix", ["", "file://"])
 @pytest.mark.parametrize("suffix", ["parquet", "tar"])
 @pytest.mark.parametrize("form", ["folder", "files", "pattern"])
