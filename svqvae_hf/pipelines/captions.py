@@ -41,6 +41,11 @@ def split_caption(caption: str) -> list[tuple[str, str]]:
     return parts
 
 
+def has_words(caption: str) -> bool:
+    """Whether a caption has a word or a symbol, and not punctuation alone."""
+    return any(kind != SEPARATOR for kind, _ in split_caption(caption))
+
+
 def _kind(character: str, last_kind: str) -> str:
     """Kind of the part that a character belongs to, after a part of kind `last_kind`."""
     category = unicodedata.category(character)

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from transformers import BatchFeature, PreTrainedModel
 
-from .captions import keep_known_words
+from .captions import has_words, keep_known_words
 from .id_sampler import IdSampler
 from .known_objects import KnownObjects, say_undrawable
 from .sampling import Generators, check_generators, check_sampling, guide, sample
@@ -295,12 +295,14 @@ def _check_masks(images: Sequence[Image.Image], masks: Sequence[Image.Image], nu
 
 
 def _check_prompts(prompts: Sequence[Any]) -> None:
-    """Raises unless there is at least one caption, and each is a text or None."""
+    """Raises unless there is at least one caption, and each is None, or a text with words."""
     if not prompts:
         raise ValueError("`prompts` must hold at least one caption, or None for an image without one, got none.")
     for prompt in prompts:
         if prompt is not None and not isinstance(prompt, str):
             raise ValueError(f"`prompts` must hold texts, or None for an image without one, got {prompt!r:.80}.")
+        if prompt and not has_words(prompt):
+            raise ValueError(f"a prompt must have a word or a symbol, got {prompt!r:.80}. Say what to draw.")
 
 
 def _crop_to_aspect_ratio(grey: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

@@ -160,6 +160,9 @@ def test_wrong_prompts_and_images_are_explained():
     pipe = ImageLanguageModel(*load_extended("qwen"))
     with pytest.raises(ValueError, match="`prompts` must hold texts, or None for an image without one, got 3"):
         pipe.draw(["a cat", 3])
+    for prompt in ("?!", " ", "..."):
+        with pytest.raises(ValueError, match="a prompt must have a word or a symbol, got .* Say what to draw"):
+            pipe.draw(["a cat", prompt])
     with pytest.raises(ValueError, match="`images` must hold at least one image, got none"):
         pipe.caption([])
 
