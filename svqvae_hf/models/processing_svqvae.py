@@ -158,11 +158,12 @@ class SVQVAEProcessor(ProcessorMixin):
             `BatchFeature`: `input_ids` and `attention_mask`.
 
         Raises:
-            ValueError: If the number of images differs from the number of placeholders, the model does not know the
-                grid, or a text itself has malformed images.
+            ValueError: If there is another value than a text, the number of images differs from the number of
+                placeholders, the model does not know the grid, or a text itself has malformed images.
         """
         if text is None:
             raise ValueError(f"`text` must be given. For images alone, pass one `{PLACEHOLDER}` per image.")
+        _check_texts(text)
         if self._starts_with_bos(text):
             is_set_by_caller = "add_special_tokens" in kwargs.get("text_kwargs", {})
             if not is_set_by_caller:
@@ -176,7 +177,7 @@ class SVQVAEProcessor(ProcessorMixin):
         """Whether a text, or the first of several, starts with the begin of sequence."""
         bos = self.tokenizer.bos_token
         texts = [text] if isinstance(text, str) else text
-        if bos is None or not texts:
+        if bos is None:
             return False
         return texts[0].startswith(bos)
 
@@ -308,6 +309,16 @@ class SVQVAEProcessor(ProcessorMixin):
             return to_rgb(image)
         pixels = self.image_processor(image)["pixel_values"]
         return self.image_processor.postprocess(pixels)[0]
+
+
+def _check_texts(text: Any) -> None:
+    """Raises unless `text` is a text, or a list of at least one."""
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, list | tuple) or not texts:
+        raise ValueError(f"`text` must be a text or a list of texts, got {text!r:.80}.")
+    for element in texts:
+        if not isinstance(element, str):
+            raise ValueError(f"`text` must be a text or a list of texts, got {element!r:.80} among them.")
 
 
 def _flatten(images: Any) -> list[Any]:

@@ -86,6 +86,9 @@ def test_saved_and_loaded_again(tmp_path):
     [
         ({"text": "<|image|>"}, "Found 1 <\\|image\\|> tokens in the text but no images were passed"),
         ({"text": "<|image|>", "images": noise(), "grid": (3, 3)}, "knows, 2 x 2, 2 x 3, 4 x 4, got 3 x 3. Choose"),
+        ({"text": []}, "`text` must be a text or a list of texts, got \\[\\]"),
+        ({"text": [3]}, "`text` must be a text or a list of texts, got 3 among them"),
+        ({"text": {"text": "a"}}, "`text` must be a text or a list of texts, got {'text': 'a'}"),
         ({"text": "<|image_00001|> a"}, "outside an image there must be no image token"),
         ({"text": "<|image_begin|><|image_2x2|><|image_00001|>a"}, "must have 4 codes and then <\\|image_end\\|>"),
         ({"text": "<|image_begin|><|image_2x2|>" + "<|image_00001|>" * 5}, "must have 4 codes and then"),
