@@ -19,6 +19,7 @@ from svqvae_hf.pipelines.sampling import sample
 
 PRECISIONS = ("float32", "bfloat16", "torchao int8", "bitsandbytes int8", "bitsandbytes nf4")
 CODES = 16384
+HEAD_CHANNELS = 64  # as in all of LlamaGen's models
 CONTEXT = (16, 16)  # rows and columns of ids
 
 
@@ -72,7 +73,11 @@ def row_sampler(model: LlamaGenForCausalLM, rows: int) -> Callable[[], torch.Ten
 @torch.inference_mode()
 def compare(options: argparse.Namespace) -> list[Row]:
     """Times all precisions in turns, with a row of the table per precision."""
-    config = LlamaGenConfig(num_hidden_layers=options.layers, hidden_size=options.hidden_size)
+    config = LlamaGenConfig(
+        num_hidden_layers=options.layers,
+        hidden_size=options.hidden_size,
+        num_attention_heads=options.hidden_size // HEAD_CHANNELS,
+    )
     with tempfile.TemporaryDirectory() as folder:
         LlamaGenForCausalLM(config).save_pretrained(folder)
         models = {precision: load(folder, precision, options.device) for precision in options.precisions}
@@ -89,12 +94,20 @@ def compare(options: argparse.Namespace) -> list[Row]:
     return list(table.values())
 
 
+def whole_heads(text: str) -> int:
+    """Reads a number of channels that makes whole heads."""
+    channels = int(text)
+    if channels < HEAD_CHANNELS or channels % HEAD_CHANNELS:
+        raise argparse.ArgumentTypeError(f"must be a multiple of {HEAD_CHANNELS}, got {text}.")
+    return channels
+
+
 def main() -> None:
     """Reads the arguments, runs the benchmark and reports."""
     parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="default: all")
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 16], help="rows of a batch (default: 2 16)")
-    parser.add_argument("--hidden-size", type=int, default=768, help="default: %(default)s")
+    parser.add_argument("--hidden-size", type=whole_heads, default=768, help="default: %(default)s")
     parser.add_argument("--layers", type=int, default=12, help="default: %(default)s")
     options, machine = parse_options(parser)
     report(options, machine, {"Precisions": compare(options)})
