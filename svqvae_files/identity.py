@@ -122,9 +122,11 @@ def output_identity(path: str | os.PathLike) -> OutputIdentity:
     Raises:
         OSError: The file does not exist or cannot be read.
     """
+    digest = hashlib.sha256()
     with explained(path, "read"), open(path, "rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-        return OutputIdentity(file.tell(), checksum)
+        size = os.fstat(file.fileno()).st_size
+        _add_bytes(digest, file, size)
+    return OutputIdentity(size, digest.hexdigest())
 
 
 def model_digest(folder: str | os.PathLike) -> str:

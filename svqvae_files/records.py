@@ -7,11 +7,13 @@ Lines are appended under a lock, so that several runs with the same options can 
 
 import fcntl
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
 
 from svqvae_files.errors import explained
 from svqvae_files.identity import OutputIdentity, output_identity
@@ -57,7 +59,7 @@ class RunRecord:
         self._first_line = b""
         self._num_read = 0  # bytes of whole lines
         if path.exists():
-            with explained(path, "read"), open(path, "rb") as file:
+            with explained(path, "read"), open(path, "rb", buffering=0) as file:
                 self._read(file)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
@@ -121,17 +123,18 @@ class RunRecord:
             OSError: The record cannot be written.
             RecordError: A run with other options has replaced the record.
         """
-        entries = []
+        entries: list[dict[str, Any]] = []
         for output in outputs:
-            entries.append({"output": output} | asdict(RecordedOutput(dict(source), None)))
+            entries.append({"output": output, "source": dict(source), "identity": None})
         self._add(entries)
 
     def finish(self, outputs: Iterable[str]) -> None:
         """Records the content of outputs that were written, see [`~RunRecord.begin`]."""
         entries = []
         for output in outputs:
+            source = self.outputs[output].source
             identity = output_identity(self._file(output))
-            entries.append({"output": output} | asdict(RecordedOutput(self.outputs[output].source, identity)))
+            entries.append({"output": output, "source": source, "identity": vars(identity)})
         self._add(entries)
 
     def delete(self, outputs: Iterable[str]) -> None:
@@ -171,29 +174,36 @@ class RunRecord:
             self._read(file)
             self._append(file, entries)
 
-    def _append(self, file: BinaryIO, entries: list[dict[str, Any]]) -> None:
-        """Appends lines. A killed run may have left a part of a line, which they replace."""
+    def _append(self, file: FileIO, entries: list[dict[str, Any]]) -> None:
+        """Appends lines to a record that was read to its end."""
+        lines = [json.dumps(entry).encode() for entry in entries]
         with explained(self.path, "written"):
-            file.truncate(self._num_read)
-            for entry in entries:
-                file.write(json.dumps(entry).encode() + b"\n")
-            file.flush()
-        self._read(file)
+            has_part_of_line = os.fstat(file.fileno()).st_size > self._num_read
+            if has_part_of_line:  # from a run that was killed
+                file.truncate(self._num_read)
+            _write_all(file, b"".join([line + b"\n" for line in lines]))
+        for entry, line in zip(entries, lines, strict=True):
+            self._apply(entry)
+            self._count(line)
 
-    def _read(self, file: BinaryIO) -> None:
+    def _read(self, file: FileIO) -> None:
         """Reads the lines that were appended since the last call, by this run or by another one."""
         file.seek(0)
-        first_line = file.readline()
-        if self._first_line and first_line != self._first_line:
+        first_line = file.read(len(self._first_line))
+        if first_line != self._first_line:
             raise RecordError(f"`{self.path.parent}` was emptied by a run with --overwrite. Use another --output.")
         file.seek(self._num_read)
-        for line in file:
-            if not line.endswith(b"\n"):  # the run that wrote it was killed
-                break
+        lines = file.readall().split(b"\n")
+        lines.pop()  # empty, or a part of a line if the run that wrote it was killed
+        for line in lines:
             self._parse(line)
-            self._num_read += len(line)
-        if self._num_read:
-            self._first_line = first_line
+            self._count(line)
+
+    def _count(self, line: bytes) -> None:
+        """Counts a line, without its end, as read."""
+        self._num_read += len(line) + 1
+        if not self._first_line:
+            self._first_line = line
 
     def _parse(self, line: bytes) -> None:
         try:
@@ -217,8 +227,7 @@ class RunRecord:
             self.outputs.pop(str(entry["deleted"]), None)  # two runs may delete the same one
             return
         output = entry["output"]
-        path = PurePosixPath(output)
-        may_be_outside = path.is_absolute() or ".." in path.parts
+        may_be_outside = output.startswith("/") or ".." in output.split("/")
         if may_be_outside:  # a run might delete it there
             raise ValueError(f"an output must lie in the folder, got {output}.")
         identity = entry["identity"]
@@ -233,11 +242,23 @@ class RunRecord:
         self._num_read = 0
 
     @contextmanager
-    def _locked(self) -> Iterator[BinaryIO]:
+    def _locked(self) -> Iterator[FileIO]:
         """Opens the record under its lock, which ends with the process at the latest. Creates it if necessary."""
-        with explained(self.path, "written"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(self.path, "a+b")  # closed below
-        with file:
+        with self._open() as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
+
+    def _open(self) -> FileIO:
+        with explained(self.path, "written"):
+            try:
+                return open(self.path, "a+b", buffering=0)
+            except FileNotFoundError:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                return open(self.path, "a+b", buffering=0)
+
+
+def _write_all(file: FileIO, content: bytes) -> None:
+    """Writes bytes to a file without a buffer, which may take a part of them at once."""
+    num_written = 0
+    while num_written < len(content):
+        num_written += file.write(content[num_written:])
