@@ -23,7 +23,7 @@ from svqvae_cli.errors import prefix_errors
 from svqvae_cli.files import InputFile, check_file, check_output, check_source, find_inputs, is_token_set
 from svqvae_cli.large import add_large, check_large
 from svqvae_cli.output_folder import OutputFolder, Source
-from svqvae_cli.runs import Run, print_deleted
+from svqvae_cli.runs import Run, print_leftovers
 from svqvae_files.file_names import TOKEN_SUFFIXES
 from svqvae_files.identity import InputIdentity
 
@@ -75,7 +75,7 @@ def _decode_set(args: argparse.Namespace) -> None:
         context_model = require_context_model(model, args.model)
     with prefix_errors(name):
         check_same_codebook(model, settings)
-        print_deleted(folder.delete_versions_before(source))
+        print_leftovers(folder.delete_versions_before(source))
         num_written, num_kept = detokenize_set(
             model,
             name,

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,19 @@ class Source:
     input: InputIdentity
 
 
+@dataclass(frozen=True)
+class Leftovers:
+    """Outputs of earlier runs that do not belong to this one.
+
+    Args:
+        deleted (`list[Path]`): Files that were deleted.
+        changed (`list[Path]`): Files that stay, because they have changed since they were written.
+    """
+
+    deleted: list[Path]
+    changed: list[Path]
+
+
 class OutputFolder:
     """A folder that a command writes to, with the record of its runs there.
 
@@ -55,6 +68,7 @@ class OutputFolder:
         self._is_started = False
         self._real_path = os.path.realpath(self.path)
         self._relative_folders: dict[Path, str] = {}  # of inputs
+        self._made_folders: set[Path] = set()  # of outputs
 
     def source(self, folder: Path, identity: InputIdentity) -> Source:
         """What an output is made from, as it is recorded."""
@@ -113,9 +127,16 @@ class OutputFolder:
             self._start(all_outputs)
             self._is_started = True
         for output in outputs:
-            with explained(output.parent, "written"):
-                output.parent.mkdir(parents=True, exist_ok=True)
-        self.record.begin([self._name(output) for output in outputs], asdict(source))
+            self._make_folder(output.parent)
+        record_of_source = {"folder": source.folder, "input": vars(source.input)}
+        self.record.begin([self._name(output) for output in outputs], record_of_source)
+
+    def _make_folder(self, folder: Path) -> None:
+        if folder in self._made_folders:
+            return
+        with explained(folder, "written"):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._made_folders.add(folder)
 
     def recorded_outputs(self) -> list[Path]:
         """Outputs of all runs."""
@@ -135,7 +156,7 @@ class OutputFolder:
             names = [self._name(output) for output in all_outputs]
             self.record.delete([name for name in names if name in self.record.outputs])
 
-    def delete_leftovers(self, outputs_by_source: Mapping[Source, Sequence[Path]]) -> list[Path]:
+    def delete_leftovers(self, outputs_by_source: Mapping[Source, Sequence[Path]]) -> Leftovers:
         """Deletes outputs of earlier runs whose inputs are gone, or have other outputs now.
 
         Outputs that have changed since they were written stay. So do all outputs of a folder that is gone as a whole,
@@ -144,9 +165,6 @@ class OutputFolder:
         Args:
             outputs_by_source (`Mapping[Source, Sequence[Path]]`): Outputs of each input of this run. An input without
                 outputs cannot be read, so its earlier ones stay.
-
-        Returns:
-            `list[Path]`: The deleted files.
         """
         current_names = set()
         paths_of_inputs = set()
@@ -164,7 +182,7 @@ class OutputFolder:
                 leftovers.append(name)
         return self._delete(leftovers)
 
-    def delete_versions_before(self, source: Source) -> list[Path]:
+    def delete_versions_before(self, source: Source) -> Leftovers:
         """Deletes the outputs of earlier versions of an input, unless they have changed since they were written."""
         outdated = []
         for name in self.record.outputs:
@@ -173,11 +191,18 @@ class OutputFolder:
                 outdated.append(name)
         return self._delete(outdated)
 
-    def _delete(self, names: Sequence[str]) -> list[Path]:
-        unchanged = [name for name in names if not self.record.has_changed(name)]
+    def _delete(self, names: Sequence[str]) -> Leftovers:
+        unchanged = []
+        leftovers = Leftovers([], [])
+        for name in names:
+            if self.record.has_changed(name):
+                leftovers.changed.append(self.path / name)
+            else:
+                unchanged.append(name)
+                leftovers.deleted.append(self.path / name)
         if unchanged:
             self.record.delete(unchanged)
-        return [self.path / name for name in unchanged]
+        return leftovers
 
     def _recorded_source(self, name: str) -> Source:
         source = self.record.outputs[name].source
@@ -198,7 +223,8 @@ class OutputFolder:
         return os.path.isdir(folder) and not os.path.lexists(self._path_of(source))
 
     def _name(self, output: Path) -> str:
-        return output.relative_to(self.path).as_posix()
+        """Path of an output below the folder, as it is recorded."""
+        return os.fspath(output).removeprefix(os.path.join(self.path, ""))
 
 
 def _recorded_options(args: argparse.Namespace, default_model: str) -> dict[str, Any]:

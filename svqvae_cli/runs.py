@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from svqvae_cli.errors import check_none_skipped, one_line
 from svqvae_cli.files import InputFile, check_file, check_output
-from svqvae_cli.output_folder import OutputFolder, Source
+from svqvae_cli.output_folder import Leftovers, OutputFolder, Source
 from svqvae_files.file_names import DEFAULT_MODEL
 from svqvae_files.identity import InputIdentity, input_identity
 from svqvae_files.records import RecordError
@@ -91,7 +91,7 @@ class Run(Generic[Item]):
 
     def __enter__(self) -> "Run[Item]":
         outputs_by_source = {source: self.targets[item] for item, source in self.sources.items()}
-        print_deleted(self.folder.delete_leftovers(outputs_by_source))
+        print_leftovers(self.folder.delete_leftovers(outputs_by_source))
         if self.num_done:
             print(f"resumed: {self.num_done:,} of {len(self.targets):,} were there")
         return self
@@ -171,10 +171,14 @@ class Run(Generic[Item]):
         tqdm.write(f"svqvae: skipped: {one_line(reason)}", sys.stderr)  # above the progress bars
 
 
-def print_deleted(files: Sequence[Path]) -> None:
-    """Says which outputs of earlier runs were deleted."""
-    if files:
-        print(f"deleted  {len(files):,} outputs of earlier inputs, such as {one_line(str(files[0]))}")
+def print_leftovers(leftovers: Leftovers) -> None:
+    """Says which outputs of earlier runs were deleted, and which have changed and stay."""
+    if leftovers.deleted:
+        example = one_line(str(leftovers.deleted[0]))
+        print(f"deleted  {len(leftovers.deleted):,} outputs of earlier inputs, such as {example}")
+    if leftovers.changed:
+        example = one_line(str(leftovers.changed[0]))
+        print(f"kept     {len(leftovers.changed):,} outputs of earlier inputs that have changed, such as {example}")
 
 
 def _real_path(path: Path, real_folders: dict[Path, Path]) -> Path:

@@ -252,7 +252,9 @@ def test_leftovers_of_inputs_that_are_gone_are_deleted(photos, tmp_path, saved_m
     (photos / "2.png").unlink()
     (out / "2.safetensors").write_bytes(b"changed")
     assert svqvae(*words) == 0
-    assert f"deleted  1 outputs of earlier inputs, such as {out}/1.safetensors\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"deleted  1 outputs of earlier inputs, such as {out}/1.safetensors\n" in printed
+    assert f"kept     1 outputs of earlier inputs that have changed, such as {out}/2.safetensors\n" in printed
     assert contents(out).keys() == {f"{name}.safetensors" for name in (0, 2, 3, 4)}
 
 
