@@ -8,9 +8,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PAGES = {"changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md"}
 DRAWING_PAGE = os.environ.get("DRAWING_PAGE")  # folder that `svqvae export scenes --web` wrote
-TRY_IT = (
-    '<p><a href="draw/index.html"><strong>Draw in your browser</strong></a>: this site carries the page, 27 MB.</p>'
-)
+TRY_IT = '<p><a href="draw/index.html"><strong>Draw in your browser</strong></a> (27 MB)</p>'
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -3,8 +3,8 @@
 OUT is `wordings/wordnet.json`: synonyms and kinds of the objects that scenes show, and common words. The file
 `known_objects.json` of FOLDER has all names and words of captions, and nouns for other things that have a shape, by
 which the model says what it cannot draw. It also lists objects and colours for people to read. Only words of
-`/usr/share/dict/american-english` are among the other things (Debian: `apt install wamerican`). WordNet is in `/usr/share/wordnet` (Debian: `apt install wordnet-base`; licence of Princeton
-University).
+`/usr/share/dict/american-english` are among the other things (Debian: `apt install wamerican`). WordNet is in
+`/usr/share/wordnet` (Debian: `apt install wordnet-base`; licence of Princeton University).
 """
 
 import json
