@@ -1,11 +1,13 @@
 """Hooks of MkDocs: pages from files of the root, and the page that draws in the browser."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+LINK_OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)[^)]*\)")  # to a file that only the repository has
 PAGES = {"changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md"}
 DRAWING_PAGE = os.environ.get("DRAWING_PAGE")  # folder that `svqvae export scenes --web` wrote
 TRY_IT = '<p><a href="draw/index.html"><strong>Draw in your browser</strong></a> (27 MB)</p>'
@@ -16,6 +18,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri in PAGES:
         text = (ROOT / PAGES[page.file.src_uri]).read_text()
         return text.replace("](docs/", "](").replace("](model_card.md)", "](index.md)")
+    markdown = LINK_OUTSIDE.sub(r"\1 (`\2` in the repository)", markdown)
     if page.file.src_uri == "browser.md" and DRAWING_PAGE:
         title, text = markdown.split("\n", 1)
         return f"{title}\n\n{TRY_IT}\n{text}"

@@ -1,4 +1,4 @@
-"""Writes the reference of commands and of training scripts, which a test compares.
+"""Writes the reference of commands, of training scripts and of Python, which a test compares.
 
 PYTHONPATH=training python docs/write_reference.py
 """
@@ -8,6 +8,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+from python_reference import python_reference
 from train import TrainOptions
 from train_language_model import LanguageModelOptions
 from train_latent_diffusion import DiffusionOptions
@@ -90,7 +91,7 @@ def _default(field: dataclasses.Field) -> str:
     return f"`{value}`"
 
 
-PAGES = {"commands.md": command_reference, "training.md": training_reference}
+PAGES = {"commands.md": command_reference, "training.md": training_reference, "python.md": python_reference}
 
 if __name__ == "__main__":
     for name, write in PAGES.items():
