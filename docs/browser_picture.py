@@ -10,7 +10,7 @@ import threading
 
 from demo_pictures import IMAGES, PATIENCE, open_browser
 
-VIEWPORT = {"width": 1180, "height": 1140}
+VIEWPORT = {"width": 1180, "height": 1078}
 
 
 def main(folder: str) -> None:
