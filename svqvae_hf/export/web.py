@@ -26,6 +26,7 @@ from svqvae_hf.export.web_runtime import extract_runtime, runtime_archives, toke
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.models.image_vocabulary import ImageVocabulary
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.pipelines.known_objects_file import write_known_objects
 from svqvae_hf.tokens.image_tokens import image_tokens
 
 PAGE_FOLDER = Path(__file__).parent / "page"
@@ -133,6 +134,8 @@ def write_drawing_graphs(drawing: DrawingModel, folder: Path) -> str:
     save_stored_in_float16(row_graph, folder / "row.onnx")
     save_stored_in_float16(decoder_graph(plain_copy(model.vqvae)), folder / "decoder.onnx")
     write_tokenizer(model.tokenizer, vocabulary, folder)
+    if model.known_objects is not None:
+        write_known_objects(model.known_objects, folder)
     captions = [None, *drawing.examples[:MAX_CHECKED_CAPTIONS]]
     draw_row = load_row_graph(folder / "row.onnx")
     decode = load_graph(folder / "decoder.onnx")

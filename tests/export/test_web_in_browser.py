@@ -288,6 +288,15 @@ def test_wrong_inputs_get_one_sentence(page, server, language_model, photographs
         assert "The model does not know “xylofon”, “🙂”, so it left them out." in note
 
 
+@pytest.mark.parametrize("caption", ["a toaster for my fox", "red like the moon, two kangaroos and a bearded dragon"])
+def test_things_that_it_cannot_draw_are_the_librarys(page, language_model, caption):
+    note = draw(page, caption)
+    things = language_model.known_objects.unknown(caption)
+    assert things
+    for thing in things:
+        assert f"“{thing}”" in note
+
+
 @pytest.mark.parametrize("size", [SIZES["phone"]])
 def test_on_a_phone(page, size, photographs, language_model):
     draw(page, "a tiny fox")

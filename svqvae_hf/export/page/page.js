@@ -124,7 +124,7 @@ function setUpDrawing(model) {
     start(section, request, (message) => show(message, request));
   }
 
-  function show({ kind, image, ids, rows, columns, unknown, seconds }, request) {
+  function show({ kind, image, ids, rows, columns, unknown, undrawable, seconds }, request) {
     if (rows === 1) {
       picture.width = columns * model.f;
       picture.height = model.rows * model.f;
@@ -136,16 +136,22 @@ function setUpDrawing(model) {
     picture.setAttribute("aria-label", `Picture of ${request.caption}`);
     const isDone = kind === "done";
     const progress = isDone ? `Drawn in ${seconds.toFixed(1)} s, seed ${request.seed}.` : `Row ${rows} of ${model.rows} …`;
-    say(section.result, progress + leftOut(unknown));
+    const others = undrawable.filter((thing) => !unknown.includes(thing));
+    say(section.result, progress + leftOut(unknown) + cannotDraw(others));
     panel.show({ ids, rows, columns, image, allRows: model.rows, name: request.caption, isWhole: isDone });
   }
 }
 
+const quoted = (words) => words.map((word) => `“${word}”`).join(", ");
+
 function leftOut(words) {
   if (!words.length) return "";
-  const quoted = words.map((word) => `“${word}”`).join(", ");
   const them = words.length > 1 ? "them" : "it";
-  return ` The model does not know ${quoted}, so it left ${them} out.`;
+  return ` The model does not know ${quoted(words)}, so it left ${them} out.`;
+}
+
+function cannotDraw(things) {
+  return things.length ? ` It cannot draw ${quoted(things)}.` : "";
 }
 
 // Photographs ---------------------------------------------------------------------------------------------------------

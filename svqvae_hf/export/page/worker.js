@@ -10,6 +10,11 @@ const MAX_IDS = 6144; // 768 x 512 pixels at f = 8. Attention takes 8 bytes per 
 // Words and symbols such as emoji, with the characters that join others.
 const WORD = /[\p{L}\p{N}_'’][\p{L}\p{N}_'’\p{Cf}\p{Me}\p{Mn}]*|\p{S}[\p{S}\p{Cf}\p{Me}\p{Mn}]*/gu;
 
+// By these, things that the model cannot draw are told from other words, as `KnownObjects` of the library does.
+const LONGEST_NAME = 4; // words
+const PURPOSES = ["for", "like"]; // "three carrots for the soup", "red like wine": what follows need not be drawn
+const DETERMINERS = ["a", "an", "the", "my", "our", "your", "his", "her", "their", "some"];
+
 // Threads need memory that is shared, which browsers allow only where the host isolates the page.
 ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
 
@@ -25,6 +30,7 @@ async function work(request) {
   if (newest[request.kind] !== request.job) return;
   const post = (message) => postMessage({ job: request.job, ...message });
   try {
+    await loadSettings();
     if (request.kind === "draw") await draw(request, post);
     else await reconstruct(request, post);
   } catch (error) {
@@ -38,9 +44,13 @@ const files = new Map(); // path -> promise of its bytes
 const sessions = new Map(); // path of a graph -> promise of its session
 let settings = null;
 let tokenizer = null;
+let knownObjects = null;
+
+async function loadSettings() {
+  settings ??= JSON.parse(new TextDecoder().decode(await download("settings.json")));
+}
 
 async function prepare(paths, post) {
-  settings ??= JSON.parse(new TextDecoder().decode(await download("settings.json")));
   const wanted = [WASM, ...paths];
   const total = wanted.reduce((sum, path) => sum + settings.files[path], 0);
   const received = {};
@@ -60,6 +70,10 @@ function fileOf(path, report) {
     files.set(path, promise);
   }
   return files.get(path);
+}
+
+async function readJson(path) {
+  return JSON.parse(new TextDecoder().decode(await fileOf(path)));
 }
 
 async function download(path, report = () => {}) {
@@ -99,9 +113,12 @@ const floats = (values, dims) => new ort.Tensor("float32", values, dims);
 // Drawing -------------------------------------------------------------------------------------------------------------
 
 async function draw({ job, caption, seed, guidance, temperature }, post) {
-  await prepare(["drawing/tokenizer.json", "drawing/tokenizer_config.json", "drawing/row.onnx", "drawing/decoder.onnx"], post);
   const model = settings.drawing;
+  const paths = ["drawing/tokenizer.json", "drawing/tokenizer_config.json", "drawing/row.onnx", "drawing/decoder.onnx"];
+  if (model.objects.length) paths.push("drawing/known_objects.json");
+  await prepare(paths, post);
   const { text, unknown } = await knownWords(caption, model);
+  const undrawable = await undrawableThings(caption, model);
   const withCaption = await tokensOf(model.before + text + model.after, model.add_special_tokens);
   const withoutCaption = await tokensOf(model.before + model.no_condition + model.after, model.add_special_tokens);
   const length = Math.max(withCaption.length, withoutCaption.length);
@@ -131,15 +148,15 @@ async function draw({ job, caption, seed, guidance, temperature }, post) {
     ids.push(...Array.from(result.ids.data, Number));
     const image = await decode("drawing/decoder.onnx", ids, row, model);
     const seconds = (performance.now() - began) / 1000;
-    post({ kind: row < model.rows ? "row" : "done", ids, rows: row, columns: model.columns, image, unknown, seconds });
+    post({ kind: row < model.rows ? "row" : "done", ids, rows: row, columns: model.columns, image, unknown, undrawable, seconds });
     await new Promise((resolve) => setTimeout(resolve)); // lets a newer request in
   }
 }
 
 async function tokensOf(text, addSpecialTokens) {
   if (!tokenizer) {
-    const read = async (path) => JSON.parse(new TextDecoder().decode(await fileOf(path)));
-    tokenizer = new Tokenizer(await read("drawing/tokenizer.json"), await read("drawing/tokenizer_config.json"));
+    const content = await readJson("drawing/tokenizer.json");
+    tokenizer = new Tokenizer(content, await readJson("drawing/tokenizer_config.json"));
   }
   return tokenizer.encode(text, { add_special_tokens: addSpecialTokens }).ids;
 }
@@ -156,6 +173,56 @@ async function knownWords(caption, model) {
   const tokens = await tokensOf(text, false);
   if (!tokens.length) throw Error("The model knows no word of this text. Try one of the examples.");
   return { text, unknown };
+}
+
+// Words for things that the model cannot draw, in the order of the text; none if the model does not say what it knows.
+async function undrawableThings(caption, model) {
+  if (!model.objects.length) return [];
+  if (!knownObjects) {
+    const entries = await readJson("drawing/known_objects.json");
+    knownObjects = { names: new Set(entries.names), things: new Set(entries.things) };
+  }
+  const words = caption.toLowerCase().replaceAll("’", "'").match(/[a-z]+(?:'[a-z]+)?/g) ?? [];
+  const undrawable = [];
+  let position = 0;
+  while (position < words.length) {
+    const length = knownLength(words.slice(position));
+    if (length) {
+      position += length;
+      continue;
+    }
+    const word = words[position];
+    const isThing = singulars(word).some((form) => knownObjects.things.has(form));
+    if (isThing && !hasPurpose(words.slice(0, position)) && !undrawable.includes(word)) undrawable.push(word);
+    position += 1;
+  }
+  return undrawable;
+}
+
+// Number of words of the longest known name with which words start, or 0.
+function knownLength(words) {
+  for (let length = Math.min(LONGEST_NAME, words.length); length > 0; length--) {
+    const start = words.slice(0, length - 1);
+    const names = singulars(words[length - 1]).map((form) => [...start, form].join(" "));
+    if (names.some((name) => knownObjects.names.has(name))) return length;
+  }
+  return 0;
+}
+
+// A word, and nouns of which it may be the plural.
+function singulars(word) {
+  const forms = [word];
+  if (word.endsWith("ies")) forms.push(`${word.slice(0, -3)}y`);
+  if (word.endsWith("ves")) forms.push(`${word.slice(0, -3)}f`);
+  if (word.endsWith("es")) forms.push(word.slice(0, -2));
+  if (word.endsWith("s")) forms.push(word.slice(0, -1));
+  return forms;
+}
+
+// Whether the words before a noun say that it is what the picture is for, or what something is like.
+function hasPurpose(words) {
+  const beforeDeterminer = DETERMINERS.includes(words.at(-1)) ? words.slice(0, -1) : words;
+  return PURPOSES.includes(beforeDeterminer.at(-1));
 }
 
 // Gumbel noise in float32: adding it to logits before the argmax samples from their softmax.
