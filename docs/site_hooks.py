@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+NOTE_FOR_THE_REPOSITORY = re.compile(r"^> Only the built site shows .*\n", re.MULTILINE)
 LINK_OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)[^)]*\)")  # to a file that only the repository has
 PAGES = {"changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md"}
 DRAWING_PAGE = os.environ.get("DRAWING_PAGE")  # folder that `svqvae export scenes --web` wrote
@@ -18,6 +19,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri in PAGES:
         text = (ROOT / PAGES[page.file.src_uri]).read_text()
         return text.replace("](docs/", "](").replace("](model_card.md)", "](index.md)")
+    markdown = NOTE_FOR_THE_REPOSITORY.sub("", markdown)
     markdown = LINK_OUTSIDE.sub(r"\1 (`\2` in the repository)", markdown)
     if page.file.src_uri == "browser.md" and DRAWING_PAGE:
         title, text = markdown.split("\n", 1)
