@@ -167,29 +167,27 @@ def weights_digest(path: str | os.PathLike) -> str:
     digest = hashlib.sha256()
     with explained(path, "read"), open(path, "rb") as file:
         tensors = read_header(file, path)
-        first_byte = file.tell()
+        data_start = file.tell()  # the header ends here
         for name in sorted(tensors):
             tensor = tensors[name]
-            start, end = tensor["data_offsets"]
             digest.update(value_digest([name, tensor["dtype"], tensor["shape"]]).encode())
-            file.seek(first_byte + start)
+            start, end = tensor["data_offsets"]  # relative to `data_start`
+            file.seek(data_start + start)
             _add_bytes(digest, file, end - start)
     return digest.hexdigest()
 
 
 def _model_files(folder: str | os.PathLike) -> list[str]:
-    """Files that change what a model does, relative to its folder and in order."""
-    names = []
-    for name in walk_files(folder):
-        *subfolders, file_name = name.split(os.sep)
-        is_of_checkpoint = any(subfolder.startswith("checkpoint-") for subfolder in subfolders)
-        if not is_of_checkpoint and file_name != CONTEXT_MODEL_FILE and _is_model_file(file_name):
-            names.append(name)
-    return names
+    """Names of the files that change what a model does, relative to its folder and in order."""
+    return [name for name in walk_files(folder) if _is_model_file(Path(name))]
 
 
-def _is_model_file(file_name: str) -> bool:
-    return any(fnmatchcase(file_name, pattern) for pattern in MODEL_FILES)
+def _is_model_file(path: Path) -> bool:
+    """Whether a file changes what a model does, by its path below the folder of the model."""
+    is_in_checkpoint = any(folder.startswith("checkpoint-") for folder in path.parent.parts)
+    if is_in_checkpoint or path.name == CONTEXT_MODEL_FILE:
+        return False
+    return any(fnmatchcase(path.name, pattern) for pattern in MODEL_FILES)
 
 
 def model_file_digest(path: Path) -> str:
@@ -210,7 +208,7 @@ def model_file_digest(path: Path) -> str:
 
 
 def _without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config, and of the configs in it, that change what a model does."""
+    """Values of a config that change what a model does. A config may hold further configs."""
     values = {}
     for key, value in config.items():
         if key in NOTES:

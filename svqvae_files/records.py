@@ -57,7 +57,7 @@ class RunRecord:
         self.options: dict[str, Any] | None = None
         self.outputs: dict[str, RecordedOutput] = {}
         self._first_line = b""
-        self._num_read = 0  # bytes of whole lines
+        self._bytes_read = 0  # of complete lines
         if path.exists():
             with explained(path, "read"), open(path, "rb", buffering=0) as file:
                 self._read(file)
@@ -156,13 +156,15 @@ class RunRecord:
         """Whether a finished output has another size or checksum than the record says."""
         if not self.is_finished(output):
             return False
-        identity = self.outputs[output].identity
+        recorded = self.outputs[output].identity
         file = self._file(output)
-        if identity is None or not file.is_file() or file.stat().st_size != identity.size:
+        if recorded is None or not file.is_file():
             return True
-        return output_identity(file) != identity
+        has_other_size = file.stat().st_size != recorded.size
+        return has_other_size or output_identity(file) != recorded
 
     def _file(self, output: str) -> Path:
+        """Path of an output."""
         return self.path.parent / output
 
     def _delete_file(self, output: str) -> None:
@@ -170,42 +172,48 @@ class RunRecord:
             self._file(output).unlink(missing_ok=True)
 
     def _add(self, entries: list[dict[str, Any]]) -> None:
+        """Appends entries to the record, one line each, after what other runs have appended."""
         with self._locked() as file:
             self._read(file)
             self._append(file, entries)
 
     def _append(self, file: FileIO, entries: list[dict[str, Any]]) -> None:
-        """Appends lines to a record that was read to its end."""
-        lines = [json.dumps(entry).encode() for entry in entries]
+        """Appends entries to a record whose lines were read, and changes the state by them."""
+        lines = [json.dumps(entry).encode() + b"\n" for entry in entries]
         with explained(self.path, "written"):
-            has_part_of_line = os.fstat(file.fileno()).st_size > self._num_read
+            has_part_of_line = os.fstat(file.fileno()).st_size > self._bytes_read
             if has_part_of_line:  # from a run that was killed
-                file.truncate(self._num_read)
-            _write_all(file, b"".join([line + b"\n" for line in lines]))
+                file.truncate(self._bytes_read)
+            _write_all(file, b"".join(lines))
         for entry, line in zip(entries, lines, strict=True):
             self._apply(entry)
             self._count(line)
 
     def _read(self, file: FileIO) -> None:
         """Reads the lines that were appended since the last call, by this run or by another one."""
-        file.seek(0)
-        first_line = file.read(len(self._first_line))
-        if first_line != self._first_line:
-            raise RecordError(f"`{self.path.parent}` was emptied by a run with --overwrite. Use another --output.")
-        file.seek(self._num_read)
-        lines = file.readall().split(b"\n")
-        lines.pop()  # empty, or a part of a line if the run that wrote it was killed
-        for line in lines:
+        self._check_first_line(file)
+        file.seek(self._bytes_read)
+        for line in file.readall().splitlines(keepends=True):
+            is_complete = line.endswith(b"\n")
+            if not is_complete:  # the run that wrote it was killed
+                return
             self._parse(line)
             self._count(line)
 
+    def _check_first_line(self, file: FileIO) -> None:
+        """Raises RecordError if a run with other options has replaced the lines that were read."""
+        file.seek(0)
+        if file.read(len(self._first_line)) != self._first_line:
+            raise RecordError(f"`{self.path.parent}` was emptied by a run with --overwrite. Use another --output.")
+
     def _count(self, line: bytes) -> None:
-        """Counts a line, without its end, as read."""
-        self._num_read += len(line) + 1
-        if not self._first_line:
+        """Notes that a line was read."""
+        if self._bytes_read == 0:
             self._first_line = line
+        self._bytes_read += len(line)
 
     def _parse(self, line: bytes) -> None:
+        """Changes the state by a line. Raises RecordError if the line is damaged."""
         try:
             self._apply(parse_json_object(line, self.path))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -215,31 +223,30 @@ class RunRecord:
             ) from error
 
     def _apply(self, entry: Mapping[str, Any]) -> None:
-        """Changes the state by the entry of a line."""
-        is_first_line = self.options is None
-        has_options = "options" in entry
-        if has_options != is_first_line:
-            raise ValueError("the first line, and no other, must have the options.")
-        if has_options:
+        """Changes the state by an entry: the options, an output that was deleted, or an output that was written."""
+        if self.options is None:  # the first line
             self.options = dict(entry["options"])
             return
+        if "options" in entry:
+            raise ValueError("no line but the first may have the options.")
         if "deleted" in entry:
-            self.outputs.pop(str(entry["deleted"]), None)  # two runs may delete the same one
+            self.outputs.pop(str(entry["deleted"]), None)  # two runs may have deleted the same output
             return
         output = entry["output"]
         may_be_outside = output.startswith("/") or ".." in output.split("/")
-        if may_be_outside:  # a run might delete it there
+        if may_be_outside:  # where a run might delete a file
             raise ValueError(f"an output must lie in the folder, got {output}.")
-        identity = entry["identity"]
-        if identity is not None:
-            identity = OutputIdentity(**identity)
+        identity = None
+        if entry["identity"] is not None:
+            identity = OutputIdentity(**entry["identity"])
         self.outputs[output] = RecordedOutput(dict(entry["source"]), identity)
 
     def _forget(self) -> None:
+        """Returns to the state before anything was read."""
         self.options = None
         self.outputs = {}
         self._first_line = b""
-        self._num_read = 0
+        self._bytes_read = 0
 
     @contextmanager
     def _locked(self) -> Iterator[FileIO]:
@@ -249,6 +256,7 @@ class RunRecord:
             yield file
 
     def _open(self) -> FileIO:
+        """Opens the record without a buffer, to read it and to append to it. Creates it if necessary."""
         with explained(self.path, "written"):
             try:
                 return open(self.path, "a+b", buffering=0)
