@@ -82,33 +82,45 @@ class OutputFolder:
         Raises:
             ValueError: An output exists, but no record names it; or it has changed, or was made from another input.
         """
-        are_finished = [self._holds(output, source) for output in outputs]  # all of them are checked for errors
-        return all(are_finished)
+        are_current = []
+        for output in outputs:  # all of them, because each is checked for errors
+            self._check_recorded(output)
+            is_current = not self.overwrite and self._is_current(output, source)
+            are_current.append(is_current)
+        return all(are_current)
 
-    def _holds(self, output: Path, source: Source) -> bool:
-        name = self._name(output)
-        if name not in self.record.outputs and os.path.lexists(output):
+    def _check_recorded(self, output: Path) -> None:
+        """Raises ValueError if an output exists, but no record names it."""
+        is_recorded = self._name(output) in self.record.outputs
+        if os.path.lexists(output) and not is_recorded:
             raise ValueError(
                 f"`{output}` already exists, but no run of this command has written it. Move it, or use another "
                 "--output."
             )
-        if self.overwrite or not self.record.is_finished(name):
+
+    def _is_current(self, output: Path, source: Source) -> bool:
+        """Whether an output is finished and was made from an input as it is now.
+
+        Raises:
+            ValueError: The output has changed, or was made from an input in another folder.
+        """
+        name = self._name(output)
+        if not self.record.is_finished(name):
             return False
         if self.record.has_changed(name):
             raise ValueError(
                 f"`{output}` has changed since it was written. Delete it, or pass --overwrite to make all outputs "
                 "again."
             )
-        recorded = self._recorded_source(name)
-        if recorded.input == source.input:
+        recorded_source = self._recorded_source(name)
+        if recorded_source.input == source.input:
             return True
-        is_from_other_folder = recorded.folder != source.folder
-        if is_from_other_folder:
+        if recorded_source.folder != source.folder:
             raise ValueError(
-                f"`{output}` was made from another input, `{self._path_of(recorded)}`. Pass --overwrite to replace "
-                "it, or use another --output."
+                f"`{output}` was made from another input, `{self._path_of(recorded_source)}`. Pass --overwrite to "
+                "replace it, or use another --output."
             )
-        return False  # the input has changed
+        return False  # the input has changed since
 
     def begin(self, outputs: Sequence[Path], source: Source, all_outputs: Iterable[Path]) -> None:
         """Records that outputs are about to be written. The first call starts the run.
@@ -147,14 +159,21 @@ class OutputFolder:
         self.record.finish([self._name(output) for output in outputs])
 
     def _start(self, all_outputs: Iterable[Path]) -> None:
-        has_other_options = self.record.options not in (None, self.options)
-        if self.overwrite and has_other_options:
+        """Records the options of the run. With `--overwrite`, deletes the outputs that it will make again."""
+        if not self.overwrite:
+            self.record.start(self.options)
+            return
+        earlier_options = self.record.options
+        if earlier_options is not None and earlier_options != self.options:
             self.record.start_over(self.options)
             return
         self.record.start(self.options)
-        if self.overwrite:
-            names = [self._name(output) for output in all_outputs]
-            self.record.delete([name for name in names if name in self.record.outputs])
+        recorded_names = []
+        for output in all_outputs:
+            name = self._name(output)
+            if name in self.record.outputs:
+                recorded_names.append(name)
+        self.record.delete(recorded_names)
 
     def delete_leftovers(self, outputs_by_source: Mapping[Source, Sequence[Path]]) -> Leftovers:
         """Deletes outputs of earlier runs whose inputs are gone, or have other outputs now.
@@ -176,9 +195,9 @@ class OutputFolder:
         for name in self.record.outputs:
             if name in current_names:
                 continue
-            recorded = self._recorded_source(name)
-            has_other_outputs = self._path_of(recorded) in paths_of_inputs
-            if has_other_outputs or self._is_gone(recorded):
+            source = self._recorded_source(name)
+            has_other_outputs = self._path_of(source) in paths_of_inputs
+            if has_other_outputs or self._is_gone(source):
                 leftovers.append(name)
         return self._delete(leftovers)
 
@@ -186,12 +205,14 @@ class OutputFolder:
         """Deletes the outputs of earlier versions of an input, unless they have changed since they were written."""
         outdated = []
         for name in self.record.outputs:
-            recorded = self._recorded_source(name)
-            if recorded.folder == source.folder and recorded.input != source.input:
+            recorded_source = self._recorded_source(name)
+            is_of_same_folder = recorded_source.folder == source.folder
+            if is_of_same_folder and recorded_source.input != source.input:
                 outdated.append(name)
         return self._delete(outdated)
 
     def _delete(self, names: Sequence[str]) -> Leftovers:
+        """Deletes recorded outputs, unless they have changed since they were written."""
         unchanged = []
         leftovers = Leftovers([], [])
         for name in names:
@@ -205,9 +226,10 @@ class OutputFolder:
         return leftovers
 
     def _recorded_source(self, name: str) -> Source:
-        source = self.record.outputs[name].source
+        """What a recorded output was made from."""
+        entry = self.record.outputs[name].source
         try:
-            return Source(source["folder"], InputIdentity(**source["input"]))
+            return Source(entry["folder"], InputIdentity(**entry["input"]))
         except (KeyError, TypeError) as error:
             raise RecordError(f"`{self.record.path}` must be the record of a run, but is damaged: {error}.") from error
 
@@ -223,7 +245,7 @@ class OutputFolder:
         return os.path.isdir(folder) and not os.path.lexists(self._path_of(source))
 
     def _name(self, output: Path) -> str:
-        """Path of an output below the folder, as it is recorded."""
+        """Name of an output in the record: its path below the folder."""
         return os.fspath(output).removeprefix(os.path.join(self.path, ""))
 
 
@@ -243,6 +265,7 @@ def _recorded_options(args: argparse.Namespace, default_model: str) -> dict[str,
 
 
 def _model_folder(source: str) -> Path:
+    """Folder with the files of a model, which is a folder or on the Hub."""
     if os.path.isdir(source):
         return Path(source)
     from svqvae_files.hub import model_folder  # takes half a second to import
@@ -251,7 +274,8 @@ def _model_folder(source: str) -> Path:
 
 
 def _context_model_digest(folder: Path) -> str | None:
+    """Digest of the context model in the folder of a model; `None` if it is absent, an error once it is loaded."""
     path = folder / CONTEXT_MODEL_FILE
     if not path.exists():
-        return None  # an error once the model is loaded
+        return None
     return weights_digest(path)

@@ -77,6 +77,7 @@ class Run(Generic[Item]):
                 writers[output] = item
 
     def _source(self, item: Item) -> Source:
+        """An input as the record names it. One that is no file, such as a caption, is named by its text alone."""
         if not isinstance(item, InputFile):
             return Source("", InputIdentity(str(item), 0, ""))
         try:
@@ -86,6 +87,7 @@ class Run(Generic[Item]):
         return self.folder.source(item.folder, identity)
 
     def _is_done(self, item: Item) -> bool:
+        """Whether earlier runs have made all outputs of an input."""
         outputs = self.targets[item]
         return len(outputs) > 0 and self.folder.holds(outputs, self.sources[item])
 
@@ -103,17 +105,26 @@ class Run(Generic[Item]):
             SkippedError: Some inputs were skipped.
             ValueError: All inputs were skipped.
         """
-        total = len(self.targets)
-        if kind is None and self.num_skipped == total:
-            raise ValueError(f"none of the {total} inputs could be used, for the reasons above.")
-        was_interrupted = kind is not None and not issubclass(kind, Exception)
-        if kind is None or was_interrupted or self.num_written:
-            print(f"written  {self.folder.path} ({self.noun}: {self.num_written})")
+        if kind is None:
+            self._end()
+            return
+        was_interrupted = not issubclass(kind, Exception)  # by Ctrl-C or a signal
+        if was_interrupted or self.num_written:
+            self._print_written()
         if was_interrupted:
             message = f"`{self.folder.path}` is not complete. Run the same command again to resume."
             print(f"svqvae: {message}", file=sys.stderr)
-        if kind is None:
-            check_none_skipped(self.num_skipped, total)
+
+    def _end(self) -> None:
+        """Prints the summary of a run that no error has ended, and raises if inputs were skipped."""
+        total = len(self.targets)
+        if self.num_skipped == total:
+            raise ValueError(f"none of the {total} inputs could be used, for the reasons above.")
+        self._print_written()
+        check_none_skipped(self.num_skipped, total)
+
+    def _print_written(self) -> None:
+        print(f"written  {self.folder.path} ({self.noun}: {self.num_written})")
 
     def files(self) -> Iterator[Item]:
         """Yields each input whose outputs are missing. Shows a progress bar on a terminal."""
@@ -125,17 +136,34 @@ class Run(Generic[Item]):
     def read(self: "Run[InputFile]", read: Callable[[Path], Content]) -> Iterator[tuple[InputFile, Content]]:
         """Yields each input whose outputs are missing, and its content. Skips inputs that cannot be read."""
         for item in self.files():
-            with self.attempt(item, OSError, ValueError):
+            with self._skipping(item, (OSError, ValueError)):
                 check_file(item.path)
                 yield item, read(item.path)
 
     @contextmanager
     def attempt(self, item: Item, *errors: type[Exception]) -> Iterator[None]:
-        """Skips the input whose work raises one of these errors, or runs out of memory. A single input raises."""
+        """Records that the outputs of an input are finished at the end of the block, which writes them.
+
+        Skips the input if the block raises one of the errors, or runs out of memory. The only input of a run is not
+        skipped: its error is raised.
+
+        Args:
+            item: The input.
+            *errors (`type[Exception]`): Errors about a single input.
+        """
+        try:
+            with self._skipping(item, errors):
+                yield
+                self._finish()
+        finally:
+            self._outputs_in_work = ()
+
+    @contextmanager
+    def _skipping(self, item: Item, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+        """Skips an input if the block raises one of these errors, or runs out of memory."""
         try:
             yield
-            self._finish()
-        except RecordError:  # another run has started in the folder, so this one ends
+        except RecordError:  # about the whole run: another one has started in the folder
             raise
         except errors as error:
             self._skip(error, str(error))
@@ -145,11 +173,9 @@ class Run(Generic[Item]):
             if not is_out_of_memory(error):
                 raise
             self._skip(error, f"`{_name(item)}`: {OUT_OF_MEMORY}")
-        finally:
-            self._outputs_in_work = ()
 
     def outputs(self, item: Item) -> Sequence[Path]:
-        """Returns the output files of an input, which are to be written now. Creates their folder."""
+        """Output files of an input, which the caller writes next, in a block of [`attempt`]. Creates their folder."""
         outputs = self.targets[item]
         self.folder.begin(outputs, self.sources[item], self._all_outputs())
         self._outputs_in_work = outputs
@@ -160,11 +186,13 @@ class Run(Generic[Item]):
             yield from outputs
 
     def _finish(self) -> None:
+        """Records that the outputs in work are written."""
         if self._outputs_in_work:
             self.folder.finish(self._outputs_in_work)
             self.num_written += len(self._outputs_in_work)
 
     def _skip(self, error: Exception, reason: str) -> None:
+        """Counts an input as skipped and prints the reason. Raises the error of the only input of a run."""
         if len(self.targets) == 1:
             raise error
         self.num_skipped += 1
@@ -195,6 +223,7 @@ def _real_path(path: Path, real_folders: dict[Path, Path]) -> Path:
 
 
 def _name(item: Any) -> str:
+    """An input in messages: the path of a file, or a text."""
     if isinstance(item, InputFile):
         return str(item.path)
     return str(item)

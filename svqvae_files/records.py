@@ -193,12 +193,11 @@ class RunRecord:
         """Reads the lines that were appended since the last call, by this run or by another one."""
         self._check_first_line(file)
         file.seek(self._bytes_read)
-        for line in file.readall().splitlines(keepends=True):
-            is_complete = line.endswith(b"\n")
-            if not is_complete:  # the run that wrote it was killed
-                return
+        lines = file.readall().split(b"\n")
+        lines.pop()  # empty, or a part of a line if the run that wrote it was killed
+        for line in lines:
             self._parse(line)
-            self._count(line)
+            self._count(line + b"\n")
 
     def _check_first_line(self, file: FileIO) -> None:
         """Raises RecordError if a run with other options has replaced the lines that were read."""
