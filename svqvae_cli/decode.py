@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _decode_set(args: argparse.Namespace) -> None:
+    """Decodes the rows of a token set that are not decoded yet."""
     if len(args.inputs) > 1:
         raise ValueError(f"a token set must be the only INPUT, got {len(args.inputs)}. Decode each on its own.")
     forbid_options(args, "is not for token sets", "tile_size", "overlap", "large")
@@ -152,46 +153,65 @@ def _targets(file: InputFile, args: argparse.Namespace) -> list[Path]:
 
 def _decode_file(file: InputFile, tokens: Any, model: Any, args: argparse.Namespace, work: Run[InputFile]) -> None:
     """Writes the images of a token file, from its content."""
-    from svqvae_hf.models.checks import check_same_codebook
-
-    check_same_codebook(model, tokens)
-    asked_tiles = _asked_tiles(model, args, tokens.tile_size, tokens.overlap)
-    if args.large:
-        from svqvae_hf.large.large_images import decode_large
-
-        path = work.outputs(file)[0]
-        decode_large(model, tokens, path, asked_tiles)
-        return
-
     from svqvae_files.outputs import save_png
+    from svqvae_hf.models.checks import check_same_codebook
     from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image
 
-    tiles = choose_tiles(model, tokens.height, tokens.width, tokens.scales, *(asked_tiles or ()))
+    check_same_codebook(model, tokens)
+    tile_options = _tile_options(args, tokens.tile_size, tokens.overlap)
+    if args.large:
+        _decode_large_file(file, tokens, model, tile_options, work)
+        return
+    tiles = choose_tiles(model, tokens.height, tokens.width, tokens.scales, **tile_options)
     images = decode_image(model, tokens, tiles)
     for image, path in zip(images, work.outputs(file), strict=True):
         save_png(image, path)
 
 
+def _decode_large_file(
+    file: InputFile, tokens: Any, model: Any, tile_options: dict[str, int | None], work: Run[InputFile]
+) -> None:
+    """Writes the image of a token file as a TIFF file, row of tiles by row of tiles."""
+    from svqvae_hf.large.large_images import decode_large
+
+    tiles = model.tiles_of_call(**tile_options)
+    path = work.outputs(file)[0]
+    decode_large(model, tokens, path, tiles)
+
+
 def _read_tokens(path: Path, model: Any, args: argparse.Namespace) -> Any:
-    """Reads a token file. Decoding the ids of a compressed file takes long, so its tiles are checked before."""
+    """Reads a token file, compressed or not."""
+    from svqvae_hf.tokens.token_files import is_compressed, load_tokens
+
+    if is_compressed(path):
+        return _read_compressed(path, model, args)
+    return load_tokens(path)
+
+
+def _read_compressed(path: Path, model: Any, args: argparse.Namespace) -> Any:
+    """Reads a compressed token file. Its tiles are checked before its ids are decoded, which takes long."""
     from svqvae_cli.loading import require_context_model
     from svqvae_hf.tokens.image_tokens import choose_tiles
-    from svqvae_hf.tokens.token_files import is_compressed, load_compressed, load_tokens
+    from svqvae_hf.tokens.token_files import load_compressed, load_tokens
 
-    if not is_compressed(path):
-        return load_tokens(path)
-    record = load_compressed(path).record
+    record = load_compressed(path).record  # sizes and scales, without the ids
+    tile_options = _tile_options(args, record["tile_size"], record["overlap"])
     with prefix_errors(path):
-        tiles = _asked_tiles(model, args, record["tile_size"], record["overlap"])
-        if not args.large:
-            choose_tiles(model, record["height"], record["width"], record["scales"], *(tiles or ()))
+        if args.large:
+            model.tiles_of_call(**tile_options)
+        else:
+            choose_tiles(model, record["height"], record["width"], record["scales"], **tile_options)
     return load_tokens(path, require_context_model(model, args.model))
 
 
-def _asked_tiles(
-    model: Any, args: argparse.Namespace, stored_tile_size: int | None, stored_overlap: int | None
-) -> Any:
-    """Tiles of the command line, or else of the token file; `None` if neither has tiles."""
-    tile_size = stored_tile_size if args.tile_size is None else args.tile_size
-    overlap = stored_overlap if args.overlap is None else args.overlap
-    return model.tiles_of_call(tile_size, overlap)
+def _tile_options(
+    args: argparse.Namespace, stored_tile_size: int | None, stored_overlap: int | None
+) -> dict[str, int | None]:
+    """Tile size and overlap of the command line, or else the values that a token file stores."""
+    tile_size = args.tile_size
+    if tile_size is None:
+        tile_size = stored_tile_size
+    overlap = args.overlap
+    if overlap is None:
+        overlap = stored_overlap
+    return {"tile_size": tile_size, "overlap": overlap}
