@@ -27,13 +27,15 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes and prints a text for each image."""
-    targets = {file: [file.target(args.output, ".txt")] for file in find_images(args)}
+    files = find_images(args)
+    targets = {file: [file.target(args.output, ".txt")] for file in files}
     with Run(args, targets, "texts") as work:
         if work.todo:
             _caption(args, work)
 
 
 def _caption(args: argparse.Namespace, work: Run[InputFile]) -> None:
+    """Describes the images that are not described yet."""
     from svqvae_cli.loading import load_pretrained
     from svqvae_files.outputs import write_file
     from svqvae_hf.language.image_language_model import ImageLanguageModel
@@ -42,8 +44,8 @@ def _caption(args: argparse.Namespace, work: Run[InputFile]) -> None:
     model = load_pretrained(ImageLanguageModel, args.model, args.device, args.dtype)
     for file, image in work.read(load_image):
         with work.attempt(file):
-            (text,) = model.caption([image], args.prompt, args.max_tokens)
-            (path,) = work.outputs(file)
+            text = model.caption([image], args.prompt, args.max_tokens)[0]
+            path = work.outputs(file)[0]
             write_file(path, f"{text}\n".encode())
             name = one_line(str(file.name))
             print(f"{name}: {text}")

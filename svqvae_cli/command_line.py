@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> None:
+    """Parses the command line and runs its command."""
     try:
         args = parse(argv)
         args.run(args)
@@ -91,19 +92,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         ValueError: If the command line is wrong.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
-    command = words[0] if words else None
+    if argv is None:
+        argv = sys.argv[1:]
+    command = _first_word(argv)
     parser = build_parser(command)
-    if command is not None and not command.startswith("-") and command not in COMMANDS:
+    if command is not None and command not in COMMANDS:
         _refuse_command(parser, command)
-    args, unknown_words = parser.parse_known_args(words)
+    args, unknown_words = parser.parse_known_args(argv)
     if unknown_words:
         shown = " ".join(unknown_words)
         args.parser.error(f"unrecognized arguments: {shown}")  # names the command's own help
     return args
 
 
+def _first_word(argv: Sequence[str]) -> str | None:
+    """The word in the place of the command; `None` if there is none, or an option stands there."""
+    if not argv or argv[0].startswith("-"):
+        return None
+    return argv[0]
+
+
 def _refuse_command(parser: Parser, command: str) -> NoReturn:
+    """Raises ValueError for a command that does not exist."""
     if command in TRAINING:
         raise ValueError(
             f"there is no command `{command}`, because models are trained by scripts of the repository, such as "
@@ -136,5 +146,6 @@ def build_parser(chosen: str | None = None) -> Parser:
 
 
 def _fail(message: str) -> int:
+    """Prints an error, and returns the exit code of a user's mistake."""
     print(f"svqvae: error: {one_line(message)}", file=sys.stderr)
     return 2

@@ -41,25 +41,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Converts an original checkpoint to a Hub repository."""
-    tokenizer_options: dict[str, Any] = {}
-    if args.no_codebook_l2_norm:
-        tokenizer_options["codebook_l2_norm"] = False
-    if args.network_range is not None:
-        tokenizer_options["network_range"] = tuple(args.network_range)
-    generator_options = {
-        "image_size": args.image_size,
-        "num_attention_heads": args.num_attention_heads,
-        "text_encoder": args.text_encoder,
-    }
-    has_generator_options = any(value is not None for value in generator_options.values())
-    if args.tokenizer is None and has_generator_options:
-        raise ValueError("--image-size, --num-heads and --text-encoder are for generators, which need --tokenizer.")
-    if args.tokenizer is not None and tokenizer_options:
-        raise ValueError("--network-range and --no-codebook-l2-norm are for tokenizers. Convert --tokenizer first.")
-    is_file_on_hub = re.fullmatch(f"{REPO_ID}:.+", args.source) is not None
-    if not os.path.isfile(args.source) and not is_file_on_hub:
-        raise ValueError(f"There is no file `{args.source}`. Pass an existing one, or `org/repo:file` on the Hub.")
-    check_new_folder(args.output)
+    _check(args)
+
     from svqvae_cli.loading import hide_loading_bars
     from svqvae_hf.conversion.convert import convert
 
@@ -73,7 +56,39 @@ def run(args: argparse.Namespace) -> None:
         license=args.license,
         standalone=args.standalone,
         repo_id=args.repo_id,
-        **generator_options,
-        **tokenizer_options,
+        **_tokenizer_options(args),
+        **_generator_options(args),
     )
     print(summary)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError for paths and options that are wrong, before anything slow is imported."""
+    if args.tokenizer is None and _generator_options(args):
+        raise ValueError("--image-size, --num-heads and --text-encoder are for generators, which need --tokenizer.")
+    if args.tokenizer is not None and _tokenizer_options(args):
+        raise ValueError("--network-range and --no-codebook-l2-norm are for tokenizers. Convert --tokenizer first.")
+    is_file_on_hub = re.fullmatch(f"{REPO_ID}:.+", args.source) is not None
+    if not os.path.isfile(args.source) and not is_file_on_hub:
+        raise ValueError(f"There is no file `{args.source}`. Pass an existing one, or `org/repo:file` on the Hub.")
+    check_new_folder(args.output)
+
+
+def _tokenizer_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the command line that apply to tokenizers alone."""
+    options: dict[str, Any] = {}
+    if args.no_codebook_l2_norm:
+        options["codebook_l2_norm"] = False
+    if args.network_range is not None:
+        options["network_range"] = tuple(args.network_range)
+    return options
+
+
+def _generator_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the command line that apply to generators alone."""
+    options: dict[str, Any] = {}
+    for name in ("image_size", "num_attention_heads", "text_encoder"):
+        value = getattr(args, name)
+        if value is not None:
+            options[name] = value
+    return options

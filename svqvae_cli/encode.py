@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:
+    """Encodes the images that are not encoded yet."""
     from svqvae_cli.loading import load_encoder
     from svqvae_hf.models.image_files import load_image
     from svqvae_hf.tokens.image_tokens import choose_tiles, encode_image
@@ -72,7 +73,8 @@ def _encode_large(args: argparse.Namespace, work: Run[InputFile]) -> None:
     context_model = _context_model(model, args)
     for file, _ in work.read(check_large_image):
         with work.attempt(file, ValueError):
-            tokens = encode_large(model, file.path, model.tiles_of_call(args.tile_size, args.overlap))
+            tiles = model.tiles_of_call(args.tile_size, args.overlap)
+            tokens = encode_large(model, file.path, tiles)
             path = work.outputs(file)[0]
             save_tokens(path, tokens, context_model)
 

@@ -61,18 +61,17 @@ def run(args: argparse.Namespace) -> None:
 
     from svqvae_cli.loading import find_device
 
-    state = PartialState(cpu=find_device(args.device).type == "cpu")
-    if args.device is None and state.device.type == "cpu":
-        args.device = "cpu"  # without the number that accelerate gives it
-    elif args.device is None:
-        args.device = str(state.device)
+    uses_cpu = find_device(args.device).type == "cpu"
+    state = PartialState(cpu=uses_cpu)
+    if args.device is None:
+        args.device = _device_of_process(state.device)
     networks: dict[str, Any] = {"lpips": None, "inception": None}
     if args.lpips_weights is not None:
         networks["lpips"] = load_lpips(args.lpips_net, args.lpips_weights)
     if args.inception_weights is not None:
         networks["inception"] = load_inception(args.inception_weights)
     if args.generated is not None:
-        report = _judge(args, networks)
+        report = _evaluate_generated(args, networks)
     else:
         images = open_images(args.data, keep_labels=False, results=args.output, **image_set_options(args))
         report = _evaluate(args, images, networks)
@@ -82,6 +81,13 @@ def run(args: argparse.Namespace) -> None:
     if state.num_processes == 1:  # a launcher would take the exit code for skipped images for a crash
         num_read = report.settings["images"] + report.settings.get("generated_images", 0)
         check_none_skipped(len(report.skipped), len(report.skipped) + num_read)
+
+
+def _device_of_process(device: Any) -> str:
+    """Name of the device that accelerate has chosen for this process. It numbers CPUs, too."""
+    if device.type == "cpu":
+        return "cpu"
+    return str(device)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -103,7 +109,10 @@ def _check(args: argparse.Namespace) -> None:
 
 def _models(args: argparse.Namespace) -> list[str]:
     """All models to be measured."""
-    return [args.model or DEFAULT_MODEL, *(args.beside or [])]
+    models = [args.model or DEFAULT_MODEL]
+    if args.beside is not None:
+        models += args.beside
+    return models
 
 
 def _write(args: argparse.Namespace, report: Any) -> None:
@@ -113,14 +122,21 @@ def _write(args: argparse.Namespace, report: Any) -> None:
     report.settings["data"] = args.data
     report.settings |= image_set_options(args)
     report.settings["lpips_net"] = args.lpips_net
-    report.settings["lpips_weights"] = args.lpips_weights and args.lpips_weights.name
-    report.settings["inception_weights"] = args.inception_weights and args.inception_weights.name
+    report.settings["lpips_weights"] = _file_name(args.lpips_weights)
+    report.settings["inception_weights"] = _file_name(args.inception_weights)
     write_report(report, args.output)
     lines = [*report.table(), ""]
     if report.skipped:
         lines.append(f"{len(report.skipped)} skipped: see the report.")
     lines += report.notes
     print("\n".join(lines))
+
+
+def _file_name(path: Path | None) -> str | None:
+    """Name of a file without its folders, if there is a file."""
+    if path is None:
+        return None
+    return path.name
 
 
 def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> Any:
@@ -140,14 +156,12 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -
             tokenizers += load_tokenizers(source, args.device, title=title, **options)
     if "SVQVAE" not in class_names:
         forbid_options(args, "is for SVQVAEs", *OPTIONS_OF_SVQVAES)
-    is_alone = args.beside is None and args.codecs is None and class_names == ["SVQVAE"]
-    codecs = args.codecs
-    if codecs is None:
-        codecs = CODEC_NAMES
-    if not is_alone:
-        tokenizers += _codec_tokenizers(codecs)
+    is_comparison = args.beside is not None or args.codecs is not None or class_names != ["SVQVAE"]
+    if is_comparison:
+        codec_names = CODEC_NAMES if args.codecs is None else args.codecs
+        tokenizers += _codec_tokenizers(codec_names)
     report = evaluate(
-        tokenizers, images, own_size=is_alone, resolution=args.resolution, device=args.device, **networks
+        tokenizers, images, own_size=not is_comparison, resolution=args.resolution, device=args.device, **networks
     )
     report.settings |= {"models": titles, **options}
     return report
@@ -165,14 +179,14 @@ def _codec_tokenizers(names: Sequence[str]) -> list[Any]:
     return tokenizers
 
 
-def _judge(args: argparse.Namespace, networks: dict[str, Any]) -> Any:
+def _evaluate_generated(args: argparse.Namespace, networks: dict[str, Any]) -> Any:
     """Compares generated images with the set, or with a reference batch of published evaluations."""
     from svqvae_cli.loading import load_model
     from svqvae_hf.data.image_sets import open_images
     from svqvae_hf.evaluation.generated import TokenizerFeatures, compare_generated
     from svqvae_hf.evaluation.reference_batch import ReferenceBatch
 
-    statistics = {}
+    statistics = {}  # of the set, by the title of the network, if a reference batch holds them
     resolution = args.resolution
     is_reference_batch = len(args.data) == 1 and args.data[0].endswith(REFERENCE_SUFFIX)
     if is_reference_batch:
@@ -187,9 +201,10 @@ def _judge(args: argparse.Namespace, networks: dict[str, Any]) -> Any:
     features = {bundled.title: bundled}
     if networks["inception"] is not None:
         features[FID_NETWORK] = networks["inception"].to(args.device)
-    files = [os.fspath(file.path) for file in find_inputs([args.generated], IMAGE_SUFFIXES, args.output)]
+    generated_files = find_inputs([args.generated], IMAGE_SUFFIXES, args.output)
+    generated_images = open_images([os.fspath(file.path) for file in generated_files])
     report = compare_generated(
-        open_images(files), images, features, resolution=resolution, statistics=statistics, device=args.device
+        generated_images, images, features, resolution=resolution, statistics=statistics, device=args.device
     )
     report.settings["generated"] = args.generated
     return report

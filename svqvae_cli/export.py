@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _export_page(args: argparse.Namespace) -> None:
+    """Writes a page with a language model, a tokenizer or both."""
     with require_extra("export", "export"):
         from svqvae_hf.export.web import DrawingModel, PhotographModel, export_page
     from svqvae_cli.loading import load_generator, load_model
@@ -63,12 +64,12 @@ def _export_page(args: argparse.Namespace) -> None:
         license = str(card.get("license", "not stated"))
         if ImageLanguageModel.is_at(source):
             _check_only_one(drawing, "language model", args.models)
-            examples = [entry["text"] for entry in card.get("widget", []) if "text" in entry]
             language_model = load_generator(source, "cpu", "float32")
-            drawing = DrawingModel(language_model, name, license, tuple(examples))
+            drawing = DrawingModel(language_model, name, license, _example_prompts(card))
         else:
             _check_only_one(photographs, "tokenizer", args.models)
-            photographs = PhotographModel(load_model(source, "cpu", "float32"), name, license)
+            tokenizer = load_model(source, "cpu", "float32")
+            photographs = PhotographModel(tokenizer, name, license)
     print(export_page(args.output, drawing, photographs, args.runtime))
 
 
@@ -86,6 +87,15 @@ def _read_metadata(source: str) -> dict[str, Any]:
     if card is None:
         return {}
     return card.data.to_dict()
+
+
+def _example_prompts(card: dict[str, Any]) -> tuple[str, ...]:
+    """Captions that a model's card proposes."""
+    prompts = []
+    for example in card.get("widget", []):
+        if "text" in example:
+            prompts.append(example["text"])
+    return tuple(prompts)
 
 
 def _public_name(source: str) -> str:

@@ -69,40 +69,45 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path |
     Raises:
         ValueError: A pattern matches no file, or is the output folder.
     """
-    files: dict[Path, FoundFile] = {}
+    files: dict[Path, FoundFile] = {}  # by their paths without links to folders
     for pattern in patterns:
         for file in _find(pattern, suffixes, output):
-            real_path = file.path.parent.resolve() / file.path.name  # the file may be a link to another input
+            real_path = file.path.parent.resolve() / file.path.name  # a link to another input counts as a file
             files.setdefault(real_path, file)
-    counts_by_stem = Counter(file.name.with_suffix("") for file in files.values())
+    num_files_of_stem = Counter(file.name.with_suffix("") for file in files.values())
     inputs = []
     for file in files.values():
-        target_name = file.name.with_suffix("")
-        if counts_by_stem[target_name] > 1:
+        stem = file.name.with_suffix("")
+        target_name = stem
+        if num_files_of_stem[stem] > 1:  # `a.png` and `a.jpg`
             target_name = file.name
         inputs.append(InputFile(file.path, file.name, target_name))
     return inputs
 
 
 def _find(pattern: str, suffixes: Sequence[str], output: Path | None) -> list[FoundFile]:
-    """Files that one input of the command line stands for."""
+    """Files that one input of the command line stands for: a folder, a file or a glob pattern."""
     path = Path(pattern)
     if path.is_dir():
-        if _is_same(path, output):
-            raise ValueError(f"--output must not be an input folder, got `{output}`. Choose another.")
-        files = search_folder(path, suffixes, output)
-        if not files:
-            raise ValueError(
-                f"the folder `{path}`, subfolders included, has no file that ends in {', '.join(suffixes)}."
-            )
-        return files
-    if path.exists():
-        if pattern.lower().endswith(ARCHIVE_SUFFIXES):
-            raise ValueError(f"`{pattern}` must be unpacked first, because archives are not read.")
-        if not path.is_file():
-            raise ValueError(f"an input must be a file or a folder, but `{pattern}` is neither.")
-        return [FoundFile(path, Path(path.name))]
-    return _find_matches(pattern, suffixes, output)
+        return _find_in_folder(path, suffixes, output)
+    if not path.exists():
+        return _find_matches(pattern, suffixes, output)
+    if pattern.lower().endswith(ARCHIVE_SUFFIXES):
+        raise ValueError(f"`{pattern}` must be unpacked first, because archives are not read.")
+    if not path.is_file():
+        raise ValueError(f"an input must be a file or a folder, but `{pattern}` is neither.")
+    return [FoundFile(path, Path(path.name))]
+
+
+def _find_in_folder(folder: Path, suffixes: Sequence[str], output: Path | None) -> list[FoundFile]:
+    """Files of a folder that is an input of the command line, and must have some."""
+    if _is_same(folder, output):
+        raise ValueError(f"--output must not be an input folder, got `{output}`. Choose another.")
+    files = search_folder(folder, suffixes, output)
+    if not files:
+        listed = ", ".join(suffixes)
+        raise ValueError(f"the folder `{folder}`, subfolders included, has no file that ends in {listed}.")
+    return files
 
 
 def _find_matches(pattern: str, suffixes: Sequence[str], output: Path | None) -> list[FoundFile]:
@@ -131,6 +136,7 @@ def search_folder(folder: Path, suffixes: Sequence[str], output: Path | None = N
 
 
 def _is_same(folder: Path, output: Path | None) -> bool:
+    """Whether an input folder is the output folder."""
     return output is not None and folder.resolve() == output.resolve()
 
 
@@ -177,7 +183,9 @@ def check_source(source: str | None, subfolder: bool = False) -> None:
         raise ValueError(f"a model must be a folder or a Hub id, got the file `{source}`. Use `svqvae convert` on it.")
     if path.is_dir():
         return
-    pattern = rf"{REPO_ID}(/\w[\w.-]*)*" if subfolder else REPO_ID
+    pattern = REPO_ID
+    if subfolder:
+        pattern = rf"{REPO_ID}(/\w[\w.-]*)*"
     if not re.fullmatch(pattern, source):
         raise ValueError(
             f"there is no file or folder `{source}`. On the Hub a model is `org/repo`. An original checkpoint, "
@@ -191,12 +199,14 @@ def check_tiles(source: str | None, tile_size: int | None) -> None:
     if tile_size is None or not config_file.is_file():
         return
     multipliers = read_json_object(config_file).get("encoder_ch_mult")
-    if not isinstance(multipliers, list) or not multipliers:  # an error once the model is loaded
+    is_damaged = not isinstance(multipliers, list) or not multipliers
+    if is_damaged:  # an error once the model is loaded
         return
     f = 2 ** (len(multipliers) - 1)
     if tile_size < 1 or tile_size % f:
-        nearest = max(f, tile_size // f * f)
-        raise ValueError(f"--tile-size must be a multiple of {f}, got {tile_size}. Try {nearest}.")
+        next_smaller = tile_size // f * f
+        advice = max(f, next_smaller)
+        raise ValueError(f"--tile-size must be a multiple of {f}, got {tile_size}. Try {advice}.")
 
 
 def check_data(names: Sequence[str]) -> None:

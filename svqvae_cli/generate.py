@@ -53,18 +53,18 @@ def run(args: argparse.Namespace) -> None:
     """Generates images in batches, and writes each to a file."""
     check_source(args.model)
     check_source(args.adapter)
-    rows: dict[str, int] = {}  # by the name of the file without its suffix
-    for row, name in enumerate(_row_names(args)):
+    conditions: dict[str, int] = {}  # number of an image's class or caption, by the image's file name without suffix
+    for condition, name in enumerate(_condition_names(args)):
         for index in range(args.num_images):
-            rows[f"{name}_{index}"] = row
-    targets = {stem: [args.output / f"{stem}.png"] for stem in rows}
+            conditions[f"{name}_{index}"] = condition
+    targets = {stem: [args.output / f"{stem}.png"] for stem in conditions}
     with Run(args, targets, "images", DEFAULT_GENERATOR) as work:
         if work.todo:
-            _generate(args, work, rows)
+            _generate(args, work, conditions)
 
 
-def _row_names(args: argparse.Namespace) -> list[str]:
-    """Starts of the file names of each class or caption."""
+def _condition_names(args: argparse.Namespace) -> list[str]:
+    """Name of each class or caption, with which the names of its files start."""
     if args.prompt:
         return [f"prompt_{index}" for index in range(len(args.prompt))]
     if not args.class_labels:
@@ -75,13 +75,20 @@ def _row_names(args: argparse.Namespace) -> list[str]:
     names: list[str] = []
     for label in args.class_labels:
         name = "class_" + re.sub(r"\W+", "-", label).strip("-")
-        if name in names:  # such as C++ after C#
+        if name in names:  # C# and C++ would both be `class_C`
             name += f"-{len(names)}"
         names.append(name)
     return names
 
 
-def _generate(args: argparse.Namespace, work: Run[str], rows: Mapping[str, int]) -> None:
+def _generate(args: argparse.Namespace, work: Run[str], conditions: Mapping[str, int]) -> None:
+    """Generates the images that are not there yet.
+
+    Args:
+        args (`argparse.Namespace`): Parsed command line.
+        work ([`Run`]): The run. Its inputs are the names of all images, without suffixes.
+        conditions (`Mapping[str, int]`): Number of the class or caption of each image, by its name.
+    """
     import torch
 
     from svqvae_cli.loading import load_generator
@@ -91,24 +98,31 @@ def _generate(args: argparse.Namespace, work: Run[str], rows: Mapping[str, int])
     _check_options(pipeline, args)
     _warn_of_unknown_words(pipeline, args.prompt or [])
     _warn_of_undrawable_things(pipeline, args.prompt or [])
-    seeds = {stem: args.seed + number for number, stem in enumerate(work.targets)}
-    sampling = {}
-    for name in SAMPLING:
-        value = getattr(args, name)
-        if value is not None:
-            sampling[name] = value
     _tell_temperature(pipeline, args)
-    for batch in _batches(work.files(), args.batch_size):
-        generators = [torch.Generator().manual_seed(seeds[stem]) for stem in batch]
-        rows_of_batch = [rows[stem] for stem in batch]
-        images = _sample(pipeline, args, rows_of_batch, generator=generators, **sampling)
-        for stem, image in zip(batch, images, strict=True):
+    sampling = _sampling_options(args)
+    seeds = {stem: args.seed + number for number, stem in enumerate(work.targets)}
+    for stems in _batches(work.files(), args.batch_size):
+        generators = [torch.Generator().manual_seed(seeds[stem]) for stem in stems]
+        conditions_of_batch = [conditions[stem] for stem in stems]
+        images = _sample(pipeline, args, conditions_of_batch, generator=generators, **sampling)
+        for stem, image in zip(stems, images, strict=True):
             with work.attempt(stem):
                 path = work.outputs(stem)[0]
                 save_png(image, path)
 
 
+def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of sampling on the command line. Others have the defaults of the pipeline."""
+    options = {}
+    for name in SAMPLING:
+        value = getattr(args, name)
+        if value is not None:
+            options[name] = value
+    return options
+
+
 def _batches(stems: Iterator[str], size: int) -> Iterator[list[str]]:
+    """Yields the names of images in lists of one size. The last one may be shorter."""
     batch = list(islice(stems, size))
     while batch:
         yield batch
@@ -119,7 +133,8 @@ def _warn_of_unknown_words(pipeline: Any, prompts: list[str]) -> None:
     """Says on stderr which words of captions a tokenizer of whole words leaves out. T5 reads any word."""
     from svqvae_hf.pipelines.captions import keep_known_words, say_unknown, unknown_words
 
-    if not prompts or pipeline.tokenizer is None or hasattr(pipeline, "text_encoder"):
+    has_text_encoder = hasattr(pipeline, "text_encoder")  # T5
+    if not prompts or pipeline.tokenizer is None or has_text_encoder:
         return
     if keep_known_words(pipeline.tokenizer, prompts) != prompts:
         message = say_unknown(unknown_words(pipeline.tokenizer, prompts))
@@ -128,10 +143,10 @@ def _warn_of_unknown_words(pipeline: Any, prompts: list[str]) -> None:
 
 def _tell_temperature(pipeline: Any, args: argparse.Namespace) -> None:
     """Says that a model samples at a low temperature of its own, because its seeds then hardly change an image."""
-    own_sampling = getattr(pipeline, "sampling", None)
-    if own_sampling is None or args.temperature is not None:
+    defaults = getattr(pipeline, "sampling", None)
+    if defaults is None or args.temperature is not None:
         return
-    temperature = own_sampling["temperature"]
+    temperature = defaults["temperature"]
     if temperature > LOW_TEMPERATURE:
         return
     print(
@@ -168,6 +183,7 @@ def _check_options(pipeline: Any, args: argparse.Namespace) -> None:
 
 
 def _foreign_option_error(option: str, pipeline: Any, args: argparse.Namespace) -> ValueError:
+    """The error of an option that a generator of this kind does not have."""
     name = "the bundled model"
     if args.model is not None:
         name = f"`{args.model}`"
@@ -177,22 +193,24 @@ def _foreign_option_error(option: str, pipeline: Any, args: argparse.Namespace) 
     )
 
 
-def _sample(pipeline: Any, args: argparse.Namespace, rows: list[int], **sampling: Any) -> list[Any]:
-    """Samples images, each by the number of its class or caption on the command line."""
-    prompts = None
-    if args.prompt:
-        prompts = [args.prompt[row] for row in rows]
+def _sample(pipeline: Any, args: argparse.Namespace, conditions: list[int], **sampling: Any) -> list[Any]:
+    """Samples an image for each condition, which is the number of a class or caption on the command line."""
     if hasattr(pipeline, "draw"):
-        return pipeline.draw(prompts or [None] * len(rows), args.grid, **sampling)
-    pipeline.set_progress_bar_config(position=1, leave=False, disable=None)
+        prompts: list[str | None] = [None] * len(conditions)
+        if args.prompt:
+            prompts = [args.prompt[condition] for condition in conditions]
+        return pipeline.draw(prompts, args.grid, **sampling)
+    pipeline.set_progress_bar_config(position=1, leave=False, disable=None)  # below the bar of the run
     if args.steps:
         sampling["num_inference_steps"] = args.steps
-    if prompts:
+    if args.prompt:
+        prompts = [args.prompt[condition] for condition in conditions]
         return pipeline(prompt=prompts, **sampling).images
-    if not args.class_labels:
-        return pipeline(num_images_per_prompt=len(rows), **sampling).images
-    numbers = _class_numbers(pipeline, args.class_labels)
-    return pipeline(class_labels=[numbers[row] for row in rows], **sampling).images
+    if args.class_labels:
+        class_numbers = _class_numbers(pipeline, args.class_labels)
+        labels = [class_numbers[condition] for condition in conditions]
+        return pipeline(class_labels=labels, **sampling).images
+    return pipeline(num_images_per_prompt=len(conditions), **sampling).images
 
 
 def _class_numbers(pipeline: Any, texts: list[str]) -> list[int]:
@@ -203,7 +221,8 @@ def _class_numbers(pipeline: Any, texts: list[str]) -> list[int]:
     labels: list[int | str] = []
     for text in texts:
         is_name = class_names is not None and text in class_names
-        if text.removeprefix("-").isdecimal() and not is_name:
+        is_number = text.removeprefix("-").isdecimal()
+        if is_number and not is_name:
             labels.append(int(text))
         else:
             labels.append(text)

@@ -56,28 +56,36 @@ def _facts(source: str) -> dict[str, Any]:
 
 
 def _folder_facts(path: Path) -> dict[str, Any]:
-    is_started_set = (path / "parts" / "options.json").is_file()
-    if (path / TOKEN_SET_FILE).is_file() or is_started_set:
+    """Facts about a folder with a token set, an adapter, a model or a pipeline."""
+    is_token_set = (path / TOKEN_SET_FILE).is_file()
+    is_started_token_set = (path / "parts" / "options.json").is_file()
+    if is_token_set or is_started_token_set:
         return _set_facts(str(path))
     if (path / ADAPTER_FILE).is_file():
-        config = read_json_object(path / ADAPTER_FILE)
-        facts: dict[str, Any] = {"kind": "LoRA adapter"}
-        for name in ADAPTER_FACTS:
-            facts[name] = config.get(name)
-        return facts
-    if not list(path.glob("*.json")):
+        return _adapter_facts(path / ADAPTER_FILE)
+    has_config = any(path.glob("*.json"))
+    if not has_config:
         raise ValueError(f"`{path}` holds no model and no token set. info describes these, and files of tokens.")
     return _model_facts(str(path))
 
 
+def _adapter_facts(config_file: Path) -> dict[str, Any]:
+    config = read_json_object(config_file)
+    facts: dict[str, Any] = {"kind": "LoRA adapter"}
+    for name in ADAPTER_FACTS:
+        facts[name] = config.get(name)
+    return facts
+
+
 def _file_facts(path: Path) -> dict[str, Any]:
+    """Facts about a token file or an original checkpoint."""
     from svqvae_hf.tokens.token_files import is_compressed, is_token_file
 
-    if path.is_file():
-        if is_compressed(path):
-            return _compressed_file_facts(path)
-        if is_token_file(path):
-            return _token_file_facts(path)
+    is_pipe = not path.is_file()  # which cannot be read twice
+    if not is_pipe and is_compressed(path):
+        return _compressed_file_facts(path)
+    if not is_pipe and is_token_file(path):
+        return _token_file_facts(path)
     if path.suffix.lower() in IMAGE_SUFFIXES:
         raise ValueError(f"info describes models and tokens, got the image `{path}`. Encode it with `svqvae encode`.")
     return _checkpoint_facts(str(path))
@@ -88,8 +96,8 @@ def _compressed_file_facts(path: Path) -> dict[str, Any]:
 
     compressed = load_compressed(path)
     facts = {"kind": "compressed token file", "context model": f"sha256 {compressed.fingerprint}..."}
-    bits = [8.0 * len(chunk) for chunk in compressed.chunks]
-    return facts | _image_facts(compressed.record, bits)
+    bits_per_scale = [8.0 * len(chunk) for chunk in compressed.chunks]
+    return facts | _image_facts(compressed.record, bits_per_scale)
 
 
 def _token_file_facts(path: Path) -> dict[str, Any]:
@@ -97,17 +105,17 @@ def _token_file_facts(path: Path) -> dict[str, Any]:
 
     tokens = load_tokens(path)
     bits_per_id = math.log2(tokens.codebook_size)
-    bits = [ids.numel() * bits_per_id for ids in tokens.ids]
+    bits_per_scale = [ids.numel() * bits_per_id for ids in tokens.ids]
     facts = {"kind": "token file", "codebook": _codebook(tokens)}
-    return facts | _image_facts(vars(tokens), bits)
+    return facts | _image_facts(vars(tokens), bits_per_scale)
 
 
-def _image_facts(record: Mapping[str, Any], bits: Sequence[float]) -> dict[str, Any]:
+def _image_facts(record: Mapping[str, Any], bits_per_scale: Sequence[float]) -> dict[str, Any]:
     """Facts about the image of a token file.
 
     Args:
-        record (`Mapping[str, Any]`): Values of the file.
-        bits (`Sequence[float]`): Bits of all its ids, per scale.
+        record (`Mapping[str, Any]`): Values of the file: `height`, `width`, `f`, `scales` and so on.
+        bits_per_scale (`Sequence[float]`): Bits of all ids at each scale.
     """
     from svqvae_hf.models.resizing import grid_shape
 
@@ -115,51 +123,56 @@ def _image_facts(record: Mapping[str, Any], bits: Sequence[float]) -> dict[str, 
     width = record["width"]
     f = record["f"]
     facts = {"image": f"{width} x {height} pixels (width x height)", "f": f, "tiles": _tiles(record)}
-    if any(scale != 1 for scale in record["scales"]):  # at scale 1 nothing is resized
+    is_resized = any(scale != 1 for scale in record["scales"])
+    if is_resized:
         facts["scales from"] = record["scale_from"]
-    for scale, bits_at_scale in zip(record["scales"], bits, strict=True):
+    for scale, bits in zip(record["scales"], bits_per_scale, strict=True):
         rows, columns = grid_shape(height, width, f, scale)
-        per_token = bits_at_scale / (rows * columns)
-        per_pixel = bits_at_scale / (height * width)
-        rates = f"{per_token:.2f} bits/token, {per_pixel:.4f} bits/pixel"
-        facts[f"scale {scale:g}"] = f"{columns} x {rows} = {rows * columns:,} tokens, {rates}"
+        num_tokens = rows * columns
+        rates = f"{bits / num_tokens:.2f} bits/token, {bits / (height * width):.4f} bits/pixel"
+        facts[f"scale {scale:g}"] = f"{columns} x {rows} = {num_tokens:,} tokens, {rates}"
     return facts
 
 
 def _set_facts(source: str) -> dict[str, Any]:
+    """Facts about a token set in a folder or at a URL. If it is not complete, its parts."""
     from svqvae_files.folders import Folder
     from svqvae_hf.token_sets.parts import describe_state, read_totals
     from svqvae_hf.token_sets.settings import read_settings
 
     folder = Folder(source)
-    state = describe_state(source)  # raises if a file is missing, cut or foreign
-    if folder.read(TOKEN_SET_FILE) is None:
-        return {"kind": "token set", **state}
+    parts = describe_state(source)  # raises if a file is missing, cut or foreign
+    facts: dict[str, Any] = {"kind": "token set"}
+    is_complete = folder.read(TOKEN_SET_FILE) is not None
+    if not is_complete:
+        return facts | parts
+    totals = read_totals(folder)
+    if totals is None:  # the settings lack them
+        totals = {}
+    facts["rows"] = totals.get("rows")
+    facts["ids"] = totals.get("ids")
+    facts["Parquet files"] = totals.get("files")
     settings = read_settings(source)
-    totals = read_totals(folder) or {}
-    return {
-        "kind": "token set",
-        "rows": totals.get("rows"),
-        "ids": totals.get("ids"),
-        "Parquet files": totals.get("files"),
-        "model": settings.model,
-        "crops": settings.crops,
-        "resolution": settings.resolution or "of the images",
-        "scales": ", ".join(f"{scale:g}" for scale in settings.scales),
-        "scales from": settings.scale_from,
-        "f": settings.f,
-        "tiles": _tiles(vars(settings)),
-        "codebook": _codebook(settings),
-    }
+    facts["model"] = settings.model
+    facts["crops"] = settings.crops
+    facts["resolution"] = settings.resolution or "of the images"
+    facts["scales"] = ", ".join(f"{scale:g}" for scale in settings.scales)
+    facts["scales from"] = settings.scale_from
+    facts["f"] = settings.f
+    facts["tiles"] = _tiles(vars(settings))
+    facts["codebook"] = _codebook(settings)
+    return facts
 
 
 def _tiles(record: Mapping[str, Any]) -> str:
+    """Tiles that ids were encoded with."""
     if record["tile_size"] is None:
         return "none"
     return f"{record['tile_size']} pixels, overlap {record['overlap']}"
 
 
 def _codebook(tokens: Any) -> str:
+    """Codebook of a token file or a token set."""
     return f"{tokens.codebook_size} codes, sha256 {tokens.codebook_fingerprint}"
 
 
@@ -185,8 +198,9 @@ def _model_facts(source: str) -> dict[str, Any]:
         facts["codebook sha256"] = model.codebook_fingerprint()
         config = model.config
     for name, value in config.items():
-        is_absent = value in (None, [None, None])  # the second stands for a component that a pipeline lacks
-        if not name.startswith("_") and not is_absent:
+        is_private = name.startswith("_")
+        is_absent = value in (None, [None, None])  # a pipeline lacks a component whose class is [None, None]
+        if not is_private and not is_absent:
             facts[name] = value
     return facts
 
@@ -209,9 +223,11 @@ def _load_config(source: str) -> Mapping[str, Any]:
 
 
 def _class_of_config(config: Mapping[str, Any]) -> str:
+    """Name of the class in a config of diffusers or transformers."""
+    class_name = config.get("_class_name")
+    if class_name:
+        return str(class_name)
     architectures = config.get("architectures")
-    if config.get("_class_name"):
-        return str(config["_class_name"])
     if isinstance(architectures, list) and architectures:
         return str(architectures[0])
     return "unknown model"

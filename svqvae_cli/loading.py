@@ -114,7 +114,18 @@ def hide_loading_bars() -> None:
 
 
 def load_generator(source: str | None, device: str | None, dtype: str, adapter: str | None = None) -> Any:
-    """Loads a generator of any kind, by default the bundled one, and merges a LoRA adapter into its language model."""
+    """Loads a generator of any kind and merges a LoRA adapter, if given, into its language model.
+
+    Args:
+        source (`str`, *optional*): Folder or Hub id, by default the bundled language model.
+        device (`str`, *optional*): Name of the device, by default a GPU if there is one.
+        dtype (`str`): Precision of the weights.
+        adapter (`str`, *optional*): Folder or Hub id of a LoRA adapter.
+
+    Raises:
+        OSError: The generator cannot be loaded.
+        ValueError: `source` is no generator, or the adapter does not fit it.
+    """
     source = source or DEFAULT_GENERATOR
     with explain_loading(source):
         cls = _generator_class(source)
@@ -131,9 +142,10 @@ def _merge_adapter(pipeline: Any, adapter: str, base: str) -> None:
     from svqvae_hf.loaders.adapters import load_adapter
 
     class_name = type(pipeline).__name__
-    if not hasattr(pipeline, "language_model"):
+    has_language_model = hasattr(pipeline, "language_model")
+    if not has_language_model:
         raise ValueError(f"--adapter does not apply to --model, whose class is {class_name}. Leave it out.")
-    subfolder = ""
+    subfolder = ""  # of `base`, with the language model
     if class_name in PIPELINES:
         subfolder = "language_model"
     try:
@@ -155,7 +167,8 @@ def _generator_class(source: str) -> Any:
     if ImageLanguageModel.is_at(source):
         return ImageLanguageModel
     folder = Path(source)
-    if folder.is_dir() and not any(folder.glob(INDEX_PATTERN)):
+    is_pipeline = any(folder.glob(INDEX_PATTERN))
+    if folder.is_dir() and not is_pipeline:
         raise ValueError(
             f"`{source}` must be a pipeline or a language model with image tokens. {_advice_for_no_generator(folder)}"
         )
@@ -166,6 +179,7 @@ def _generator_class(source: str) -> Any:
 
 
 def _advice_for_no_generator(folder: Path) -> str:
+    """Sentence about a folder that holds no generator."""
     if (folder / "adapter_config.json").is_file():
         return "Pass its base as --model and it as --adapter."
     return "`svqvae extend-lm` adds image tokens."

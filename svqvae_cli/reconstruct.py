@@ -22,6 +22,7 @@ from svqvae_cli.arguments import Parser
 from svqvae_cli.errors import one_line, prefix_errors
 from svqvae_cli.files import InputFile, find_images
 from svqvae_cli.runs import Run
+from svqvae_files.outputs import scale_endings
 
 
 def add_arguments(parser: Parser) -> None:
@@ -32,18 +33,20 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the reconstruction of each image at each scale, and prints how close it is."""
-    endings = [f"_x{scale:g}.png" for scale in args.scales]
+    endings = scale_endings(args.scales)
     if args.side_by_side:
         endings.append("_side_by_side.png")
     targets = {}
     for file in find_images(args):
-        targets[file] = [file.target(args.output, ending) for ending in endings]
+        paths = [file.target(args.output, ending) for ending in endings]
+        targets[file] = paths
     with Run(args, targets, "images") as work:
         if work.todo:
             _reconstruct(args, work)
 
 
 def _reconstruct(args: argparse.Namespace, work: Run[InputFile]) -> None:
+    """Encodes and decodes the images that are not done yet."""
     from svqvae_cli.loading import load_encoder
     from svqvae_files.outputs import save_png
     from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions, side_by_side
@@ -55,9 +58,10 @@ def _reconstruct(args: argparse.Namespace, work: Run[InputFile]) -> None:
     try:
         for file, original in work.read(load_image):
             with work.attempt(file, ValueError):
-                size = (original.height, original.width)
                 with prefix_errors(file.path):
-                    tiles = choose_tiles(model, *size, args.scales, args.tile_size, args.overlap)
+                    tiles = choose_tiles(
+                        model, original.height, original.width, args.scales, args.tile_size, args.overlap
+                    )
                 tokens = encode_image(model, original, args.scales, args.scale_from, tiles)
                 images = decode_image(model, tokens, tiles=tiles)
                 figures = measure_reconstructions(original, tokens, images)
@@ -79,12 +83,11 @@ class _Table:
     """
 
     def __init__(self, names: Sequence[Path], codebook_size: int):
-        labels = ["1,000 images"]
+        self.width = len("1,000 images")  # of the first column
         for name in names:
-            labels.append(one_line(str(name)))
-        self.width = max(len(label) for label in labels)
+            self.width = max(self.width, len(one_line(str(name))))
         self.codebook_size = codebook_size
-        self.figures: list[Sequence[Any]] = []  # per image, one per scale
+        self.figures: list[Sequence[Any]] = []  # of each image, at each scale
 
     def add(self, name: Path, figures: Sequence[Any]) -> None:
         """Prints the rows of an image, one per scale."""
@@ -93,17 +96,20 @@ class _Table:
         if not self.figures:
             tqdm.write(table_header(self.width))
         self.figures.append(figures)
+        label = one_line(str(name))
         for figures_at_scale in figures:
-            self._print_row(one_line(str(name)), [figures_at_scale])
+            self._print_row(label, [figures_at_scale])
 
     def print_totals(self) -> None:
         """Prints a row per scale about all images, if there are several."""
         if len(self.figures) < 2:
             return
-        for figures_at_scale in zip(*self.figures, strict=True):
-            self._print_row(f"{len(self.figures):,} images", figures_at_scale)
+        label = f"{len(self.figures):,} images"
+        for figures_at_scale in zip(*self.figures, strict=True):  # of all images at one scale
+            self._print_row(label, figures_at_scale)
 
     def _print_row(self, label: str, figures: Sequence[Any]) -> None:
+        """Prints a row about one or more images at one scale."""
         from svqvae_hf.evaluation.reconstruction_table import table_row
 
         tqdm.write(table_row(self.width, label, figures, self.codebook_size))

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     """Encodes an image set to a token set."""
     process = _read_process()
     _check(args, process)
+
     from svqvae_cli.loading import load_model, require_context_model
     from svqvae_hf.data.image_sets import open_images
     from svqvae_hf.token_sets.cards import public_names
@@ -60,17 +61,7 @@ def run(args: argparse.Namespace) -> None:
     check_out(args.output)
     images = open_images(args.data, columns=args.keep, results=args.output, **image_set_options(args))
     num_parts = count_parts(images, args.num_parts)
-    parts: Sequence[int] = range(num_parts)[process.rank :: process.world_size]  # processes take turns
-    if args.part is not None:
-        parts = [args.part]
     model = load_model(args.model, _device(args, process), args.dtype)
-    scales = args.scales
-    if args.sides:
-        crop_side = math.ceil(args.resolution / model.f)  # in ids
-        scales = [side / crop_side for side in args.sides]
-    num_workers = args.workers
-    if num_workers is None:
-        num_workers = min(MAX_WORKERS, os.cpu_count() or 1)
     context_model = None
     if args.compress:
         context_model = require_context_model(model, args.model)
@@ -81,10 +72,10 @@ def run(args: argparse.Namespace) -> None:
             args.output,
             **public_names(args.data, args.model or DEFAULT_MODEL),
             context_model=context_model,
-            parts=parts,
+            parts=_parts(args, process, num_parts),
             num_parts=num_parts,
-            num_workers=num_workers,
-            scales=scales,
+            num_workers=_num_workers(args),
+            scales=_scales(args, model.f),
             scale_from=args.scale_from,
             crops=args.crops,
             resolution=args.resolution,
@@ -115,6 +106,28 @@ class Process:
     rank: int
     world_size: int
     local_rank: int | None
+
+
+def _parts(args: argparse.Namespace, process: Process, num_parts: int) -> Sequence[int]:
+    """Numbers of the parts that this process makes: one of the command line, or its share of all."""
+    if args.part is not None:
+        return [args.part]
+    return range(process.rank, num_parts, process.world_size)
+
+
+def _scales(args: argparse.Namespace, f: int) -> list[float]:
+    """Scales to encode at. `--sides` states them as sides in ids."""
+    if not args.sides:
+        return args.scales
+    crop_side = math.ceil(args.resolution / f)  # in ids
+    return [side / crop_side for side in args.sides]
+
+
+def _num_workers(args: argparse.Namespace) -> int:
+    """Number of processes that read images."""
+    if args.workers is not None:
+        return args.workers
+    return min(MAX_WORKERS, os.cpu_count() or 1)
 
 
 def _device(args: argparse.Namespace, process: Process) -> str | None:
@@ -176,13 +189,20 @@ def _check(args: argparse.Namespace, process: Process) -> None:
 @contextmanager
 def _explained_interruption(out: str) -> Iterator[None]:
     """Says which parts are finished if the block is interrupted, or ends with a full disk or a network error."""
-    from svqvae_hf.token_sets.parts import describe_state
-
     try:
         yield
     except (KeyboardInterrupt, SystemExit, OSError):
-        with suppress(ValueError, OSError):  # the set was not started yet
-            state = describe_state(out)
-            print(f"parts    {state['parts']}")
-            print(f"svqvae: `{out}` is not complete. Run the same command again to resume.", file=sys.stderr)
+        _print_progress(out)
         raise
+
+
+def _print_progress(out: str) -> None:
+    """Prints which parts of a token set are finished, unless none was started or its folder cannot be read."""
+    from svqvae_hf.token_sets.parts import describe_state
+
+    try:
+        state = describe_state(out)
+    except (ValueError, OSError):
+        return
+    print(f"parts    {state['parts']}")
+    print(f"svqvae: `{out}` is not complete. Run the same command again to resume.", file=sys.stderr)
