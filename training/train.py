@@ -65,7 +65,6 @@ def train(run: Run[TrainOptions]) -> None:
     validation_sets = open_validation_sets(options, images)
     run.identify(digests_of(images, validation_sets))
     objective = Objective(options, vqvae, mean=partial(accelerator.reduce, reduction="mean"))
-    discriminator = objective.discriminator
     statistics = ScaleStatistics(vqvae.config["codebook_size"], by_octave=not options.scales)
 
     # Optimizers
@@ -84,10 +83,11 @@ def train(run: Run[TrainOptions]) -> None:
         "validations": validations,
         "loader": loader,
     }
-    if discriminator is not None:
-        discriminator_weights = train_discriminator(run, discriminator)
-        accumulated_models.append(discriminator_weights.model)
-        states["discriminator"] = discriminator_weights
+    adversary: Adversary | None = None
+    if objective.discriminator is not None:
+        adversary = Adversary(run, objective, objective.discriminator)
+        accumulated_models.append(adversary.weights.model)
+        states["discriminator"] = adversary.weights
     checkpoints = run.begin(vqvae, states, loader.contents)
     batches = iter(loader)
 
@@ -99,13 +99,13 @@ def train(run: Run[TrainOptions]) -> None:
         validate_after(0)
     for step in checkpoints.steps():
         quantize = step >= options.quantize_from
-        is_adversarial = objective.is_adversarial(step)
+        active_adversary = adversary if objective.is_adversarial(step) else None
         if step in options.kmeans_steps:
             codes.set_by_kmeans(step)
 
         for batch in islice(batches, options.gradient_accumulation_steps):
             with accelerator.accumulate(*accumulated_models):
-                # Forward pass and gradients, of the model and then of the discriminator
+                # Forward pass and gradients
                 sample = images.to_device(batch)  # (B, 3, side, side)
                 latent_side = sample.shape[-1] // vqvae.f
                 scales = step_scales(options, latent_side, step)
@@ -114,39 +114,34 @@ def train(run: Run[TrainOptions]) -> None:
                 with accelerator.autocast():
                     loss, numbers = objective(pairs, output, step)
                 accelerator.backward(loss)
-                if is_adversarial and discriminator is not None:
-                    discriminator.requires_grad_(True)
-                    with accelerator.autocast():
-                        discriminator_loss, discriminator_numbers = objective.discriminator_loss(
-                            pairs, discriminator_weights.model
-                        )
-                    accelerator.backward(discriminator_loss)
-                    discriminator.requires_grad_(False)
-                    numbers |= discriminator_numbers
+                if active_adversary is not None:
+                    numbers |= active_adversary.backward(pairs)
 
                 # Updates, after the last batch of a step
                 if accelerator.sync_gradients:
                     old_loss_scale = loss_scale(accelerator)
                     numbers |= weights.update()
-                    if is_adversarial and discriminator is not None:
-                        rescale_gradients(discriminator, loss_scale(accelerator) / old_loss_scale)
-                        discriminator_update = discriminator_weights.update()
-                        numbers["discriminator_grad_norm"] = discriminator_update["grad_norm"]
+                    if active_adversary is not None:
+                        numbers |= active_adversary.update(old_loss_scale)
 
                 # Codes, outside gradient descent
                 if quantize:
                     codes.follow_average(output)
                     numbers |= codes.replace_dead(output, step)
-                run.log.add({"loss": loss} | numbers, images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
+                megapixels = sample[:, 0].numel() / 1e6
+                run.log.add({"loss": loss} | numbers, images=len(sample), megapixels=megapixels)
                 statistics.add(scales, pairs, output.ids or [])
 
         if options.logs_after(step):
-            run.log.write_training(step + 1, statistics.summary(accelerator.reduce) | {"lr": weights.lr})
+            summary = statistics.summary(accelerator.reduce)
+            run.log.write_training(step + 1, summary | {"lr": weights.lr})
         if options.validates_after(step):
             validate_after(step + 1)
         checkpoints.after(step)
 
     validate_after(options.max_steps)
+
+    # Result
     vqvae.load_state_dict(validations.weights or weights.final())
     if accelerator.is_main_process:
         rows = provenance(SCRIPT, options.max_steps, loader.share.step_size, f"crops of {options.resolution}² pixels")
@@ -171,14 +166,46 @@ def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -
         broadcast(parameter.data)  # processes have different crops
 
 
-def train_discriminator(run: Run[TrainOptions], discriminator: nn.Module) -> Weights:
-    """Makes the optimizer of the discriminator. Its schedule has only the steps that train the discriminator."""
-    num_steps = run.options.max_steps - run.options.adversarial_start
-    weights = run.train(
-        discriminator, DISCRIMINATOR_LEARNING_RATE, num_steps=num_steps, decayed_ndim=KERNEL_NDIM, use_ema=False
-    )
-    discriminator.requires_grad_(False)  # except in its own loss, which the loop computes
-    return weights
+class Adversary:
+    """Trains the discriminator of a run.
+
+    Args:
+        run ([`Run`]): The run.
+        objective ([`Objective`]): Losses of the run.
+        discriminator (`nn.Module`): Network that tells reconstructions from images.
+
+    Attributes:
+        weights ([`Weights`]): Its weights and their optimizer, whose schedule has only the steps that train it.
+    """
+
+    def __init__(self, run: Run[TrainOptions], objective: Objective, discriminator: nn.Module):
+        self.accelerator = run.accelerator
+        self.objective = objective
+        self.discriminator = discriminator
+        num_steps = run.options.max_steps - run.options.adversarial_start
+        self.weights = run.train(
+            discriminator, DISCRIMINATOR_LEARNING_RATE, num_steps=num_steps, decayed_ndim=KERNEL_NDIM, use_ema=False
+        )
+        discriminator.requires_grad_(False)  # the loss of the model needs no gradients of these weights
+
+    def backward(self, pairs: list[Pair]) -> dict[str, torch.Tensor]:
+        """Computes the gradients of the discriminator's own loss for a batch, and returns numbers for the log."""
+        self.discriminator.requires_grad_(True)
+        with self.accelerator.autocast():
+            loss, numbers = self.objective.discriminator_loss(pairs, self.weights.model)
+        self.accelerator.backward(loss)
+        self.discriminator.requires_grad_(False)
+        return numbers
+
+    def update(self, old_loss_scale: float) -> dict[str, torch.Tensor]:
+        """Updates the discriminator after the model, and returns the norm of its gradients for the log.
+
+        Args:
+            old_loss_scale (`float`): Scale of the loss before the update of the model, which may have changed it.
+        """
+        rescale_gradients(self.discriminator, loss_scale(self.accelerator) / old_loss_scale)
+        update = self.weights.update()
+        return {"discriminator_grad_norm": update["grad_norm"]}
 
 
 class Codes:
@@ -221,7 +248,7 @@ class Codes:
         ids = ids_of_all_scales(output)  # (n,)
         latents = [flatten_latents(scale_latents.detach()) for scale_latents in output.latents or []]
         mean_over_processes = partial(self.accelerator.reduce, reduction="mean")
-        self.codebook_average.update(self.quantizer, torch.cat(latents), ids, mean_over_processes)
+        self.codebook_average.update(self.quantizer, torch.cat(latents), ids, mean_over_processes)  # (n, dim), (n,)
 
     def replace_dead(self, output: SVQVAEOutput, step: int) -> dict[str, torch.Tensor]:
         """Counts the codes of a batch. In some steps, replaces the codes that no batch has used since the last time.
@@ -234,11 +261,11 @@ class Codes:
         options = self.options
         if not options.dead_code_reset_steps:
             return {}
-        counts = count_codes(ids_of_all_scales(output), self.quantizer.size)
-        self.dead_code_reset.counts += self.accelerator.reduce(counts, "sum")
-        is_last_batch = self.accelerator.sync_gradients  # of the step
+        uses_of_codes = count_codes(ids_of_all_scales(output), self.quantizer.size)  # (codes,)
+        self.dead_code_reset.counts += self.accelerator.reduce(uses_of_codes, "sum")
+        is_last_batch_of_step = self.accelerator.sync_gradients
         is_due = (step + 1) % options.dead_code_reset_steps == 0
-        if not is_last_batch or not is_due:
+        if not is_last_batch_of_step or not is_due:
             return {}
         fresh_latents = self._latents(self._fresh_crops(RESET_BATCHES, step))  # (n, codebook_embed_dim)
         latents_per_batch = len(fresh_latents) // RESET_BATCHES
@@ -254,16 +281,18 @@ class Codes:
 
     def _latents(self, crops: Iterable[torch.Tensor]) -> torch.Tensor:
         """Latents of crops of all processes, `(n, codebook_embed_dim)`, in the order that one process would have."""
+        num_processes = self.accelerator.num_processes
+        all_latents = []
         self.vqvae.eval()  # without dropout
-        latents = []
         for sample in crops:
             with torch.no_grad(), self.accelerator.autocast():
-                gathered = self.accelerator.gather(self.vqvae.encode(sample).latents.float())  # (P * B, C, h, w)
-            by_process = gathered.unflatten(0, (self.accelerator.num_processes, -1))  # (P, B, C, h, w)
-            in_order = by_process.transpose(0, 1).flatten(0, 1)  # (B * P, C, h, w)
-            latents.append(flatten_latents(in_order))
+                latents = self.vqvae.encode(sample).latents.float()  # (B, C, h, w)
+                gathered = self.accelerator.gather(latents)  # (processes * B, C, h, w)
+            by_process = gathered.unflatten(0, (num_processes, -1))  # (processes, B, C, h, w)
+            in_order = by_process.transpose(0, 1).flatten(0, 1)  # (B * processes, C, h, w)
+            all_latents.append(flatten_latents(in_order))
         self.vqvae.train()
-        return torch.cat(latents)
+        return torch.cat(all_latents)
 
     def _restart_state(self, replaced_ids: torch.Tensor) -> None:
         """Starts the averages and the optimizer's moments of replaced codes anew."""
@@ -314,7 +343,9 @@ def open_validation_sets(options: TrainOptions, images: ImageSource) -> list[Val
         for training_set in (images.images, images.mixed):
             check_held_out(held_out, training_set)
         crops = centre_crops(held_out, options.num_validation_images, options.resolution, images.pixel_range)
-        name = "validation" if number == 1 else f"validation_{number}"
+        name = "validation"
+        if number > 1:
+            name = f"validation_{number}"
         batches = crops.split(options.per_device_train_batch_size)
         sets.append(ValidationSet(name, batches, held_out.fingerprint))
     return sets
@@ -324,7 +355,8 @@ def digests_of(images: ImageSource, validation_sets: Sequence[ValidationSet]) ->
     """Digests of all sets of a run, by the option that names each."""
     digests = image_set_digests(images)
     if validation_sets:
-        digests["validation_data_dir"] = value_digest([validation_set.digest for validation_set in validation_sets])
+        validation_digests = [validation_set.digest for validation_set in validation_sets]
+        digests["validation_data_dir"] = value_digest(validation_digests)
     return digests
 
 
@@ -348,26 +380,35 @@ def validate(
     steps_done: int,
 ) -> None:
     """Measures each set, remembers and logs the numbers, and logs a picture of the first set's first images."""
-    numbers = {}
-    ids = {}
-    shown: list[Pair] = []  # of the first set
+    measured = {}  # by the names of the sets
     with weights.evaluating():
         for validation_set in sets:
-            measured = measure(run, weights, objective, validation_set, steps_done)
-            numbers[validation_set.name] = measured.numbers
-            ids[validation_set.name] = measured.ids
-            if not shown:
-                shown = measured.shown
+            measured[validation_set.name] = measure(run, weights, objective, validation_set, steps_done)
+        numbers = {name: measurement.numbers for name, measurement in measured.items()}
+        ids = {name: measurement.ids for name, measurement in measured.items()}
         validations.add(steps_done, numbers, ids)
-    for set_name, set_numbers in numbers.items():
-        logged = {f"{set_name}/{number_name}": value for number_name, value in set_numbers.items()}
+    for set_name, measurement in measured.items():
+        logged = {f"{set_name}/{number_name}": value for number_name, value in measurement.numbers.items()}
         run.log.write(steps_done, logged)
     if run.accelerator.is_main_process:
-        column_labels = ["image"] + [f"x{scale:g}" for scale in run.options.validation_scales]
-        num_rows = len(shown[0].target)
-        labels = column_labels * num_rows
-        folder = Path(run.options.output_dir, "samples")
-        log_images(run.accelerator, rows_of_images(shown), labels, len(column_labels), folder, steps_done)
+        first_set = sets[0]
+        log_reconstructions(run, measured[first_set.name].shown, steps_done)
+
+
+def log_reconstructions(run: Run[TrainOptions], shown: list[Pair], steps_done: int) -> None:
+    """Logs a picture with a row per image: the image, and its reconstruction at each scale.
+
+    Args:
+        run ([`Run`]): The run.
+        shown (`list[Pair]`): Images and their reconstructions, at each scale.
+        steps_done (`int`): Steps before the validation.
+    """
+    columns = ["image"]
+    for scale in run.options.validation_scales:
+        columns.append(f"x{scale:g}")
+    num_rows = len(shown[0].target)
+    folder = Path(run.options.output_dir, "samples")
+    log_images(run.accelerator, rows_of_images(shown), columns * num_rows, len(columns), folder, steps_done)
 
 
 @dataclass
@@ -393,23 +434,27 @@ def measure(
     first_quantised_step = run.options.quantize_from
     quantize = first_quantised_step == 0 or steps_done > first_quantised_step
     statistics = ScaleStatistics(objective.codebook.weight.shape[0], by_octave=False)
-    ids_by_scale: list[list[torch.Tensor]] = [[] for _ in scales]
+    ids_by_scale: list[list[torch.Tensor]] = [[] for _ in scales]  # of each scale, those of each batch
     shown: list[Pair] = []
     for batch in validation_set.batches:
         sample = batch.to(run.accelerator.device)  # (B, 3, side, side)
         output = weights.model(sample, scales, scale_from="latents", force_not_quantize=not quantize)
-        pairs = []
-        for pair in objective.pairs(sample, output):
-            pairs.append(pair._replace(output=pair.output.clamp(0, 1)))
+        pairs = [clamp(pair) for pair in objective.pairs(sample, output)]
         statistics.add(scales, pairs, output.ids or [])
-        for ids_of_scale, batch_ids in zip(ids_by_scale, output.ids or [], strict=False):
-            ids_of_scale.append(batch_ids.flatten().cpu())
+        if output.ids:  # empty if the batch was not quantised
+            for ids_of_scale, batch_ids in zip(ids_by_scale, output.ids, strict=True):
+                ids_of_scale.append(batch_ids.flatten().cpu())
         if not shown:
             shown = [pair.first(SHOWN_IMAGES) for pair in pairs]
-    parts = [torch.empty(0, dtype=torch.int64)]  # for batches that were not quantised
+    all_ids = [torch.empty(0, dtype=torch.int64)]  # no ids, if the batches were not quantised
     for ids_of_scale in ids_by_scale:
-        parts += ids_of_scale
-    return Measured(statistics.summary(run.accelerator.reduce), torch.cat(parts), shown)
+        all_ids += ids_of_scale
+    return Measured(statistics.summary(run.accelerator.reduce), torch.cat(all_ids), shown)
+
+
+def clamp(pair: Pair) -> Pair:
+    """A pair whose reconstruction is limited to the range of pixels."""
+    return pair._replace(output=pair.output.clamp(0, 1))
 
 
 def describe_validations(validation_set: ValidationSet, validations: Validations) -> str:
