@@ -8,10 +8,10 @@ import dataclasses
 import re
 from pathlib import Path
 
+from diffusion_options import DiffusionOptions
 from python_reference import python_reference
 from train import TrainOptions
 from train_language_model import LanguageModelOptions
-from train_latent_diffusion import DiffusionOptions
 from train_llamagen import LlamaGenOptions
 from train_next_scale import NextScaleOptions
 

@@ -15,11 +15,11 @@ import pytest
 import write_reference
 from cli_runner import svqvae
 from conftest import ROOT
+from diffusion_options import DiffusionOptions
 from hub_server import serve_hub
 from page_runner import code_cells, kept_kinds, python_blocks
 from test_imports import SUBPACKAGES
 from train_language_model import LanguageModelOptions
-from train_latent_diffusion import DiffusionOptions
 from train_llamagen import LlamaGenOptions
 from transformers import TrainingArguments
 

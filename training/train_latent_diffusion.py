@@ -6,56 +6,37 @@ python training/train_latent_diffusion.py --vqvae_name_or_path SVQVAE --model_co
 With several GPUs, `accelerate launch` in place of `python`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
-import datasets
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from diffusers.models.embeddings import LabelEmbedding
+from denoiser import (
+    NUM_CLASSES,
+    PIXEL_RANGE,
+    make_denoiser,
+    make_pipeline,
+    read_label_names,
+    set_scaling_factor,
+)
+from diffusers import DDIMScheduler, DiTPipeline
+from diffusion_options import DiffusionOptions
+from held_out_images import HeldOut, open_held_out, read_held_out, share_of_process
 from torch import nn
 
-from svqvae_hf import SVQVAE, SVQVAEImageProcessor
-from svqvae_hf.data.image_parts import IndexedRows
-from svqvae_hf.data.image_rows import read_image
-from svqvae_hf.data.image_sets import open_images
+from svqvae_hf import SVQVAE
 from svqvae_hf.hub.model_cards import quote
-from svqvae_hf.trainer.configs import load_network_config
-from svqvae_hf.trainer.data.crops import CropPolicy
-from svqvae_hf.trainer.data.held_out import check_held_out
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.data.sample_order import batch_generator
 from svqvae_hf.trainer.identity import image_set_digests
-from svqvae_hf.trainer.options import POSITIVE, ImageOptions, PipelineOptions, about_split, option, range_faults
 from svqvae_hf.trainer.pipeline_run import generator_card, load_frozen_vqvae, log_samples
 from svqvae_hf.trainer.publishing import Result, provenance
 from svqvae_hf.trainer.run import Run, run_script
 
 SCRIPT = "training/train_latent_diffusion.py"
-PIXEL_RANGE = (-1.0, 1.0)  # of DiTPipeline
-MEASURED_BATCHES = 16  # for the scale of the latents
-NUM_CLASSES = 1000  # the label after these means no class in DiTPipeline, for any transformer
-
-
-@dataclass
-class DiffusionOptions(PipelineOptions, ImageOptions):
-    """Options of training a denoiser."""
-
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
-    num_inference_steps: int = option(50, "Denoising steps of the images of a validation.")
-    validation_data_dir: str | None = option(None, "Folder of held-out images, whose mean loss is logged.")
-    validation_split: str | None = option(None, "Split of --validation_data_dir, if it has several.")
-
-    def faults(self) -> Iterator[str]:
-        """Yields an error message for each fault, also in the options of denoisers."""
-        yield from super().faults()
-        yield from range_faults(self, POSITIVE, "num_inference_steps")
-        if self.validation_split is not None and self.validation_data_dir is None:
-            yield "`--validation_split` belongs to `--validation_data_dir`. Give both or neither."
 
 
 def train(run: Run[DiffusionOptions]) -> None:
@@ -101,8 +82,10 @@ def train(run: Run[DiffusionOptions]) -> None:
                 numbers_of_batch = loader.share.numbers(loader.batch - 1)  # its samples within the step
                 noise = noise_of_step.rows(numbers_of_batch)
                 is_dropped = noise.draws < options.condition_dropout
-                classes = None if options.label_column is None else batch.labels
-                labels = drop_labels(classes, is_dropped)
+                if options.label_column is None:
+                    labels = no_labels(len(sample))
+                else:
+                    labels = drop_labels(batch.labels, is_dropped)
                 velocities = denoise(sample, labels, noise)
                 loss = F.mse_loss(velocities.predicted, velocities.expected)
                 accelerator.backward(loss)
@@ -204,61 +187,28 @@ class Denoising:
         return Velocities(predicted, expected, latents.std())
 
 
-def drop_labels(labels: list[int] | None, is_dropped: torch.Tensor) -> torch.Tensor:
-    """Labels `(B,)` for the denoiser. Dropped and absent labels are `NUM_CLASSES`, which means no class."""
-    if labels is None:
-        return torch.full((len(is_dropped),), NUM_CLASSES)
+def join_noise(parts: Sequence[Noise]) -> Noise:
+    """Noise of several samples, one after the other."""
+    values = torch.cat([part.values for part in parts])
+    timesteps = torch.cat([part.timesteps for part in parts])
+    draws = torch.cat([part.draws for part in parts])
+    return Noise(values, timesteps, draws)
+
+
+def no_labels(count: int) -> torch.Tensor:
+    """Labels `(B,)` that mean no class."""
+    return torch.full((count,), NUM_CLASSES)
+
+
+def drop_labels(labels: Sequence[int], is_dropped: torch.Tensor) -> torch.Tensor:
+    """Labels `(B,)` for the denoiser. Dropped ones are `NUM_CLASSES`, which means no class."""
     for label in labels:
         if not 0 <= label < NUM_CLASSES:
             raise ValueError(f"Labels must be integers in [0, {NUM_CLASSES}), but one is {label}.")
     return torch.tensor(labels).masked_fill(is_dropped, NUM_CLASSES)
 
 
-# Validation
-
-
-@dataclass
-class HeldOut:
-    """Images of `--validation_data_dir`.
-
-    Args:
-        rows ([`~svqvae_hf.data.image_parts.IndexedRows`]): The images.
-        digest (`str`): Digest of the set.
-    """
-
-    rows: IndexedRows
-    digest: str
-
-
-def open_held_out(options: DiffusionOptions, images: ImageSource) -> HeldOut | None:
-    """Opens the held-out images; None without `--validation_data_dir`.
-
-    Raises:
-        ValueError: If an image is trained on, or the set has other classes.
-    """
-    if options.validation_data_dir is None:
-        return None
-    columns = [] if options.label_column is None else [options.label_column]
-    with about_split("validation_split"):
-        held_out = open_images(
-            [options.validation_data_dir],
-            split=options.validation_split,
-            columns=columns,
-            keep_labels=False,
-            copy=True,
-            results=options.output_dir,
-        )
-    for training_set in (images.images, images.mixed):
-        check_held_out(held_out, training_set)
-    if options.label_column is not None:
-        label_feature = held_out.features[options.label_column]
-        if label_feature != images.label_feature:
-            raise ValueError(
-                f"`--validation_data_dir` must have the classes of the training images, {images.label_feature}, but "
-                f"has {label_feature}."
-            )
-    rows = cast(IndexedRows, held_out.rows)  # a copy has random access
-    return HeldOut(rows, held_out.fingerprint)
+# Validation and result
 
 
 def digests_of(images: ImageSource, held_out: HeldOut | None) -> dict[str, str]:
@@ -276,175 +226,27 @@ def measure(run: Run[DiffusionOptions], denoise: Denoising, held_out: HeldOut) -
     """
     options = run.options
     accelerator = run.accelerator
-    totals = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of images
+    sum_of_losses = 0.0
+    num_images = 0
     for numbers in share_of_process(held_out, accelerator, options.per_device_train_batch_size):
         batch = read_held_out(options, held_out, numbers)
         if not batch.numbers:
             continue
+        labels = no_labels(len(batch.numbers))
+        if batch.labels is not None:
+            keep_all = torch.zeros(len(batch.labels), dtype=torch.bool)
+            labels = drop_labels(batch.labels, keep_all)
         noise = join_noise([denoise.draw_noise(batch_generator(number), 1) for number in batch.numbers])
-        is_dropped = torch.zeros(len(batch.numbers), dtype=torch.bool)
-        labels = drop_labels(batch.labels, is_dropped)
         velocities = denoise(batch.sample.to(accelerator.device), labels, noise)
         errors = F.mse_loss(velocities.predicted, velocities.expected, reduction="none")  # (B, C, h, w)
         losses = errors.mean((1, 2, 3))  # (B,)
-        totals += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
-    total, count = accelerator.reduce(totals.to(accelerator.device, torch.float32), "sum").tolist()
-    if count == 0:
+        sum_of_losses += losses.double().sum().item()
+        num_images += len(losses)
+    sums = torch.tensor([sum_of_losses, num_images], device=accelerator.device)
+    total_loss, total_images = accelerator.reduce(sums, "sum").tolist()
+    if total_images == 0:
         raise ValueError("`--validation_data_dir` must hold at least one readable image, but holds none.")
-    return total / count
-
-
-@dataclass
-class HeldOutBatch:
-    """Centre crops of some held-out images.
-
-    Args:
-        numbers (`list[int]`): Numbers of the images in the set.
-        sample (`torch.Tensor` of shape `(B, 3, side, side)`): Crops in `PIXEL_RANGE`.
-        labels (`list[int]`, *optional*): Labels of the images.
-    """
-
-    numbers: list[int]
-    sample: torch.Tensor
-    labels: list[int] | None
-
-
-def share_of_process(held_out: HeldOut, accelerator: Accelerator, batch_size: int) -> Iterator[range]:
-    """Yields the numbers of the images of this process, in batches."""
-    numbers = range(accelerator.process_index, len(held_out.rows), accelerator.num_processes)
-    for start in range(0, len(numbers), batch_size):
-        yield numbers[start : start + batch_size]
-
-
-def read_held_out(options: DiffusionOptions, held_out: HeldOut, numbers: range) -> HeldOutBatch:
-    """Reads held-out images, and cuts their centres. Unreadable ones, and those without a label, are left out."""
-    policy = CropPolicy([options.resolution], center_crop=True, random_flip=False, resize_range=[1.0, 1.0])
-    has_labels = options.label_column is not None
-    numbers_of_crops = []
-    crops: list[Any] = []
-    labels: list[Any] = []
-    for number in numbers:
-        row = held_out.rows[number]
-        label = None
-        if options.label_column is not None:
-            label = row.values[options.label_column]
-        try:
-            image = read_image(row)
-        except (OSError, ValueError):
-            continue
-        if has_labels and label is None:
-            continue
-        numbers_of_crops.append(number)
-        crops.append(policy.cut(image, options.resolution, seed=[number]))
-        labels.append(label)
-    if not crops:
-        return HeldOutBatch([], torch.empty(0), None)
-    processor = SVQVAEImageProcessor(pixel_range=PIXEL_RANGE)
-    sample = processor.preprocess(crops)["pixel_values"]  # (B, 3, side, side)
-    return HeldOutBatch(numbers_of_crops, sample, labels if has_labels else None)
-
-
-def join_noise(parts: Sequence[Noise]) -> Noise:
-    """Noise of several samples, one after the other."""
-    values = torch.cat([part.values for part in parts])
-    timesteps = torch.cat([part.timesteps for part in parts])
-    draws = torch.cat([part.draws for part in parts])
-    return Noise(values, timesteps, draws)
-
-
-# Models
-
-
-@torch.no_grad()
-def set_scaling_factor(vqvae: SVQVAE, images: ImageSource) -> None:
-    """Sets the factor that gives latents of the training images a standard deviation of 1, as the noise has."""
-    num_batches = MEASURED_BATCHES * images.options.gradient_accumulation_steps  # as many crops for any processes
-    crops = images.fresh_crops([images.options.resolution], num_batches)
-    latents = torch.cat([vqvae.encode(sample).latents for sample in crops])  # (n, C, h, w)
-    std = images.accelerator.reduce(latents.std(), "mean").item()
-    has_spread = std > 0  # false for NaN, too
-    if not has_spread:
-        raise ValueError("Latents must differ, but all are equal. Use other images, or a trained SVQVAE.")
-    vqvae.register_to_config(scaling_factor=1 / std)
-
-
-def make_pipeline(vqvae: SVQVAE, denoiser: DiTTransformer2DModel, label_names: Sequence[str]) -> DiTPipeline:
-    """Pipeline of the denoiser, with the names of its classes."""
-    check_label_names(label_names)
-    names = {str(label): name for label, name in enumerate(label_names)}
-    pipeline = DiTPipeline(transformer=denoiser, vae=vqvae, scheduler=make_noise_schedule(), id2label=names)
-    pipeline.register_to_config(id2label=names)
-    return pipeline
-
-
-def check_label_names(names: Sequence[str]) -> None:
-    """Raises unless `DiTPipeline.get_label_ids` finds each class by its name.
-
-    It splits names at commas, and would take the last of several classes with an equal part.
-
-    Raises:
-        ValueError: If two classes share a part.
-    """
-    class_of_part: dict[str, str] = {}
-    for name in names:
-        for part in name.split(","):
-            part = part.strip()
-            first_class = class_of_part.setdefault(part, name)
-            if first_class != name:
-                raise ValueError(
-                    "Names of classes must differ in each part between commas, because `DiTPipeline` finds a class by "
-                    f"any part, but `{first_class}` and `{name}` share `{part}`. Rename one."
-                )
-
-
-def make_denoiser(options: DiffusionOptions, vqvae: SVQVAE) -> DiTTransformer2DModel:
-    """Denoiser of the config for latents of this size, without its own dropout of labels."""
-    source = options.model_config_name_or_path
-    config = load_network_config(source, DiTTransformer2DModel)
-    channels = vqvae.config["codebook_embed_dim"]
-    sizes = {
-        "sample_size": options.resolution // vqvae.f,
-        "in_channels": channels,
-        "out_channels": channels,
-        "num_embeds_ada_norm": NUM_CLASSES,
-    }
-    denoiser = DiTTransformer2DModel.from_config(config | sizes)
-    divisor = vqvae.f * denoiser.config["patch_size"]
-    if options.resolution % divisor:
-        raise ValueError(
-            f"`--resolution` must be a multiple of {divisor}, f of the SVQVAE times the `patch_size` of `{source}`, "
-            f"but is {options.resolution}."
-        )
-    for module in denoiser.modules():
-        if isinstance(module, LabelEmbedding):
-            module.dropout_prob = 0.0  # each block would drop the label or keep it on its own
-    if options.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    return denoiser.train()
-
-
-def make_noise_schedule() -> DDIMScheduler:
-    """Schedule that ends in pure noise, from which sampling starts (Lin et al., arXiv 2305.08891)."""
-    return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-    )
-
-
-def read_label_names(feature: Any) -> list[str]:
-    """Names of the classes; empty if the feature has none, or there are no labels."""
-    if isinstance(feature, datasets.ClassLabel) and feature.num_classes <= NUM_CLASSES:
-        return feature.names
-    has_labels = feature is not None
-    has_integers = isinstance(feature, datasets.Value) and "int" in feature.dtype
-    if not has_labels or has_integers:
-        return []
-    raise ValueError(f"`--label_column` must hold integers, or at most {NUM_CLASSES} classes, but it holds {feature}.")
+    return total_loss / total_images
 
 
 def sample_call(options: DiffusionOptions, pipeline: DiTPipeline) -> dict[str, Any]:
@@ -453,11 +255,11 @@ def sample_call(options: DiffusionOptions, pipeline: DiTPipeline) -> dict[str, A
     steps = options.num_inference_steps
     if options.label_column is None:
         return {"class_labels": [NUM_CLASSES] * count, "guidance_scale": 1.0, "num_inference_steps": steps}
-    num_names = len(pipeline.config.id2label)
-    class_labels = list(range(count))
-    if num_names:
-        class_labels = [index % num_names for index in range(count)]
-    return {"class_labels": class_labels, "num_inference_steps": steps}
+    num_classes = len(pipeline.config.id2label)  # 0 if the classes have no names
+    labels = list(range(count))
+    if num_classes:
+        labels = [label % num_classes for label in labels]
+    return {"class_labels": labels, "num_inference_steps": steps}
 
 
 def sample_labels(options: DiffusionOptions, pipeline: DiTPipeline) -> list[str]:

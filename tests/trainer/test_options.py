@@ -4,7 +4,7 @@ import shlex
 import pytest
 import yaml
 from conftest import ROOT
-from train_latent_diffusion import DiffusionOptions
+from diffusion_options import DiffusionOptions
 from train_llamagen import LlamaGenOptions
 from train_next_scale import NextScaleOptions
 from transformers import TrainingArguments

@@ -1,0 +1,123 @@
+"""Held-out images of `--validation_data_dir`: opens the set, and reads centre crops of some images."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from denoiser import PIXEL_RANGE
+from diffusion_options import DiffusionOptions
+from PIL import Image
+
+from svqvae_hf import SVQVAEImageProcessor
+from svqvae_hf.data.image_parts import IndexedRows
+from svqvae_hf.data.image_rows import ImageRow, read_image
+from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.trainer.data.crops import CropPolicy
+from svqvae_hf.trainer.data.held_out import check_held_out
+from svqvae_hf.trainer.data.image_source import ImageSource
+from svqvae_hf.trainer.options import about_split
+
+
+@dataclass
+class HeldOut:
+    """Images of `--validation_data_dir`.
+
+    Args:
+        rows ([`~svqvae_hf.data.image_parts.IndexedRows`]): The images.
+        digest (`str`): Digest of the set.
+    """
+
+    rows: IndexedRows
+    digest: str
+
+
+def open_held_out(options: DiffusionOptions, images: ImageSource) -> HeldOut | None:
+    """Opens the held-out images; None without `--validation_data_dir`.
+
+    Raises:
+        ValueError: If an image is trained on, or the set has other classes.
+    """
+    if options.validation_data_dir is None:
+        return None
+    columns = []
+    if options.label_column is not None:
+        columns.append(options.label_column)
+    with about_split("validation_split"):
+        held_out = open_images(
+            [options.validation_data_dir],
+            split=options.validation_split,
+            columns=columns,
+            keep_labels=False,
+            copy=True,
+            results=options.output_dir,
+        )
+    for training_set in (images.images, images.mixed):
+        check_held_out(held_out, training_set)
+    if options.label_column is not None:
+        label_feature = held_out.features[options.label_column]
+        if label_feature != images.label_feature:
+            raise ValueError(
+                f"`--validation_data_dir` must have the classes of the training images, {images.label_feature}, but "
+                f"has {label_feature}."
+            )
+    rows = cast(IndexedRows, held_out.rows)  # a copy has random access
+    return HeldOut(rows, held_out.fingerprint)
+
+
+@dataclass
+class HeldOutBatch:
+    """Centre crops of some held-out images.
+
+    Args:
+        numbers (`list[int]`): Numbers of the images in the set.
+        sample (`torch.Tensor` of shape `(B, 3, side, side)`): Crops in `PIXEL_RANGE`.
+        labels (`list[int]`, *optional*): Labels of the images; `None` without `--label_column`.
+    """
+
+    numbers: list[int]
+    sample: torch.Tensor
+    labels: list[int] | None
+
+
+def share_of_process(held_out: HeldOut, accelerator: Accelerator, batch_size: int) -> Iterator[range]:
+    """Yields the numbers of the images of this process, in batches."""
+    numbers = range(accelerator.process_index, len(held_out.rows), accelerator.num_processes)
+    for start in range(0, len(numbers), batch_size):
+        yield numbers[start : start + batch_size]
+
+
+def read_held_out(options: DiffusionOptions, held_out: HeldOut, numbers: range) -> HeldOutBatch:
+    """Reads held-out images, and cuts their centres. Unreadable ones, and those without a label, are left out."""
+    policy = CropPolicy([options.resolution], center_crop=True, random_flip=False, resize_range=[1.0, 1.0])
+    numbers_of_crops = []
+    crops: list[Any] = []
+    labels: list[int] | None = None
+    if options.label_column is not None:
+        labels = []
+    for number in numbers:
+        row = held_out.rows[number]
+        image = read_or_none(row)
+        if image is None:
+            continue
+        if labels is not None:
+            label = row.values[options.label_column]
+            if label is None:
+                continue
+            labels.append(label)
+        numbers_of_crops.append(number)
+        crops.append(policy.cut(image, options.resolution, seed=[number]))
+    if not crops:
+        return HeldOutBatch([], torch.empty(0), None)
+    processor = SVQVAEImageProcessor(pixel_range=PIXEL_RANGE)
+    sample = processor.preprocess(crops)["pixel_values"]  # (B, 3, side, side)
+    return HeldOutBatch(numbers_of_crops, sample, labels)
+
+
+def read_or_none(row: ImageRow) -> Image.Image | None:
+    """Reads the image of a row; None if it is unreadable."""
+    try:
+        return read_image(row)
+    except (OSError, ValueError):
+        return None
