@@ -26,7 +26,7 @@ from svqvae_hf.token_sets.settings import read_settings, row_tokens
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
-from language_trainer import ModalityLoss
+from modality_loss import ModalityLoss
 
 from svqvae_hf.trainer.examples import IGNORED
 

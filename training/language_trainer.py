@@ -1,20 +1,21 @@
-"""Runs of transformers' `Trainer` on tokens of images: options, loss, stop and resumption, result."""
+"""Runs of transformers' `Trainer` on tokens of images: stop and resumption, numbers of the log, result."""
 
 import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelCardData
-from peft import LoraConfig, PeftModel, get_peft_model
+from language_options import LanguageRunOptions, argument_faults
+from modality_loss import ModalityLoss, ModalitySums
+from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import (
@@ -30,136 +31,20 @@ from transformers.trainer_callback import ExportableState
 from svqvae_files.json_files import read_json_object
 from svqvae_hf.hub.model_cards import table_rows
 from svqvae_hf.hub.repositories import public_name
-from svqvae_hf.loaders.adapters import record_base
-from svqvae_hf.models.image_vocabulary import CONFIG_KEY, ImageVocabulary
 from svqvae_hf.trainer.checkpoints import NAME, RUN_STATE, check_files, find_checkpoint, write_checksums
 from svqvae_hf.trainer.data.sample_order import DIGEST, SAMPLES_PER_STEP, check_same
-from svqvae_hf.trainer.examples import IGNORED
 from svqvae_hf.trainer.identity import UNIMPORTANT, RunIdentity, model_digests
 from svqvae_hf.trainer.interruption import Interruption
 from svqvae_hf.trainer.muon import MuonAndAdam, muon_groups
 from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM, hyperparameters, resume_schedule
 from svqvae_hf.trainer.options import (
-    FRACTION,
-    OPTIMIZERS,
-    option,
     public_values,
     raise_faults,
-    range_faults,
-    read_options,
 )
 from svqvae_hf.trainer.publishing import Result, find_sources, provenance, refuse_finished
 
 TRAINER_STATE = "trainer_state.json"  # in a checkpoint, written last
 TRAINED_FOLDER = "trained.partial"  # in the output folder: the weights, before they are part of a result
-
-# Options of `TrainingArguments` that would change nothing here, and why.
-WITHOUT_EFFECT = {
-    "batch_eval_metrics": "a validation has the metrics of the script",
-    "data_seed": "`--seed` decides the order of the examples",
-    "dataloader_multiprocessing_context": "the loader has no processes",
-    "dataloader_persistent_workers": "the loader has no processes",
-    "dataloader_prefetch_factor": "the loader has no processes",
-    "do_predict": "the script trains",
-    "do_train": "the script trains",
-    "enable_jit_checkpoint": "a signal always saves a checkpoint",
-    "hub_always_push": "the result is uploaded once",
-    "hub_revision": "the result is uploaded to the main branch",
-    "hub_strategy": "the result is uploaded once",
-    "hub_token": "the token comes from `hf auth login` or HF_TOKEN",
-    "ignore_data_skip": "a resumed run reads the examples that are left",
-    "include_for_metrics": "a validation has the metrics of the script",
-    "label_smoothing_factor": "the loss is the cross-entropy",
-    "length_column_name": "examples have a random order",
-    "num_train_epochs": "`--max_steps` decides the length",
-    "prediction_loss_only": "a validation has the metrics of the script",
-    "restore_callback_states_from_checkpoint": "the script restores what a run needs",
-    "save_on_each_node": "checkpoints need a folder that all machines share",
-    "train_sampling_strategy": "examples have a random order",
-    "use_cache": "a cache would not tell packed examples apart",
-}
-ADAMW_ARGUMENTS = ("adam_epsilon", "optim", "optim_args", "optim_target_modules")
-VALIDATION_ARGUMENTS = ("eval_delay", "eval_on_start", "eval_steps", "per_device_eval_batch_size")
-
-
-@dataclass
-class LanguageRunOptions:
-    """Options that the scripts of language models share, beside those of `transformers.TrainingArguments`."""
-
-    token_set: str | None = option(None, "Token set of `svqvae tokenize`: folder, URL or Hub id.")
-    validation_token_set: str | None = option(None, "The same, for --eval_strategy; processes may repeat some rows.")
-    caption_column: str | None = option(None, "Column of captions, texts or lists; chats learn to write the first.")
-    condition_dropout: float = option(0.1, "Fraction of images trained without class or caption, for guidance.")
-    first_caption_fraction: float = option(0.0, "Fraction of images drawn from the first caption, not from any.")
-    scheduled_sampling: float = option(0.0, "Largest fraction of ids that the model reads as it draws them; slower.")
-    attn_implementation: str | None = option(None, "Attention of transformers; `eager` is fast for short examples.")
-    optimizer: str = option("adamw", "Muon and SOAP learn more per step; Muon is faster.", (*OPTIMIZERS, "muon"))
-    lora_rank: int = option(0, "Rank of LoRA on all linear layers, with the rows of image tokens; 0 trains all.")
-    license: str | None = option(None, "Licence for the card, by its id on the Hub; by default, from sources' cards.")
-
-    def __post_init__(self) -> None:
-        """Raises all faults at once."""
-        raise_faults(self.faults())
-
-    def faults(self) -> Iterator[str]:
-        """Yields an error message for each fault that can be seen without data and model."""
-        yield from range_faults(self, FRACTION, "condition_dropout", "first_caption_fraction", "scheduled_sampling")
-        if self.lora_rank < 0:
-            yield f"`--lora_rank` must be at least 0, but is {self.lora_rank}."
-
-
-def read_run_options(options_class: type, words: list[str]) -> tuple[Any, TrainingArguments]:
-    """Reads the options of a script and transformers' `TrainingArguments` from its command line.
-
-    Without an accelerator, `--use_cpu` is added, because transformers accepts `--bf16` on a CPU only with it.
-    """
-    has_accelerator = torch.accelerator.is_available()
-    has_use_cpu = any(word.partition("=")[0] == "--use_cpu" for word in words)
-    if not has_accelerator and not has_use_cpu:
-        words = words + ["--use_cpu"]
-    options, arguments = read_options((options_class, TrainingArguments), words)
-    return options, arguments
-
-
-def argument_faults(arguments: TrainingArguments, options: LanguageRunOptions) -> Iterator[str]:
-    """Yields an error message for each argument of transformers that is wrong or would have no effect."""
-    if arguments.max_steps < 1:
-        yield f"`--max_steps` must be at least 1, but is {arguments.max_steps}."
-    if arguments.dataloader_num_workers:
-        # A signal that is sent to all processes would end the loader's, and so the run before its checkpoint.
-        yield "`--dataloader_num_workers` must be 0, so that a signal can stop the run. Leave it out."
-    for name, reason in WITHOUT_EFFECT.items():
-        if _is_changed(arguments, name):
-            yield f"`--{name}` has no effect, because {reason}. Leave it out."
-    if options.optimizer != "adamw":
-        for name in ADAMW_ARGUMENTS:
-            if _is_changed(arguments, name):
-                yield f"`--{name}` has no effect with `--optimizer {options.optimizer}`. Leave one of them out."
-    if options.validation_token_set is None:
-        yield from _validation_faults(arguments)
-
-
-def _validation_faults(arguments: TrainingArguments) -> Iterator[str]:
-    """Yields an error message for arguments of validations in a run that has none."""
-    if _is_changed(arguments, "eval_strategy"):
-        yield "`--eval_strategy` needs `--validation_token_set`. Add it, or leave `--eval_strategy` out."
-        return  # transformers derives other arguments from it, which the user has not given
-    for name in VALIDATION_ARGUMENTS:
-        if _is_changed(arguments, name):
-            yield f"`--{name}` has no effect without `--validation_token_set`. Add it, or leave `--{name}` out."
-
-
-def _is_changed(arguments: TrainingArguments, name: str) -> bool:
-    """Whether an argument has another value than its default."""
-    return getattr(arguments, name) != _default_of(name)
-
-
-def _default_of(name: str) -> Any:
-    """Default of an argument of transformers."""
-    for field in fields(TrainingArguments):
-        if field.name == name:
-            return field.default if field.default_factory is MISSING else field.default_factory()
-    raise ValueError(f"TrainingArguments must have {name}, but this version of transformers has not.")
 
 
 class LanguageRun:
@@ -298,9 +183,9 @@ def set_aside_partial_checkpoints(output_dir: Path) -> None:
             continue
         with suppress(OSError):  # another process may rename the folder first
             if not _is_complete(folder):
-                new_folder = output_dir / f"partial-{folder.name}"
-                shutil.rmtree(new_folder, ignore_errors=True)
-                folder.rename(new_folder)
+                set_aside = output_dir / f"partial-{folder.name}"
+                shutil.rmtree(set_aside, ignore_errors=True)  # an earlier one
+                folder.rename(set_aside)
 
 
 def _is_complete(checkpoint: Path) -> bool:
@@ -335,8 +220,8 @@ class RunFacts:
         """
         recorded = _read_facts(checkpoint)
         check_same(DIGEST, recorded.get("digest"), self.digest)
-        is_of_old_version = "options" not in recorded  # which recorded only the digest
-        if is_of_old_version:
+        has_only_digest = "options" not in recorded  # written by an old version
+        if has_only_digest:
             return
         recorded_options = recorded["options"]
         check_same("seed", recorded["seed"], self.seed)
@@ -364,60 +249,6 @@ def _read_facts(checkpoint: Path) -> dict[str, Any]:
     if CheckpointOnSignal.__name__ not in callbacks:
         return {}
     return callbacks[CheckpointOnSignal.__name__].get("attributes", {})
-
-
-class ModalityLoss:
-    """Cross-entropy of the next token. Also sums the loss over texts and over images, since the last log.
-
-    Sums are tensors `(2, 3)`: a row for texts and a row for images, with the columns loss, tokens and hits, as in
-    [`ModalitySums`].
-
-    Args:
-        codes (`range`): Tokens that are codes.
-    """
-
-    def __init__(self, codes: range):
-        self.codes = codes
-        self.training_sums = torch.zeros(2, 3)
-        self.validation_sums = torch.zeros(2, 3)
-
-    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Returns the loss of logits `(batch, length, vocab_size)` and labels `(batch, length)`."""
-        targets = labels[:, 1:].flatten()  # (tokens,)
-        logits = outputs.logits[:, :-1].flatten(0, 1).float()  # (tokens, vocab_size)
-        losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)  # (tokens,)
-        self._add_sums(logits, targets, losses)
-        count = num_items_in_batch
-        if count is None:
-            count = (targets != IGNORED).sum()
-        return losses.sum() / count
-
-    @torch.no_grad()
-    def _add_sums(self, logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
-        """Adds a batch to the sums of training or of a validation."""
-        is_counted = targets != IGNORED
-        is_code = (targets >= self.codes.start) & (targets < self.codes.stop)
-        is_text = is_counted & ~is_code
-        is_image = is_counted & is_code
-        masks = torch.stack([is_text, is_image]).float()  # (2, tokens)
-        hits = (logits.argmax(-1) == targets).float()  # (tokens,)
-        sums = torch.stack([masks @ losses, masks.sum(1), masks @ hits], dim=1)  # (2, 3)
-        if losses.requires_grad:  # in training
-            self.training_sums = self.training_sums.to(sums.device) + sums
-        else:
-            self.validation_sums = self.validation_sums.to(sums.device) + sums
-
-    def take_training_sums(self) -> torch.Tensor:
-        """Returns the sums `(2, 3)` of training since the last call."""
-        sums = self.training_sums
-        self.training_sums = torch.zeros(2, 3)
-        return sums
-
-    def take_validation_sums(self) -> torch.Tensor:
-        """Returns the sums `(2, 3)` of validations since the last call."""
-        sums = self.validation_sums
-        self.validation_sums = torch.zeros(2, 3)
-        return sums
 
 
 class CheckpointOnSignal(TrainerCallback, ExportableState):
@@ -450,13 +281,13 @@ class CheckpointOnSignal(TrainerCallback, ExportableState):
         is_resumed = state.global_step > 0
         if not is_resumed or not isinstance(scheduler, LambdaLR):
             return
-        decayed, not_decayed = hyperparameters(scheduler)  # in this order in transformers and Muon
-        decayed["weight_decay"] = args.weight_decay
-        not_decayed["weight_decay"] = 0.0
-        for group in (decayed, not_decayed):
+        groups = hyperparameters(scheduler)  # of decayed and of other weights, in this order in transformers and Muon
+        for group in groups:
             group["initial_lr"] = args.learning_rate
             group["betas"] = (args.adam_beta1, args.adam_beta2)
-        resume_schedule(scheduler, state.global_step, [decayed, not_decayed])
+        groups[0]["weight_decay"] = args.weight_decay
+        groups[1]["weight_decay"] = 0.0
+        resume_schedule(scheduler, state.global_step, groups)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Requests a checkpoint and the end, if any process got a signal."""
@@ -502,12 +333,14 @@ class LanguageModelTrainer(Trainer):
         """
         codes = self.loss.codes
         tokens = inputs["input_ids"].clone()  # (batch, length)
-        is_code = (tokens >= codes.start) & (tokens < codes.stop)
+        is_code = (tokens >= codes.start) & (tokens < codes.stop)  # (batch, length)
         fractions = self.scheduled_sampling * torch.rand(len(tokens), 1, device=tokens.device)  # (batch, 1)
         is_chosen = torch.rand(tokens.shape, device=tokens.device) < fractions  # (batch, length)
-        is_replaced = (is_code & is_chosen)[:, 1:]  # the first token follows none from which it could be drawn
-        inputs_without_labels = {name: value for name, value in inputs.items() if name != "labels"}
-        logits = model(**inputs_without_labels).logits[:, :-1]  # (batch, length - 1, vocab_size), of the next token
+        is_replaced = is_code & is_chosen
+        is_replaced = is_replaced[:, 1:]  # (batch, length - 1), because the model draws no first token
+        model_inputs = dict(inputs)
+        model_inputs.pop("labels", None)
+        logits = model(**model_inputs).logits[:, :-1]  # (batch, length - 1, vocab_size), of each next token
         code_logits = logits[is_replaced][:, codes.start : codes.stop].float()  # (replaced, codes)
         drawn_ids = code_logits.softmax(-1).multinomial(1)[:, 0]  # (replaced,)
         tokens[:, 1:][is_replaced] = codes.start + drawn_ids
@@ -525,25 +358,32 @@ class LanguageModelTrainer(Trainer):
             self._replace_validation_loss(logs, sums)
         super().log(logs, *args)
 
-    def _reduce_sums(self, sums: torch.Tensor) -> dict[str, "ModalitySums"]:
-        """Adds the sums `(2, 3)` of all processes. Returns those of each modality that has tokens."""
-        text_sums, image_sums = self.accelerator.reduce(sums).tolist()
-        by_modality = {"text": ModalitySums(*text_sums), "image": ModalitySums(*image_sums)}
-        return {modality: numbers for modality, numbers in by_modality.items() if numbers.tokens}
+    def _reduce_sums(self, sums: torch.Tensor) -> dict[str, ModalitySums]:
+        """Adds the sums `(2, 3)` of all processes.
 
-    def _add_losses(self, logs: dict[str, float], name: str, sums: Mapping[str, "ModalitySums"]) -> None:
+        Returns:
+            `dict[str, ModalitySums]`: Sums over `text` and over `image`, of which one is absent if it has no tokens.
+        """
+        text_sums, image_sums = self.accelerator.reduce(sums).tolist()
+        sums_of_modality = {}
+        for modality, (loss, tokens, hits) in {"text": text_sums, "image": image_sums}.items():
+            if tokens:
+                sums_of_modality[modality] = ModalitySums(loss, tokens, hits)
+        return sums_of_modality
+
+    def _add_losses(self, logs: dict[str, float], name: str, sums: Mapping[str, ModalitySums]) -> None:
         """Adds the mean loss of each modality."""
         for modality, modality_sums in sums.items():
             logs[f"{name}_{modality}"] = modality_sums.loss / modality_sums.tokens
 
-    def _add_accuracies(self, logs: dict[str, float], sums: Mapping[str, "ModalitySums"]) -> None:
+    def _add_accuracies(self, logs: dict[str, float], sums: Mapping[str, ModalitySums]) -> None:
         """Adds the accuracy of each modality, and the bits per id of images."""
         for modality, modality_sums in sums.items():
             logs[f"eval_accuracy_{modality}"] = modality_sums.hits / modality_sums.tokens
         if "image" in sums:
             logs["eval_bits_per_id"] = logs["eval_loss_image"] / math.log(2)
 
-    def _replace_validation_loss(self, logs: dict[str, float], sums: Mapping[str, "ModalitySums"]) -> None:
+    def _replace_validation_loss(self, logs: dict[str, float], sums: Mapping[str, ModalitySums]) -> None:
         """Replaces the Trainer's mean over batches by the mean over tokens, which does not depend on batches."""
         total_loss = 0.0
         total_tokens = 0.0
@@ -565,21 +405,6 @@ class LanguageModelTrainer(Trainer):
         return rows
 
 
-@dataclass(frozen=True)
-class ModalitySums:
-    """Sums over the tokens of texts or of images.
-
-    Args:
-        loss (`float`): Cross-entropy in nats.
-        tokens (`float`): Number of tokens.
-        hits (`float`): Tokens that the model thinks most likely.
-    """
-
-    loss: float
-    tokens: float
-    hits: float
-
-
 def optimizer_class(
     model: PreTrainedModel, options: LanguageRunOptions, arguments: TrainingArguments
 ) -> tuple[type, dict[str, Any]] | None:
@@ -593,51 +418,6 @@ def optimizer_class(
     from pytorch_optimizer.optimizer.soap import SOAP  # importing it takes a second
 
     return SOAP, {"lr": arguments.learning_rate, "betas": betas, "max_precondition_dim": MAX_PRECONDITION_DIM}
-
-
-def add_lora(model: PreTrainedModel, rank: int) -> PeftModel:
-    """Freezes a model, and adds LoRA to its linear layers. The rows of image tokens, if any, are trained in full."""
-    trained_rows = None  # by the name of each table of tokens
-    has_image_tokens = CONFIG_KEY in model.config.to_dict()
-    if has_image_tokens:
-        vocabulary = ImageVocabulary.from_config(model.config)
-        image_tokens = list(range(vocabulary.first_token, vocabulary.stop))
-        trained_rows = dict.fromkeys(token_tables(model), image_tokens)
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", trainable_token_indices=trained_rows)
-    return get_peft_model(model, lora)
-
-
-def token_tables(model: PreTrainedModel) -> list[str]:
-    """Names of the modules with a row per token: the embedding and, unless both share their weights, the head."""
-    embedding = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    tables = [embedding]
-    if head.weight is not embedding.weight:
-        tables.append(head)
-    names = []
-    for name, module in model.named_modules():
-        if any(module is table for table in tables):
-            names.append(name)
-    return names
-
-
-def save_adapter(folder: Path, base: str, subfolder: str = "") -> Path:
-    """Names the base model of a saved adapter without directories of this machine, and records its digest.
-
-    Args:
-        folder (`Path`): Folder of the adapter, as peft saved it.
-        base (`str`): Folder or Hub id of the base model.
-        subfolder (`str`, defaults to `""`): Folder of the language model in the base.
-
-    Returns:
-        `Path`: The folder.
-    """
-    path = folder / "adapter_config.json"
-    config = read_json_object(path)
-    config["base_model_name_or_path"] = public_name(base)
-    path.write_text(json.dumps(config, indent=2))
-    record_base(folder, base, subfolder)
-    return folder
 
 
 def language_model_card(

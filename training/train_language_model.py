@@ -12,14 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language_trainer import (
-    LanguageRun,
-    LanguageRunOptions,
-    add_lora,
-    language_model_card,
-    read_run_options,
-    save_adapter,
-)
+from language_options import LanguageRunOptions, read_run_options
+from language_trainer import LanguageRun, language_model_card
+from lora import add_lora, save_adapter
 from transformers import (
     AutoConfig,
     DataCollatorForSeq2Seq,

@@ -16,14 +16,9 @@ import pytest
 import torch
 from cli_runner import svqvae
 from conftest import ROOT, make_tiny
-from language_trainer import (
-    ADAMW_ARGUMENTS,
-    VALIDATION_ARGUMENTS,
-    WITHOUT_EFFECT,
-    CheckpointOnSignal,
-    LanguageModelTrainer,
-    ModalityLoss,
-)
+from language_options import ADAMW_ARGUMENTS, VALIDATION_ARGUMENTS, WITHOUT_EFFECT
+from language_trainer import CheckpointOnSignal, LanguageModelTrainer
+from modality_loss import ModalityLoss
 from peft import PeftModel
 from PIL import Image
 from processes import start

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, make_tiny
-from language_trainer import read_run_options
+from language_options import read_run_options
 from peft import PeftModel
 from PIL import Image
 from pipeline_parts import text_components
