@@ -90,9 +90,9 @@ class ContextNetwork(nn.Module):
 
     def forward(self, inputs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Bits of ids `(n,)` given their inputs `(n, inputs)`, which [`context`] makes."""
-        rank = self.rank[ids]
-        group = rank // self.members
-        member = rank % self.members
+        rank = self.rank[ids]  # (n,)
+        group = rank // self.members  # number of the group
+        member = rank % self.members  # number within the group
         group_logits, member_logits = self.logits(inputs, group)
         group_nats = F.cross_entropy(group_logits / NAT, group, reduction="none")
         member_nats = F.cross_entropy(member_logits / NAT, member, reduction="none")
@@ -134,9 +134,10 @@ class ContextNetwork(nn.Module):
 
     def activate(self, summed: torch.Tensor, layer: str) -> torch.Tensor:
         """Drops the lowest bits of a layer's sums and limits them, as `activate` of the NumPy network does."""
-        dropped = straight_through(summed / 2 ** SHIFTS[layer], torch.floor)
-        lowest = -LIMIT if layer == "member" else 0
-        return dropped.clamp(lowest, LIMIT)
+        shifted = straight_through(summed / 2 ** SHIFTS[layer], torch.floor)
+        if layer == "member":
+            return shifted.clamp(-LIMIT, LIMIT)
+        return shifted.clamp(0, LIMIT)
 
     @torch.no_grad()
     def to_integers(self, codebook_fingerprint: str) -> ContextModel:
@@ -200,9 +201,11 @@ def read_pyramids(token_set: str, model: SVQVAE) -> list[Pyramid]:
         raise ValueError(f"`{token_set}` must hold ids of MODEL, but has others. Make it with `svqvae tokenize`.")
     pyramids = []
     for row in TokenSet(token_set).rows():
-        grids = [ids.numpy() for ids in row_tokens(row, settings).ids]
-        grids.sort(key=np.size)
-        pyramids.append([pad_ids(grid, settings.codebook_size) for grid in grids])
+        tokens = row_tokens(row, settings)
+        grids = [ids.numpy() for ids in tokens.ids]
+        grids.sort(key=np.size)  # from coarse to fine
+        pyramid = [pad_ids(grid, settings.codebook_size) for grid in grids]
+        pyramids.append(pyramid)
     return pyramids
 
 
@@ -224,13 +227,15 @@ def draw_batches(pyramids: list[Pyramid], codes: np.ndarray, seed: int) -> Itera
             coarse = None
             if level > 0 and random.random() < COARSE_SHARE:
                 coarse = pyramid[level - 1]
-            ids = unpad(pyramid[level])
+            ids = unpad(pyramid[level])  # (h, w)
             height, width = ids.shape
             rows = random.integers(height, size=IDS_PER_GRID)
             columns = random.integers(width, size=IDS_PER_GRID)
             inputs.append(context(table, pyramid[level], coarse, rows, columns))
             targets.append(ids[rows, columns])
-        yield torch.from_numpy(np.concatenate(inputs)), torch.from_numpy(np.concatenate(targets))
+        batch_inputs = torch.from_numpy(np.concatenate(inputs))
+        batch_targets = torch.from_numpy(np.concatenate(targets))
+        yield batch_inputs, batch_targets
 
 
 def draw_level(random: np.random.Generator, num_levels: int) -> int:
@@ -242,15 +247,20 @@ def draw_level(random: np.random.Generator, num_levels: int) -> int:
 
 def bits_per_id(context_model: ContextModel, pyramids: list[Pyramid]) -> str:
     """Bits per id of the finest scale alone, and of each scale given the coarser one."""
-    images = [[unpad(padded) for padded in pyramid] for pyramid in pyramids]
-    finest = [grids[-1] for grids in images]
+    images = []  # grids of each image, from coarse to fine
+    for pyramid in pyramids:
+        images.append([unpad(padded) for padded in pyramid])
+    finest = [grids_of_image[-1] for grids_of_image in images]
     no_coarse = [None] * len(images)
-    texts = [f"finest alone {rate(context_model, finest, no_coarse):.3f}"]
+    rate_alone = rate(context_model, finest, no_coarse)
+    texts = [f"finest alone {rate_alone:.3f}"]
     coarse: Sequence[np.ndarray | None] = no_coarse
-    for level in range(len(images[0])):
-        grids_of_level = [grids[level] for grids in images]
-        texts.append(f"scale {level} {rate(context_model, grids_of_level, coarse):.3f}")
-        coarse = grids_of_level
+    num_scales = len(images[0])
+    for scale in range(num_scales):
+        grids = [grids_of_image[scale] for grids_of_image in images]
+        rate_of_scale = rate(context_model, grids, coarse)
+        texts.append(f"scale {scale} {rate_of_scale:.3f}")
+        coarse = grids
     return ", ".join(texts)
 
 

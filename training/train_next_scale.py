@@ -9,7 +9,7 @@ With several GPUs, `accelerate launch` in place of `python`.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -189,16 +189,13 @@ class Predictor:
         for size in sizes:
             scale_index = self.source.grids.index(size)
             ids.append(batch.ids[scale_index].to(device))
-        codes = []  # of each scale but the last, (B, C, h, w)
-        for scale_ids in ids[:-1]:
-            scale_codes = self.vqvae.quantize.get_codebook_entry(scale_ids)  # (B, h, w, C)
-            codes.append(scale_codes.permute(0, 3, 1, 2))
-        is_dropped = draws[:, 0] < self.options.condition_dropout
+        codes = [self._codes(scale_ids) for scale_ids in ids[:-1]]  # (B, C, h, w), of each scale but the last
+        is_dropped = draws[:, 0] < self.options.condition_dropout  # (B,)
+        labels = batch.labels
         text = None
         if self.tokenizer is None:
-            labels = batch.labels.masked_fill(is_dropped, self.source.num_classes)
+            labels = labels.masked_fill(is_dropped, self.source.num_classes)  # the number after the last class
         else:
-            labels = batch.labels
             captions = batch.draw_captions(draws[:, 1])
             text = pad_captions(self.tokenizer, captions, self.options.max_text_length)  # (B, length)
             text[is_dropped] = self.tokenizer.pad_token_id
@@ -208,6 +205,11 @@ class Predictor:
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         accuracy = (logits.argmax(-1) == targets).float().mean()
         return Prediction(loss, accuracy, targets.numel())
+
+    def _codes(self, ids: torch.Tensor) -> torch.Tensor:
+        """Codes `(B, C, h, w)` of the ids `(B, h, w)` of a scale."""
+        codes = self.vqvae.quantize.get_codebook_entry(ids)  # (B, h, w, C)
+        return codes.permute(0, 3, 1, 2)
 
 
 def measure(
@@ -245,7 +247,9 @@ def check_captions(options: NextScaleOptions, source: TokenSource | None, tokeni
     """Raises ValueError for a caption that the tokenizer cannot read, so that none ends the run later."""
     if source is None:
         return
-    captions = list(chain.from_iterable(source.captions()))
+    captions: list[str] = []
+    for captions_of_row in source.captions():
+        captions += captions_of_row
     for start in range(0, len(captions), CHECKED_CAPTIONS):
         pad_captions(tokenizer, captions[start : start + CHECKED_CAPTIONS], options.max_text_length)
 
@@ -284,11 +288,19 @@ def make_transformer(
 def trained_schedule(grids: Sequence[Size], steps: int) -> list[Size]:
     """Schedule of the pipeline.
 
+    Args:
+        grids (list of `(height, width)`): Grids of ids in the token set, from coarse to fine.
+        steps (`int`): Number of scales.
+
+    Returns:
+        list of `(height, width)`: Scales from coarse to fine.
+
     Raises:
-        ValueError: If the token set lacks one of its scales.
+        ValueError: If the token set lacks one of the scales.
     """
-    longer_side = max(grids[-1])
-    schedule = make_schedule(grids[-1], min(steps, longer_side))
+    finest = grids[-1]
+    longer_side = max(finest)  # a schedule has at most one scale per id of this side
+    schedule = make_schedule(finest, min(steps, longer_side))
     missing = [size for size in schedule if size not in grids]
     if missing:
         raise ValueError(
@@ -308,16 +320,18 @@ def draw_schedule(sizes: Sequence[Size], schedule: Sequence[Size], generator: to
         generator (`torch.Generator`): Source of randomness.
     """
     sizes = list(dict.fromkeys(sizes))  # without repetition
-    drawn = sizes[:NUM_FIRST] + _draw_inner(sizes, len(schedule), generator) + sizes[-1:]
-    drawn = [size for size in sizes if size in drawn]  # from coarse to fine
-
-    chance = float(torch.rand((), generator=generator))
-    num_dropped = sum(chance < probability for probability in DROP_PROBABILITIES)
-    for _ in range(num_dropped):
-        if len(drawn) > NUM_FIRST + 1:
-            _drop(drawn, NUM_FIRST, len(drawn) - 1, generator)  # neither the first two nor the last
+    first = sizes[:NUM_FIRST]
+    inner = _draw_inner(sizes, len(schedule), generator)
+    last = sizes[-1]
+    chosen = {*first, *inner, last}
+    drawn = [size for size in sizes if size in chosen]  # from coarse to fine
+    for _ in range(_draw_num_dropped(generator)):
+        num_inner = len(drawn) - NUM_FIRST - 1
+        if num_inner > 0:
+            _drop(drawn, NUM_FIRST, len(drawn) - 1, generator)
     while count_ids(drawn) > count_ids(schedule):
-        _drop(drawn, max(1, len(drawn) - NUM_DROPPABLE), len(drawn), generator)
+        first_droppable = max(1, len(drawn) - NUM_DROPPABLE)
+        _drop(drawn, first_droppable, len(drawn), generator)
     return drawn
 
 
@@ -326,12 +340,22 @@ def _draw_inner(sizes: Sequence[Size], schedule_length: int, generator: torch.Ge
     inner = sizes[NUM_FIRST:-1]
     largest_coarse_side = COARSE_UP_TO * max(sizes[-1])
     coarse = [size for size in inner if max(size) <= largest_coarse_side]
-    fine = inner[len(coarse) :]
-    count = max(0, schedule_length - NUM_FIRST - 1)
-    num_coarse = round(COARSE_SHARE * count)
+    fine = [size for size in inner if max(size) > largest_coarse_side]
+    num_inner = max(0, schedule_length - NUM_FIRST - 1)
+    num_coarse = round(COARSE_SHARE * num_inner)
     drawn_coarse = _draw(coarse, num_coarse, generator)
-    drawn_fine = _draw(fine, count - num_coarse, generator)
+    drawn_fine = _draw(fine, num_inner - num_coarse, generator)
     return drawn_coarse + drawn_fine
+
+
+def _draw_num_dropped(generator: torch.Generator) -> int:
+    """Draws how many scales are dropped, see `DROP_PROBABILITIES`."""
+    draw = float(torch.rand((), generator=generator))
+    num_dropped = 0
+    for probability in DROP_PROBABILITIES:
+        if draw < probability:
+            num_dropped += 1
+    return num_dropped
 
 
 def _draw(sizes: Sequence[Size], count: int, generator: torch.Generator) -> list[Size]:
@@ -369,10 +393,14 @@ def sample_labels(options: NextScaleOptions, source: TokenSource) -> list[str]:
         return first_captions(source, count)
     if not source.num_classes:
         return [f"sample {index}" for index in range(count)]
-    names = source.class_names
-    if not names:
-        names = [f"class {label}" for label in range(source.num_classes)]
-    return [names[index % source.num_classes] for index in range(count)]
+    labels = []
+    for index in range(count):
+        label = index % source.num_classes
+        if source.class_names:
+            labels.append(source.class_names[label])
+        else:
+            labels.append(f"class {label}")
+    return labels
 
 
 def first_captions(source: TokenSource, count: int) -> list[str]:
