@@ -16,7 +16,7 @@ ICON_SIDES = (16, 24, 32, 48, 64)
 CHARTS = 5  # kinds of charts
 
 Draw = Callable[[int], Image.Image]  # takes the side in pixels
-Colour = tuple[int, ...]
+Colour = tuple[int, int, int]
 
 
 def on_ground(drawing: Image.Image, ground: Image.Image) -> Image.Image:
@@ -51,23 +51,25 @@ class Artist:
 
     def ground(self, side: int) -> Image.Image:
         """A white, plain or photographic square."""
-        kind = self.random.random()
-        if kind < 0.2 and self.photographs:
+        draw = self.random.random()
+        if draw < 0.2 and self.photographs:
             with Image.open(self.random.choice(self.photographs)) as photograph:
-                cut = min(side, *photograph.size)
-                return photograph.resize((side, side), box=(0, 0, cut, cut))
-        if kind < 0.5:
+                cut_side = min(side, *photograph.size)
+                return photograph.resize((side, side), box=(0, 0, cut_side, cut_side))
+        if draw < 0.5:
             return Image.new("RGB", (side, side), self.colour())
         return Image.new("RGB", (side, side), "white")
 
     def ink(self, ground: Image.Image) -> Colour:
         """A colour that can be read on a ground: black or white in half of the cases."""
-        is_light = np.asarray(ground.convert("L")).mean() > 128
-        strength = self.random.choice((0, 0.4))
-        dark = tuple(round(strength * value) for value in self.colour())
-        if is_light:
+        strength = self.random.choice((0, 0.4))  # 0 makes black
+        red, green, blue = self.colour()
+        dark = (round(strength * red), round(strength * green), round(strength * blue))
+        is_light_ground = np.asarray(ground.convert("L")).mean() > 128
+        if is_light_ground:
             return dark
-        return tuple(255 - value for value in dark)
+        red, green, blue = dark
+        return 255 - red, 255 - green, 255 - blue
 
     def phrase(self, count: int) -> str:
         """Random words."""
@@ -102,6 +104,7 @@ class Artist:
         return screen
 
     def _draw_window(self, screen: Image.Image, icons: Sequence[Draw]) -> None:
+        """Draws a window at a random place: a page of text, a bar with the title, icons, buttons and a border."""
         side = screen.width
         x = self.random.randrange(side // 3)
         y = self.random.randrange(side // 3)
@@ -114,18 +117,27 @@ class Artist:
         screen.paste(self.write(page, font, ink), (x, y))
         bar = Image.new("RGB", (width, self.random.randrange(18, 40)), self.colour())
         screen.paste(self.write(bar, font, self.ink(bar)), (x, y))
+        self._draw_icons(screen, icons, x + 8, y + height // 2)
+        draw = ImageDraw.Draw(screen)
+        self._draw_buttons(draw, font, ink, x + 10, y + height - 40)
+        draw.rectangle((x, y, x + width, y + height), outline=ink)
+
+    def _draw_icons(self, screen: Image.Image, icons: Sequence[Draw], left: int, top: int) -> None:
+        """Draws up to five icons side by side, of which the first is at `(left, top)`."""
         for column in range(self.random.randrange(6)):
             draw_icon = self.random.choice(icons)
             icon = draw_icon(self.random.choice(ICON_SIDES))
-            screen.paste(icon, (x + 8 + 72 * column, y + height // 2), icon)
-        draw = ImageDraw.Draw(screen)
+            screen.paste(icon, (left + 72 * column, top), icon)
+
+    def _draw_buttons(
+        self, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, ink: Colour, left: int, top: int
+    ) -> None:
+        """Draws up to three buttons side by side, of which the first is at `(left, top)`."""
         for column in range(self.random.randrange(4)):
-            left = x + 10 + 110 * column
-            top = y + height - 40
-            button = (left, top, left + 100, top + 30)
+            x = left + 110 * column
+            button = (x, top, x + 100, top + 30)
             draw.rounded_rectangle(button, self.random.randrange(12), self.colour(), outline=ink)
-            draw.text((left + 8, top + 15), self.phrase(1)[:12], fill=ink, font=font, anchor="lm")
-        draw.rectangle((x, y, x + width, y + height), outline=ink)
+            draw.text((x + 8, top + 15), self.phrase(1)[:12], fill=ink, font=font, anchor="lm")
 
     def chart(self, side: int) -> Image.Image:
         """Curves, bars, points, a pie or a map of values."""
@@ -144,21 +156,24 @@ class Artist:
         return Image.open(content).convert("RGB").resize((side, side))
 
     def _draw_values(self, axes: plt.Axes, kind: int, numbers: np.random.Generator) -> None:
+        """Draws random values in a chart of a kind, below `CHARTS`."""
         colours = numbers.random((6, 3))
-        count = numbers.integers(1, 5)
-        for number, colour in enumerate(colours[:count]):
+        num_series = numbers.integers(1, 5)
+        if kind == 3:
+            labels = [self.phrase(1)[:12] for _ in colours]
+            axes.pie(numbers.uniform(1, 5, 6), colors=colours, labels=labels)
+            return
+        if kind == 4:
+            axes.imshow(numbers.normal(size=(12, 12)).cumsum(0), cmap=self.random.choice(plt.colormaps()))
+            return
+        for number, colour in enumerate(colours[:num_series]):
             if kind == 0:
                 axes.plot(numbers.normal(size=12).cumsum(), color=colour, linewidth=numbers.uniform(1, 4))
             elif kind == 1:
                 axes.bar(np.arange(12) + number / 5, numbers.uniform(size=12), 0.2, color=colour)
-            elif kind == 2:
+            else:
                 x, y = numbers.normal(size=(2, 60))
                 axes.scatter(x, y, numbers.uniform(4, 60), color=colour)
-        if kind == 3:
-            shares = numbers.uniform(1, 5, 6)
-            axes.pie(shares, colors=colours, labels=[self.phrase(1)[:12] for _ in colours])
-        elif kind == 4:
-            axes.imshow(numbers.normal(size=(12, 12)).cumsum(0), cmap=self.random.choice(plt.colormaps()))
 
     def sheet(self, cells: Sequence[Draw], side: int, square: int) -> Image.Image:
         """Draws cells of some side on one square, row by row: pages, or drawings of different sizes on a ground."""
@@ -167,7 +182,8 @@ class Artist:
         for number, draw in enumerate(cells):
             x = side * (number % columns)
             y = side * (number // columns)
-            sheet.paste(self._cell(draw, side, sheet.crop((x, y, x + side, y + side))), (x, y))
+            ground = sheet.crop((x, y, x + side, y + side))
+            sheet.paste(self._cell(draw, side, ground), (x, y))
         return sheet
 
     def _cell(self, draw: Draw, side: int, ground: Image.Image) -> Image.Image:
@@ -181,6 +197,7 @@ class Artist:
 
 
 def _words_of_the_docs() -> list[str]:
+    """Words of all pages of the documentation, from which texts are drawn."""
     words: set[str] = set()
     for page in (Path(__file__).parents[2] / "docs").glob("*.md"):
         words.update(re.findall(r"[\w.,-]+", page.read_text()))

