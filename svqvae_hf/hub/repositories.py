@@ -54,12 +54,16 @@ def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: 
     try:
         return load(source, **options)
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:
-        is_unreachable = isinstance(error, errors.LocalEntryNotFoundError)
-        lacks_file = isinstance(error, errors.EntryNotFoundError) and not is_unreachable
-        is_local = Path(source).exists()
-        if is_local or lacks_file:
+        is_about_files = Path(source).exists() or _lacks_file(error)
+        if is_about_files:  # and the error of the loader says which one
             raise
         raise OSError(f"could not load `{source}`: there is no such folder, and {hub_reason(error)}") from error
+
+
+def _lacks_file(error: Exception) -> bool:
+    """Whether the Hub was reached and has the repository, but not a file of it."""
+    hub_is_unreachable = isinstance(error, errors.LocalEntryNotFoundError)  # a subclass of the other one
+    return isinstance(error, errors.EntryNotFoundError) and not hub_is_unreachable
 
 
 def download_file(repo_id: str, file: str, source: str | Path, **options: Any) -> Path:
