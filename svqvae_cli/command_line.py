@@ -81,9 +81,9 @@ def _run(argv: Sequence[str] | None) -> None:
 def _open_closed_streams() -> None:
     """Discards what is printed if the process was started without stdout or stderr, as by `>&-`."""
     if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # until the process ends
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it is open until the process ends
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -44,8 +44,7 @@ def measure_images(
     Raises:
         ValueError: `resolution` is out of range, or all images are skipped.
     """
-    if resolution is not None and not 1 <= resolution <= MAX_RESOLUTION:
-        raise ValueError(f"`resolution` must be in [1, {MAX_RESOLUTION}], got {resolution}.")
+    _check_resolution(resolution)
     records: Records = []
     skipped: Records = []
     num_images = length_hint(images) or None  # `length_hint` returns 0 for an unknown length
@@ -65,19 +64,29 @@ def measure_images(
             image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
         try:
             values = measure(image, **identity)
-        except TooLargeError as error:
-            skipped.append(identity | {"reason": str(error)})
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            skipped.append(identity | {"reason": OUT_OF_MEMORY})
-        else:
-            records.append(identity | values)
+        except (TooLargeError, MemoryError, RuntimeError) as error:
+            skipped.append(identity | {"reason": _reason_of_skipping(error)})
+            continue
+        records.append(identity | values)
     records = _of_all_processes(records)
     skipped = _of_all_processes(skipped)
     if not records:
         raise ValueError(_nothing_measured(skipped))
     return records, skipped
+
+
+def _check_resolution(resolution: int | None) -> None:
+    if resolution is not None and not 1 <= resolution <= MAX_RESOLUTION:
+        raise ValueError(f"`resolution` must be in [1, {MAX_RESOLUTION}], got {resolution}.")
+
+
+def _reason_of_skipping(error: TooLargeError | MemoryError | RuntimeError) -> str:
+    """Why an image cannot be measured. Raises an error that is not about memory or the size of the image."""
+    if isinstance(error, TooLargeError):
+        return str(error)
+    if not is_out_of_memory(error):
+        raise error
+    return OUT_OF_MEMORY
 
 
 def _of_all_processes(records: Records) -> Records:

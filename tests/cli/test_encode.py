@@ -24,7 +24,8 @@ def test_one_token_file_per_image(two_images, out, saved_model):
 
 
 def test_bundled_model_is_the_default(two_images, out, saved_model, monkeypatch):
-    assert loading.DEFAULT_MODEL == str(ROOT / "svqvae_hf" / "pretrained")
+    bundled_model = str(ROOT / "svqvae_hf" / "pretrained")
+    assert bundled_model == loading.DEFAULT_MODEL
     monkeypatch.setattr(loading, "DEFAULT_MODEL", saved_model)
     assert svqvae("encode", two_images / "a.png", "--output", out) == 0
     assert load_tokens(out / "a.safetensors").f == 4

@@ -66,7 +66,7 @@ def read_any_image(content: bytes, folder: Path) -> None:
     image = result_or_none(lambda: load_image(path), path)
     if image is not None:
         assert image.mode == "RGB"
-        assert 0 < image.width * image.height
+        assert image.width * image.height > 0
         image.getextrema()
 
 

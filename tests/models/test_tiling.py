@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -47,7 +49,7 @@ def test_context_windows_are_spread_over_the_image(size):
         starts = sorted({origin[axis] for origin in origins})
         window = min(12, length)
         assert all(0 <= start <= length - window for start in starts)
-        gaps = {later - earlier for earlier, later in zip(starts, starts[1:], strict=False)}
+        gaps = {later - earlier for earlier, later in pairwise(starts)}
         assert not gaps or max(gaps) - min(gaps) <= 1
         assert len(starts) == 1 or (starts[0], starts[-1]) == (0, length - window)
 

@@ -27,9 +27,11 @@ def local(tmp_path, monkeypatch):
     photos = save_photos(tmp_path / "local" / "photos")
     (tmp_path / "local" / "tars").mkdir()
     for part in range(PARTS):
-        paths = sorted(photos.iterdir())[part::PARTS]
-        pairs = [[(path.name, path.read_bytes()), (f"{path.stem}.txt", path.stem.encode())] for path in paths]
-        write_tar(tmp_path / "local" / "tars" / f"shard-{part:02}.tar", sum(pairs, []))
+        members = []
+        for path in sorted(photos.iterdir())[part::PARTS]:
+            members.append((path.name, path.read_bytes()))
+            members.append((f"{path.stem}.txt", path.stem.encode()))
+        write_tar(tmp_path / "local" / "tars" / f"shard-{part:02}.tar", members)
     return tmp_path / "local"
 
 

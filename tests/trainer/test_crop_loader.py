@@ -151,10 +151,13 @@ def test_each_epoch_of_a_stream_has_each_image_once(sets, kind, processes, worke
     images = open_images([str(sets[kind, "whole"])])
     steps = NUM_IMAGES // processes // 2  # of an epoch
     options = {"num_steps": 3 * steps, "num_workers": workers, "shuffle_buffer": 5}
-    loaders = [crop_loader(images, None, (2, 1, process, processes), **options) for process in range(processes)]
-    seen = [[numbers(batch) for batch in loader] for loader in loaders]
-    epochs = [sum(sum((each[start : start + steps] for each in seen), []), []) for start in range(0, 3 * steps, steps)]
-    assert all(sorted(epoch) == list(range(NUM_IMAGES)) for epoch in epochs)
+    epochs = [[], [], []]  # numbers of the images of each epoch
+    for process in range(processes):
+        loader = crop_loader(images, None, (2, 1, process, processes), **options)
+        for step, batch in enumerate(loader):
+            epochs[step // steps] += numbers(batch)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(NUM_IMAGES))
     assert epochs[2] != epochs[0] != epochs[1] != list(range(NUM_IMAGES))
 
 

@@ -1,6 +1,7 @@
 """Token sets as batches of sequences."""
 
 import shutil
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -54,16 +55,23 @@ def test_labels_that_are_missing_in_all_rows_are_an_error(tmp_path):
         TokenSource(str(tmp_path / "tokens"), "label")
 
 
+def rows_of(loader):
+    """Rows of all batches of a loader, in their order."""
+    return list(chain.from_iterable(loader))
+
+
 def test_every_epoch_has_each_row_once_for_any_number_of_processes(tokens, monkeypatch):
     source = TokenSource(str(tokens), None)
     monkeypatch.setattr(source, "batch", list)
-    order = sum(SequenceLoader(source, Share(4), 3, 7), [])  # the second step goes over the end of an epoch
+    order = rows_of(SequenceLoader(source, Share(4), 3, 7))  # the second step goes over the end of an epoch
     assert sorted(order[:IMAGES]) == sorted(order[IMAGES:]) == list(range(IMAGES))
-    halves = [SequenceLoader(source, Share(2, 1, process, 2), 3, 7) for process in range(2)]
-    assert [row for pair in zip(*(sum(half, []) for half in halves), strict=True) for row in pair] == order
+    first_process = SequenceLoader(source, Share(2, 1, 0, 2), 3, 7)
+    second_process = SequenceLoader(source, Share(2, 1, 1, 2), 3, 7)
+    assert rows_of(first_process) == order[0::2]
+    assert rows_of(second_process) == order[1::2]
     resumed = SequenceLoader(source, Share(2, 2), 3, 7)
-    resumed.load_state_dict(halves[1].state_dict() | {"step": 1})
-    assert sum(resumed, []) == order[4:]
+    resumed.load_state_dict(second_process.state_dict() | {"step": 1})
+    assert rows_of(resumed) == order[4:]
     with pytest.raises(ValueError, match="The product of .* must be 4 as when the checkpoint was written, but is 8"):
         SequenceLoader(source, Share(4, 1, 0, 2), 3, 7).load_state_dict(resumed.state_dict())
 
