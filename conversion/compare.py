@@ -56,11 +56,11 @@ class Comparison:
         return self.latents <= LATENT_TOLERANCE and self.unequal == 0 and self.sample <= SAMPLE_TOLERANCE
 
     def __str__(self) -> str:
-        equal = 1 - (self.ties + self.unequal) / self.ids
+        equal_fraction = 1 - (self.ties + self.unequal) / self.ids
         verdict = "ok" if self.passed else "DIFFERS"
         return (
-            f"latents {self.latents:.1e}  ids {equal:8.3%} equal, {self.ties} near ties, {self.unequal} others  "
-            f"sample {self.sample:.1e}  {verdict}"
+            f"latents {self.latents:.1e}  ids {equal_fraction:8.3%} equal, {self.ties} near ties, {self.unequal} "
+            f"others  sample {self.sample:.1e}  {verdict}"
         )
 
 
@@ -115,32 +115,53 @@ def side_of_crop(side: int, f: int) -> int:
 
 def compare(original: nn.Module, ours: SVQVAE, sample: torch.Tensor, scale: float) -> Comparison:
     """Compares both models on one sample `(1, 3, height, width)` in [0, 1], untiled."""
-    latents = ours.encode(sample).latents
-    original_latents = original.quant_conv(original.encoder(sample))
-    difference = (latents - original_latents).abs().max().item()
-    if scale != 1:
-        size = [round(scale * side) for side in original_latents.shape[-2:]]
-        mode = "area" if scale < 1 else "bilinear"
-        original_latents = F.interpolate(original_latents, size, mode=mode)
-    quantized, _, (_, _, original_ids) = original.quantize(original_latents)
+    # The original
+    unscaled_latents = original.quant_conv(original.encoder(sample))  # (1, codebook_embed_dim, h, w)
+    original_latents = resize(unscaled_latents, scale)
+    quantized, _, (_, _, flat_ids) = original.quantize(original_latents)
     original_sample = original.decode(quantized).clamp(0, 1)
 
-    ids = ours.encode_tokens(sample, [scale], scale_from="latents")[0]
-    original_ids = original_ids.view(ids.shape)
-    unequal = ids != original_ids
-    directions = F.normalize(original_latents, dim=1).movedim(1, -1)[unequal]  # (unequal, codebook_embed_dim)
-    codes = ours.quantize.get_codebook_entry(ids[unequal])  # (unequal, codebook_embed_dim)
-    original_codes = ours.quantize.get_codebook_entry(original_ids[unequal])
-    cosine_differences = (directions * (codes - original_codes)).sum(-1)  # (unequal,)
-    ties = (cosine_differences.abs() < TIE).sum().item()
-    sample_difference = ours.decode_tokens(original_ids) - original_sample
+    # This package
+    latents = ours.encode(sample).latents
+    ids = ours.encode_tokens(sample, [scale], scale_from="latents")[0]  # (1, h, w)
+    original_ids = flat_ids.view(ids.shape)
+    decoded = ours.decode_tokens(original_ids)
+
+    is_unequal = ids != original_ids
+    vectors = original_latents.movedim(1, -1)  # (1, h, w, codebook_embed_dim)
+    ties = count_ties(ours, vectors[is_unequal], ids[is_unequal], original_ids[is_unequal])
     return Comparison(
-        latents=difference,
+        latents=(latents - unscaled_latents).abs().max().item(),
         ids=ids.numel(),
         ties=ties,
-        unequal=unequal.sum().item() - ties,
-        sample=sample_difference.abs().max().item(),
+        unequal=int(is_unequal.sum()) - ties,
+        sample=(decoded - original_sample).abs().max().item(),
     )
+
+
+def resize(latents: torch.Tensor, scale: float) -> torch.Tensor:
+    """Latents `(1, codebook_embed_dim, h, w)` at a scale, resized as the original does it."""
+    if scale == 1:
+        return latents
+    size = [round(scale * side) for side in latents.shape[-2:]]
+    mode = "area" if scale < 1 else "bilinear"
+    return F.interpolate(latents, size, mode=mode)
+
+
+def count_ties(model: SVQVAE, latents: torch.Tensor, ids: torch.Tensor, other_ids: torch.Tensor) -> int:
+    """How many latents `(n, codebook_embed_dim)` are as near to the code of one id as to the code of the other one.
+
+    Args:
+        model ([`SVQVAE`]): Model that holds the codes.
+        latents (`torch.Tensor` of shape `(n, codebook_embed_dim)`): Latents.
+        ids (`torch.Tensor` of shape `(n,)`): Ids of one model.
+        other_ids (`torch.Tensor` of shape `(n,)`): Ids of the other model.
+    """
+    directions = F.normalize(latents, dim=-1)
+    codes = model.quantize.get_codebook_entry(ids)  # (n, codebook_embed_dim)
+    other_codes = model.quantize.get_codebook_entry(other_ids)
+    cosine_differences = (directions * (codes - other_codes)).sum(-1)  # (n,)
+    return int((cosine_differences.abs() < TIE).sum())
 
 
 @torch.no_grad()

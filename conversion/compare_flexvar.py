@@ -120,7 +120,8 @@ def equal_ids(
     )
     greedy_scales = []
     for step, side in enumerate(schedule):
-        if side > TRAINED_SIDE or side not in SAMPLED_SIDES:
+        is_sampled = side <= TRAINED_SIDE and side in SAMPLED_SIDES
+        if not is_sampled:
             greedy_scales.append(step)
     image_side = schedule[-1] * pipeline.vqvae.f
     ids = pipeline(

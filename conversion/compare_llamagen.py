@@ -63,24 +63,31 @@ class Original:
         """Logits `(2 * images, ids, codes)` of one pass, the second half without conditions."""
         for layer in self.model.layers:
             layer.attention.kv_cache = None  # generation leaves it there
-        tokens = self.model.cls_token_num
-        length = tokens + ids.shape[1]
-        seen = torch.ones(length, length, dtype=torch.bool).tril().repeat(len(ids), 1, 1)
+        num_condition_tokens = self.model.cls_token_num
+        length = num_condition_tokens + ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        attention_mask = causal.repeat(len(ids), 1, 1)  # (images, length, length)
         if mask is None:
-            null = torch.full_like(condition, self.model.num_classes)
+            no_condition = torch.full_like(condition, self.model.num_classes)
         else:
-            null = self.model.cls_embedding.uncond_embedding.expand_as(condition)
-            seen[:, :, :tokens] &= mask.bool()[:, None]
-            seen |= torch.eye(length, dtype=torch.bool)
-        logits, _ = self.model(ids.repeat(2, 1), torch.cat([condition, null]), mask=seen.repeat(2, 1, 1)[:, None])
-        return logits[:, tokens - 1 : -1]
+            no_condition = self.model.cls_embedding.uncond_embedding.expand_as(condition)
+            attention_mask[:, :, :num_condition_tokens] &= mask.bool()[:, None]
+            attention_mask |= torch.eye(length, dtype=torch.bool)
+        conditions = torch.cat([condition, no_condition])
+        masks = attention_mask.repeat(2, 1, 1)[:, None]  # (2 * images, 1, length, length)
+        logits, _ = self.model(ids.repeat(2, 1), conditions, mask=masks)
+        return logits[:, num_condition_tokens - 1 : -1]
 
     def greedy_ids(
         self, condition: torch.Tensor, mask: torch.Tensor | None, guidance_scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Most likely ids `(images, ids)`, and the logits `(images, ids, codes)` that they were chosen by."""
-        steps: list[torch.Tensor] = []
-        recording = self.model.register_forward_hook(lambda module, args, output: steps.append(output[0][:, -1]))
+        steps: list[torch.Tensor] = []  # logits of each step
+
+        def record(module: nn.Module, args: tuple, output: tuple) -> None:
+            steps.append(output[0][:, -1])
+
+        recording = self.model.register_forward_hook(record)
         ids = self.sampling.generate(
             self.model, condition, self.model.block_size, mask, cfg_scale=guidance_scale, sample_logits=False
         )
@@ -114,9 +121,10 @@ class Converted:
         else:
             labels = condition.new_zeros(len(ids), dtype=torch.int64)
             captions = {"prompt_embeds": condition.repeat(2, 1, 1), "prompt_attention_mask": mask.repeat(2, 1)}
-        first = num_codes + labels
-        first_of_both = torch.cat([first, torch.full_like(first, self.model.config.unconditional_token)])
-        tokens = torch.cat([first_of_both[:, None], ids.repeat(2, 1)], dim=1)  # (2 * images, 1 + ids)
+        conditional = num_codes + labels  # first token of each image, (images,)
+        unconditional = torch.full_like(conditional, self.model.config.unconditional_token)
+        first_tokens = torch.cat([conditional, unconditional])[:, None]  # (2 * images, 1)
+        tokens = torch.cat([first_tokens, ids.repeat(2, 1)], dim=1)  # (2 * images, 1 + ids)
         return self.model(tokens, **captions).logits[:, :num_ids, :num_codes].float()
 
     def greedy_ids(self, condition: torch.Tensor, mask: torch.Tensor | None, guidance_scale: float) -> torch.Tensor:

@@ -15,7 +15,8 @@ IMAGES = Path(__file__).parent / "images"
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 PATIENCE = 90_000  # milliseconds: the machine may be busy
-DESKTOP, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
+DESKTOP = {"width": 1200, "height": 900}
+PHONE = {"width": 390, "height": 844}
 
 
 def main() -> None:
@@ -27,14 +28,21 @@ def main() -> None:
 def take_demo() -> None:
     """Writes `demo.jpg`, the whole page on a desktop, and `demo_phone.jpg`, the first screen of a phone."""
     with open_browser() as browser, serve_demo() as address:
-        for name, viewport, density in (("demo", DESKTOP, 0.75), ("demo_phone", PHONE, 1)):
-            page = browser.new_page(viewport=viewport, device_scale_factor=density)
-            page.set_default_timeout(PATIENCE)
-            page.goto(address)
-            show_example(page)
-            path = IMAGES / f"{name}.jpg"
-            page.screenshot(path=path, type="jpeg", quality=60, full_page=viewport is DESKTOP)
-            page.close()
+        desktop = open_example(browser, address, DESKTOP, 0.75)
+        desktop.screenshot(path=IMAGES / "demo.jpg", type="jpeg", quality=60, full_page=True)
+        desktop.close()
+        phone = open_example(browser, address, PHONE, 1)
+        phone.screenshot(path=IMAGES / "demo_phone.jpg", type="jpeg", quality=60)
+        phone.close()
+
+
+def open_example(browser: Browser, address: str, viewport: dict[str, int], density: float) -> Page:
+    """Opens the page and its example."""
+    page = browser.new_page(viewport=viewport, device_scale_factor=density)
+    page.set_default_timeout(PATIENCE)
+    page.goto(address)
+    show_example(page)
+    return page
 
 
 def take_generator() -> None:
@@ -52,7 +60,11 @@ def take_generator() -> None:
 
 def find_browser() -> str | None:
     """Path of Chromium, if it is installed."""
-    return next(filter(None, map(shutil.which, BROWSERS)), None)
+    for browser in BROWSERS:
+        path = shutil.which(browser)
+        if path is not None:
+            return path
+    return None
 
 
 @contextmanager
@@ -97,10 +109,11 @@ def generate(page: Page) -> None:
 def paint(page: Page) -> None:
     """Paints a stroke over the middle of the picture."""
     box = page.locator("#canvas canvas").first.bounding_box()
-    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(*middle)
+    x = box["x"] + box["width"] / 2
+    y = box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
     page.mouse.down()
-    page.mouse.move(middle[0] + 40, middle[1] + 40, steps=8)
+    page.mouse.move(x + 40, y + 40, steps=8)
     page.mouse.up()
     page.wait_for_timeout(1000)
 

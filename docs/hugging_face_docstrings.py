@@ -30,17 +30,30 @@ class HuggingFaceDocstrings(griffe.Extension):
 
 
 def _rewrite(owner: griffe.Object, package: griffe.Module, listed: set[str]) -> None:
+    """Rewrites the docstrings of an object and of its members.
+
+    Args:
+        owner (`griffe.Object`): The object.
+        package (`griffe.Module`): The package that it belongs to.
+        listed (`set[str]`): Full paths of the objects on the API pages.
+    """
+
+    def find_listed(name: str) -> str | None:
+        path = _find(name, owner, package)
+        if path is not None and _is_listed(path, listed):
+            return path
+        return None
+
     if owner.docstring is not None:
-
-        def find(name: str) -> str | None:
-            path = _find(name, owner, package)
-            is_listed = path is not None and any(f"{path}.".startswith(f"{entry}.") for entry in listed)
-            return path if is_listed else None
-
-        owner.docstring.value = to_markdown(owner.docstring.value, find)
+        owner.docstring.value = to_markdown(owner.docstring.value, find_listed)
     for member in owner.members.values():
         if isinstance(member, griffe.Object):  # not an import
             _rewrite(member, package, listed)
+
+
+def _is_listed(path: str, listed: set[str]) -> bool:
+    """Whether the API pages list an object, or an object that it is a member of."""
+    return any(path == entry or path.startswith(f"{entry}.") for entry in listed)
 
 
 def to_markdown(docstring: str, find: Callable[[str], str | None]) -> str:
@@ -52,16 +65,22 @@ def to_markdown(docstring: str, find: Callable[[str], str | None]) -> str:
     """
 
     def link(match: re.Match[str]) -> str:
-        path = find(match[2])
-        text = match[2].rsplit(".", 1)[-1] if match[1] and path else match[2]
-        return f"[`{text}`][{path}]" if path else f"`{text}`"
+        tilde, name = match.groups()
+        path = find(name)
+        if path is None:
+            return f"`{name}`"
+        if tilde:  # only the last part of the name is shown
+            name = name.rsplit(".", 1)[-1]
+        return f"[`{name}`][{path}]"
 
     def section(match: re.Match[str]) -> str:
-        title, body = match[1], inspect.cleandoc(match[2])
+        title = match[1]
+        body = inspect.cleandoc(match[2])
         if title == "Example":
             return f"**Example**\n\n```pycon\n{body}\n```\n\n"
         if title in ("Args", "Raises"):
-            body = re.sub(r"^(?=\S)", "- ", re.sub(r"\n +", " ", body), flags=re.MULTILINE)
+            body = re.sub(r"\n +", " ", body)  # one line per argument
+            body = re.sub(r"^(?=\S)", "- ", body, flags=re.MULTILINE)
             body = re.sub(r"^- ([\w*]+)", r"- `\1`", body, flags=re.MULTILINE)
         return f"**{title}**\n\n{body}\n\n"
 

@@ -29,11 +29,19 @@ IMAGES = Path(__file__).parent / "images"
 HELD_OUT = ("chelsea.png", "osprey.jpg")  # not among the photographs that the bundled model was trained on
 WORST = 96  # pixels
 LARGE = (1000, 665)  # pixels, enough to be tiled
-TILE, HALO = 32, 4  # latents: 256 and 32 pixels
-GREEN, ORANGE, WHITE, GREY = "#00d0a0", "#ff7a00", "#ffffff", "#6b6b6b"
-MARGIN, LABEL = 16, 44  # pixels between images, and under them
-SCENE_PX, SCENE_ROWS, SCENE_COLUMNS = 192, 3, 6
-SCENE_LABEL, SCENE_LINE = 84, 27  # pixels under a scene, and characters in a line there
+TILE = 32  # latents: 256 pixels
+HALO = 4  # latents: 32 pixels
+GREEN = "#00d0a0"
+ORANGE = "#ff7a00"
+WHITE = "#ffffff"
+GREY = "#6b6b6b"
+MARGIN = 16  # pixels between images
+LABEL = 44  # pixels under images
+SCENE_PX = 192
+SCENE_ROWS = 3
+SCENE_COLUMNS = 6
+SCENE_LABEL = 84  # pixels under a scene
+SCENE_LINE = 27  # characters in a line there
 
 
 def main(folder: Path = IMAGES) -> None:
@@ -60,16 +68,19 @@ def picture_of_the_pyramid(model: SVQVAE, photo: Image.Image) -> Image.Image:
     tokens = encode_image(model, photo, [1, 0.5, 0.25, 0.125], "image")
     images = decode_image(model, tokens)
     model.disable_tiling()
-    width, height = photo.width // 2, photo.height // 2
-    right, below = width + MARGIN, height // 2 + LABEL
-    sheet = Image.new("RGB", (right + width // 2, height + LABEL), WHITE)
+    width = photo.width // 2
+    height = photo.height // 2
+    second_column = width + MARGIN
+    third_column = second_column + width // 4 + MARGIN
+    second_row = height // 2 + LABEL
+    sheet = Image.new("RGB", (second_column + width // 2, height + LABEL), WHITE)
     draw = ImageDraw.Draw(sheet)
-    corners = [(0, 0), (right, 0), (right, below), (right + width // 4 + MARGIN, below)]
-    for corner, image, ids, scale in zip(corners, images, tokens.ids, tokens.scales, strict=True):
+    corners = [(0, 0), (second_column, 0), (second_column, second_row), (third_column, second_row)]
+    for (x, y), image, ids, scale in zip(corners, images, tokens.ids, tokens.scales, strict=True):
         shown = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
-        sheet.paste(shown, corner)
-        below_image = corner[0], corner[1] + shown.height + 6
-        draw.text(below_image, f"scale {scale:g}, {ids.numel():,} tokens", GREY, ImageFont.load_default(19))
+        sheet.paste(shown, (x, y))
+        label = f"scale {scale:g}, {ids.numel():,} tokens"
+        draw.text((x, y + shown.height + 6), label, GREY, ImageFont.load_default(19))
     return sheet
 
 
@@ -77,12 +88,15 @@ def picture_of_the_steps(model: SVQVAE, photo: Image.Image) -> Image.Image:
     """From pixels to latents to ids, and back."""
     tokens = encode_image(model, photo, [1])
     with torch.inference_mode():
-        latents = model.encode(SVQVAEImageProcessor()(photo)["pixel_values"]).latents[0, :3]
-    low, high = latents.amin((1, 2), keepdim=True), latents.amax((1, 2), keepdim=True)
+        sample = SVQVAEImageProcessor()(photo)["pixel_values"]
+        latents = model.encode(sample).latents[0, :3]  # (3, h, w), shown as red, green and blue
+    lowest = latents.amin((1, 2), keepdim=True)
+    highest = latents.amax((1, 2), keepdim=True)
+    shown_latents = _pixels((latents - lowest) / (highest - lowest))
     height, width = tokens.ids[0].shape
     panels = [
         Panel(photo, "image", f"{photo.width} x {photo.height} x 3 numbers"),
-        Panel(_enlarged(_pixels((latents - low) / (high - low)), photo), "latents", f"{width} x {height} x 8 numbers"),
+        Panel(_enlarged(shown_latents, photo), "latents", f"{width} x {height} x 8 numbers"),
         Panel(_mosaic(model, tokens.ids[0], photo), "ids", f"{width} x {height} numbers of 14 bits"),
         Panel(decode_image(model, tokens)[0], "reconstruction", f"{photo.width} x {photo.height} x 3 numbers"),
     ]
@@ -92,35 +106,34 @@ def picture_of_the_steps(model: SVQVAE, photo: Image.Image) -> Image.Image:
 def picture_of_scales(model: SVQVAE, photo: Image.Image) -> Image.Image:
     """Ids and reconstructions at three scales."""
     tokens = encode_image(model, photo, [1, 0.5, 0.25], "image")
-    ids, reconstructions = [], []
+    ids = []
+    reconstructions = []
     for grid, scale, image in zip(tokens.ids, tokens.scales, decode_image(model, tokens), strict=True):
         height, width = grid.shape
         ids.append(Panel(_mosaic(model, grid, photo), f"ids at scale {scale:g}", f"{width} x {height}"))
-        caption = f"{image.width} x {image.height} pixels{', shown enlarged' if scale < 1 else ''}"
+        caption = f"{image.width} x {image.height} pixels"
+        if scale < 1:
+            caption += ", shown enlarged"
         reconstructions.append(Panel(image, "decoded", caption))
-    sheets = [contact_sheet(ids), contact_sheet(reconstructions)]
-    both = Image.new("RGB", (sheets[0].width, sheets[0].height + sheets[1].height))
-    both.paste(sheets[0], (0, 0))
-    both.paste(sheets[1], (0, sheets[0].height))
-    return both
+    upper = contact_sheet(ids)
+    lower = contact_sheet(reconstructions)
+    picture = Image.new("RGB", (upper.width, upper.height + lower.height))
+    picture.paste(upper, (0, 0))
+    picture.paste(lower, (0, upper.height))
+    return picture
 
 
 def picture_of_tiles(model: SVQVAE, photo: Image.Image) -> Image.Image:
     """The grid of tiles, one of them with its margin, and the windows for what all tiles share."""
-    size = [-(-side // model.f) for side in (photo.height, photo.width)]
-    rows, columns = (tile_axis(side, TILE, HALO) for side in size)
-    tiles, sampled = (photo.copy() for _ in range(2))
-    draw = ImageDraw.Draw(tiles)
-    for _, y in rows:
-        for _, x in columns:
-            _box(draw, model.f, y, x, WHITE, 2)
-    for y, x, colour in zip(rows[len(rows) // 2], columns[len(columns) // 2], (ORANGE, GREEN), strict=True):
-        _box(draw, model.f, y, x, colour, 5)
-    draw = ImageDraw.Draw(sampled)
+    size = (math.ceil(photo.height / model.f), math.ceil(photo.width / model.f))  # latents
+    tiles = _draw_tiles(model, photo, size)
     windows = _context_windows(size)
-    side = (windows[0][0].stop - windows[0][0].start) * model.f
-    for window in windows:
-        _box(draw, model.f, *window, GREEN, 4)
+    sampled = photo.copy()
+    draw = ImageDraw.Draw(sampled)
+    for rows, columns in windows:
+        _box(draw, model.f, rows, columns, GREEN, 4)
+    rows_of_window = windows[0][0]
+    side = (rows_of_window.stop - rows_of_window.start) * model.f
     shown_size = photo.width * 2 // 3, photo.height * 2 // 3
     panels = [
         Panel(
@@ -137,7 +150,23 @@ def picture_of_tiles(model: SVQVAE, photo: Image.Image) -> Image.Image:
     return contact_sheet(panels)
 
 
-def _context_windows(size: list[int]) -> list[tuple[slice, slice]]:
+def _draw_tiles(model: SVQVAE, photo: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The photograph with the cores of all tiles, and the core and the window of a tile in the middle."""
+    picture = photo.copy()
+    draw = ImageDraw.Draw(picture)
+    tiles_down = tile_axis(size[0], TILE, HALO)  # window and core of each row of tiles
+    tiles_across = tile_axis(size[1], TILE, HALO)
+    for _, core_rows in tiles_down:
+        for _, core_columns in tiles_across:
+            _box(draw, model.f, core_rows, core_columns, WHITE, 2)
+    window_rows, core_rows = tiles_down[len(tiles_down) // 2]
+    window_columns, core_columns = tiles_across[len(tiles_across) // 2]
+    _box(draw, model.f, window_rows, window_columns, ORANGE, 5)
+    _box(draw, model.f, core_rows, core_columns, GREEN, 5)
+    return picture
+
+
+def _context_windows(size: tuple[int, int]) -> list[tuple[slice, slice]]:
     """Rows and columns, in latents, of the windows that are sampled from an image."""
     windows = []
 
@@ -145,7 +174,7 @@ def _context_windows(size: list[int]) -> list[tuple[slice, slice]]:
         windows.append((rows, columns))
         return torch.zeros(1, 1, rows.stop - rows.start, columns.stop - columns.start)
 
-    sample_windows(TiledRun(lambda windows, shared: windows, read, (size[0], size[1]), TILE, HALO))
+    sample_windows(TiledRun(lambda windows, shared: windows, read, size, TILE, HALO))
     return windows
 
 
@@ -164,10 +193,10 @@ def picture_of_seams(model: SVQVAE, photo: Image.Image) -> Image.Image:
     latents = map_tiles(encode_apart, sample, TILE, HALO, input_stride=model.f)
     apart = map_tiles(decode_apart, model.quantize(latents)[0], TILE, HALO, output_stride=model.f)
     part = (0, photo.height // 5, photo.width // 2, photo.height * 17 // 20)
-    panels = [
-        Panel(_pixels(image[0]).crop(part), title, f"PSNR {psnr(image, sample, data_range=1).item():.2f} dB")
-        for title, image in {"tiles with statistics of their own": apart, "tiles that share them": shared}.items()
-    ]
+    panels = []
+    for title, image in {"tiles with statistics of their own": apart, "tiles that share them": shared}.items():
+        quality = psnr(image, sample, data_range=1).item()
+        panels.append(Panel(_pixels(image[0]).crop(part), title, f"PSNR {quality:.2f} dB"))
     return contact_sheet(panels)
 
 
@@ -180,9 +209,11 @@ def picture_of_the_worst(model: SVQVAE, photos: list[Image.Image]) -> Image.Imag
         error = torch.from_numpy(np.asarray(photo, np.float32) - np.asarray(reconstruction, np.float32))
         squares = F.avg_pool2d(error.square().mean(-1)[None], WORST, stride=WORST // 2)[0]
         row, column = divmod(int(squares.argmax()), squares.shape[1])
-        top, left = row * WORST // 2, column * WORST // 2
+        top = row * WORST // 2
+        left = column * WORST // 2
         square = (left, top, left + WORST, top + WORST)
-        caption = f"PSNR {10 * math.log10(255**2 / squares.max().item()):.1f} dB"
+        quality = 10 * math.log10(255**2 / squares.max().item())
+        caption = f"PSNR {quality:.1f} dB"
         panels += [
             Panel(photo.crop(square), "image", f"{WORST} x {WORST} pixels"),
             Panel(reconstruction.crop(square), "reconstruction", caption),
@@ -193,14 +224,21 @@ def picture_of_the_worst(model: SVQVAE, photos: list[Image.Image]) -> Image.Imag
 def picture_of_scenes(model: ImageLanguageModel) -> Image.Image:
     """Pictures of held-out pairs of objects by the bundled language model, one per prompt in a held-out wording."""
     count = SCENE_ROWS * SCENE_COLUMNS
-    randoms = [Random(f"page {number}") for number in range(count)]
-    captions = [Scene.draw(random, held_out=True).caption(random, held_out=True) for random in randoms]
-    images = model.draw(captions, generator=[torch.Generator().manual_seed(number) for number in range(count)])
-    across, down = SCENE_PX + MARGIN, SCENE_PX + SCENE_LABEL
+    captions = []
+    generators = []
+    for number in range(count):
+        random = Random(f"page {number}")
+        scene = Scene.draw(random, held_out=True)
+        captions.append(scene.caption(random, held_out=True))
+        generators.append(torch.Generator().manual_seed(number))
+    images = model.draw(captions, generator=generators)
+    across = SCENE_PX + MARGIN
+    down = SCENE_PX + SCENE_LABEL
     sheet = Image.new("RGB", (across * SCENE_COLUMNS - MARGIN, down * SCENE_ROWS), WHITE)
     draw = ImageDraw.Draw(sheet)
     for number, (caption, image) in enumerate(zip(captions, images, strict=True)):
-        left, top = number % SCENE_COLUMNS * across, number // SCENE_COLUMNS * down
+        left = number % SCENE_COLUMNS * across
+        top = number // SCENE_COLUMNS * down
         sheet.paste(image.resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC), (left, top))
         text = "\n".join(textwrap.wrap(caption, SCENE_LINE))
         draw.multiline_text((left, top + SCENE_PX + 4), text, GREY, ImageFont.load_default(14))

@@ -39,8 +39,10 @@ class GuidancePairs(LogitsProcessor):
         extra = sampling_params.extra_args or {}
         if "guidance_pair" not in extra:
             return
-        scale, token = extra.get("guidance_scale"), extra.get("no_condition")
-        if not isinstance(scale, int | float) or not math.isfinite(scale) or not isinstance(token, int):
+        scale = extra.get("guidance_scale")
+        token = extra.get("no_condition")
+        is_finite = isinstance(scale, int | float) and math.isfinite(scale)
+        if not is_finite or not isinstance(token, int):
             raise ValueError(
                 "`guidance_pair` must come with a finite `guidance_scale` and a token id `no_condition`, got "
                 f"{scale!r} and {token!r}."
@@ -64,16 +66,21 @@ class GuidancePairs(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Joins logits `(requests, vocab_size)` in place."""
-        steps: dict[tuple[str, int], dict[bool, int]] = {}
+        rows_with_caption: dict[tuple[str, int], int] = {}  # by the pair and the number of tokens so far
+        rows_without: dict[tuple[str, int], int] = {}
         for row, request in self.requests.items():
-            rows_of_step = steps.setdefault((request.pair, len(request.tokens)), {})
-            rows_of_step[request.is_conditional] = row
-        for rows in steps.values():
-            if len(rows) < 2:
-                continue  # without its partner
-            conditional = logits[rows[True]]
-            unconditional = logits[rows[False]]
-            guided = unconditional + self.requests[rows[True]].scale * (conditional - unconditional)
-            allowed = conditional.isfinite() & unconditional.isfinite()
-            logits[list(rows.values())] = guided.where(allowed, -torch.inf)
+            step = (request.pair, len(request.tokens))
+            if request.is_conditional:
+                rows_with_caption[step] = row
+            else:
+                rows_without[step] = row
+        for step, row in rows_with_caption.items():
+            if step not in rows_without:
+                continue  # the request without its partner is not guided
+            partner_row = rows_without[step]
+            conditional = logits[row]
+            unconditional = logits[partner_row]
+            guided = unconditional + self.requests[row].scale * (conditional - unconditional)
+            is_allowed = conditional.isfinite() & unconditional.isfinite()
+            logits[[row, partner_row]] = guided.where(is_allowed, -torch.inf)
         return logits
