@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from svqvae_cli.errors import require_extra
 from svqvae_files.inputs import check_url, find_bundled, is_url
 
 SCALE_SOURCES = ("image", "latents")
@@ -103,6 +105,10 @@ class Parser(argparse.ArgumentParser):
         """Adds compression."""
         self.flag("--compress", "store likely ids in few bits; decoding needs the context model of MODEL as well")
 
+    def add_large(self) -> None:
+        """Adds the option for images larger than memory, see [`check_large`]."""
+        self.flag("--large", "process TIFF files by rows of tiles, so that memory does not grow with the image")
+
     def add_model(self) -> None:
         """Adds the model, its device and its precision."""
         self.option("--model", model, "MODEL", "folder or Hub id (default: bundled, the small model of the package)")
@@ -161,6 +167,16 @@ def forbid_options(args: argparse.Namespace, why: str, *names: str) -> None:
     for name in names:
         if getattr(args, name, None) != args.parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} {why}. Leave it out.")
+
+
+def check_large(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option that `--large` excludes, or if its extra is missing."""
+    if not args.large:
+        return
+    forbid_options(args, "is not for --large, which works at scale 1", "scales")
+    with require_extra("--large", "large"):
+        import tifffile  # noqa: F401
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors say what it would log
 
 
 def path(text: str) -> Path:

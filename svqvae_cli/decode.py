@@ -18,10 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from svqvae_cli.arguments import Parser, forbid_options, not_empty, positive
+from svqvae_cli.arguments import Parser, check_large, forbid_options, not_empty, positive
 from svqvae_cli.errors import prefix_errors
 from svqvae_cli.files import InputFile, check_file, check_output, check_source, find_inputs, is_token_set
-from svqvae_cli.large import add_large, check_large
 from svqvae_cli.output_folder import OutputFolder, Source
 from svqvae_cli.runs import Run, print_leftovers
 from svqvae_files.file_names import TOKEN_SUFFIXES
@@ -40,7 +39,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_model()
     parser.add_tiles("as encoded", "as encoded")
     parser.option("--max-images", positive, "N", "stop after N rows of a token set (default: all)")
-    add_large(parser)
+    parser.add_large()
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,12 +10,12 @@ same command resumes an interrupted run.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from svqvae_cli.arguments import Parser
+from svqvae_cli.arguments import Parser, check_large
 from svqvae_cli.errors import prefix_errors
 from svqvae_cli.files import InputFile, find_images
-from svqvae_cli.large import add_large, check_large, check_large_image
 from svqvae_cli.runs import Run
 from svqvae_files.file_names import IMAGE_SUFFIXES, TIFF_SUFFIXES, TOKEN_SUFFIXES
 
@@ -24,7 +24,7 @@ def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     parser.add_encoding()
     parser.add_compress()
-    add_large(parser)
+    parser.add_large()
 
 
 def run(args: argparse.Namespace) -> None:
@@ -71,12 +71,20 @@ def _encode_large(args: argparse.Namespace, work: Run[InputFile]) -> None:
 
     model = load_encoder(args)
     context_model = _context_model(model, args)
-    for file, _ in work.read(check_large_image):
+    for file, _ in work.read(_check_large_image):
         with work.attempt(file, ValueError):
             tiles = model.tiles_of_call(args.tile_size, args.overlap)
             tokens = encode_large(model, file.path, tiles)
             path = work.outputs(file)[0]
             save_tokens(path, tokens, context_model)
+
+
+def _check_large_image(path: Path) -> None:
+    """Raises OSError or ValueError if an image cannot be read as TIFF, by its first bytes and its first page."""
+    from svqvae_hf.large.tiff_reader import open_large_image
+
+    with open_large_image(path):
+        pass
 
 
 def _context_model(model: Any, args: argparse.Namespace) -> Any:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from svqvae_files.file_names import BUNDLED, REPO_ID
 from svqvae_files.hub import hub_reason as hub_reason
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 LICENSES = Path(__file__).with_name("licenses.txt").read_text().split()  # of hf.co/docs/hub/repositories-licenses
 
 Loaded = TypeVar("Loaded")
@@ -38,6 +39,11 @@ def hub_repo(source: str | Path) -> str | None:
     if match is None or Path(source).exists():
         return None
     return match[1]
+
+
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a `from_pretrained` that say how the Hub is read."""
+    return {name: value for name, value in options.items() if name in HUB_OPTIONS}
 
 
 def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: Any) -> Loaded:

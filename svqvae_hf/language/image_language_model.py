@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from svqvae_files.json_files import read_json_object
 from svqvae_hf.hub.code import write_code
-from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.hub.repositories import from_hub, hub_options
 from svqvae_hf.loaders.causal_models import load_causal_model
 from svqvae_hf.loaders.folder_checks import check_files
 from svqvae_hf.loaders.pretrained_models import SVQVAEProcessor
@@ -18,7 +18,7 @@ from svqvae_hf.models.loading import check_merged, copy_code
 from svqvae_hf.pipelines.any_to_any import ImageLanguagePipeline
 from svqvae_hf.pipelines.image_chats import ImageChats
 from svqvae_hf.pipelines.known_objects_file import read_known_objects, write_known_objects
-from svqvae_hf.pipelines.repository_index import hub_options, write_json
+from svqvae_hf.pipelines.repository_index import write_json
 
 CONFIG = "config.json"
 

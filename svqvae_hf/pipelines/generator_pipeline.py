@@ -11,13 +11,13 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from svqvae_hf.hub.model_cards import pipeline_card
 from svqvae_hf.hub.publishing import CardMixin
-from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.hub.repositories import from_hub, hub_options
 from svqvae_hf.loaders.pretrained_models import SVQVAEImageProcessor
 from svqvae_hf.models.loading import check_merged
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.labels import Labels, encode_labels, to_int64
 from svqvae_hf.pipelines.modular_blocks import check_fingerprint
-from svqvae_hf.pipelines.repository_index import hub_options, load_arguments, read_index, write_blocks
+from svqvae_hf.pipelines.repository_index import load_arguments, read_index, write_blocks
 
 # For readers of `model_index.json`.
 LOAD_WITH = "`pip install svqvae-hf`, then `from_pretrained` of its class in `svqvae_hf`"

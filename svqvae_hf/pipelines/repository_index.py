@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin
 
 from svqvae_files.json_files import read_json_object
 from svqvae_hf.hub.code import write_code
-from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.hub.repositories import from_hub, hub_options
 from svqvae_hf.loaders.pretrained_models import SVQVAE, LlamaGenForCausalLM, NextScaleTransformer
 from svqvae_hf.models.loading import check_weights, copy_code
 
@@ -26,15 +26,9 @@ PIPELINE_OF_BLOCKS = {
     "NextScaleBlocks": "SVQVAENextScalePipeline",
     "NextScaleTextBlocks": "SVQVAENextScalePipeline",
 }
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 COMPONENTS = ("vqvae", "transformer", "language_model", "text_encoder", "tokenizer")
 AUTO_MODEL = ["diffusers", "AutoModel"]  # library and class of components whose code lies in the repository
 MODELS = {"vqvae": SVQVAE, "transformer": NextScaleTransformer, "language_model": LlamaGenForCausalLM}
-
-
-def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a `from_pretrained` that say how the Hub is read."""
-    return {name: value for name, value in options.items() if name in HUB_OPTIONS}
 
 
 class PipelineIndex(ConfigMixin):
