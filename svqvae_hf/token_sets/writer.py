@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import align_module_device
 from tqdm import tqdm
 
 from svqvae_files.folders import Folder
@@ -334,9 +335,9 @@ def encoder_digest(model: SVQVAE) -> str:
     digest = hashlib.sha256()
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     digest.update(value_digest(config).encode())
-    for module in (model.encoder, model.quant_conv):
-        for weight in module.parameters():
-            if not weight.is_meta:
+    for module in (*model.encoder.modules(), *model.quant_conv.modules()):
+        with align_module_device(module, "cpu"):  # loads the weights that accelerate has offloaded
+            for weight in module.parameters(recurse=False):
                 digest.update(weight.detach().to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()
 

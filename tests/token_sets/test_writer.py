@@ -5,6 +5,7 @@ import re
 import datasets
 import pytest
 import torch
+from accelerate import cpu_offload
 from cli_runner import fails, svqvae
 from conftest import make_tiny
 from PIL import Image
@@ -16,7 +17,7 @@ from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.crops import CROPS, make_crops
 from svqvae_hf.token_sets.parts import describe_state
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.token_sets.writer import tokenize_set
+from svqvae_hf.token_sets.writer import encoder_digest, tokenize_set
 from svqvae_hf.tokens.image_tokens import encode_image
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -162,6 +163,19 @@ def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
     check_refused()
     run()
     check_refused()
+
+
+def test_offloaded_weights_are_in_the_digest_of_an_encoder():
+    digests = set()
+    for bias in (0, 1):
+        model = make_tiled()
+        model.encoder.conv_out.bias.data += bias
+        digest = encoder_digest(model)
+        cpu_offload(model)
+        assert model.encoder.conv_out.weight.is_meta
+        assert encoder_digest(model) == digest
+        digests.add(digest)
+    assert len(digests) == 2
 
 
 def test_status_names_missing_parts(photos, tmp_path):
