@@ -47,7 +47,7 @@ class StreamPart:
         repository (`str`, *optional*): Repository of the set if it is on the Hub, which its rows may name files of.
         name (`str`): Name of the shard's file.
         number (`int`): Number of the shard.
-        table (`str`, *optional*): Path or URL of the shard's file if it is a Parquet or Arrow file.
+        table (`str`, *optional*): Path or URL of the shard's file if it is a Parquet or Arrow file with labels.
     """
 
     rows: datasets.IterableDataset
@@ -172,7 +172,7 @@ def open_stream(files: RepositoryFiles, name: str, selection: Selection) -> Open
         part = StreamPart(rows, image_column, files.root, files.builder.repo_id, name, number, None)
         if has_shard_per_file:
             part.name = os.path.basename(paths[number])
-        if has_shard_per_file and paths[number].endswith(TABLE_SUFFIXES):
+        if has_shard_per_file and column_names and paths[number].endswith(TABLE_SUFFIXES):
             part.table = paths[number]
         parts.append(part)
     return OpenedStream(parts, image_column, features, length)
