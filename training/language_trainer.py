@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -110,7 +110,8 @@ class LanguageRun:
 
         Raises:
             SystemExit: A signal stopped the run, after a checkpoint was saved.
-            ValueError: The checkpoint was written with other examples, or in another order.
+            ValueError: The checkpoint was written with other examples, or in another order, or an option does not work
+                with FSDP.
         """
         facts = RunFacts(examples.digest, self.arguments.seed, self.examples_per_step, self.public_options)
         if self.checkpoint is not None:
@@ -127,6 +128,7 @@ class LanguageRun:
             encode=encode,
             optimizer_cls_and_kwargs=optimizer_class(model, self.options, self.arguments),
         )
+        raise_faults(sharding_faults(trainer, self.options))
         self.is_main = trainer.is_world_process_zero()
         origin = find_sources(self.options)
         self.result = Result(self.arguments, self.identity, origin, self.push_to_hub, self.is_main)
@@ -418,6 +420,18 @@ def optimizer_class(
     from pytorch_optimizer.optimizer.soap import SOAP  # importing it takes a second
 
     return SOAP, {"lr": arguments.learning_rate, "betas": betas, "max_precondition_dim": MAX_PRECONDITION_DIM}
+
+
+def sharding_faults(trainer: Trainer, options: LanguageRunOptions) -> Iterator[str]:
+    """Yields an error message for each option that does not work with FSDP, which splits weights between processes."""
+    if not trainer.is_fsdp_enabled:
+        if trainer.args.fsdp:
+            yield "`--fsdp` has no effect, because accelerate splits weights between GPUs only. Leave it out."
+        return
+    if options.optimizer != "adamw":
+        yield f"`--optimizer` must be adamw with FSDP, but is {options.optimizer}."
+    if options.lora_rank and trainer.model.config.get_text_config().tie_word_embeddings:
+        yield "`--lora_rank` must be 0 with FSDP, because the head of the model has the weights of its embedding."
 
 
 def language_model_card(

@@ -8,13 +8,12 @@ import runpy
 import shutil
 import signal
 import sys
-from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from cli_runner import svqvae
+from captioned_tokens import CAPTIONS, captioned_tokens
 from conftest import ROOT, make_tiny
 from language_options import ADAMW_ARGUMENTS, VALIDATION_ARGUMENTS, WITHOUT_EFFECT
 from language_trainer import CheckpointOnSignal, LanguageModelTrainer
@@ -39,29 +38,12 @@ from svqvae_hf.language.extension import extend_language_model
 from svqvae_hf.language.grammar import ImageGrammar
 from svqvae_hf.trainer.examples import IGNORED, ChatExamples, Mix, read_texts
 
-CAPTIONS = ["a pear", "a cat", "a red key", "a sailboat"]
 LEARN = {"learning_rate": 4e-3, "per_device_train_batch_size": 8, "max_steps": 150, "lr_scheduler_type": "cosine"}
-
-
-@cache
-def parts(folder):
-    """A token set of 4 captioned images of 16 x 16 pixels, of the codebook of the extended language models."""
-    (folder / "images").mkdir(parents=True)
-    rows = []
-    for index, caption in enumerate(CAPTIONS):
-        pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
-        rows.append(json.dumps({"file_name": f"{index}.png", "caption": caption}))
-    (folder / "images" / "metadata.jsonl").write_text("\n".join(rows))
-    vqvae = extended("qwen") / "vqvae"
-    crops = ["--crops", "centre", "--resolution", 16]
-    assert svqvae("tokenize", folder / "images", "--output", folder / "tokens", "--model", vqvae, *crops) == 0
-    return folder / "tokens"
 
 
 @pytest.fixture
 def tokens(tmp_path_factory):
-    return parts(tmp_path_factory.getbasetemp() / "image_text")
+    return captioned_tokens(tmp_path_factory.getbasetemp() / "image_text")
 
 
 @pytest.fixture
