@@ -10,6 +10,7 @@ import httpx
 import torch
 
 from svqvae_hf import SVQVAEProcessor
+from svqvae_hf.pipelines.captions import keep_known_words
 
 TRIES = 8
 
@@ -17,6 +18,7 @@ TRIES = 8
 def draw(server: str, model: str, caption: str, scale: float = 1.5, **sampling: float) -> torch.Tensor:
     """Draws the ids `(height, width)` of one picture."""
     processor = SVQVAEProcessor.from_pretrained(model)
+    (caption,) = keep_known_words(processor.tokenizer, [caption])
     vocabulary = processor.vocabulary
     grid = vocabulary.grids[0]
     rows, columns = grid
