@@ -1,7 +1,7 @@
-"""The parts that were saved together with a processor: its tokenizer, chat template and generation config.
+"""The parts that were saved together with a processor: its tokenizer, chat template, generation config and vqvae.
 
-The config of the processor holds a digest of the file of each part. Without one of them, a language model still draws,
-but from other prompts or without its guidance.
+The config of the processor holds a digest of the file of each part. Without one of them, or with another one, a
+language model still draws, but from other prompts, without its guidance, or with another decoder.
 """
 
 import json
@@ -14,7 +14,7 @@ from huggingface_hub import errors, hf_hub_download
 from svqvae_files.identity import model_file_digest
 from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import write_file
-from svqvae_hf.models.processing_svqvae import PARTS_KEY
+from svqvae_hf.models.processing_svqvae import PARTS_KEY, VQVAE_FOLDER
 
 CONFIG = "processor_config.json"
 PARTS = (
@@ -23,6 +23,8 @@ PARTS = (
     "known_objects.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    f"{VQVAE_FOLDER}/config.json",
+    f"{VQVAE_FOLDER}/diffusion_pytorch_model.safetensors",
 )
 
 

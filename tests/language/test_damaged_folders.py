@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_language_models import extended, load_extended
 
+from svqvae_hf import SVQVAE
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.loaders.adapters import BASE_FILE, record_base
 
@@ -75,6 +76,15 @@ def test_language_models(tmp_path, capsys):
     del model.generation_config.generation_kwargs
     command = ["--model", folder, "--prompt", "a cat"]
     check_damages(folder, extended("llama"), tmp_path, capsys, command)
+
+
+def test_the_decoder_of_another_model_is_an_error(tmp_path):
+    folder = shutil.copytree(extended("qwen"), tmp_path / "lm")
+    vqvae = SVQVAE.from_pretrained(folder / "vqvae")
+    vqvae.decoder.conv_out.bias.data += 1
+    vqvae.save_pretrained(folder / "vqvae")
+    with pytest.raises(ValueError, match="vqvae/diffusion_pytorch_model.safetensors` must be as it was saved with"):
+        ImageLanguageModel.from_pretrained(folder)
 
 
 @pytest.mark.slow
