@@ -1,6 +1,5 @@
 """Held-out images of `--validation_data_dir`: opens the set, and reads centre crops of some images."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,11 +8,13 @@ from accelerate import Accelerator
 from denoiser import PIXEL_RANGE
 from diffusion_options import DiffusionOptions
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data.image_parts import IndexedRows
 from svqvae_hf.data.image_rows import ImageRow, read_image
 from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.trainer.data.crop_loader import prepare_worker
 from svqvae_hf.trainer.data.crops import CropPolicy
 from svqvae_hf.trainer.data.held_out import check_held_out
 from svqvae_hf.trainer.data.image_source import ImageSource
@@ -81,11 +82,39 @@ class HeldOutBatch:
     labels: list[int] | None
 
 
-def share_of_process(held_out: HeldOut, accelerator: Accelerator, batch_size: int) -> Iterator[range]:
-    """Yields the numbers of the images of this process, in batches."""
+@dataclass
+class HeldOutReader(Dataset[HeldOutBatch]):
+    """Reads held-out images in batches, in any process.
+
+    Args:
+        options ([`DiffusionOptions`]): Options.
+        held_out ([`HeldOut`]): The images.
+        batches (`list[range]`): Numbers of the images of each batch.
+    """
+
+    options: DiffusionOptions
+    held_out: HeldOut
+    batches: list[range]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> HeldOutBatch:
+        return read_held_out(self.options, self.held_out, self.batches[index])
+
+
+def load_held_out(options: DiffusionOptions, held_out: HeldOut, accelerator: Accelerator) -> DataLoader[Any]:
+    """Loader of the held-out images of this process, which its workers read."""
     numbers = range(accelerator.process_index, len(held_out.rows), accelerator.num_processes)
-    for start in range(0, len(numbers), batch_size):
-        yield numbers[start : start + batch_size]
+    batch_size = options.per_device_train_batch_size
+    batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+    return DataLoader(
+        HeldOutReader(options, held_out, batches),
+        batch_size=None,
+        num_workers=options.dataloader_num_workers,
+        generator=torch.Generator(),  # not the global one
+        worker_init_fn=prepare_worker,
+    )
 
 
 def read_held_out(options: DiffusionOptions, held_out: HeldOut, numbers: range) -> HeldOutBatch:

@@ -24,7 +24,7 @@ from denoiser import (
 )
 from diffusers import DDIMScheduler, DiTPipeline
 from diffusion_options import DiffusionOptions
-from held_out_images import HeldOut, open_held_out, read_held_out, share_of_process
+from held_out_images import HeldOut, load_held_out, open_held_out
 from torch import nn
 
 from svqvae_hf import SVQVAE
@@ -228,8 +228,7 @@ def measure(run: Run[DiffusionOptions], denoise: Denoising, held_out: HeldOut) -
     accelerator = run.accelerator
     sum_of_losses = 0.0
     num_images = 0
-    for numbers in share_of_process(held_out, accelerator, options.per_device_train_batch_size):
-        batch = read_held_out(options, held_out, numbers)
+    for batch in load_held_out(options, held_out, accelerator):
         if not batch.numbers:
             continue
         labels = no_labels(len(batch.numbers))

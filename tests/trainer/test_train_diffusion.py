@@ -124,9 +124,9 @@ def test_a_validation_measures_the_loss_of_held_out_images(class_options, parts,
     assert "validation/loss |" in Path(class_options["output_dir"], "README.md").read_text()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 5, 8])
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (3, 2), (5, 0), (8, 0)])
 def test_the_loss_of_a_validation_is_a_mean_over_images_for_any_batch(
-    batch_size, class_options, photo, tmp_path, caplog
+    batch_size, workers, class_options, photo, tmp_path, caplog
 ):
     caplog.set_level(logging.INFO)
     for number in range(5):
@@ -137,6 +137,7 @@ def test_the_loss_of_a_validation_is_a_mean_over_images_for_any_batch(
     make_tiny(scaling_factor=2.0).save_pretrained(tmp_path / "vqvae")  # else it is measured, on as many batches
     changes = {"validation_data_dir": str(tmp_path / "other"), "per_device_train_batch_size": batch_size}
     changes["vqvae_name_or_path"] = str(tmp_path / "vqvae")
+    changes["dataloader_num_workers"] = workers
     drawn = []
     draw_noise = train_latent_diffusion.Denoising.draw_noise
 

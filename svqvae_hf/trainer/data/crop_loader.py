@@ -127,7 +127,7 @@ class CropLoader(OrderedLoader):
             sampler=batches,
             num_workers=self.num_workers,
             generator=torch.Generator(),  # not the global one
-            worker_init_fn=_prepare_worker,
+            worker_init_fn=prepare_worker,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -156,7 +156,7 @@ class CropLoader(OrderedLoader):
             self.places = [Place(*place) for place in state["places"][self.share.process]]
 
 
-def _prepare_worker(worker: int) -> None:
+def prepare_worker(worker: int) -> None:
     """Leaves signals to the trainer, which needs batches until it has saved, and ends with it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
