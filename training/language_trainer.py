@@ -1,13 +1,10 @@
 """Runs of transformers' `Trainer` on tokens of images: stop and resumption, numbers of the log, result."""
 
-import json
 import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +28,20 @@ from transformers.trainer_callback import ExportableState
 from svqvae_files.json_files import read_json_object
 from svqvae_hf.hub.model_cards import table_rows
 from svqvae_hf.hub.repositories import public_name
-from svqvae_hf.trainer.checkpoints import NAME, RUN_STATE, check_files, find_checkpoint, write_checksums
-from svqvae_hf.trainer.data.sample_order import DIGEST, SAMPLES_PER_STEP, check_same
-from svqvae_hf.trainer.identity import UNIMPORTANT, RunIdentity, model_digests
+from svqvae_hf.trainer.checkpoints import (
+    CHECKSUMS,
+    NAME,
+    RUN_STATE,
+    check_files,
+    check_step,
+    check_unchanged,
+    compare_with_checkpoint,
+    find_checkpoint,
+    write_checksums,
+)
+from svqvae_hf.trainer.data.sample_order import SAMPLES_PER_STEP
+from svqvae_hf.trainer.folder_lock import FolderLock
+from svqvae_hf.trainer.identity import RunIdentity, model_digests, token_set_digests
 from svqvae_hf.trainer.interruption import Interruption
 from svqvae_hf.trainer.muon import MuonAndAdam, muon_groups
 from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM, hyperparameters, resume_schedule
@@ -44,6 +52,7 @@ from svqvae_hf.trainer.options import (
 from svqvae_hf.trainer.publishing import Result, find_sources, provenance, refuse_finished
 
 TRAINER_STATE = "trainer_state.json"  # in a checkpoint, written last
+PARTIAL = "partial-"  # start of the names of checkpoints that a killed run left unfinished
 TRAINED_FOLDER = "trained.partial"  # in the output folder: the weights, before they are part of a result
 
 
@@ -57,10 +66,11 @@ class LanguageRun:
 
     Attributes:
         num_examples (`int`): Examples of the whole run.
+        checkpoint (`Path`, *optional*): Checkpoint from which the run resumes, once it has begun.
 
     Raises:
         SystemExit: The run has finished before.
-        ValueError: An option is wrong or has no effect, or the folder holds another run.
+        ValueError: An option is wrong or has no effect, or the folder holds the result of another run.
     """
 
     def __init__(self, script: str, options: LanguageRunOptions, arguments: TrainingArguments):
@@ -69,25 +79,52 @@ class LanguageRun:
         self.options = options
         self.arguments = arguments
         self.output_dir = Path(arguments.output_dir)
-        self.public_options = public_values(asdict(options) | arguments.to_dict())
-        self.identity = RunIdentity(self.public_options, model_digests(options))
-        refuse_finished(self.output_dir, self.identity)
-        set_aside_partial_checkpoints(self.output_dir)
-        self.checkpoint = find_checkpoint(self.output_dir, arguments.resume_from_checkpoint, arguments.max_steps)
-        if self.checkpoint is not None:
-            check_files(self.checkpoint)
-        self.push_to_hub = arguments.push_to_hub
-        is_validated = options.validation_token_set is not None
-        is_new = self.checkpoint is None
-        arguments.push_to_hub = False  # the Trainer would upload its checkpoints
-        arguments.train_sampling_strategy = "sequential"  # examples are in a random order already
-        arguments.remove_unused_columns = False
-        arguments.eval_on_start = is_validated and is_new
         self.examples_per_step = (
             arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         )
+        self.identity = RunIdentity(
+            options=public_values(asdict(options) | arguments.to_dict()),
+            models=model_digests(options),
+            sets=token_set_digests(options),
+            order={"seed": arguments.seed, SAMPLES_PER_STEP: self.examples_per_step},
+        )
+        refuse_finished(self.output_dir, self.identity)
+        self.is_main = arguments.process_index == 0
+        self.lock: FolderLock | None = None
+        self.checkpoint: Path | None = None
+        self.push_to_hub = arguments.push_to_hub
+        arguments.push_to_hub = False  # the Trainer would upload its checkpoints
+        arguments.train_sampling_strategy = "sequential"  # examples are in a random order already
+        arguments.remove_unused_columns = False
+        arguments.eval_on_start = options.validation_token_set is not None
         self.num_examples = arguments.max_steps * self.examples_per_step
         torch.manual_seed(arguments.seed)  # for new weights; the Trainer sets it later
+
+    def begin(self) -> None:
+        """Keeps other runs from writing to the folder, and finds the checkpoint from which the run resumes.
+
+        Raises:
+            ValueError: Another run writes to the folder, or the checkpoint is damaged, or was written with other
+                models or examples, or with examples in another order.
+        """
+        with self.arguments.main_process_first(local=False):
+            if self.is_main and self.output_dir.is_dir():
+                self.lock = FolderLock(self.output_dir)
+                set_aside_partial_checkpoints(self.output_dir)
+        self.checkpoint = self._find_checkpoint()
+        if self.checkpoint is not None:
+            self._check_resumable(self.checkpoint)
+            self.arguments.eval_on_start = False
+
+    def _find_checkpoint(self) -> Path | None:
+        arguments = self.arguments
+        return find_checkpoint(self.output_dir, arguments.resume_from_checkpoint, arguments.max_steps)
+
+    def _check_resumable(self, checkpoint: Path) -> None:
+        """Raises unless this run can go on from a checkpoint. Prints which options have changed."""
+        check_files(checkpoint)
+        for change in compare_with_checkpoint(checkpoint, read_identity(checkpoint), self.identity):
+            sys.stderr.write(f"{change}\n")
 
     def train(
         self,
@@ -102,7 +139,7 @@ class LanguageRun:
 
         Args:
             model (`PreTrainedModel` or `PeftModel`): Model to train.
-            examples (`Dataset`): Examples of the run, with a `digest`.
+            examples (`Dataset`): Examples of the run.
             held_out (`Dataset`, *optional*): Examples of a validation.
             collate (`Callable`): Joins examples to a batch.
             codes (`range`): Tokens that are codes.
@@ -110,12 +147,10 @@ class LanguageRun:
 
         Raises:
             SystemExit: A signal stopped the run, after a checkpoint was saved.
-            ValueError: The checkpoint was written with other examples, or in another order, or an option does not work
-                with FSDP.
+            ValueError: An option does not work with FSDP.
         """
-        facts = RunFacts(examples.digest, self.arguments.seed, self.examples_per_step, self.public_options)
-        if self.checkpoint is not None:
-            facts.check(self.checkpoint)
+        if self.is_main and self.lock is None:
+            self._lock_new_folder()
         model.config.use_cache = False  # a model with a cache would not tell packed examples apart
         trainer = LanguageModelTrainer(
             model,
@@ -129,12 +164,11 @@ class LanguageRun:
             optimizer_cls_and_kwargs=optimizer_class(model, self.options, self.arguments),
         )
         raise_faults(sharding_faults(trainer, self.options))
-        self.is_main = trainer.is_world_process_zero()
         origin = find_sources(self.options)
         self.result = Result(self.arguments, self.identity, origin, self.push_to_hub, self.is_main)
         checkpoint_folder = None if self.checkpoint is None else str(self.checkpoint)
         with Interruption(trainer.accelerator) as interruption:
-            callback = CheckpointOnSignal(interruption, facts)
+            callback = CheckpointOnSignal(interruption, self.identity)
             trainer.add_callback(callback)
             trainer.train(checkpoint_folder)
         if callback.stopped:
@@ -143,6 +177,19 @@ class LanguageRun:
             trainer.evaluate()
         model.config.use_cache = True
         return trainer
+
+    def _lock_new_folder(self) -> None:
+        """Makes the folder of the run, which was not there when the run began, and locks it."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.lock = FolderLock(self.output_dir)
+        refuse_finished(self.output_dir, self.identity)
+        check_unchanged(self.output_dir, self.checkpoint, self._find_checkpoint())
+
+    def release(self) -> None:
+        """Lets other runs write to the folder."""
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
 
     def publish(
         self,
@@ -173,9 +220,30 @@ class LanguageRun:
         result_folder = save(trained_folder)
         rows = provenance(self.script, self.arguments.max_steps, self.examples_per_step, "examples")
         rows |= trainer.last_numbers()
-        copy_result = partial(shutil.copytree, result_folder, dirs_exist_ok=True)
-        self.result.publish(copy_result, make_card(self.result, rows))
-        shutil.rmtree(trained_folder)
+
+        def move_result(folder: Path) -> None:
+            shutil.copytree(result_folder, folder, dirs_exist_ok=True)
+            shutil.rmtree(trained_folder)
+
+        delete_partial_checkpoints(self.output_dir)
+        self.result.publish(move_result, make_card(self.result, rows))
+
+
+def run_language_training(
+    script: str, train: Callable[[LanguageRun], None], options: LanguageRunOptions, arguments: TrainingArguments
+) -> None:
+    """Calls the training function of a script, while no other run may write to its folder.
+
+    Raises:
+        SystemExit: The run has finished before, or a signal stopped it.
+        ValueError: An option is wrong, or the folder holds or belongs to another run.
+    """
+    run = LanguageRun(script, options, arguments)
+    try:
+        run.begin()
+        train(run)
+    finally:
+        run.release()
 
 
 def set_aside_partial_checkpoints(output_dir: Path) -> None:
@@ -183,95 +251,66 @@ def set_aside_partial_checkpoints(output_dir: Path) -> None:
     for folder in output_dir.glob("checkpoint-*"):
         if NAME.fullmatch(folder.name) is None:
             continue
-        with suppress(OSError):  # another process may rename the folder first
-            if not _is_complete(folder):
-                set_aside = output_dir / f"partial-{folder.name}"
-                shutil.rmtree(set_aside, ignore_errors=True)  # an earlier one
-                folder.rename(set_aside)
+        if not _is_complete(folder):
+            new_folder = output_dir / f"{PARTIAL}{folder.name}"
+            shutil.rmtree(new_folder, ignore_errors=True)
+            folder.rename(new_folder)
+
+
+def delete_partial_checkpoints(output_dir: Path) -> None:
+    """Deletes the checkpoints that [`set_aside_partial_checkpoints`] has renamed."""
+    for folder in output_dir.glob(f"{PARTIAL}checkpoint-*"):
+        if NAME.fullmatch(folder.name.removeprefix(PARTIAL)):
+            shutil.rmtree(folder)
 
 
 def _is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint has the file that its writer saves last: this script's, or another one's."""
-    file_names = [path.name for path in checkpoint.iterdir()]
-    return TRAINER_STATE in file_names or RUN_STATE in file_names
+    if (checkpoint / RUN_STATE).exists() or (checkpoint / CHECKSUMS).exists():
+        return True
+    if not (checkpoint / TRAINER_STATE).exists():
+        return False
+    try:
+        read_json_object(checkpoint / TRAINER_STATE)
+    except ValueError:  # the run was killed while writing it
+        return False
+    return True
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """What a checkpoint records of its run.
+def read_identity(checkpoint: Path) -> RunIdentity:
+    """Reads what a checkpoint was made from, as [`CheckpointOnSignal`] recorded it.
 
-    Args:
-        digest (`str`): Digest of the rows.
-        seed (`int`): Seed of their order.
-        examples_per_step (`int`): Examples of a step of all processes.
-        options (`dict[str, Any]`): Options as they may be published.
+    Raises:
+        ValueError: The checkpoint is damaged or was renamed, or another script wrote it.
     """
-
-    digest: str
-    seed: int
-    examples_per_step: int
-    options: dict[str, Any]
-
-    def check(self, checkpoint: Path) -> None:
-        """Raises unless a checkpoint was written by a run with the same examples in the same order.
-
-        Prints which other options have changed.
-
-        Raises:
-            ValueError: The rows, their order, the optimizer or the weights are others.
-        """
-        recorded = _read_facts(checkpoint)
-        check_same(DIGEST, recorded.get("digest"), self.digest)
-        has_only_digest = "options" not in recorded  # written by an old version
-        if has_only_digest:
-            return
-        recorded_options = recorded["options"]
-        check_same("seed", recorded["seed"], self.seed)
-        check_same(SAMPLES_PER_STEP, recorded["examples_per_step"], self.examples_per_step)
-        for name in ("optimizer", "lora_rank"):
-            check_same(f"option `--{name}`", recorded_options.get(name), self.options.get(name))
-        self._print_changes(recorded_options)
-
-    def _print_changes(self, recorded_options: Mapping[str, Any]) -> None:
-        """Prints which options differ from the recorded ones, among those that both have."""
-        json_options = json.loads(json.dumps(self.options))  # tuples are lists in a checkpoint
-        for name in sorted(json_options):
-            if name in UNIMPORTANT or name not in recorded_options:
-                continue
-            before = recorded_options[name]
-            now = json_options[name]
-            if before != now:
-                sys.stderr.write(f"Changed on resume: --{name} from {before} to {now}\n")
-
-
-def _read_facts(checkpoint: Path) -> dict[str, Any]:
-    """Facts that [`CheckpointOnSignal`] recorded in a checkpoint; empty if it did not write the checkpoint."""
-    trainer_state = read_json_object(checkpoint / TRAINER_STATE)
-    callbacks = trainer_state.get("stateful_callbacks", {})
+    path = checkpoint / TRAINER_STATE
+    state = read_json_object(path)
+    check_step(checkpoint, state.get("global_step", 0))
+    callbacks = state.get("stateful_callbacks", {})
     if CheckpointOnSignal.__name__ not in callbacks:
-        return {}
-    return callbacks[CheckpointOnSignal.__name__].get("attributes", {})
+        raise ValueError(f"`{checkpoint}` must be a checkpoint of this script, but was written by another one.")
+    return RunIdentity.from_record(callbacks[CheckpointOnSignal.__name__].get("attributes", {}), path)
 
 
 class CheckpointOnSignal(TrainerCallback, ExportableState):
-    """Saves a checkpoint and stops after SIGTERM or Ctrl-C. Checkpoints record facts of the run.
+    """Saves a checkpoint and stops after SIGTERM or Ctrl-C. Checkpoints record what the run is made from.
 
     It replaces transformers' `enable_jit_checkpoint`, which waits 3 seconds, lets each process decide for itself and
     does not know Ctrl-C.
 
     Args:
         interruption ([`Interruption`]): Signals of the run.
-        facts ([`RunFacts`]): Facts of the run.
+        identity ([`~svqvae_hf.trainer.identity.RunIdentity`]): What the run is made from.
     """
 
-    def __init__(self, interruption: Interruption, facts: RunFacts):
+    def __init__(self, interruption: Interruption, identity: RunIdentity):
         self.interruption = interruption
-        self.facts = facts
+        self.identity = identity
         self.stopped = False
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """Facts that a checkpoint stores."""
-        return {"args": {}, "attributes": asdict(self.facts)}
+        """Record of the run that a checkpoint stores."""
+        return {"args": {}, "attributes": self.identity.to_record()}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds checksums to a checkpoint."""

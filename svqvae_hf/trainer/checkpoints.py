@@ -20,6 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from svqvae_files.identity import output_identity
 from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import write_file
+from svqvae_hf.trainer.data.sample_order import check_same
 from svqvae_hf.trainer.disk import WRITE_ERRORS, write_fault
 from svqvae_hf.trainer.identity import RunIdentity, changed_names, check_sources
 from svqvae_hf.trainer.interruption import Interruption
@@ -29,6 +30,7 @@ RUN_STATE = "run_state.pt"
 IDENTITY = "run_identity.json"
 CHECKSUMS = "checksums.json"
 VALIDATION = "validation_"  # start of the names of options whose sets are measured, and not trained on
+FIXED_OPTIONS = ("optimizer", "lora_rank")  # decide which weights and states a checkpoint holds
 NAME = re.compile(r"checkpoint-\d+")
 
 logger = get_logger(__name__, log_level="INFO")
@@ -189,21 +191,40 @@ def check_resumable(checkpoint: Path, identity: RunIdentity) -> None:
         identity ([`~svqvae_hf.trainer.identity.RunIdentity`]): What this run is made from.
 
     Raises:
-        ValueError: If the checkpoint is damaged, or was made from other models or sets, or by another optimizer.
+        ValueError: If the checkpoint is damaged, or was made from other models or sets, or with other parts.
     """
     with _one_line_reason(checkpoint):
         check_files(checkpoint)
         recorded = RunIdentity.from_file(checkpoint / IDENTITY)
+    for change in compare_with_checkpoint(checkpoint, recorded, identity):
+        logger.info(change)
+
+
+def compare_with_checkpoint(checkpoint: Path, recorded: RunIdentity, identity: RunIdentity) -> list[str]:
+    """Compares a run with the one that wrote its checkpoint, and returns a line for each option that has changed.
+
+    Args:
+        checkpoint (`Path`): Folder of the checkpoint.
+        recorded ([`~svqvae_hf.trainer.identity.RunIdentity`]): What the checkpoint was made from.
+        identity ([`~svqvae_hf.trainer.identity.RunIdentity`]): What this run is made from.
+
+    Raises:
+        ValueError: If the checkpoint was made from other models or sets, with examples in another order, or with
+            other parts.
+    """
     check_sources(checkpoint, recorded.models, identity.models)
     check_sources(checkpoint, _trained_on(recorded.sets), _trained_on(identity.sets))
-    recorded_optimizer = recorded.options.get("optimizer")
-    optimizer = identity.options.get("optimizer")
-    if optimizer != recorded_optimizer:
-        raise ValueError(f"`--optimizer` must be {recorded_optimizer} as in `{checkpoint}`, got {optimizer}.")
-    for name in changed_names(recorded.options, identity.to_record()["options"]):
+    for name in changed_names(recorded.order, identity.order):
+        check_same(name, recorded.order.get(name), identity.order.get(name))
+    options = identity.to_record()["options"]
+    changes = []
+    for name in changed_names(recorded.options, options):
         before = recorded.options.get(name)
-        now = identity.options.get(name)
-        logger.info(f"Changed on resume: --{name} from {before} to {now}")
+        now = options.get(name)
+        if name in FIXED_OPTIONS:
+            raise ValueError(f"`--{name}` must be {before} as in `{checkpoint}`, got {now}.")
+        changes.append(f"Changed on resume: --{name} from {before} to {now}")
+    return changes
 
 
 def _trained_on(sets: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from svqvae_files.identity import value_digest
 from svqvae_hf.loaders.pretrained_models import SVQVAEProcessor
 from svqvae_hf.models.checks import check_same_codebook
 from svqvae_hf.token_sets.manifest import TokenSet
@@ -67,7 +66,6 @@ class LlamaGenExamples(Dataset):
         self.source = source
         self.count = count
         self.mix = mix
-        self.digest = source.digest
 
     def __len__(self) -> int:
         return self.count
@@ -115,15 +113,11 @@ class ChatExamples(Dataset):
 
     def __post_init__(self) -> None:
         self.pairs: Any = []
-        token_set_digest = None
         if self.token_set is not None:
             self.settings = read_settings(self.token_set)
             check_same_codebook(self.processor.vqvae, self.settings)
-            token_set = TokenSet(self.token_set)
-            token_set_digest = token_set.digest
-            self.pairs = token_set.load()
+            self.pairs = TokenSet(self.token_set).load()
             check_captions(self.pairs, self.caption_column)
-        self.digest = value_digest([token_set_digest, list(self.texts)])
 
     def __len__(self) -> int:
         return len(self.pairs) if self.count is None else self.count

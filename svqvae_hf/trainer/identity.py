@@ -1,5 +1,6 @@
 """What a run is: its options, and the identities of the models and sets that it is made from."""
 
+import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,9 +10,10 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from svqvae_files.hub import model_folder
-from svqvae_files.identity import NOTES, model_digest, value_digest
+from svqvae_files.identity import NOTES, model_digest, output_identity, value_digest
 from svqvae_files.json_files import read_json_object
 from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.token_sets.manifest import TokenSet
 from svqvae_hf.trainer.configs import read_config
 from svqvae_hf.trainer.data.image_source import ImageSource
 
@@ -26,18 +28,21 @@ class RunIdentity:
         options (`dict[str, Any]`): Options by name, as they may be published.
         models (`dict[str, str]`): Digests of the models that it starts from, by the option that names each.
         sets (`dict[str, str]`): Digests of the image or token sets that it reads, by the option that names each.
+        order (`dict[str, int]`): Settings that decide, with the sets, which examples each step has. Scripts whose
+            loader records them in its own state leave them out.
     """
 
     options: dict[str, Any]
     models: dict[str, str] = field(default_factory=dict)
     sets: dict[str, str] = field(default_factory=dict)
+    order: dict[str, int] = field(default_factory=dict)
 
     def to_record(self) -> dict[str, Any]:
         """Returns the identity as JSON holds it, without options that do not change the result."""
         record = asdict(self)
         for name in UNIMPORTANT:
             record["options"].pop(name, None)
-        return record
+        return json.loads(json.dumps(record))
 
     @classmethod
     def from_file(cls, path: Path) -> "RunIdentity":
@@ -47,11 +52,19 @@ class RunIdentity:
             OSError: The file does not exist or cannot be read.
             ValueError: The file is damaged.
         """
-        record = read_json_object(path)
-        for name in ("options", "models", "sets"):
+        return cls.from_record(read_json_object(path), path)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], path: Path) -> "RunIdentity":
+        """Reads an identity from the content of a file.
+
+        Raises:
+            ValueError: The content is damaged.
+        """
+        for name in ("options", "models", "sets", "order"):
             if not isinstance(record.get(name), dict):
-                raise ValueError(f"`{path}` must be the record of a run, but has no `{name}`.")
-        return cls(record["options"], record["models"], record["sets"])
+                raise ValueError(f"`{path}` must hold the record of a run, but has no `{name}`.")
+        return cls(record["options"], record["models"], record["sets"], record["order"])
 
 
 def changed_names(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -115,6 +128,28 @@ def tokenizer_digest(source: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return model_digest(folder)
+
+
+def token_set_digests(options: Any) -> dict[str, str]:
+    """Digests of the token sets and text files that a run reads, by the option that names them.
+
+    Args:
+        options: Options that may have `token_set`, `validation_token_set` and `text_files`.
+
+    Raises:
+        OSError: There is no such set or file.
+        ValueError: A set is damaged.
+    """
+    sources = vars(options)
+    digests = {}
+    for name in ("token_set", "validation_token_set"):
+        if sources.get(name) is not None:
+            digests[name] = TokenSet(sources[name]).digest
+    text_files = sources.get("text_files", ())
+    if text_files:
+        checksums = [output_identity(file).checksum for file in text_files]
+        digests["text_files"] = value_digest(checksums)
+    return digests
 
 
 def image_set_digests(images: ImageSource) -> dict[str, str]:

@@ -260,7 +260,7 @@ def test_a_signal_leaves_a_checkpoint_and_no_result(train, tmp_path, monkeypatch
     monkeypatch.setattr(LanguageModelTrainer, "training_step", step)
     (tmp_path / "texts.jsonl").write_text('{"text": "a cat"}')
     other = {"text_files": [str(tmp_path / "texts.jsonl")], "text_fraction": 0.5}
-    with pytest.raises(ValueError, match="The digest of the set must be .* as when the checkpoint was written"):
+    with pytest.raises(ValueError, match="`--text_files` must name what `.*checkpoint-4` was made from, but names"):
         train("stopped", resume="latest", **options, **other)
     resumed = train("stopped", resume="latest", **options)
     weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, resumed)]
@@ -290,13 +290,37 @@ def test_a_finished_run_is_not_rewritten(train, tmp_path):
     assert files() == before
 
 
+def test_a_finished_run_knows_its_texts_by_their_content(train, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "a cat"}')
+    options = {"max_steps": 1, "token_set": None, "text_fraction": 1.0}
+    train("done", text_files=[str(texts)], **options)
+    moved = texts.rename(tmp_path / "moved.jsonl")
+    with pytest.raises(SystemExit) as stop:
+        train("done", text_files=[str(moved)], **options)
+    assert stop.value.code == 0
+    moved.write_text('{"text": "a pear"}')
+    with pytest.raises(ValueError, match="`--text_files` must name what `.*done` was made from, but names something"):
+        train("done", text_files=[str(moved)], **options)
+
+
+def test_a_run_is_not_resumed_with_another_model(train, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(extended("qwen"), model)
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "model_name_or_path": str(model)}
+    train("run", **options)
+    shutil.copyfile(tmp_path / "run" / "model.safetensors", model / "model.safetensors")
+    with pytest.raises(ValueError, match="`--model_name_or_path` must name what `.*checkpoint-2` was made from"):
+        train("run", resume="latest", **(options | {"max_steps": 3}))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"seed": 7}, "The seed must be 42 as when the checkpoint was written, but is 7"),
         ({"gradient_accumulation_steps": 2}, "`--gradient_accumulation_steps` and process count must be 8 as when"),
-        ({"optimizer": "soap"}, "The option `--optimizer` must be adamw as when"),
-        ({"lora_rank": 2}, "The option `--lora_rank` must be 0 as when"),
+        ({"optimizer": "soap"}, "`--optimizer` must be adamw as in `.*checkpoint-2`, got soap"),
+        ({"lora_rank": 2}, "`--lora_rank` must be 0 as in `.*checkpoint-2`, got 2"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
