@@ -39,12 +39,14 @@ class Command:
         others (`dict[str, str]`): For a damaged folder, a folder of the same kind whose files replace its own.
         is_repeated (`bool`, defaults to `False`): Whether the command has made its output before the damage, so that
             it has a record to compare with. Without one, nobody can tell another whole model from the one before.
+        output (`str`, defaults to `"out"`): Folder of the output below the root. The folders may hold a part of it.
     """
 
     words: str
     damaged: tuple[str, ...]
     others: dict[str, str]
     is_repeated: bool = False
+    output: str = "out"
 
 
 @dataclass(frozen=True)
@@ -66,18 +68,18 @@ class Outcome:
     files: dict[str, bytes]
 
 
-def run(words: str, root: Path) -> Outcome:
-    """Runs a command in this process, with its output folder in `root/out`."""
+def run(command: Command, root: Path) -> Outcome:
+    """Runs a command in this process."""
     stdout = io.StringIO()
     stderr = io.StringIO()
-    argv = words.format(root=root).split()
+    argv = command.words.format(root=root).split()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
             exit_code = main(argv)
         except Exception:
             exit_code = -1
             stderr.write(traceback.format_exc())
-    return Outcome(exit_code, stdout.getvalue(), stderr.getvalue(), read_files(root / "out"))
+    return Outcome(exit_code, stdout.getvalue(), stderr.getvalue(), read_files(root / command.output))
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -92,7 +94,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 def damages(root: Path, command: Command, file: str) -> list[str]:
     """Names of the damages that a file can have."""
     names = ["deleted", "emptied", "halved"]
-    if file.endswith(".json"):
+    if file.endswith((".json", ".jsonl")):
         for number in range(len(JSON_OF_OTHER_TYPES)):
             names.append(f"JSON {number}")
     if neighbour_of(root, file) is not None:
@@ -173,9 +175,9 @@ class Checker:
             shutil.copytree(self.root, copy, symlinks=True)
             whole = self._run_whole(case.command)
             if case.command.is_repeated:
-                run(case.command.words, copy)
+                run(case.command, copy)
             apply(case, copy)
-            return fault_of(run(case.command.words, copy), whole, copy)
+            return fault_of(run(case.command, copy), whole, copy)
 
     def _run_whole(self, command: Command) -> Outcome:
         """What the command does without damage."""
@@ -183,7 +185,7 @@ class Checker:
             with tempfile.TemporaryDirectory() as folder:
                 copy = Path(folder, "root")
                 shutil.copytree(self.root, copy, symlinks=True)
-                outcome = run(command.words, copy)
+                outcome = run(command, copy)
             if outcome.exit_code != 0:
                 raise RuntimeError(f"`{command.words}` must work without damage, but: {outcome.stderr}")
             self.outcomes[command.words] = outcome

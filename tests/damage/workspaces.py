@@ -16,17 +16,29 @@ from tiny_language_models import extended, make_language_model, save_language_mo
 CLIP = (100, 100, 124, 116)
 # Of a model that others have saved, nobody can tell whether generation_config.json is its own, or should be there.
 PLAIN_LM = ("plain_lm/config.json", "plain_lm/model.safetensors", "plain_lm/tokenizer.json")
+CHECKPOINTS = {
+    "svqvae.safetensors": "svqvae_tiny.safetensors",
+    "flexvar.pth": "flexvar_tiny.pth",
+    "flexvar_transformer.pth": "flexvar_transformer_tiny.pth",
+    "llamagen.pt": "llamagen_tiny.pt",
+    "llamagen_gpt.pt": "llamagen_gpt_c2i_tiny.pt",
+}
 
 
 def make_workspace(root: Path) -> list[Command]:
     """Writes the folders, and returns the commands."""
     _save_models(root)
     _save_images(root)
+    _save_checkpoints(root)
     model = "--model {root}/model"
     for command in (
         f"encode {root}/photos --output {root}/tokens --model {root}/model",
         f"encode {root}/photos --output {root}/compressed --model {root}/model --compress",
         f"tokenize {root}/photos --model {root}/model --output {root}/set --workers 0",
+        f"tokenize {root}/three --model {root}/model --output {root}/started --workers 0 --num-parts 3 --part 1",
+        f"encode {root}/photos --output {root}/encoded --model {root}/model",
+        f"decode {root}/set --output {root}/decoded --model {root}/model",
+        f"caption {root}/photos --output {root}/captioned --model {root}/lm --max-tokens 3",
     ):
         code = svqvae(*command.split())
         if code:
@@ -40,7 +52,36 @@ def make_workspace(root: Path) -> list[Command]:
     draw_scales = f"generate --model {{root}}/scales {out} --class 1"
     draw_by_lm = f"generate --model {{root}}/lm {out} --prompt red --grid 2x2"
     caption = f"caption {{root}}/photos {out} --model {{root}}/lm --max-tokens 3"
+    evaluate = f"evaluate {{root}}/photos {model} {out} --scales 1 --codecs jpeg --device cpu"
+    convert = f"convert {{root}}/checkpoints/svqvae.safetensors {out} --license mit"
+    convert_scales = "convert {root}/checkpoints/flexvar_transformer.pth --tokenizer {root}/checkpoints/flexvar.pth"
+    convert_ids = "convert {root}/checkpoints/llamagen_gpt.pt --tokenizer {root}/checkpoints/llamagen.pt"
+    resume = f"tokenize {{root}}/three {model} --output {{root}}/started --workers 0 --num-parts 3"
     return [
+        Command(evaluate, ("model", "photos"), {}),
+        Command(f"export {{root}}/model {out}", ("model",), {}),
+        Command(convert, ("checkpoints/svqvae.safetensors",), {}),
+        Command(
+            f"{convert_scales} {out} --license mit --image-size 16",
+            ("checkpoints/flexvar_transformer.pth", "checkpoints/flexvar.pth"),
+            {},
+        ),
+        Command(
+            f"{convert_ids} {out} --license mit --image-size 16 --num-heads 4",
+            ("checkpoints/llamagen_gpt.pt", "checkpoints/llamagen.pt"),
+            {},
+        ),
+        Command("info {root}/model", ("model",), {}),
+        Command("info {root}/llamagen", ("llamagen",), {}),
+        Command("info {root}/scales", ("scales",), {}),
+        Command("info {root}/lm", ("lm",), {}),
+        Command("info {root}/adapter", ("adapter",), {}),
+        Command("info {root}/checkpoints/svqvae.safetensors", ("checkpoints/svqvae.safetensors",), {}),
+        Command("info {root}/started", ("started",), {}),
+        Command(resume, ("started", "three", "model"), models, output="started"),
+        Command(f"encode {{root}}/photos --output {{root}}/encoded {model}", ("encoded",), {}, output="encoded"),
+        Command(f"decode {{root}}/set --output {{root}}/decoded {model}", ("decoded",), {}, output="decoded"),
+        Command(caption.replace("/out", "/captioned"), ("captioned",), {}, output="captioned"),
         Command(encode, ("model",), {}),
         Command(encode, ("model",), models, is_repeated=True),
         Command(f"{encode} --compress", ("model",), models, is_repeated=True),
@@ -102,5 +143,15 @@ def _seeded(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 def _save_images(root: Path) -> None:
     (root / "photos").mkdir()
+    (root / "three").mkdir()
     with Image.open(ROOT / "docs" / "images" / "chelsea.png") as photo:
-        photo.convert("RGB").crop(CLIP).save(root / "photos" / "a.png")
+        clip = photo.convert("RGB").crop(CLIP)
+    clip.save(root / "photos" / "a.png")
+    for number in range(3):
+        clip.rotate(90 * number).save(root / "three" / f"{number}.png")
+
+
+def _save_checkpoints(root: Path) -> None:
+    (root / "checkpoints").mkdir()
+    for name, golden in CHECKPOINTS.items():
+        shutil.copy(ROOT / "tests" / "golden" / golden, root / "checkpoints" / name)
