@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from language_options import LanguageRunOptions, read_run_options
-from language_trainer import LanguageRun, language_model_card
+from language_trainer import LanguageRun, language_model_card, run_language_training
 from lora import add_lora, save_adapter
 from transformers import (
     AutoConfig,
@@ -82,7 +82,11 @@ class LanguageModelOptions(LanguageRunOptions):
 
 def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
     """Trains a language model and saves it, or its LoRA adapter, in the output folder."""
-    run = LanguageRun(SCRIPT, options, arguments)
+    run_language_training(SCRIPT, partial(train, options), options, arguments)
+
+
+def train(options: LanguageModelOptions, run: LanguageRun) -> None:
+    """Trains a language model and saves it, or its LoRA adapter, in the output folder."""
     base = str(options.model_name_or_path)
     model, processor = load_language_model(options)
     examples, held_out = open_examples(options, processor, model.config, run)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from language_options import LanguageRunOptions, read_run_options
-from language_trainer import LanguageRun, language_model_card
+from language_trainer import LanguageRun, language_model_card, run_language_training
 from lora import add_lora, save_adapter
 from torch.utils.data import default_collate
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
@@ -90,7 +90,11 @@ class Parts:
 
 def main(options: LlamaGenOptions, arguments: TrainingArguments) -> None:
     """Trains a LlamaGen and saves its pipeline, or its LoRA adapter, in the output folder."""
-    run = LanguageRun(SCRIPT, options, arguments)
+    run_language_training(SCRIPT, partial(train, options), options, arguments)
+
+
+def train(options: LlamaGenOptions, run: LanguageRun) -> None:
+    """Trains a LlamaGen and saves its pipeline, or its LoRA adapter, in the output folder."""
     if options.pipeline_name_or_path is None:
         start = start_new(options)
     else:
@@ -105,7 +109,7 @@ def main(options: LlamaGenOptions, arguments: TrainingArguments) -> None:
     examples, held_out = make_examples(options, start, run)
     encode_captions_of_batch = None
     if options.caption_column is not None:
-        parts.text_encoder.requires_grad_(False).to(arguments.device)
+        parts.text_encoder.requires_grad_(False).to(run.arguments.device)
         encode_captions_of_batch = partial(parts.encode, length=model.config.num_condition_tokens)
     codes = range(model.config.codebook_size)
     trained_model: Any = model

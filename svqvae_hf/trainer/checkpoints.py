@@ -155,6 +155,14 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None, steps: int) -> P
     return checkpoint
 
 
+def check_unchanged(output_dir: Path, checkpoint: Path | None, checkpoint_now: Path | None) -> None:
+    """Raises ValueError if another run has saved a checkpoint before this run locked the folder."""
+    if checkpoint_now != checkpoint:
+        raise ValueError(
+            f"Another run has saved a checkpoint to `{output_dir}` since this one started. Start it again."
+        )
+
+
 def _check_without_checkpoints(output_dir: str | Path, newest: Path | None) -> None:
     """Raises ValueError if the folder of a new run has a checkpoint."""
     if newest is not None:

@@ -4,9 +4,13 @@ import fcntl
 import os
 from pathlib import Path
 
+from svqvae_files.outputs import TEMPORARY_NAME
+
 
 class FolderLock:
     """Lock on an existing folder. It leaves no file, and ends with the process at the latest.
+
+    Temporary files in the folder are deleted, because only runs that were killed can have left them.
 
     Args:
         folder (`Path`): Folder of a run.
@@ -25,6 +29,9 @@ class FolderLock:
                 f"`{folder}` must not be the folder of another run, but one is writing to it. Wait for its end, or "
                 "choose another `--output_dir`."
             ) from error
+        for path in folder.rglob("*.tmp"):
+            if TEMPORARY_NAME.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Lets other runs write to the folder."""

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from svqvae_hf.trainer.checkpoints import Checkpoints, check_resumable, find_checkpoint
+from svqvae_hf.trainer.checkpoints import Checkpoints, check_resumable, check_unchanged, find_checkpoint
 from svqvae_hf.trainer.folder_lock import FolderLock
 from svqvae_hf.trainer.identity import RunIdentity, model_digests
 from svqvae_hf.trainer.log import Log
@@ -149,12 +149,8 @@ class Run(Generic[Options]):
         folder = Path(self.options.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = FolderLock(folder)
-        # Between `identify` and the lock, another run may have written to the folder.
         refuse_finished(folder, self.identity)
-        if self._find_checkpoint() != self.checkpoint:
-            raise ValueError(
-                f"Another run has saved a checkpoint to `{folder}` since this one started. Start it again."
-            )
+        check_unchanged(folder, self.checkpoint, self._find_checkpoint())
 
     def release(self) -> None:
         """Lets other runs write to the folder."""

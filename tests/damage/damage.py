@@ -79,15 +79,16 @@ def run(command: Command, root: Path) -> Outcome:
         except Exception:
             exit_code = -1
             stderr.write(traceback.format_exc())
-    return Outcome(exit_code, stdout.getvalue(), stderr.getvalue(), read_files(root / command.output))
+    return Outcome(exit_code, stdout.getvalue(), stderr.getvalue(), read_files(root, command.output))
 
 
-def read_files(folder: Path) -> dict[str, bytes]:
-    """Content of all files of an output folder but the records of runs."""
+def read_files(root: Path, output: str) -> dict[str, bytes]:
+    """Content of all files of an output folder but the records of runs, with `ROOT` for the path of the folders."""
     contents = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted((root / output).rglob("*")):
         if path.is_file() and not path.name.startswith(".svqvae-"):
-            contents[str(path.relative_to(folder))] = path.read_bytes()
+            content = path.read_bytes().replace(str(root).encode(), b"ROOT")
+            contents[str(path.relative_to(root / output))] = content
     return contents
 
 

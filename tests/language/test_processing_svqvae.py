@@ -130,6 +130,12 @@ def test_an_image_in_which_a_sequence_ends_is_left_out_of_a_batch():
         assert second == ["a"]
 
 
+def forget_parts(folder):
+    """Removes the record of the parts that were saved with a processor."""
+    path = folder / "processor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"parts": {}}))
+
+
 @pytest.mark.parametrize("change", ["codebook", "tokenizer", "config"])
 def test_parts_that_do_not_belong_together_are_refused(tmp_path, change):
     shutil.copytree(extended("qwen"), tmp_path / "lm")
@@ -137,11 +143,11 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path, change):
         vqvae = make_tiny()
         torch.nn.init.ones_(vqvae.quantize.embedding.weight)
         vqvae.save_pretrained(tmp_path / "lm" / "vqvae")
+        forget_parts(tmp_path / "lm")
         message = "of the model's codebook, with fingerprint"
     elif change == "tokenizer":
         AutoTokenizer.from_pretrained(extended("qwen").parent / "original").save_pretrained(tmp_path / "lm")
-        path = tmp_path / "lm" / "processor_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"parts": {}}))
+        forget_parts(tmp_path / "lm")
         message = "the tokenizer must have the image tokens 300 to 369"
     else:
         (tmp_path / "lm" / "processor_config.json").write_text(json.dumps({"processor_class": "SVQVAEProcessor"}))

@@ -37,6 +37,7 @@ from transformers import (
 from svqvae_hf.language.extension import extend_language_model
 from svqvae_hf.language.grammar import ImageGrammar
 from svqvae_hf.trainer.examples import IGNORED, ChatExamples, Mix, read_texts
+from svqvae_hf.trainer.folder_lock import FolderLock
 
 LEARN = {"learning_rate": 4e-3, "per_device_train_batch_size": 8, "max_steps": 150, "lr_scheduler_type": "cosine"}
 
@@ -302,6 +303,18 @@ def test_a_finished_run_knows_its_texts_by_their_content(train, tmp_path):
     moved.write_text('{"text": "a pear"}')
     with pytest.raises(ValueError, match="`--text_files` must name what `.*done` was made from, but names something"):
         train("done", text_files=[str(moved)], **options)
+
+
+def test_two_runs_do_not_write_to_one_folder(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    half_written = tmp_path / "run" / "checkpoint-2"  # of the other run
+    half_written.mkdir()
+    lock = FolderLock(tmp_path / "run")
+    with pytest.raises(ValueError, match="must not be the folder of another run, but one is writing to it"):
+        train("run", resume="latest", max_steps=1)
+    assert half_written.is_dir()
+    lock.release()
+    train("run", resume="latest", max_steps=1)
 
 
 def test_a_run_is_not_resumed_with_another_model(train, tmp_path):
