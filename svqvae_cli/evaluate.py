@@ -121,7 +121,7 @@ def _write(args: argparse.Namespace, report: Any) -> None:
 
     report.settings["data"] = args.data
     report.settings |= image_set_options(args)
-    report.settings["lpips_net"] = args.lpips_net
+    report.settings["lpips_net"] = None if args.lpips_weights is None else args.lpips_net
     report.settings["lpips_weights"] = _file_name(args.lpips_weights)
     report.settings["inception_weights"] = _file_name(args.inception_weights)
     write_report(report, args.output)

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,16 +112,18 @@ def _paste(tile: np.ndarray, values: np.ndarray, top: int, left: int) -> None:
 
 
 @contextmanager
-def open_large_image(path: Path) -> Iterator[LargeImage]:
+def open_large_image(path: str | os.PathLike) -> Iterator[LargeImage]:
     """Opens a TIFF image for reading by windows.
 
     Args:
-        path (`Path`): TIFF or BigTIFF whose first page is grey, RGB or RGBA with 8 or 16 bits, in tiles.
+        path (`str` or `os.PathLike`): TIFF or BigTIFF whose first page is grey, RGB or RGBA with 8 or 16 bits, in
+            tiles.
 
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If it is an image of another kind, broken or cut short.
     """
+    path = Path(path)
     with _named_errors(path):
         with path.open("rb") as header:
             if header.read(4) not in TIFF_HEADERS:

@@ -4,9 +4,10 @@ import os
 import signal
 from types import FrameType
 
+import psutil
 from accelerate import Accelerator
 
-LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
+LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`, and by users
 
 
 class Interruption:
@@ -20,9 +21,7 @@ class Interruption:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.launcher: int | None = None
-        if LAUNCHED in os.environ:
-            self.launcher = os.getppid()  # does not pass signals on
+        self.launcher = _find_launcher()
         self.exit_code = 128 + signal.SIGTERM
 
     def __enter__(self) -> "Interruption":
@@ -45,3 +44,13 @@ class Interruption:
         self.__exit__()
         self.exit_code = 128 + number
         self.accelerator.set_trigger()
+
+
+def _find_launcher() -> int | None:
+    """Process id of `accelerate launch`, which does not pass signals on; `None` if it did not start this process."""
+    parent = psutil.Process().parent()
+    if LAUNCHED not in os.environ or parent is None:
+        return None
+    if any("accelerate" in word for word in parent.cmdline()):
+        return parent.pid
+    return None

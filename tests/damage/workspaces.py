@@ -16,6 +16,7 @@ from tiny_language_models import extended, make_language_model, save_language_mo
 CLIP = (100, 100, 124, 116)
 # Of a model that others have saved, nobody can tell whether generation_config.json is its own, or should be there.
 PLAIN_LM = ("plain_lm/config.json", "plain_lm/model.safetensors", "plain_lm/tokenizer.json")
+WEIGHTS_AND_CONFIG = ("model/config.json", "model/diffusion_pytorch_model.safetensors")
 CHECKPOINTS = {
     "svqvae.safetensors": "svqvae_tiny.safetensors",
     "flexvar.pth": "flexvar_tiny.pth",
@@ -59,7 +60,7 @@ def make_workspace(root: Path) -> list[Command]:
     resume = f"tokenize {{root}}/three {model} --output {{root}}/started --workers 0 --num-parts 3"
     return [
         Command(evaluate, ("model", "photos"), {}),
-        Command(f"export {{root}}/model {out}", ("model",), {}),
+        Command(f"export {{root}}/model {out}", WEIGHTS_AND_CONFIG, {}),
         Command(convert, ("checkpoints/svqvae.safetensors",), {}),
         Command(
             f"{convert_scales} {out} --license mit --image-size 16",

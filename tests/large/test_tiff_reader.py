@@ -35,7 +35,7 @@ def test_windows_equal_load_image(tmp_path):
     for kind, (pixels, options) in TIFFS.items():
         path = save_tiff(tmp_path / "a.tif", pixels, **options)
         expected = np.asarray(load_image(path))
-        with open_large_image(path) as image:
+        with open_large_image(str(path)) as image:
             assert (image.height, image.width) == (50, 70)
             for rows, columns in WINDOWS:
                 window = slice(*rows), slice(*columns)
