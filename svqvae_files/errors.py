@@ -8,9 +8,23 @@ from contextlib import contextmanager
 LIBRARIES = ("botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "httpx", "requests", "safetensors")
 
 
-def os_error(message: str, cause: Exception) -> OSError:
+class ExplainedError(OSError):
+    """An error of a file system, as one line that names the file.
+
+    Attributes:
+        done (`str`): Past participle of what was done with the file, see [`explained`].
+    """
+
+    done = ""
+
+
+class ExplainedMissingFileError(ExplainedError, FileNotFoundError):
+    """A missing file, as one line that names it."""
+
+
+def os_error(message: str, cause: Exception) -> ExplainedError:
     """An error with this message alone and the error number of its cause. A missing file stays a missing file."""
-    kind = FileNotFoundError if isinstance(cause, FileNotFoundError) else OSError
+    kind = ExplainedMissingFileError if isinstance(cause, FileNotFoundError) else ExplainedError
     error = kind(message)
     error.errno = getattr(cause, "errno", None)
     return error
@@ -34,6 +48,8 @@ def is_unreachable(error: Exception, is_remote: bool) -> bool:
 def explained(name: str | os.PathLike, done: str) -> Iterator[None]:
     """Makes an `OSError` of one line from the errors of file systems, which are of many types.
 
+    The error of a file that was read while another one was written stays as it is, and the other way round.
+
     Args:
         name (`str` or `os.PathLike`): Path or URL.
         done (`str`): Past participle of what the block does with it.
@@ -45,10 +61,14 @@ def explained(name: str | os.PathLike, done: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and not type(error).__module__.startswith(LIBRARIES):
+        is_of_files = isinstance(error, OSError) or type(error).__module__.startswith(LIBRARIES)
+        is_of_another_file = isinstance(error, ExplainedError) and error.done != done
+        if not is_of_files or is_of_another_file:
             raise
         reason = _reason(error).removesuffix(".")
-        raise os_error(f"`{name}` cannot be {done}: {reason}.", error) from error
+        explained_error = os_error(f"`{name}` cannot be {done}: {reason}.", error)
+        explained_error.done = done
+        raise explained_error from error
 
 
 def _reason(error: Exception) -> str:

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from cli_runner import names
 
-from svqvae_files.outputs import check_new_folder, write_file
+from svqvae_files.errors import explained
+from svqvae_files.outputs import check_new_folder, new_file, write_file
 
 
 def test_failed_write_keeps_old_file_and_leaves_no_other(tmp_path, monkeypatch):
@@ -37,3 +38,9 @@ def test_errors_name_the_target_and_not_the_temporary_file(tmp_path):
 def test_a_folder_that_cannot_be_made_is_named():
     with pytest.raises(ValueError, match="`/proc/new` must be a new or empty folder, but `/proc` cannot be"):
         check_new_folder(Path("/proc/new"))  # permissions alone do not tell: not even root can write there
+
+
+def test_a_failed_read_names_the_file_that_was_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"^`{tmp_path}/image` cannot be read: No such file or directory.$"):
+        with new_file(tmp_path / "shard"), explained(tmp_path / "image", "read"):
+            (tmp_path / "image").read_bytes()

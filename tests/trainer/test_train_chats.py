@@ -16,7 +16,12 @@ import torch
 from captioned_tokens import CAPTIONS, captioned_tokens
 from conftest import ROOT, make_tiny
 from language_options import ADAMW_ARGUMENTS, VALIDATION_ARGUMENTS, WITHOUT_EFFECT
-from language_trainer import CheckpointOnSignal, LanguageModelTrainer
+from language_trainer import (
+    CheckpointOnSignal,
+    LanguageModelTrainer,
+    delete_partial_checkpoints,
+    set_aside_partial_checkpoints,
+)
 from modality_loss import ModalityLoss
 from peft import PeftModel
 from PIL import Image
@@ -303,6 +308,18 @@ def test_a_finished_run_knows_its_texts_by_their_content(train, tmp_path):
     moved.write_text('{"text": "a pear"}')
     with pytest.raises(ValueError, match="`--text_files` must name what `.*done` was made from, but names something"):
         train("done", text_files=[str(moved)], **options)
+
+
+@pytest.mark.parametrize(("content", "is_whole"), [("{}", True), ('{"global_step": 2, "epo', False), (None, False)])
+def test_checkpoints_that_a_killed_run_left_torn_are_set_aside(tmp_path, content, is_whole):
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    if content is not None:
+        (checkpoint / "trainer_state.json").write_text(content)
+    set_aside_partial_checkpoints(tmp_path)
+    assert checkpoint.exists() == is_whole
+    delete_partial_checkpoints(tmp_path)
+    assert len(list(tmp_path.iterdir())) == is_whole
 
 
 def test_two_runs_do_not_write_to_one_folder(train, tmp_path):
