@@ -11,6 +11,7 @@ share their constants, and a test holds them equal.
 """
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.tokens.context_model import FILE, ContextModel
 from svqvae_hf.tokens.context_network import LOGIT_SHIFT, NEVER, SHIFTS, STEPS_PER_NAT
 from svqvae_hf.tokens.neighbourhood import COARSE, LIMIT, MARGIN, NEIGHBOURS, code_inputs, context, pad_ids
+from svqvae_hf.trainer.data.held_out import check_held_out_tokens
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
 NAT = STEPS_PER_NAT << LOGIT_SHIFT  # one nat in integer logits
@@ -363,6 +365,8 @@ def main() -> None:
     pyramids = []
     for token_set in options.token_sets:
         pyramids += read_pyramids(token_set, model)
+    for token_set, held_out_set in itertools.product(options.token_sets, options.held_out):
+        check_held_out_tokens(TokenSet(held_out_set), TokenSet(token_set), "--held_out")
     held_out = {token_set: read_pyramids(token_set, model) for token_set in options.held_out}
     network = make_network(options, model, pyramids)
     train(options, network, pyramids)

@@ -28,7 +28,9 @@ from svqvae_hf.loaders.causal_models import load_causal_model
 from svqvae_hf.loaders.folder_checks import check_files
 from svqvae_hf.loaders.saved_parts import record_parts
 from svqvae_hf.models.image_vocabulary import ImageVocabulary
-from svqvae_hf.trainer.examples import ChatExamples, Mix, check_disjoint, read_texts
+from svqvae_hf.token_sets.manifest import TokenSet
+from svqvae_hf.trainer.data.held_out import check_held_out_tokens
+from svqvae_hf.trainer.examples import ChatExamples, Mix, read_texts
 from svqvae_hf.trainer.options import FRACTION, option, range_faults
 from svqvae_hf.trainer.scripts import one_line_errors
 
@@ -142,7 +144,9 @@ def open_examples(
     held_out_mix = replace(mix, condition_dropout=0.0, text_fraction=0.0)
     held_out = make_examples(count=None, mix=held_out_mix, token_set=options.validation_token_set)  # one per row
     held_out.check_lengths()
-    check_disjoint(examples.pairs, held_out.pairs)
+    if options.token_set is not None:
+        held_out_set = TokenSet(options.validation_token_set)
+        check_held_out_tokens(held_out_set, TokenSet(options.token_set), "--validation_token_set")
     return examples, held_out
 
 

@@ -268,33 +268,6 @@ def text_tokens(processor: SVQVAEProcessor, row: dict[str, Any]) -> list[int]:
     return tokenize(processor, whole_text + end)
 
 
-def check_disjoint(pairs: Any, held_out: Any) -> None:
-    """Raises if two token sets hold an image of the same key with the same ids.
-
-    Args:
-        pairs (`datasets.Dataset`): Rows of the training.
-        held_out (`datasets.Dataset`): Rows of a validation.
-
-    Raises:
-        ValueError: An image is in both.
-    """
-    if not len(pairs):
-        return
-    held_out_rows: dict[str, list[int]] = {}  # numbers of the rows, by key
-    for held_out_number, key in enumerate(held_out["key"]):
-        held_out_rows.setdefault(key, []).append(held_out_number)
-    id_columns = sorted(name for name in pairs.column_names if name.startswith("ids_"))
-    for row_number, key in enumerate(pairs["key"]):
-        for held_out_number in held_out_rows.get(key, []):
-            row = pairs[row_number]
-            held_out_row = held_out[held_out_number]
-            has_same_ids = all(row[column] == held_out_row.get(column) for column in id_columns)
-            if has_same_ids:
-                raise ValueError(
-                    f"`--validation_token_set` must hold other images than `--token_set`, but `{key}` is in both sets."
-                )
-
-
 def read_texts(files: Sequence[str], processor: SVQVAEProcessor, context: int) -> list[dict[str, Any]]:
     """Reads and checks the objects of JSON Lines files.
 

@@ -12,6 +12,7 @@ from svqvae_hf.hub import model_cards
 from svqvae_hf.hub.repositories import public_name
 from svqvae_hf.loaders.pretrained_models import SVQVAE
 from svqvae_hf.models.checks import check_same_codebook
+from svqvae_hf.trainer.data.held_out import check_held_out_tokens
 from svqvae_hf.trainer.data.token_sequences import TokenSource
 from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.options import PipelineOptions
@@ -65,9 +66,7 @@ def open_token_sets(options: Any, vqvae: SVQVAE, class_names: Any = None) -> tup
             "`--validation_token_set` must have the scales, classes and `scale_from` of the token set, "
             f"{format_of_source}, but has {format_of_held_out}. Tokenize both alike."
         )
-    shared_key = source.shared_key(held_out)
-    if shared_key is not None:
-        raise ValueError(f"`--validation_token_set` must hold other images, but `{shared_key}` is in both sets.")
+    check_held_out_tokens(held_out.token_set, source.token_set, "--validation_token_set")
     return source, held_out
 
 

@@ -11,7 +11,9 @@ from conftest import ROOT, make_tiny
 from PIL import Image
 
 from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.token_sets.manifest import TokenSet
 from svqvae_hf.token_sets.writer import tokenize_set
+from svqvae_hf.trainer.data.held_out import check_held_out_tokens
 from svqvae_hf.trainer.data.sample_order import Share
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 
@@ -95,7 +97,9 @@ def test_other_crops_of_the_same_images_are_not_held_out(tokens, tmp_path):
     for path in (tmp_path / "other").rglob("*.png"):
         Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(path)  # other images of the same names
     tokenize_set(make_tiny(), open_images([f"{tmp_path}/other/photos"]), tmp_path / "new", crops="centre", **crops)
-    trained, centre, new = (TokenSource(str(tmp_path / name), None) for name in ("ten", "centre", "new"))
-    assert trained.shared_key(centre) == "cat/0.png"
-    assert trained.shared_key(new) is None
-    assert new.shared_key(new) == "cat/0.png"
+    trained, centre, new = (TokenSet(tmp_path / name) for name in ("ten", "centre", "new"))
+    with pytest.raises(ValueError, match="`--held_out` must hold images that are not .*, but `cat/0.png` of .*centre"):
+        check_held_out_tokens(centre, trained, "--held_out")
+    check_held_out_tokens(new, trained, "--held_out")
+    with pytest.raises(ValueError, match="`cat/0.png` of .*new` is also in"):
+        check_held_out_tokens(new, new, "--held_out")

@@ -433,7 +433,7 @@ def test_captions_and_texts_longer_than_the_context_are_named_before_the_run(tra
 
 
 def test_images_of_the_training_are_not_validated(train, tokens):
-    with pytest.raises(ValueError, match="must hold other images than `--token_set`, but `0.png` is in both sets"):
+    with pytest.raises(ValueError, match="must hold images that are not trained on, but `0.png` of"):
         train("wrong", validation_token_set=str(tokens), eval_strategy="steps")
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import train_context
 from conftest import make_tiny
 from context_models import make_context_model
+from PIL import Image, ImageOps
 from token_set_parts import load, save_photos, tokenize
 
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
@@ -49,19 +50,27 @@ def test_a_trained_context_model_takes_fewer_bits_than_a_count(tmp_path, monkeyp
     make_tiny().save_pretrained(tmp_path / "model")
     token_set = tmp_path / "tokens"
     tokenize(make_tiny(), save_photos(tmp_path / "photos"), token_set, scales=[0.5, 1.0])
-    argv = [str(tmp_path / "model"), str(token_set), "--held_out", str(token_set)]
+    held_out = tmp_path / "held_out"
+    other_photos = save_photos(tmp_path / "other")
+    for path in other_photos.glob("?.png"):
+        ImageOps.invert(Image.open(path)).save(path)
+    tokenize(make_tiny(), other_photos, held_out, scales=[0.5, 1.0])
+    argv = [str(tmp_path / "model"), str(token_set), "--held_out", str(held_out)]
     options = ["--max_steps", "40", "--hidden", "32", "--features", "16"]
     monkeypatch.setattr(sys, "argv", ["train_context.py", *argv, *options])
     monkeypatch.setattr(train_context, "WARM_UP", 5)
     train_context.main()
-    assert f"{token_set}: finest alone " in capsys.readouterr().out
+    assert f"{held_out}: finest alone " in capsys.readouterr().out
     trained = ContextModel.from_pretrained(tmp_path / "model")
     (row,) = load(token_set).select([4])
     tokens = row_tokens(row, read_settings(token_set))
     chunk = trained.compress(tokens.ids[1].numpy(), tokens.ids[0].numpy())
     assert 8 * len(chunk) < 6 * tokens.ids[1].numel()
     assert len(token_file_content(tokens, trained)) < len(token_file_content(tokens))
+    argv[-1] = str(token_set)
     monkeypatch.setattr(sys, "argv", ["train_context.py", *argv, *options, "--overwrite"])
+    with pytest.raises(ValueError, match="`--held_out` must hold images that are not trained on"):
+        train_context.main()
     make_tiny(codebook_size=32).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="must hold ids of MODEL, but has others"):
         train_context.main()

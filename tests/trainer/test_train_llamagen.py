@@ -263,7 +263,7 @@ def test_a_pipeline_is_trained_further_with_its_own_classes(classes, parts):
         ({"label_column": "key"}, "`--label_column` must hold a class, or an integer of at least 0, in each row, but"),
         ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has hiden_size"),
         ({"model_config_name_or_path": "llama.json"}, "must be a config of type llamagen, but `llama.json` is"),
-        ({"validation_token_set": "tokens"}, "other images, but `class0/photo.png` is in both sets"),
+        ({"validation_token_set": "tokens"}, "not trained on, but `class0/photo.png` of .* is also in"),
         ({"validation_token_set": "other_names"}, "must have the scales, classes and .* but has .*'cat'"),
         ({"caption_column": "caption"}, "Only one of `--caption_column` and `--label_column`"),
         ({"label_column": None, "caption_column": "height"}, "must hold texts or lists of texts, but 'height' holds"),

@@ -3,10 +3,17 @@
 import filecmp
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
 
 from svqvae_files.inputs import is_url, readable
 from svqvae_hf.data.image_sets import ImageSet
+from svqvae_hf.token_sets.manifest import TokenSet
+from svqvae_hf.token_sets.settings import TokenSettings
 
 
 def check_held_out(held_out: ImageSet, trained: ImageSet | None) -> None:
@@ -53,3 +60,73 @@ def _shared_file_error(held_out: ImageSet, path: str, trained: ImageSet, trained
 def _key(images: ImageSet, path: str) -> str:
     """Path of a file, relative to the folder of its set."""
     return readable(path.removeprefix(images.files.root).lstrip("/"))
+
+
+# Token sets
+
+
+def check_held_out_tokens(held_out: TokenSet, trained: TokenSet, option: str) -> None:
+    """Raises if two token sets hold the same image.
+
+    Sets of the same image files share an image if they share its key, however it was cropped. Sets of other files may
+    use the same names for other images, so their ids at the largest scale must be equal, too.
+
+    Args:
+        held_out ([`~svqvae_hf.token_sets.manifest.TokenSet`]): Images of the validation.
+        trained ([`~svqvae_hf.token_sets.manifest.TokenSet`]): Images that are trained on.
+        option (`str`): Option that names the images of the validation, for the error.
+
+    Raises:
+        ValueError: An image is in both.
+    """
+    shared_key = _find_shared_key(held_out, trained)
+    if shared_key is not None:
+        raise ValueError(
+            f"`{option}` must hold images that are not trained on, but `{shared_key}` of `{held_out.name}` is also in "
+            f"`{trained.name}`. Tokenize other images."
+        )
+
+
+def _find_shared_key(held_out: TokenSet, trained: TokenSet) -> str | None:
+    """Key of an image that both sets hold, or `None`."""
+    rows = trained.load()
+    held_out_rows = held_out.load()
+    keys = rows.data.column("key")
+    is_shared = pc.is_in(keys, value_set=pc.unique(held_out_rows.data.column("key")))  # (rows,)
+    numbers = np.flatnonzero(is_shared.to_numpy())
+    if len(numbers) == 0:
+        return None
+    if _are_of_same_files(held_out, trained):
+        return keys[int(numbers[0])].as_py()
+    held_out_images = set(_images(held_out_rows, held_out.settings))
+    for image in _images(rows.select(numbers), trained.settings):
+        if image in held_out_images:
+            return image.key
+    return None
+
+
+def _are_of_same_files(first: TokenSet, second: TokenSet) -> bool:
+    image_files = first.options.get("image_files")
+    return image_files is not None and image_files == second.options.get("image_files")
+
+
+class _TokenImage(NamedTuple):
+    """An image of a token set.
+
+    Args:
+        key (`str`): Its key.
+        ids (`tuple[int, ...]` or `bytes`): Its ids at the largest scale, or its compressed ids.
+    """
+
+    key: str
+    ids: tuple[int, ...] | bytes
+
+
+def _images(rows: datasets.Dataset, settings: TokenSettings) -> Iterator[_TokenImage]:
+    """Yields the image of each row."""
+    column = settings.id_columns[0]  # the only one, if the ids are compressed
+    if settings.context_model is None:
+        column = settings.id_columns[int(np.argmax(settings.scales))]
+    for row in rows.select_columns(["key", column]):
+        ids = row[column]
+        yield _TokenImage(row["key"], ids if isinstance(ids, bytes) else tuple(ids))

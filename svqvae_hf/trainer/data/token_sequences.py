@@ -45,6 +45,7 @@ class TokenSource:
             is one class, "with its caption".
 
     Attributes:
+        token_set ([`~svqvae_hf.token_sets.manifest.TokenSet`]): The set.
         grids (`list` of `(rows, columns)`): Shapes of the ids, from the coarsest scale to the finest.
         num_classes (`int`): Number of classes. The label `num_classes` means no class.
 
@@ -56,9 +57,9 @@ class TokenSource:
 
     def __init__(self, data: str, label_column: str | None, caption_column: str | None = None):
         token_set = TokenSet(data)
+        self.token_set = token_set
         self.settings = token_set.settings
         self.digest = token_set.digest
-        self.image_files = token_set.options.get("image_files")
         if self.settings.context_model is not None:
             raise ValueError(
                 "The rows of the token set must not be compressed, because training reads them many times. Make it "
@@ -108,33 +109,6 @@ class TokenSource:
     def captions(self, count: int | None = None) -> list[list[str]]:
         """Captions of each of the first rows, up to `count`, by default of all."""
         return self._captions(self.tables.select_columns([self.caption_column])[:count])
-
-    def shared_key(self, held_out: "TokenSource") -> str | None:
-        """Key of an image that both sets hold, or `None`.
-
-        Sets of the same image files share an image if they share its key, however it was cropped. Sets of other files
-        may use the same names for other images, so the ids at the largest scale must be equal, too.
-        """
-        keys = self.rows.data.column("key")
-        held_out_keys = held_out.rows.data.column("key")
-        is_shared = pc.is_in(keys, value_set=pc.unique(held_out_keys))  # (rows,)
-        shared_rows = np.flatnonzero(is_shared.to_numpy())
-        if len(shared_rows) == 0:
-            return None
-        are_same_files = self.image_files is not None and self.image_files == held_out.image_files
-        if are_same_files:
-            return keys[int(shared_rows[0])].as_py()
-        column = self.id_columns[-1]
-        if column not in held_out.rows.features:
-            return None
-        held_out_images = set()
-        for row in held_out.rows.select_columns(["key", column]):
-            held_out_images.add((row["key"], tuple(row[column])))
-        for row in self.rows.select_columns(["key", column]).select(shared_rows):
-            image = (row["key"], tuple(row[column]))
-            if image in held_out_images:
-                return row["key"]
-        return None
 
     def _captions(self, table: pa.Table) -> list[list[str]]:
         """Captions of each row of a table, as lists, also where a row has only one."""
