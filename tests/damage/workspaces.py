@@ -11,6 +11,7 @@ from damage import Command
 from generators import make_autoregressive, make_next_scale
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_language_models import extended, make_language_model, save_language_model
 
 CLIP = (100, 100, 124, 116)
@@ -19,9 +20,7 @@ PLAIN_LM = ("plain_lm/config.json", "plain_lm/model.safetensors", "plain_lm/toke
 WEIGHTS_AND_CONFIG = ("model/config.json", "model/diffusion_pytorch_model.safetensors")
 CHECKPOINTS = {
     "svqvae.safetensors": "svqvae_tiny.safetensors",
-    "flexvar.pth": "flexvar_tiny.pth",
     "flexvar_transformer.pth": "flexvar_transformer_tiny.pth",
-    "llamagen.pt": "llamagen_tiny.pt",
     "llamagen_gpt.pt": "llamagen_gpt_c2i_tiny.pt",
 }
 
@@ -55,21 +54,21 @@ def make_workspace(root: Path) -> list[Command]:
     caption = f"caption {{root}}/photos {out} --model {{root}}/lm --max-tokens 3"
     evaluate = f"evaluate {{root}}/photos {model} {out} --scales 1 --codecs jpeg --device cpu"
     convert = f"convert {{root}}/checkpoints/svqvae.safetensors {out} --license mit"
-    convert_scales = "convert {root}/checkpoints/flexvar_transformer.pth --tokenizer {root}/checkpoints/flexvar.pth"
-    convert_ids = "convert {root}/checkpoints/llamagen_gpt.pt --tokenizer {root}/checkpoints/llamagen.pt"
+    convert_scales = "convert {root}/checkpoints/flexvar_transformer.pth --tokenizer {root}/scales_tokenizer"
+    convert_ids = "convert {root}/checkpoints/llamagen_gpt.pt --tokenizer {root}/ids_tokenizer"
     resume = f"tokenize {{root}}/three {model} --output {{root}}/started --workers 0 --num-parts 3"
     return [
-        Command(evaluate, ("model", "photos"), {}),
+        Command(evaluate, (*WEIGHTS_AND_CONFIG, "photos"), {}),  # a model without a context model is whole
         Command(f"export {{root}}/model {out}", WEIGHTS_AND_CONFIG, {}),
         Command(convert, ("checkpoints/svqvae.safetensors",), {}),
         Command(
             f"{convert_scales} {out} --license mit --image-size 16",
-            ("checkpoints/flexvar_transformer.pth", "checkpoints/flexvar.pth"),
+            ("checkpoints/flexvar_transformer.pth", "scales_tokenizer"),
             {},
         ),
         Command(
             f"{convert_ids} {out} --license mit --image-size 16 --num-heads 4",
-            ("checkpoints/llamagen_gpt.pt", "checkpoints/llamagen.pt"),
+            ("checkpoints/llamagen_gpt.pt", "ids_tokenizer"),
             {},
         ),
         Command("info {root}/model", ("model",), {}),
@@ -153,6 +152,12 @@ def _save_images(root: Path) -> None:
 
 
 def _save_checkpoints(root: Path) -> None:
+    """Original checkpoints, and tokenizers that fit the generators among them."""
     (root / "checkpoints").mkdir()
     for name, golden in CHECKPOINTS.items():
         shutil.copy(ROOT / "tests" / "golden" / golden, root / "checkpoints" / name)
+    make_tiny(codebook_size=256).save_pretrained(root / "ids_tokenizer")
+    vqvae = make_tiny(codebook_size=160, codebook_embed_dim=32, sample_size=16)
+    outputs = load_file(ROOT / "tests" / "golden" / "flexvar_transformer_tiny.outputs.safetensors")
+    vqvae.quantize.embedding.weight.data = outputs["codebook"].clone()
+    vqvae.save_pretrained(root / "scales_tokenizer")
