@@ -1,9 +1,11 @@
 """The output folder of a command: what its runs have written there, from which inputs and with which options."""
 
 import argparse
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from svqvae_files.errors import explained
 from svqvae_files.file_names import DEFAULT_MODEL
 from svqvae_files.identity import CONTEXT_MODEL_FILE, InputIdentity, model_digest, weights_digest
+from svqvae_files.outputs import delete_temporary
 from svqvae_files.records import RecordError, RunRecord
 
 # Arguments that do not change the content of an output.
@@ -136,6 +139,7 @@ class OutputFolder:
             RecordError: A run with other options has started in the folder.
         """
         if not self._is_started:
+            self._lock()
             self._start(all_outputs)
             self._is_started = True
         for output in outputs:
@@ -174,6 +178,26 @@ class OutputFolder:
             if name in self.record.outputs:
                 recorded_names.append(name)
         self.record.delete(recorded_names)
+
+    def _lock(self) -> None:
+        """Marks the folder as used until this process ends, and deletes temporary files of runs that were killed."""
+        with explained(self.path, "written"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDONLY)  # stays open
+        with suppress(OSError):  # another run uses the folder, or the file system has no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for folder in self._folders_of_unfinished():
+                delete_temporary(folder.glob("*.tmp"))
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+    def _folders_of_unfinished(self) -> set[Path]:
+        """Folders of the outputs that a run has begun and not finished."""
+        folders = set()
+        for name, output in self.record.outputs.items():
+            if output.identity is None:
+                folders.add((self.path / name).parent)
+        return folders
 
     def delete_leftovers(self, outputs_by_source: Mapping[Source, Sequence[Path]]) -> Leftovers:
         """Deletes outputs of earlier runs whose inputs are gone, or have other outputs now.

@@ -4,7 +4,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from svqvae_files.outputs import TEMPORARY_NAME
+from svqvae_files.outputs import delete_temporary
 
 
 class FolderLock:
@@ -29,9 +29,7 @@ class FolderLock:
                 f"`{folder}` must not be the folder of another run, but one is writing to it. Wait for its end, or "
                 "choose another `--output_dir`."
             ) from error
-        for path in folder.rglob("*.tmp"):
-            if TEMPORARY_NAME.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+        delete_temporary(folder.rglob("*.tmp"))
 
     def release(self) -> None:
         """Lets other runs write to the folder."""

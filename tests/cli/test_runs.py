@@ -1,5 +1,6 @@
 """Runs over folders that are interrupted, resumed, or started anew."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -351,3 +352,22 @@ def test_control_characters_in_names_are_escaped(photos, tmp_path, saved_model, 
     (photos / "0.png").rename(photos / "\x1b[31m\n.png")
     assert main(["reconstruct", str(photos), "--output", str(tmp_path / "out"), "--model", saved_model]) == 0
     assert "\n\\x1b[31m .png " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+def test_temporary_files_of_killed_runs_are_deleted_unless_another_run_writes(photos, tmp_path, saved_model, is_used):
+    words = ["encode", photos, "--model", saved_model, "--output"]
+    assert svqvae(*words, tmp_path / "first") == 0
+    out = shutil.copytree(tmp_path / "first", tmp_path / "out")
+    record = out / ".svqvae-encode.jsonl"
+    lines = record.read_text().splitlines()
+    record.write_text("\n".join(lines[:-1]) + "\n")  # the last output was begun, and not finished
+    (out / ".01234567.tmp").write_bytes(b"half")
+    (out / ".mine.tmp").write_bytes(b"mine")
+    other_run = os.open(out, os.O_RDONLY)
+    if is_used:
+        fcntl.flock(other_run, fcntl.LOCK_SH)
+    assert svqvae(*words, out) == 0
+    os.close(other_run)
+    assert (out / ".01234567.tmp").exists() == is_used
+    assert (out / ".mine.tmp").exists()

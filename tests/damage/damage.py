@@ -178,7 +178,8 @@ class Checker:
             if case.command.is_repeated:
                 run(case.command, copy)
             apply(case, copy)
-            return fault_of(run(case.command, copy), whole, copy)
+            before = read_files(copy, case.command.output)
+            return fault_of(run(case.command, copy), whole, before, copy)
 
     def _run_whole(self, command: Command) -> Outcome:
         """What the command does without damage."""
@@ -193,8 +194,15 @@ class Checker:
         return self.outcomes[command.words]
 
 
-def fault_of(outcome: Outcome, whole: Outcome, root: Path) -> str | None:
-    """What is wrong with the outcome of a damaged run, or `None`."""
+def fault_of(outcome: Outcome, whole: Outcome, before: dict[str, bytes], root: Path) -> str | None:
+    """What is wrong with the outcome of a damaged run, or `None`.
+
+    Args:
+        outcome ([`Outcome`]): What the run did.
+        whole ([`Outcome`]): What it does without damage.
+        before (`dict[str, bytes]`): Files of the output folder before the run.
+        root (`Path`): Folders that it reads.
+    """
     lines = outcome.stderr.splitlines()
     if outcome.exit_code == 0:
         if outcome.files != whole.files:
@@ -211,7 +219,7 @@ def fault_of(outcome: Outcome, whole: Outcome, root: Path) -> str | None:
     if str(root) not in lines[0] and "--" not in lines[0] and "`" not in lines[0]:
         return f"no name: {lines[0][:300]}"
     for name, content in outcome.files.items():
-        if whole.files.get(name) != content:
+        if content not in (whole.files.get(name), before.get(name)):
             return f"another output, `{name}`, beside an error"
     return None
 
