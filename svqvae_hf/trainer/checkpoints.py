@@ -27,6 +27,7 @@ from svqvae_hf.trainer.interruption import Interruption
 from svqvae_hf.trainer.options import RunOptions
 
 RUN_STATE = "run_state.pt"
+STEP = "step"  # in that file
 IDENTITY = "run_identity.json"
 CHECKSUMS = "checksums.json"
 VALIDATION = "validation_"  # start of the names of options whose sets are measured, and not trained on
@@ -72,7 +73,8 @@ class Checkpoints:
             self._resume(checkpoint)
 
     def _resume(self, checkpoint: Path) -> None:
-        saved = load_checkpoint(self.accelerator, checkpoint, self.states)
+        saved = load_checkpoint(self.accelerator, checkpoint, [STEP, *self.states])
+        check_step(checkpoint, saved[STEP])
         for name, holder in self.states.items():
             holder.load_state_dict(saved[name])
         logger.info(f"Resumed from {checkpoint}")
@@ -106,7 +108,8 @@ class Checkpoints:
             sys.exit(self.interruption.exit_code)
 
     def _save(self, steps_done: int) -> None:
-        state = {name: holder.state_dict() for name, holder in self.states.items()}
+        state: dict[str, Any] = {name: holder.state_dict() for name, holder in self.states.items()}
+        state[STEP] = steps_done
         save_checkpoint(
             self.accelerator,
             self.options.output_dir,
@@ -187,6 +190,12 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
 def checkpoint_step(path: Path) -> int:
     """Steps done before a checkpoint was written, from its name."""
     return int(path.name.rpartition("-")[2])
+
+
+def check_step(checkpoint: Path, step: int) -> None:
+    """Raises ValueError if a checkpoint was renamed, because its name says how many steps are done."""
+    if step != checkpoint_step(checkpoint):
+        raise ValueError(f"`{checkpoint}` must be called checkpoint-{step}, as when it was written. Rename it.")
 
 
 def check_resumable(checkpoint: Path, identity: RunIdentity) -> None:

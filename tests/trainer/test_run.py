@@ -329,6 +329,14 @@ def test_checkpoint_that_cannot_be_loaded_is_refused_in_one_line(options, damage
     assert files(options["output_dir"]) == before
 
 
+def test_a_renamed_checkpoint_is_refused(options):
+    train(options | {"max_steps": 2})
+    checkpoint = Path(options["output_dir"], "checkpoint-2")
+    renamed = checkpoint.rename(checkpoint.with_name("checkpoint-1"))
+    with pytest.raises(ValueError, match=f"`{renamed}` must be called checkpoint-2, as when it was written"):
+        train(options | {"resume_from_checkpoint": "latest"})
+
+
 def test_changed_hyperparameters_are_applied_and_logged_on_resume(options, tmp_path, caplog):
     caplog.set_level("INFO")
     changes = {

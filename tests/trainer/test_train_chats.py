@@ -334,11 +334,15 @@ def test_two_runs_do_not_write_to_one_folder(train, tmp_path):
     train("run", resume="latest", max_steps=1)
 
 
-def test_a_run_is_not_resumed_with_another_model(train, tmp_path):
+def test_a_run_is_not_resumed_from_a_renamed_checkpoint_or_with_another_model(train, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(extended("qwen"), model)
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "model_name_or_path": str(model)}
     train("run", **options)
+    renamed = (tmp_path / "run" / "checkpoint-2").rename(tmp_path / "run" / "checkpoint-3")
+    with pytest.raises(ValueError, match=f"`{renamed}` must be called checkpoint-2"):
+        train("run", resume="latest", **(options | {"max_steps": 3}))
+    renamed.rename(tmp_path / "run" / "checkpoint-2")
     shutil.copyfile(tmp_path / "run" / "model.safetensors", model / "model.safetensors")
     with pytest.raises(ValueError, match="`--model_name_or_path` must name what `.*checkpoint-2` was made from"):
         train("run", resume="latest", **(options | {"max_steps": 3}))
