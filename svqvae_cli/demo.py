@@ -14,14 +14,12 @@ from svqvae_cli.errors import require_extra
 from svqvae_cli.files import check_source
 from svqvae_files.file_names import DEFAULT_GENERATOR
 
-WITHOUT_VALUE = ""  # of `--generator`: the bundled language model
-
 
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     parser.add_model()
     help = "serve a page that generates images; folder or Hub id (without one: the bundled language model)"
-    parser.option("--generator", model, "GENERATOR", help, nargs="?", const=WITHOUT_VALUE)
+    parser.option("--generator", model, "GENERATOR", help, nargs="?", const=DEFAULT_GENERATOR)
     parser.option("--host", not_empty, "ADDRESS", "address to listen on (default: 127.0.0.1)", default="127.0.0.1")
     parser.option("--port", positive, "PORT", "port to listen on (default: the first free one from 7860)")
 
@@ -46,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         blocks = build(Page(model))
     else:
         pipeline = load_generator(args.generator, args.device, args.dtype)
-        is_bundled = args.generator in (WITHOUT_VALUE, DEFAULT_GENERATOR)
+        is_bundled = args.generator == DEFAULT_GENERATOR
         hints = SCENES if is_bundled else None
         blocks = generator_page.build(generator_page.GeneratorPage(pipeline, hints))
     with serving(blocks, args.host, args.port) as address:
