@@ -46,7 +46,6 @@ class LanguageModelOptions(LanguageRunOptions):
     text_files: list[str] = option([], "JSON Lines files: `text`, with <|image|> for each of `images`, rows of ids.")
     text_fraction: float = option(0.0, "Fraction of examples from the text files; the others are chats.")
     packing: bool = option(True, "Pack each batch of chats into one sequence; --no_packing pads, for the CPU.")
-    completion_only_loss: bool = option(True, "Learn only answers; --no_completion_only_loss learns prompts, too.")
 
     def faults(self) -> Iterator[str]:
         """Yields an error message for each fault, also in the options of chats and texts."""
@@ -77,7 +76,6 @@ class LanguageModelOptions(LanguageRunOptions):
             caption_fraction=self.caption_fraction,
             first_caption_fraction=self.first_caption_fraction,
             text_fraction=self.text_fraction,
-            completion_only_loss=self.completion_only_loss,
             seed=seed,
         )
 

@@ -32,7 +32,6 @@ class Mix:
         caption_fraction (`float`): Fraction of chats that ask for the caption; the others ask for the image.
         first_caption_fraction (`float`): Fraction of images asked for by their first caption, not by any of them.
         text_fraction (`float`): Fraction of examples that are texts.
-        completion_only_loss (`bool`): Learn only the answers of chats.
         seed (`int`): Seed of the order and of all draws.
     """
 
@@ -40,7 +39,6 @@ class Mix:
     caption_fraction: float = 0.0
     first_caption_fraction: float = 1.0
     text_fraction: float = 0.0
-    completion_only_loss: bool = True
     seed: int = 0
 
     def draw_caption(self, captions: Sequence[str], rng: np.random.Generator) -> str:
@@ -161,10 +159,9 @@ class ChatExamples(Dataset):
         if len(tokens) > self.context:
             raise ValueError(f"an image with its caption must fit in {self.context} tokens, but takes {len(tokens)}.")
         labels = list(tokens)
-        if self.mix.completion_only_loss:
-            question = self.processor.apply_chat_template(conversation[:1], add_generation_prompt=True)
-            question_length = common_start(tokens, tokenize(self.processor, question))
-            labels[:question_length] = [IGNORED] * question_length
+        question = self.processor.apply_chat_template(conversation[:1], add_generation_prompt=True)
+        question_length = common_start(tokens, tokenize(self.processor, question))
+        labels[:question_length] = [IGNORED] * question_length
         return {"input_ids": tokens, "labels": labels}
 
     def check_lengths(self) -> None:
