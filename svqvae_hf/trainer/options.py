@@ -179,7 +179,6 @@ class ImageOptions(RunOptions):
 
     dataset_name: str | None = option(None, "Image set: Hub id, or a local data set.")
     dataset_config_name: str | None = option(None, "Configuration of the image set.")
-    data_files: list[str] = option([], "Files or globs of the image set; all by default.")
     train_data_dir: str | None = option(None, "Folder or pattern of images or shards, instead of --dataset_name.")
     mix_data_dir: str | None = option(None, "Folder of other images, which the model must not forget.")
     mix_fraction: float = option(0.3, "Fraction of the crops that are cut from --mix_data_dir.")
@@ -199,9 +198,8 @@ class ImageOptions(RunOptions):
         """Yields an error message for each fault, also in the options of images."""
         yield from super().faults()
         yield from self.exactly_one_faults("dataset_name", "train_data_dir")
-        for name in ("dataset_config_name", "data_files"):
-            if getattr(self, name) and self.train_data_dir is not None:
-                yield f"`--{name}` belongs to `--dataset_name`. Leave it or `--train_data_dir` out."
+        if self.dataset_config_name and self.train_data_dir is not None:
+            yield "`--dataset_config_name` belongs to `--dataset_name`. Leave it or `--train_data_dir` out."
         yield from range_faults(self, POSITIVE, "resolution", "shuffle_buffer")
         yield from range_faults(self, FRACTION, "mix_fraction")
         yield from range_faults(self, NOT_NEGATIVE, "dataloader_num_workers")

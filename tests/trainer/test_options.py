@@ -88,7 +88,7 @@ def test_flags_override_a_file_with_nothing(tmp_path):
         ({"hub_model_id": "name"}, "`--hub_model_id` must be `org/name`, got 'name'"),
         ({"adversarial_weight": 1.0, "adversarial_start": 9, "max_steps": 9}, "start` must be less than .* = 9, but"),
         ({"max_steps": 9, "warmup_steps": 9}, "`--warmup_steps` must be at least 0, and less than .* = 9, but"),
-        ({"data_files": ["x"]}, "`--data_files` belongs to `--dataset_name`. Leave it"),
+        ({"dataset_config_name": "x"}, "`--dataset_config_name` belongs to `--dataset_name`. Leave it"),
         ({"load_best_model_at_end": True}, "`--load_best_model_at_end` needs `--validation_data_dir`"),
         ({"scales": [1.0], "token_budget": 2.0}, "and not be used with `--scales`"),
         ({"codebook_decay": 0.9, "train": "decoder"}, "keeps the codes, but `--codebook_decay` moves them"),

@@ -65,7 +65,6 @@ class ImageSource:
             image_column=options.image_column,
             columns=columns,
             keep_labels=False,
-            data_files=options.data_files,
             copy=not options.streaming,
             results=options.output_dir,
         )
