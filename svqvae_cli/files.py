@@ -9,12 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from svqvae_files.file_names import DEFAULT_MODEL, IMAGE_SUFFIXES, REPO_ID, TOKEN_SET_FILE, TOKEN_SUFFIXES
+from svqvae_files.file_names import (
+    ARCHIVE_SUFFIXES,
+    DEFAULT_MODEL,
+    IMAGE_SUFFIXES,
+    REPO_ID,
+    TOKEN_SET_FILE,
+    TOKEN_SUFFIXES,
+)
 from svqvae_files.inputs import is_url, walk_files
 from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import is_writable, nearest_existing
-
-ARCHIVE_SUFFIXES = (".zip", ".rar", ".7z")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ DEFAULT_GENERATOR = str(PACKAGE / "pretrained_scenes")  # of the bundled languag
 BUNDLED = {"bundled": DEFAULT_MODEL, "scenes": DEFAULT_GENERATOR}  # names that commands and scripts take for them
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".pnm", ".tif", ".tiff", ".webp", ".avif")
+ARCHIVE_SUFFIXES = (".zip", ".rar", ".7z")  # which must be unpacked first
 TIFF_SUFFIXES = (".tif", ".tiff")
 TOKEN_SUFFIXES = (".safetensors", ".svqz")  # of plain and of compressed token files
 TOKEN_SET_FILE = "svqvae_tokens.json"  # settings of a token set, in its folder

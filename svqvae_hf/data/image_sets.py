@@ -23,7 +23,6 @@ from svqvae_hf.data.set_files import InputFiles, SetFiles, find_files
 from svqvae_hf.data.splits import choose_split
 from svqvae_hf.data.tables import open_tables
 from svqvae_hf.data.tar_files import open_tars
-from svqvae_hf.data.zips import open_zips
 
 
 @dataclass(frozen=True)
@@ -119,14 +118,13 @@ def open_images(
     columns: Sequence[str] = (),
     keep_labels: bool = True,
     max_images: int | None = None,
-    data_files: Sequence[str] = (),
     copy: bool = False,
     results: str | os.PathLike | None = None,
 ) -> ImageSet:
     """Finds the images of a set without reading them.
 
     Args:
-        data (`Sequence[str]`): Image files, or shards: tar files in WebDataset's form, Parquet, Arrow, zip. Each is a
+        data (`Sequence[str]`): Image files, or shards: tar files in WebDataset's form, Parquet, Arrow. Each is a
             file, a folder, which is searched with its subfolders except for hidden files, or a pattern, such as
             `photos/*.jpg` or `shard-{00..07}.tar`. Each may be a URL for `fsspec`, such as `s3://bucket/*.tar`. Or
             the name of a set on the Hub, which is streamed.
@@ -139,7 +137,6 @@ def open_images(
         keep_labels (`bool`, defaults to `True`): Whether to keep the columns of [`LABEL_COLUMNS`]. Tar files in which
             one of them is missing at first are an error then.
         max_images (`int`, *optional*): Number of images after which to stop; all by default.
-        data_files (`Sequence[str]`): Files of the set on the Hub, or patterns of them; all by default.
         copy (`bool`, defaults to `False`): Copy shards to the cache of `datasets`, for random access.
         results (`str` or `os.PathLike`, *optional*): Folder or URL of the results, which must not lie in the set.
 
@@ -153,8 +150,9 @@ def open_images(
     if results is not None:
         _check_outside(os.fspath(results), data)
     selection = Selection(config, split, image_column, columns, keep_labels)
-    if len(data) == 1 and (data_files or is_hub_set(data[0]) or has_configs(data[0])):
-        images = _open_repository(data[0], data_files, selection)
+    is_repository = len(data) == 1 and (is_hub_set(data[0]) or has_configs(data[0]))
+    if is_repository:
+        images = _open_repository(data[0], selection)
     else:
         images = _open_files(data, selection)
     if copy and images.rows is None:
@@ -201,8 +199,6 @@ def _open_files(names: Sequence[str], selection: Selection) -> ImageSet:
     selection.check_image_column(files.name)
     if files.kind == "image" and files.metadata:
         return _open_captioned_images(files, selection)
-    if files.kind == "zip":
-        return _open_zips(files, selection)
     return _open_images(files, selection)
 
 
@@ -226,12 +222,6 @@ def _open_tables(files: SetFiles, selection: Selection) -> ImageSet:
     return ImageSet(parts, features, files, parts[0].image_column)
 
 
-def _open_zips(files: SetFiles, selection: Selection) -> ImageSet:
-    selection.check_columns(["image"])
-    parts = open_zips(files.paths())
-    return ImageSet(parts, datasets.Features(), files)
-
-
 def _open_tars(files: InputFiles, selection: Selection) -> ImageSet:
     """Opens tar files with our own reader, because the one of `datasets` takes only samples of equal suffixes."""
     parts = open_tars(files.paths(), selection)
@@ -241,13 +231,10 @@ def _open_tars(files: InputFiles, selection: Selection) -> ImageSet:
 # Repositories
 
 
-def _open_repository(name: str, data_files: Sequence[str], selection: Selection) -> ImageSet:
+def _open_repository(name: str, selection: Selection) -> ImageSet:
     """Opens a set on the Hub, or a folder with the files of one."""
-    files_of_split = None
-    if data_files:
-        files_of_split = {selection.split or "train": list(data_files)}
     with explained_set(name):
-        builder = datasets.load_dataset_builder(name, selection.config, data_files=files_of_split)
+        builder = datasets.load_dataset_builder(name, selection.config)
         if builder.config.data_files is None:
             raise OSError("the Hub cannot be reached, and the cache has the rows of the set, but not their files")
     splits = [str(split) for split in builder.config.data_files]

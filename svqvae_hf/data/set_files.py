@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import fsspec
 
 from svqvae_files.errors import explained
+from svqvae_files.file_names import ARCHIVE_SUFFIXES
 from svqvae_files.identity import InputIdentity
 from svqvae_files.inputs import expand_braces, is_url, readable, walk_files
 from svqvae_hf.data.splits import choose_folder, choose_shards, choose_split
@@ -24,7 +25,6 @@ SUFFIXES = {  # by kind: images, or shards, which hold many
     "tar": TAR_SUFFIXES,
     "parquet": (".parquet",),
     "arrow": (".arrow",),
-    "zip": (".zip",),
 }
 UNREAD_SUFFIXES = (".jfif", ".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd", ".dng", ".cr2", ".nef", ".arw")
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "created")  # in various file systems
@@ -136,9 +136,9 @@ def find_files(names: Sequence[str], split: str | None) -> SetFiles:
 def _check_metadata(sets: Sequence[SetFiles]) -> None:
     """Raises if captions or labels would be ignored."""
     for files in sets:
-        if not files.metadata or files.kind not in ("image", "zip"):
+        if not files.metadata or files.kind != "image":
             continue
-        is_read = files.kind == "image" and len(sets) == 1 and not files.is_remote
+        is_read = len(sets) == 1 and not files.is_remote
         if not is_read:
             raise ValueError(
                 f"`{files.root}` has a metadata file, for images of one local folder. Pass a pattern without it."
@@ -363,6 +363,8 @@ def _kind_of_all(listings: Sequence[_Listing]) -> str:
     kinds = set()
     for listing in listings:
         for file in listing.files:
+            if file.path.lower().endswith(ARCHIVE_SUFFIXES):
+                raise ValueError(f"`{file.path}` must be unpacked first, because zip files are not read.")
             kinds.add(kind_of(file.path) or "image")
     if len(kinds) > 1:
         nouns = []

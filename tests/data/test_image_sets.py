@@ -7,7 +7,6 @@ import datasets
 import fsspec
 import numpy as np
 import pytest
-from cli_runner import svqvae
 from numbered_images import NUM_IMAGES, STREAMS, crop_loader, encode, numbered, numbers
 
 from svqvae_hf.data.image_rows import read_image
@@ -85,22 +84,13 @@ def test_a_folder_at_a_url_has_the_images_of_the_local_one(tmp_path):
             open_images([name])
 
 
-def test_zip_files_hold_images(tmp_path):
-    save(numbered(0), tmp_path / "photos" / "cat" / "0.png")
-    shutil.make_archive(str(tmp_path / "dog" / "packed"), "zip", tmp_path / "photos")
-    assert svqvae("tokenize", tmp_path / "dog" / "*.zip", "--output", tmp_path / "tokens") == 0
-    for scheme in ("", "file://"):  # without a label, which would be the folder of the archive
-        assert [row.values for row in open_images([f"{scheme}{tmp_path}/dog/packed.zip"])] == [{}]
-    shutil.copy(tmp_path / "dog" / "packed.zip", tmp_path / "dog" / "training_photos.zip")
-    assert len(keys(open_images([f"{tmp_path}/dog"], split="train"))) == 2
-    packed = bytearray((tmp_path / "dog" / "packed.zip").read_bytes())
-    packed[packed.index(b"0.png") + 20] ^= 255
-    (tmp_path / "dog" / "no.zip").write_bytes(b"no zip file" * 10)
-    with pytest.raises(ValueError, match="no.zip` must be a zip file, but is damaged"):
-        open_images([f"{tmp_path}/dog/no.zip"])
-    (tmp_path / "dog" / "packed.zip").write_bytes(packed)
-    with pytest.raises(ValueError, match="its archive is damaged"):
-        read_image(next(iter(open_images([f"{tmp_path}/dog/packed.zip"]))))
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_zip_files_must_be_unpacked_first(tmp_path, prefix):
+    save(numbered(0), tmp_path / "photos" / "0.png")
+    shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "photos")
+    for name in ("packed.zip", "*.zip"):
+        with pytest.raises(ValueError, match=r"packed.zip` must be unpacked first, because zip files are not read"):
+            open_images([f"{prefix}{tmp_path}/{name}"])
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])
