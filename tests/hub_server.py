@@ -120,12 +120,18 @@ class HubHandler(BaseHTTPRequestHandler):
         self._send_json({"url": f"{self._endpoint}/{repo}", "id": repo}, status)
 
     def _validate_card(self) -> None:
-        _, *parts = json.loads(self.body)["content"].split("---\n", 2)
-        metadata = yaml.safe_load(parts[0]) if parts else {}
-        fields = {"base_model": [metadata["base_model"]] if "base_model" in metadata else []}
-        fields["datasets"] = metadata.get("datasets", [])
-        wrong = [(field, name) for field, names in fields.items() for name in names if not re.fullmatch(REPO, name)]
-        errors = [{"message": f'"{field}" with value "{name}" is not valid.'} for field, name in wrong]
+        """Answers with the errors in the metadata of a card, as the Hub does."""
+        parts = json.loads(self.body)["content"].split("---\n", 2)
+        metadata = {}
+        if len(parts) > 1:
+            metadata = yaml.safe_load(parts[1])
+        names = [("datasets", name) for name in metadata.get("datasets", [])]
+        if "base_model" in metadata:
+            names.append(("base_model", metadata["base_model"]))
+        errors = []
+        for field, name in names:
+            if not re.fullmatch(REPO, name):
+                errors.append({"message": f'"{field}" with value "{name}" is not valid.'})
         if metadata.get("license", "mit") not in LICENSES:
             errors.append({"message": '"license" must be one of the known ones.'})
         warnings = [] if metadata else [{"message": "empty metadata"}]

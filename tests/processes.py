@@ -28,11 +28,19 @@ def call(start_method: str, target: Callable[..., None], *args: object) -> None:
     target(*args)
 
 
-def assert_ended(note: str, count: int) -> None:
-    """Asserts that the processes whose ids a note holds end within ten seconds, if only as zombies."""
-    processes = [psutil.Process(pid) for pid in map(int, note.split()) if psutil.pid_exists(pid)]
-    assert len(note.split()) == count
-    patience = time.monotonic() + 10
-    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
-        assert time.monotonic() < patience
+def running_after(pids: list[int], seconds: float) -> list[int]:
+    """Waits until processes have ended, if only as zombies. Returns the ids of those that still run after a time."""
+    deadline = time.monotonic() + seconds
+    running = [pid for pid in pids if is_running(pid)]
+    while running and time.monotonic() < deadline:
         time.sleep(0.1)
+        running = [pid for pid in pids if is_running(pid)]
+    return running
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process of this id that is no zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -39,19 +39,25 @@ class StandIn(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, op: Any, _: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Computes on the CPU. Tensors on two devices are an error, as on a GPU, except for numbers on the CPU."""
-        leaves = tree_leaves((args, kwargs))
-        tensors = [each for each in leaves if isinstance(each, torch.Tensor)]
-        devices = [each for each in leaves if isinstance(each, torch.device)]
-        moves = op is torch.ops.aten.copy_.default or devices
-        if not moves and any(each.ndim for each in tensors if not isinstance(each, StandIn)):
+        arguments = tree_leaves((args, kwargs))
+        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+        devices = [argument for argument in arguments if isinstance(argument, torch.device)]
+        tensors_on_cpu = [tensor for tensor in tensors if not isinstance(tensor, StandIn) and tensor.ndim > 0]
+        may_move_tensors = op is torch.ops.aten.copy_.default or devices
+        if tensors_on_cpu and not may_move_tensors:
             raise RuntimeError(f"{op} got tensors on two devices")
         result = op(*tree_map(_to_cpu, args), **tree_map(_to_cpu, kwargs or {}))
-        known = {id(_to_cpu(each)): each for each in tensors}  # what an operation changes in place, it returns
+        if CPU in devices:
+            return result
+        arguments_by_values = {id(_to_cpu(tensor)): tensor for tensor in tensors}
 
-        def place(each: Any) -> Any:
-            if not isinstance(each, torch.Tensor) or CPU in devices:
-                return each
-            return known[id(each)] if id(each) in known else StandIn(each)
+        def place(value: Any) -> Any:
+            """A result on the stand-in. An operation that changes an argument in place returns that argument."""
+            if not isinstance(value, torch.Tensor):
+                return value
+            if id(value) in arguments_by_values:
+                return arguments_by_values[id(value)]
+            return StandIn(value)
 
         return tree_map(place, result)
 

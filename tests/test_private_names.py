@@ -74,14 +74,17 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
 
 def imported_names() -> set[str]:
     """Names imported from undocumented modules of the libraries."""
-    return {
-        f"{node.module}.{name.name}"
-        for _, tree in sources()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in LIBRARIES
-        for name in node.names
-        if node.module not in DOCUMENTED or name.name.startswith("_")
-    }
+    names = set()
+    for _, tree in sources():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or node.module is None:
+                continue
+            is_of_library = node.module.partition(".")[0] in LIBRARIES
+            for name in node.names:
+                is_documented = node.module in DOCUMENTED and not name.name.startswith("_")
+                if is_of_library and not is_documented:
+                    names.add(f"{node.module}.{name.name}")
+    return names
 
 
 def is_private(name: str) -> bool:
@@ -104,14 +107,27 @@ def used_names() -> set[str]:
 
 def overridden_names() -> set[str]:
     """Private attributes of classes of the libraries that classes of ours override."""
-    found = set()
+    names = set()
     for module in pkgutil.walk_packages(svqvae_hf.__path__, "svqvae_hf."):
         for _, cls in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
-            if cls.__module__ != module.name:
-                continue
-            bases = [base for base in cls.__mro__ if base.__module__.partition(".")[0] in LIBRARIES]
-            found |= {name for name in vars(cls) if is_private(name) and any(name in vars(base) for base in bases)}
-    return found - STABLE - CACHED
+            is_imported = cls.__module__ != module.name
+            if not is_imported:
+                names |= private_names(cls) & names_of_libraries(cls)
+    return names - STABLE - CACHED
+
+
+def private_names(cls: type) -> set[str]:
+    """Private attributes that a class defines itself."""
+    return {name for name in vars(cls) if is_private(name)}
+
+
+def names_of_libraries(cls: type) -> set[str]:
+    """Attributes that the base classes of a class define in the libraries."""
+    names = set()
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] in LIBRARIES:
+            names.update(vars(base))
+    return names
 
 
 @pytest.mark.slow  # imports every module

@@ -53,9 +53,12 @@ def test_folders_are_searched_with_their_subfolders_but_not_the_output(tmp_path)
         find_inputs([str(tmp_path)], (".png",), tmp_path / "a" / "..")
 
 
-@pytest.mark.parametrize("source", ["org/repo", "org/repo/vqvae", "org/repo/models/vqvae"])
+@pytest.mark.parametrize("source", ["org/repo/vqvae", "org/repo/models/vqvae"])
 def test_a_part_of_a_repository_may_lie_at_any_depth(source):
+    check_source("org/repo", subfolder=True)
     check_source(source, subfolder=True)
+    with pytest.raises(ValueError, match="On the Hub a model is `org/repo`"):
+        check_source(source)
 
 
 @pytest.mark.parametrize("source", ["org/repo/", "org/repo/../vqvae", "org/repo//vqvae", "/gone/repo/vqvae"])

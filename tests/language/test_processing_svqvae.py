@@ -41,18 +41,21 @@ def test_texts_and_images_come_back_in_order(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chat_template_round_trip(family, count):
     _, processor = load_extended(family)
-    question = [*(image_part(seed=seed) for seed in range(count)), {"type": "text", "text": "a cat"}]
-    answer = [{"type": "text", "text": "a key"}, *(image_part(width=24, seed=seed) for seed in range(count))]
+    asked_images = [image_part(seed=seed) for seed in range(count)]
+    answered_images = [image_part(width=24, seed=seed) for seed in range(count)]
+    question = [*asked_images, {"type": "text", "text": "a cat"}]
+    answer = [{"type": "text", "text": "a key"}, *answered_images]
     conversation = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     text = processor.apply_chat_template(conversation)
     plain = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": "a key"}]
     assert text.replace("<|image|>", "") == processor.apply_chat_template(plain)
     tokens = processor.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"]
     (parts,) = processor.post_process_multimodal_output(tokens, generation_mode="mixed")
-    images = processor.encode_images([part["image"] for part in [*question, *answer] if part["type"] == "image"])
+    expected_grids = processor.encode_images([part["image"] for part in asked_images + answered_images])
     grids = processor.vocabulary.split(torch.tensor(tokens[0]))[1::2]
-    assert [grid.tolist() for grid in grids] == [ids.tolist() for ids in images]
-    assert "".join(part for part in parts if isinstance(part, str)).count("a cat") == 1
+    assert [grid.tolist() for grid in grids] == [grid.tolist() for grid in expected_grids]
+    texts = [part for part in parts if isinstance(part, str)]
+    assert "".join(texts).count("a cat") == 1
 
 
 def test_a_template_of_the_language_model_is_kept():

@@ -95,13 +95,17 @@ def test_an_image_depends_on_its_prompt_and_generator_alone(llama):
 
 
 def test_known_ids_are_kept_and_the_others_follow_from_them(llama):
-    known = torch.arange(2 * 12).view(2, *GRID)
-    kept = torch.zeros(2, *GRID, dtype=torch.bool)
-    kept[:, 1, :3] = True
-    plain, edited = run(llama, padded(PROMPTS[:2])), run(llama, padded(PROMPTS[:2]), known=(known, kept))
+    ids = torch.arange(2 * 12).view(2, *GRID)
+    is_fixed = torch.zeros(2, *GRID, dtype=torch.bool)
+    is_fixed[:, 1, :3] = True
+    plain = run(llama, padded(PROMPTS[:2]))
+    edited = run(llama, padded(PROMPTS[:2]), known=(ids, is_fixed))
     assert torch.equal(edited[:, 0], plain[:, 0])
-    assert torch.equal(edited[kept], known[kept])
-    prompts = [[*p, *(CODES.start + ids[:2].flatten()[:7]).tolist()] for p, ids in zip(PROMPTS, edited, strict=False)]
+    assert torch.equal(edited[is_fixed], ids[is_fixed])
+    prompts = []  # each with the first row of its image and the fixed ids, after which an id was drawn
+    for prompt, edited_ids in zip(PROMPTS[:2], edited, strict=True):
+        first_ids = edited_ids.flatten()[: GRID[1] + 3]
+        prompts.append(list(prompt) + (CODES.start + first_ids).tolist())
     assert torch.equal(run(llama, padded(prompts))[:, 0, 0], edited[:, 1, 3])
 
 

@@ -128,12 +128,13 @@ def test_sizes(pipeline, arguments, sizes):
 
 
 def test_an_image_depends_on_its_own_generator_only(pipeline):
-    seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3, 4)]
-    both = collect(pipeline, [0, 2], num_images_per_prompt=2, guidance_scale=2, generator=seeds)
-    assert all(grid.shape[0] == 4 for grid in both)
-    alone = collect(pipeline, 2, guidance_scale=2, generator=torch.Generator().manual_seed(3))
-    assert all(torch.equal(grid[2:3], own) for grid, own in zip(both, alone, strict=True))
-    assert not torch.equal(both[-1][2], both[-1][3])
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3, 4)]
+    grids = collect(pipeline, [0, 2], num_images_per_prompt=2, guidance_scale=2, generator=generators)
+    grids_alone = collect(pipeline, 2, guidance_scale=2, generator=torch.Generator().manual_seed(3))
+    for grid, grid_alone in zip(grids, grids_alone, strict=True):  # of each scale, (images, h, w)
+        assert grid.shape[0] == 4
+        assert torch.equal(grid[2:3], grid_alone)
+    assert not torch.equal(grids[-1][2], grids[-1][3])
 
 
 def test_guidance_of_one_is_no_guidance(pipeline):

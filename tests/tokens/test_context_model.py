@@ -50,13 +50,16 @@ def test_ids_come_back(codes, coarse, shape):
 
 
 def test_a_diagonal_follows_the_diagonals_of_its_neighbours():
-    seen = set()
-    for rows, columns in diagonals(*SHAPE):
-        here = {*zip(rows.tolist(), columns.tolist(), strict=True)}
-        inside = {(row + y, column + x) for row, column in here for y, x in NEIGHBOURS}
-        assert {place for place in inside if place[0] >= 0 and 0 <= place[1] < SHAPE[1]} <= seen
-        seen |= here
-    assert seen == {(row, column) for row in range(SHAPE[0]) for column in range(SHAPE[1])}
+    height, width = SHAPE
+    is_done = np.zeros(SHAPE, dtype=bool)
+    for rows, columns in diagonals(height, width):
+        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+            for down, right in NEIGHBOURS:
+                is_inside = row + down >= 0 and 0 <= column + right < width
+                assert not is_inside or is_done[row + down, column + right]
+        assert not is_done[rows, columns].any()
+        is_done[rows, columns] = True
+    assert is_done.all()
 
 
 def test_likely_ids_take_few_bits():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from numbered_images import KINDS, NUM_IMAGES, crop_loader, encode, numbered, numbers, open_set, policy, write_set
-from processes import assert_ended, start
+from processes import running_after, start
 from s3_server import make_bucket, s3_server
 
 from svqvae_hf.data.image_sets import open_images
@@ -63,16 +63,22 @@ def crops_of_steps(images, shares, state=None):
 
 
 def test_a_mixture_takes_the_place_of_its_fraction_and_is_part_of_the_set(sets, tmp_path):
-    images, mixtures = open_set(sets["folder", "whole"]), [()]
+    images = open_set(sets["folder", "whole"])
     for number in (200, 201):
         write_set(tmp_path / str(number), "folder", [encode(numbered(number))])
-        mixtures.append((open_set(tmp_path / str(number)), 0.25))
-    plain, mixed, other = (crop_loader(images, num_steps=200, mixture=mixture) for mixture in mixtures)
-    pairs = [pair for batch in zip(plain, mixed, strict=True) for pair in zip(*map(numbers, batch), strict=True)]
-    assert all(number in (before, 200) for before, number in pairs)
-    assert 0.18 < sum(number == 200 for _, number in pairs) / len(pairs) < 0.32
+    plain = crop_loader(images, num_steps=200, mixture=())
+    mixed = crop_loader(images, num_steps=200, mixture=(open_set(tmp_path / "200"), 0.25))
+    mixed_with_another = crop_loader(images, num_steps=200, mixture=(open_set(tmp_path / "201"), 0.25))
+    num_crops = 0
+    num_mixed = 0
+    for plain_batch, mixed_batch in zip(plain, mixed, strict=True):
+        for plain_number, mixed_number in zip(numbers(plain_batch), numbers(mixed_batch), strict=True):
+            assert mixed_number in (plain_number, 200)
+            num_crops += 1
+            num_mixed += mixed_number == 200
+    assert 0.18 < num_mixed / num_crops < 0.32
     with pytest.raises(ValueError, match="digest of the set must be"):
-        other.load_state_dict(mixed.state_dict())
+        mixed_with_another.load_state_dict(mixed.state_dict())
 
 
 PROCESSES = {"batches": [(1, 4)], "two": [(1, 2, 0, 2), (1, 2, 1, 2)], "four": [(1, 1, i, 4) for i in range(4)]}
@@ -280,4 +286,6 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path, copy):
     for name in ("a", "b"):
         rows.to_parquet(tmp_path / "set" / f"{name}.parquet")
     start(die_with_workers, tmp_path / "set", copy, tmp_path / "workers").join()
-    assert_ended((tmp_path / "workers").read_text(), 2)
+    pids = [int(pid) for pid in (tmp_path / "workers").read_text().split()]
+    assert len(pids) == 2
+    assert running_after(pids, seconds=10) == []
