@@ -32,10 +32,21 @@ from svqvae_hf.trainer.muon import MuonAndAdam
 SLOTS = {"small": ("small",), "large": ("large",), "two": TWO, "three": THREE, "four": FOUR}
 SLOTS |= {kind: tuple(kind.split()) for kind in PLAIN if " " in kind}
 CHOICES = [list(GROUNDS), list(PLAIN), list(OBJECTS), list(OBJECTS)]  # ground, kind, first and last object
-WIDTH, LENGTH, BATCH, PLAIN_SHARE = 128, 96, 64, 0.1
-SIZES = {"vocab_size": 1, "hidden_size": WIDTH, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 32}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4}
-SEED, TEXTS = 0, 20000  # captions from which a tokenizer learns
+WIDTH = 128  # of the transformer
+LENGTH = 96  # tokens of a caption, at most
+BATCH = 64  # captions
+PLAIN_SHARE = 0.1  # fraction of captions that are the plain ones
+SIZES = {
+    "vocab_size": 1,
+    "hidden_size": WIDTH,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+SEED = 0
+TEXTS = 20000  # captions from which a tokenizer learns
 
 
 class Reader(nn.Module):
@@ -54,7 +65,7 @@ class Reader(nn.Module):
         embedded = torch.cat([self.words(tokens), questions], dim=1)  # (batch, length + 4, width)
         mask = F.pad(mask, (0, len(CHOICES)), value=1)
         hidden = self.layers(inputs_embeds=embedded, attention_mask=mask, use_cache=False).last_hidden_state
-        answers = hidden[:, -len(CHOICES) :]
+        answers = hidden[:, -len(CHOICES) :]  # (batch, 4, width)
         return [head(answers[:, number]) for number, head in enumerate(self.heads)]
 
 
@@ -64,8 +75,9 @@ def example(writer: CaptionWriter, random: Random) -> tuple[str, list[int]]:
     caption = scene.caption(random, writer=writer)
     if random.random() < PLAIN_SHARE:
         caption = scene.plain()[0]
-    answers = scene.ground, scene.kind, scene.names[0], scene.names[-1]
-    return caption, [choices.index(answer) for choices, answer in zip(CHOICES, answers, strict=True)]
+    answers = (scene.ground, scene.kind, scene.names[0], scene.names[-1])
+    numbers = [choices.index(answer) for choices, answer in zip(CHOICES, answers, strict=True)]
+    return caption, numbers
 
 
 def make_batch(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,15 +92,23 @@ def train(writer: CaptionWriter, tokenizer: PreTrainedTokenizerFast, steps: int)
     torch.manual_seed(SEED)
     random = Random(SEED)
     reader = Reader(len(tokenizer))
-    matrices = [weight for weight in reader.layers.layers.parameters() if weight.ndim == 2]
-    others = [weight for weight in reader.parameters() if all(weight is not matrix for matrix in matrices)]
-    optimizer = MuonAndAdam([{"params": matrices}, {"params": others}], lr=3e-3, betas=(0.9, 0.95))
-    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1.2 * (1 - step / steps), 1))
+    optimizer = make_optimizer(reader)
+
+    def warm_up_and_decay(step: int) -> float:
+        return min((step + 1) / 50, 1.2 * (1 - step / steps), 1)
+
+    schedule = LambdaLR(optimizer, warm_up_and_decay)
     for _ in range(steps):
-        examples = [example(writer, random) for _ in range(BATCH)]
-        logits = reader(*make_batch(tokenizer, [caption for caption, _ in examples]))
-        answers = torch.tensor([numbers for _, numbers in examples])  # (batch, 4)
-        losses = [F.cross_entropy(logit, answers[:, number]) for number, logit in enumerate(logits)]
+        captions = []
+        answers = []
+        for _ in range(BATCH):
+            caption, numbers = example(writer, random)
+            captions.append(caption)
+            answers.append(numbers)
+        tokens, mask = make_batch(tokenizer, captions)
+        logits = reader(tokens, mask)  # of each choice, (batch, options)
+        targets = torch.tensor(answers)  # (batch, 4)
+        losses = [F.cross_entropy(logits[number], targets[:, number]) for number in range(len(CHOICES))]
         torch.stack(losses).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -96,26 +116,49 @@ def train(writer: CaptionWriter, tokenizer: PreTrainedTokenizerFast, steps: int)
     return reader.eval()
 
 
+def make_optimizer(reader: Reader) -> MuonAndAdam:
+    """Muon for the matrices of the layers, and Adam for all other weights."""
+    matrices = []
+    for weight in reader.layers.layers.parameters():
+        if weight.ndim == 2:
+            matrices.append(weight)
+    ids_of_matrices = {id(matrix) for matrix in matrices}
+    other_weights = [weight for weight in reader.parameters() if id(weight) not in ids_of_matrices]
+    return MuonAndAdam([{"params": matrices}, {"params": other_weights}], lr=3e-3, betas=(0.9, 0.95))
+
+
 @torch.inference_mode()
 def read(reader: Reader, tokenizer: PreTrainedTokenizerFast, prompts: list[str], meanings: list[str]) -> str:
     """Percentage of the prompts of which a reader reads the whole scene."""
-    logits = reader(*make_batch(tokenizer, prompts))
-    numbers = torch.stack([answer.argmax(1) for answer in logits], dim=1)  # (prompts, 4)
-    right = []
-    for row, meaning in zip(numbers.tolist(), meanings, strict=True):
-        ground, kind, first, last = (choices[number] for choices, number in zip(CHOICES, row, strict=True))
-        names = [first, last] if " " in kind else [first] * len(SLOTS[kind])
-        scene = Scene(ground, tuple(zip(SLOTS[kind], names, strict=True)))
-        right.append(scene.means(meaning))
-    return percent(right)
+    tokens, mask = make_batch(tokenizer, prompts)
+    numbers = [logits.argmax(1) for logits in reader(tokens, mask)]
+    answers = torch.stack(numbers, dim=1).tolist()  # (prompts, 4)
+    is_right = []
+    for numbers_of_prompt, meaning in zip(answers, meanings, strict=True):
+        scene = scene_of_answers(numbers_of_prompt)
+        is_right.append(scene.means(meaning))
+    return percent(is_right)
+
+
+def scene_of_answers(numbers: list[int]) -> Scene:
+    """Scene of the numbers of the four choices."""
+    ground, kind, first, last = (choices[number] for choices, number in zip(CHOICES, numbers, strict=True))
+    slots = SLOTS[kind]
+    is_pair = " " in kind
+    names = [first, last] if is_pair else [first] * len(slots)
+    return Scene(ground, tuple(zip(slots, names, strict=True)))
 
 
 def make_words_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A tokenizer of the whole words of texts, which leaves other words out."""
     splitter = pre_tokenizers.Split(Regex(r"[a-z0-9]+"), "removed", invert=True)
-    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(text.lower())}
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["", *sorted(words)])}, unk_token=""))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), splitter
+    words: set[str] = set()
+    for text in texts:
+        words.update(word for word, _ in splitter.pre_tokenize_str(text.lower()))
+    numbers = {word: number for number, word in enumerate(["", *sorted(words)])}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token=""))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = splitter
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="")
 
 
@@ -135,13 +178,21 @@ def main() -> None:
     writer = CaptionWriter(replace(Recipe(), voices=tuple(options.voices), **values))
     random = Random(99)
     texts = [example(writer, random)[0] for _ in range(TEXTS)] + writer.wordnet["words"]
-    is_words = options.tokenizer == "words"
-    tokenizer = make_words_tokenizer(texts) if is_words else make_tokenizer(texts, int(options.tokenizer))
+    if options.tokenizer == "words":
+        tokenizer = make_words_tokenizer(texts)
+    else:
+        tokenizer = make_tokenizer(texts, int(options.tokenizer))
     reader = train(writer, tokenizer, options.examples // BATCH)
-    row = {"tokens": len(tokenizer), "writers": " ".join(options.voices), "recipe": " ".join(options.set)}
-    row |= {"captions": options.examples, "CPU s": f"{time.process_time():.0f}"}
+    row = {
+        "tokens": len(tokenizer),
+        "writers": " ".join(options.voices),
+        "recipe": " ".join(options.set),
+        "captions": options.examples,
+        "CPU s": f"{time.process_time():.0f}",
+    }
     for path in options.prompts:
-        row[path.stem] = read(reader, tokenizer, *read_prompts(path))
+        prompts, meanings = read_prompts(path)
+        row[path.stem] = read(reader, tokenizer, prompts, meanings)
     report(options, machine, {"Captions read, %": [row]})
 
 
