@@ -37,17 +37,19 @@ def test_several_metadata_files_have_one_order_in_all_processes(tmp_path):
         save_photos(tmp_path / name)
         lines = [json.dumps({"file_name": f"{number}.png", "caption": f"{name}{number}"}) for number in (1, 0)]
         (tmp_path / name / "metadata.jsonl").write_text("\n".join(lines))
-    expected = [f"{name}/{number}.png" for name in "abcdef" for number in (1, 0)]
+    expected = []
+    for name in "abcdef":
+        expected += [f"{name}/1.png", f"{name}/0.png"]
     images = open_images([str(tmp_path)])
     assert [row.key for row in images] == expected
-    assert [row.values["caption"] for row in images] == [key.replace("/", "").removesuffix(".png") for key in expected]
+    for row in images:
+        assert row.values["caption"] == row.key.replace("/", "").removesuffix(".png")
     code = (
         f"from svqvae_hf.data.image_sets import open_images; print([row.key for row in open_images(['{tmp_path}'])])"
     )
-    for seed in ("1", "2"):
-        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}
-        printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
-        assert printed.decode().strip() == str(expected)
+    environment = {"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path)}  # this process has a random one
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
+    assert printed.decode().strip() == str(expected)
 
 
 def test_a_captioned_folder_may_have_any_name(tmp_path):

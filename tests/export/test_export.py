@@ -42,12 +42,25 @@ def model_folder(small, tmp_path_factory):
     return folder
 
 
+def compare_on_few_images(patch):
+    """Lets graphs be compared on noise of all sizes, but on small photographs, and on one colour."""
+    patch.setattr("svqvae_hf.export.comparison.PHOTOGRAPH_GRIDS", [(12, 20)])
+    patch.setattr("svqvae_hf.export.comparison.COLOURS", ["teal"])
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    compare_on_few_images(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def graphs(small, tmp_path_factory):
     """Folder of the export of `small`, in training mode and tiled."""
     folder = tmp_path_factory.mktemp("onnx") / "graphs"
     small.train().enable_tiling(tile_size=4, overlap=0)
-    export.export_graphs(small, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        compare_on_few_images(patch)
+        export.export_graphs(small, folder)
     assert small.training
     assert small.use_tiling
     small.eval().disable_tiling()
@@ -74,6 +87,7 @@ def documented(graphs, model_folder, tmp_path_factory):
     folder, names = tmp_path_factory.mktemp("documented"), {}
     with pytest.MonkeyPatch.context() as patch:
         save_again(patch, graphs)
+        compare_on_few_images(patch)
         patch.setattr(svqvae_hf, "DEFAULT_MODEL", str(model_folder))
         patch.chdir(folder)
         exec(code, names)
@@ -167,6 +181,7 @@ def test_example_needs_only_onnxruntime_and_numpy(small, graphs, photo, tmp_path
     assert difference.max() <= 2
 
 
+@pytest.mark.usefixtures("few_images")
 def test_encoder_without_normalised_codes_equals_the_model(tmp_path):
     model = make_tiny(**SMALL, codebook_l2_norm=False)
     export.onnx.save(onnx_graphs.encoder_graph(model), tmp_path / "encoder.onnx")
@@ -175,6 +190,7 @@ def test_encoder_without_normalised_codes_equals_the_model(tmp_path):
     assert " ids of photographs, " in checked
 
 
+@pytest.mark.usefixtures("few_images")
 def test_models_of_one_channel_are_checked_too():
     model = make_tiny(**SMALL, in_channels=1, out_channels=1)
     checked = comparison.compare_graphs(model, model.encode_tokens, model.decode_tokens)
@@ -236,22 +252,28 @@ def change_one(ids, place):
     return torch.where(places == place, ids ^ 1, ids)
 
 
-def test_few_wrong_ids_are_counted(small):
+def test_few_wrong_ids_are_counted(small, monkeypatch):
+    monkeypatch.setattr("svqvae_hf.export.comparison.PHOTOGRAPHS", ["wren.webp"])
+    monkeypatch.setattr("svqvae_hf.export.comparison.PHOTOGRAPH_GRIDS", [(45, 80)])
+
     def encode(sample):
         return change_one(small.encode_tokens(sample), 600)
 
     checked = comparison.compare_graphs(small, encode, small.decode_tokens)
     assert checked.startswith(
-        "4 of 8,440 ids of photographs, 1 of 1,447 ids of noise, 0 of 2,400 ids of flat colours "
+        "1 of 3,600 ids of photographs, 1 of 1,447 ids of noise, 0 of 2,400 ids of flat colours "
     )
 
 
+@pytest.mark.usefixtures("few_images")
 def test_wrong_padding_is_refused(small):
     with pytest.raises(ValueError, match=r"the encoder: at most 1 in 1,000 ids of noise may .*, but \d+ of 1,447 do"):
         comparison.compare_graphs(small, lambda sample: pad_with_zeros(sample, small), small.decode_tokens)
 
 
-def test_wrong_ids_are_refused(small):
+def test_wrong_ids_are_refused(small, monkeypatch):
+    monkeypatch.setattr("svqvae_hf.export.comparison.PHOTOGRAPHS", [])
+
     def encode(sample):
         return change_one(small.encode_tokens(sample), 20)  # six sizes of noise have more than 20 ids
 

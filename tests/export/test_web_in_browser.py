@@ -20,7 +20,7 @@ web_runtime = Lazy("svqvae_hf.export.web_runtime")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:unknown to the model and left out")]
 
 RUNTIME = ROOT / "outputs" / "web_runtime"  # archives of npm, kept for the next run
-NUM_CAPTIONS = 20
+NUM_CAPTIONS = 6
 SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 PATIENCE = 120_000  # milliseconds: the machine may be busy
 
@@ -57,6 +57,7 @@ def folder(browser, runtime, language_model, tokenizer, tmp_path_factory):
     photographs = web.PhotographModel(tokenizer, "bundled", "cc-by-sa-4.0")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("svqvae_hf.export.comparison.PHOTOGRAPH_GRIDS", [(20, 31)])
+        patch.setattr("svqvae_hf.export.comparison.NOISE_GRIDS", [(1, 1, 1), (2, 1, 3), (1, 16, 16)])
         patch.setattr("svqvae_hf.export.comparison.COLOURS", ["teal"])
         written = web.export_page(folder, drawing, photographs, runtime)
     assert written.startswith("checked  0 of 288 ids of 2 drawings differ from the model's; ")
