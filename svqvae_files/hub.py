@@ -22,12 +22,24 @@ def hub_reason(error: BaseException) -> str:
         for kind, reason in HUB_REASONS:
             if isinstance(cause, kind):
                 return reason
-        if isinstance(cause, errors.HfHubHTTPError):  # an answer
-            if cause.response is not None and cause.response.status_code == 401:
-                return "you are not logged in. Log in with `hf auth login`."
-            break
+        hub_has_answered = isinstance(cause, errors.HfHubHTTPError)
+        if hub_has_answered and _is_unauthorized(cause):
+            return "you are not logged in. Log in with `hf auth login`."
+        if hub_has_answered:
+            return _one_sentence(error)
         if isinstance(cause, errors.HTTPError):
             return f"the Hub cannot be reached. {CHECK_NETWORK}"
+    return _one_sentence(error)
+
+
+def _is_unauthorized(error: BaseException) -> bool:
+    """Whether an answer of the Hub asks for a login."""
+    response = getattr(error, "response", None)
+    return response is not None and response.status_code == 401
+
+
+def _one_sentence(error: BaseException) -> str:
+    """Message of an error on one line, with a full stop."""
     message = " ".join(str(error).split())
     return f"{message.removesuffix('.')}."
 

@@ -55,28 +55,34 @@ def walk_files(folder: str | os.PathLike, leave_out: str | os.PathLike | None = 
     Raises:
         OSError: A folder cannot be read.
     """
-
-    def fail(error: OSError) -> None:
-        raise error
-
     root = os.path.join(folder, "")
-    left_out = set() if leave_out is None else {Path(leave_out).resolve()}
+    left_out = set()
+    if leave_out is not None:
+        left_out.add(Path(leave_out).resolve())
     files = []
-    for current, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
-        folders_above = {path.resolve() for path in (Path(current), *Path(current).parents)}
-        subfolders[:] = _subfolders_except(Path(current), subfolders, folders_above | left_out)
+    for current, subfolders, names in os.walk(root, onerror=_raise, followlinks=True):
+        subfolders[:] = _subfolders_to_search(Path(current), subfolders, left_out)  # `os.walk` continues with these
+        relative_folder = current[len(root) :]
         for name in names:
             if not name.startswith("."):
-                files.append(os.path.join(current[len(root) :], name))
+                files.append(os.path.join(relative_folder, name))
     return sorted(files)
 
 
-def _subfolders_except(folder: Path, names: list[str], left_out: set[Path]) -> list[str]:
-    """Names of the subfolders to search: neither hidden ones nor those that are left out."""
+def _raise(error: OSError) -> None:
+    """Raises an error that `os.walk` would pass over."""
+    raise error
+
+
+def _subfolders_to_search(folder: Path, names: list[str], left_out: set[Path]) -> list[str]:
+    """Names of subfolders that are neither hidden, nor left out, nor links to the folder or to a folder above it."""
+    real_folder = folder.resolve()
+    folders_above = {path.resolve() for path in folder.parents}
     names_to_search = []
     for name in names:
-        is_hidden = name.startswith(".")
-        if not is_hidden and Path(folder, name).resolve() not in left_out:
+        real_subfolder = Path(folder, name).resolve()
+        is_link_upwards = real_subfolder == real_folder or real_subfolder in folders_above
+        if not name.startswith(".") and real_subfolder not in left_out and not is_link_upwards:
             names_to_search.append(name)
     return names_to_search
 

@@ -23,7 +23,7 @@ import resvg_py
 from artist import Artist, Draw, on_ground
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
-from prepare_photos import SQUARE, unpack
+from prepare_photos import SQUARE, fetch_debian_packages
 from tqdm import tqdm
 
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
@@ -213,7 +213,7 @@ def split_drawings(drawings: Sequence[Draw]) -> dict[str, list[Draw]]:
 
 def find_fonts(packages: str, folder: Path) -> list[Path]:
     """Font files of some Debian packages, without those that hold no letters."""
-    unpack([f"fonts-{package}" for package in packages.split()], folder)
+    fetch_debian_packages([f"fonts-{package}" for package in packages.split()], folder)
     fonts = []
     for path in sorted(folder.rglob("*.[ot]tf")):
         has_letters = not any(name in path.name for name in SYMBOLS)
@@ -234,7 +234,7 @@ def main() -> None:
     incomplete = options.out.with_name(options.out.name + ".partial")
     shutil.rmtree(incomplete, ignore_errors=True)
     with tempfile.TemporaryDirectory() as temporary:
-        packages_folder = unpack(DRAWINGS, Path(temporary, "drawings"))
+        packages_folder = fetch_debian_packages(DRAWINGS, Path(temporary, "drawings"))
         parts_of_kind = {}
         for kind, draws in find_drawings(packages_folder, Random(0)).items():
             parts_of_kind[kind] = split_drawings(draws)

@@ -30,30 +30,36 @@ VALIDATION_EVERY = 20  # photographs
 COLUMNS = {"registry", "package", "path", "licence"}  # of the list
 
 
-def unpack(packages: Sequence[str], folder: Path) -> Path:
-    """Downloads Debian packages and unpacks them into a new folder."""
+def fetch_debian_packages(packages: Sequence[str], folder: Path) -> Path:
+    """Downloads Debian packages and unpacks them into a new folder, which is returned."""
     folder.mkdir()
-    call("apt-get", "download", *packages, cwd=folder)
+    call(["apt-get", "download", *packages], folder)
     for archive in folder.glob("*.deb"):
-        call("dpkg-deb", "-x", str(archive), str(folder))
+        call(["dpkg-deb", "-x", str(archive), str(folder)], folder)
     return folder
 
 
-def fetch_packages(rows: list[dict[str, str]], folder: Path) -> None:
-    """Downloads the packages of the list and unpacks them into a new folder."""
-    debian_packages = {row["package"] for row in rows if row["registry"] == "debian"}
-    pypi_packages = {row["package"] for row in rows if row["registry"] == "pypi"}
-    unpack(sorted(debian_packages), folder)
+def fetch_pypi_packages(packages: Sequence[str], folder: Path) -> None:
+    """Downloads PyPI packages and unpacks them into a folder."""
     download = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
-    call(*download, *sorted(pypi_packages))
+    call(download + list(packages), folder)
     for wheel in folder.glob("*.whl"):
         with zipfile.ZipFile(wheel) as content:
             content.extractall(folder)
 
 
-def call(*command: str, cwd: Path | None = None) -> None:
-    """Runs a command, whose own messages say why it fails."""
-    process = subprocess.run(command, cwd=cwd, check=False)
+def fetch_packages(rows: list[dict[str, str]], folder: Path) -> None:
+    """Downloads the packages of the list and unpacks them into a new folder."""
+    packages: dict[str, set[str]] = {"debian": set(), "pypi": set()}  # names by registry
+    for row in rows:
+        packages[row["registry"]].add(row["package"])
+    fetch_debian_packages(sorted(packages["debian"]), folder)
+    fetch_pypi_packages(sorted(packages["pypi"]), folder)
+
+
+def call(command: list[str], folder: Path) -> None:
+    """Runs a command in a folder. Its own messages say why it fails."""
+    process = subprocess.run(command, cwd=folder, check=False)
     if process.returncode != 0:
         raise OSError(f"`{Path(command[0]).name}` failed, see its message above.")
 
