@@ -81,10 +81,10 @@ def _file_facts(path: Path) -> dict[str, Any]:
     """Facts about a token file or an original checkpoint."""
     from svqvae_hf.tokens.token_files import is_compressed, is_token_file
 
-    is_pipe = not path.is_file()  # which cannot be read twice
-    if not is_pipe and is_compressed(path):
+    is_regular = path.is_file()  # unlike a pipe, which cannot be read twice
+    if is_regular and is_compressed(path):
         return _compressed_file_facts(path)
-    if not is_pipe and is_token_file(path):
+    if is_regular and is_token_file(path):
         return _token_file_facts(path)
     if path.suffix.lower() in IMAGE_SUFFIXES:
         raise ValueError(f"info describes models and tokens, got the image `{path}`. Encode it with `svqvae encode`.")

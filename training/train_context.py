@@ -219,7 +219,7 @@ def unpad(padded: np.ndarray) -> np.ndarray:
 def draw_batches(pyramids: list[Pyramid], codes: np.ndarray, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields batches of inputs `(n, inputs)` of the network and ids `(n,)` to predict, at random positions."""
     random = np.random.default_rng(seed)
-    table = code_inputs(codes)
+    inputs_of_codes = code_inputs(codes)
     while True:
         inputs = []
         targets = []
@@ -233,7 +233,7 @@ def draw_batches(pyramids: list[Pyramid], codes: np.ndarray, seed: int) -> Itera
             height, width = ids.shape
             rows = random.integers(height, size=IDS_PER_GRID)
             columns = random.integers(width, size=IDS_PER_GRID)
-            inputs.append(context(table, pyramid[level], coarse, rows, columns))
+            inputs.append(context(inputs_of_codes, pyramid[level], coarse, rows, columns))
             targets.append(ids[rows, columns])
         batch_inputs = torch.from_numpy(np.concatenate(inputs))
         batch_targets = torch.from_numpy(np.concatenate(targets))

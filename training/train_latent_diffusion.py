@@ -200,12 +200,17 @@ def no_labels(count: int) -> torch.Tensor:
     return torch.full((count,), NUM_CLASSES)
 
 
-def drop_labels(labels: Sequence[int], is_dropped: torch.Tensor) -> torch.Tensor:
-    """Labels `(B,)` for the denoiser. Dropped ones are `NUM_CLASSES`, which means no class."""
+def label_tensor(labels: Sequence[int]) -> torch.Tensor:
+    """Labels `(B,)` for the denoiser. Raises ValueError for one that it cannot have."""
     for label in labels:
         if not 0 <= label < NUM_CLASSES:
             raise ValueError(f"Labels must be integers in [0, {NUM_CLASSES}), but one is {label}.")
-    return torch.tensor(labels).masked_fill(is_dropped, NUM_CLASSES)
+    return torch.tensor(labels)
+
+
+def drop_labels(labels: Sequence[int], is_dropped: torch.Tensor) -> torch.Tensor:
+    """Labels `(B,)` for the denoiser. Dropped ones are `NUM_CLASSES`, which means no class."""
+    return label_tensor(labels).masked_fill(is_dropped, NUM_CLASSES)
 
 
 # Validation and result
@@ -231,10 +236,10 @@ def measure(run: Run[DiffusionOptions], denoise: Denoising, held_out: HeldOut) -
     for batch in load_held_out(options, held_out, accelerator):
         if not batch.numbers:
             continue
-        labels = no_labels(len(batch.numbers))
-        if batch.labels is not None:
-            keep_all = torch.zeros(len(batch.labels), dtype=torch.bool)
-            labels = drop_labels(batch.labels, keep_all)
+        if batch.labels is None:
+            labels = no_labels(len(batch.numbers))
+        else:
+            labels = label_tensor(batch.labels)
         noise = join_noise([denoise.draw_noise(batch_generator(number), 1) for number in batch.numbers])
         velocities = denoise(batch.sample.to(accelerator.device), labels, noise)
         errors = F.mse_loss(velocities.predicted, velocities.expected, reduction="none")  # (B, C, h, w)

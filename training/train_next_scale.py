@@ -320,14 +320,11 @@ def draw_schedule(sizes: Sequence[Size], schedule: Sequence[Size], generator: to
         generator (`torch.Generator`): Source of randomness.
     """
     sizes = list(dict.fromkeys(sizes))  # without repetition
-    first = sizes[:NUM_FIRST]
-    inner = _draw_inner(sizes, len(schedule), generator)
-    last = sizes[-1]
-    chosen = {*first, *inner, last}
+    chosen = sizes[:NUM_FIRST] + _draw_inner(sizes, len(schedule), generator) + sizes[-1:]
     drawn = [size for size in sizes if size in chosen]  # from coarse to fine
     for _ in range(_draw_num_dropped(generator)):
-        num_inner = len(drawn) - NUM_FIRST - 1
-        if num_inner > 0:
+        has_inner_scales = len(drawn) > NUM_FIRST + 1  # besides the first ones and the last
+        if has_inner_scales:
             _drop(drawn, NUM_FIRST, len(drawn) - 1, generator)
     while count_ids(drawn) > count_ids(schedule):
         first_droppable = max(1, len(drawn) - NUM_DROPPABLE)
