@@ -83,15 +83,21 @@ def test_values_of_the_set(tiny_model, photos):
     assert row["bits_per_pixel_stored"] == sum(bits) / area
 
 
+def features_of(images):
+    return Features()(torch.cat([pixels(image) for image in images])).numpy()
+
+
 @pytest.mark.slow
 def test_rfid_is_the_closed_form(tiny_model, photo):
     images = [photo.crop((7 * i, 3 * i, 7 * i + 40, 3 * i + 32)) for i in range(12)]
     (row,) = evaluate_at([1.0], tiny_model, images, inception=Features()).rows
-    pairs = [(image, reconstruct(tiny_model, image, [1.0])[1][0]) for image in images]
-    real, fake = (Features()(torch.cat([*map(pixels, images)])).numpy() for images in zip(*pairs, strict=True))
-    covariances = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
+    reconstructions = [reconstruct(tiny_model, image, [1.0])[1][0] for image in images]
+    real = features_of(images)
+    fake = features_of(reconstructions)
+    real_covariance = np.cov(real, rowvar=False)
+    fake_covariance = np.cov(fake, rowvar=False)
     distance = np.square(real.mean(0) - fake.mean(0)).sum()
-    distance += np.trace(covariances[0] + covariances[1] - 2 * sqrtm(covariances[0] @ covariances[1]).real)
+    distance += np.trace(real_covariance + fake_covariance - 2 * sqrtm(real_covariance @ fake_covariance).real)
     assert row["rfid"] == pytest.approx(distance, rel=1e-4)
 
 

@@ -33,9 +33,16 @@ Result = TypeVar("Result")
 
 def read_any_checkpoint(content: bytes, folder: Path) -> None:
     """The first byte tells what follows: `z` a PyTorch file, `p` its pickle, `s` safetensors, `h` its header."""
-    kind, content = content[:1], content[1:]
-    path = folder / ("fuzz.safetensors" if kind in b"sh" else "fuzz.pt")
-    path.write_bytes(pack(content) if kind == b"p" else with_data(content) if kind == b"h" else content)
+    kind = content[:1]
+    content = content[1:]
+    path = folder / "fuzz.pt"
+    if kind in (b"s", b"h"):
+        path = folder / "fuzz.safetensors"
+    if kind == b"p":
+        content = pack(content)
+    if kind == b"h":
+        content = with_data(content)
+    path.write_bytes(content)
     checkpoint = result_or_none(lambda: read_checkpoint(path, SVQVAE), path)
     if checkpoint is not None:
         weights = checkpoint.model(SVQVAE).state_dict()
@@ -129,13 +136,19 @@ def with_data(header: bytes) -> bytes:
 def with_checksums(parts: bytes) -> bytes:
     """Makes a compressed token file of its header and chunks: adds the fingerprint and the checksums."""
     header = parts[:24].ljust(24, b"\0") + bytes.fromhex(CONTEXT_MODEL.fingerprint)[:8]
-    entries = parts[24 : 24 + header[7] * SCALE.size]
-    entries = entries[: len(entries) // SCALE.size * SCALE.size]
-    made, rest = [header + entries], parts[24 + len(entries) :]
+    num_scales = header[7]
+    entries = parts[24 : 24 + num_scales * SCALE.size]
+    num_whole_entries = len(entries) // SCALE.size
+    entries = entries[: num_whole_entries * SCALE.size]
+    sections = [header + entries]
+    chunks = parts[24 + len(entries) :]
     for _, size in SCALE.iter_unpack(entries):
-        made.append(rest[:size])
-        rest = rest[size:]
-    return b"".join(part + CRC.pack(zlib.crc32(part)) for part in made)
+        sections.append(chunks[:size])
+        chunks = chunks[size:]
+    content = b""
+    for section in sections:
+        content += section + CRC.pack(zlib.crc32(section))
+    return content
 
 
 READERS = {"checkpoint": read_any_checkpoint, "tokens": read_any_tokens, "image": read_any_image}

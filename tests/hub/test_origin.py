@@ -31,8 +31,9 @@ def test_different_licences_need_a_decision(tmp_path):
     with pytest.raises(ValueError, match="`bundled` cc-by-sa-4.0, `tokens` cc-by-nc-4.0. Pass .* `--license`"):
         find_origin(*sources)
     assert find_origin(*sources, "other").license == "other"
-    listed = {each: write_card(tmp_path / each, f"[{each}]") for each in ("mit", "mit, gpl-3.0", "unknown")}
-    assert [find_origin({"of": path}).license for path in listed.values()] == ["mit", "other", None]
+    for licences, expected in {"mit": "mit", "mit, gpl-3.0": "other", "unknown": None}.items():
+        card = write_card(tmp_path / licences, f"[{licences}]")
+        assert find_origin({"of": card}).license == expected
 
 
 def test_further_training_keeps_base_model_and_stages(tmp_path):

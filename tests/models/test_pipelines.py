@@ -72,14 +72,24 @@ def test_pipeline_gives_images(cls, image):
 @pytest.mark.slow
 @pytest.mark.parametrize("tiling", [False, True])
 def test_dit_quantises_and_decodes_with_our_model(tiling, monkeypatch):
-    pipeline, by_hand = make_pipeline(DiTPipeline), make_tiny()
-    tiles = [switch_tiling(model, tiling) for model in (pipeline.vae, by_hand)]
-    decoded, decode = [], pipeline.vae.decode  # the pipeline has no way to ask for its latents
-    monkeypatch.setattr(pipeline.vae, "decode", lambda latents: decoded.append(latents) or decode(latents))
+    pipeline = make_pipeline(DiTPipeline)
+    model = make_tiny()
+    tiles_of_pipeline = switch_tiling(pipeline.vae, tiling)
+    tiles_of_model = switch_tiling(model, tiling)
+    decode = pipeline.vae.decode
+    decoded_latents = []
+
+    def record(latents):  # the pipeline has no way to ask for its latents
+        decoded_latents.append(latents)
+        return decode(latents)
+
+    monkeypatch.setattr(pipeline.vae, "decode", record)
     images = run(pipeline, make_call(DiTPipeline, None))
-    expected = by_hand.decode_tokens(by_hand.quantize.nearest_ids(*decoded))
+    (latents,) = decoded_latents
+    expected = model.decode_tokens(model.quantize.nearest_ids(latents))
     np.testing.assert_allclose(images, to_numpy(expected), atol=1e-4)
-    assert [bool(each) for each in tiles] == [tiling, tiling]
+    assert bool(tiles_of_pipeline) == tiling
+    assert bool(tiles_of_model) == tiling
 
 
 @pytest.mark.slow

@@ -31,9 +31,12 @@ def torch_matmul(left, right):
 
 def matmul_in_batches(size):
     def matmul(left, right):
-        starts = range(0, len(left), size)
-        rights = [right[start : start + size] if right.ndim == 3 else right for start in starts]
-        return np.concatenate([*map(MATMUL, (left[start : start + size] for start in starts), rights)])
+        products = []
+        for start in range(0, len(left), size):
+            batch = slice(start, start + size)
+            right_batch = right[batch] if right.ndim == 3 else right
+            products.append(MATMUL(left[batch], right_batch))
+        return np.concatenate(products)
 
     return matmul
 

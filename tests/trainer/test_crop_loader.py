@@ -99,9 +99,12 @@ def test_a_step_holds_the_same_crops_for_any_division_into_batches_and_processes
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_epoch_shows_each_image_once(sets, kind):
     loader = crop_loader(open_set(sets[kind, "whole"]), None, (4,), 3 * NUM_IMAGES // 4)
-    seen = [number for batch in loader for number in numbers(batch)]
-    epochs = [seen[start : start + NUM_IMAGES] for start in range(0, len(seen), NUM_IMAGES)]
-    assert all(sorted(epoch) == list(range(NUM_IMAGES)) for epoch in epochs)
+    order = []  # numbers of all images that are shown
+    for batch in loader:
+        order += numbers(batch)
+    epochs = [order[start : start + NUM_IMAGES] for start in range(0, len(order), NUM_IMAGES)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(NUM_IMAGES))
     assert epochs[0] != epochs[1] != epochs[2]
 
 

@@ -81,13 +81,16 @@ def test_plurals(noun, several):
 
 
 def test_plain_captions_mean_their_own_scene_alone():
-    drawn = {scene.plain()[0]: scene for scene in scenes(300, False) if len(scene.objects) > 1}
-    for text, scene in drawn.items():
-        assert [other for other in drawn.values() if other.means(text)] == [scene]
-    means = Scene("red", (("left", "fox"), ("right", "pear"))).means
-    assert all(map(means, ("a fox beside a pear", "a pear beside a fox on red", "a fox left of a pear")))
-    assert all(map(means, ("a fox and a pear on red", "a pear and a fox")))
-    assert not any(map(means, ("a pear left of a fox", "a fox beside a pear on blue", "a fox above a pear")))
+    scene_of_caption = {scene.plain()[0]: scene for scene in scenes(300, False) if len(scene.objects) > 1}
+    for caption, scene in scene_of_caption.items():
+        assert [other for other in scene_of_caption.values() if other.means(caption)] == [scene]
+    scene = Scene("red", (("left", "fox"), ("right", "pear")))
+    for caption in ("a fox beside a pear", "a pear beside a fox on red", "a fox left of a pear"):
+        assert scene.means(caption)
+    for caption in ("a fox and a pear on red", "a pear and a fox"):
+        assert scene.means(caption)
+    for caption in ("a pear left of a fox", "a fox beside a pear on blue", "a fox above a pear"):
+        assert not scene.means(caption)
 
 
 def test_every_everyday_prompt_can_be_fulfilled():
@@ -110,16 +113,16 @@ def scenes_with(names):
 
 
 def test_training_shows_no_held_out_pair_or_wording(objects):
-    assert all(set(names_in(row["short_caption"])) not in HELD_OUT_PAIRS for row in make_rows(0, 200, False, objects))
-    assert all(scene.held_out for scene in scenes(50, True))
+    for row in make_rows(0, 200, False, objects):
+        assert set(names_in(row["short_caption"])) not in HELD_OUT_PAIRS
+    for scene in scenes(50, True):
+        assert scene.held_out
     writer = CaptionWriter(Recipe(noise=0, typos=0))  # noise can make one wording of two
     for scene in scenes(5, False):
-        seen, held_out = (
-            {scene.caption(Random(number), is_held_out, writer) for number in range(500)}
-            for is_held_out in (False, True)
-        )
-        assert len(held_out) > 300
-        assert len(seen & held_out) == 0
+        training_captions = {scene.caption(Random(number), False, writer) for number in range(500)}
+        held_out_captions = {scene.caption(Random(number), True, writer) for number in range(500)}
+        assert len(held_out_captions) > 300
+        assert training_captions.isdisjoint(held_out_captions)
 
 
 def test_the_grader_reads_shifted_scenes_and_sees_each_mistake(objects):

@@ -319,9 +319,11 @@ def test_another_number_of_processes_goes_on_with_the_same_crops_and_ends_alike(
     make_tiny(entropy_loss_ratio=0.01).save_pretrained(tmp_path / "model")  # without dropout
     options |= {"model_config_name_or_path": str(tmp_path / "model" / "config.json"), "per_device_train_batch_size": 4}
     options |= {"train_data_dir": str(inputs / "images"), "gradient_accumulation_steps": 1}
-    names = ("one", "two", "one_then_two", "two_then_one")
-    one, two, one_then_two, two_then_one = ({"output_dir": str(tmp_path / name)} for name in names)
+    one = {"output_dir": str(tmp_path / "one")}
+    two = {"output_dir": str(tmp_path / "two")}
+    one_then_two = {"output_dir": str(tmp_path / "one_then_two")}
     one_then_two["resume_from_checkpoint"] = str(tmp_path / "one" / "checkpoint-2")
+    two_then_one = {"output_dir": str(tmp_path / "two_then_one")}
     two_then_one["resume_from_checkpoint"] = str(tmp_path / "two" / "checkpoint-2")
     with cpu():
         steps = train_and_record(options | one)
@@ -329,15 +331,26 @@ def test_another_number_of_processes_goes_on_with_the_same_crops_and_ends_alike(
         run_two(two_record, options | two | {"per_device_train_batch_size": 2}, one_then_two, tmp_path)
         assert train_and_record(options | two_then_one) == steps[2:]
         training_runs.forget_accelerate()
-    halves = [json.loads((tmp_path / f"steps-{rank}.json").read_text()) for rank in range(2)]
-    for expected, *each in zip((steps, steps[2:]), *halves, strict=True):
-        assert [
-            [crop for pair in zip(*step, strict=True) for crop in pair] for step in zip(*each, strict=True)
-        ] == expected
+    # Crops of the steps of both runs by two processes, the whole one and the resumed one
+    whole_0, resumed_0 = json.loads((tmp_path / "steps-0.json").read_text())
+    whole_1, resumed_1 = json.loads((tmp_path / "steps-1.json").read_text())
+    assert join_processes(whole_0, whole_1) == steps
+    assert join_processes(resumed_0, resumed_1) == steps[2:]
     for whole, broken in (("one", "one_then_two"), ("two", "two_then_one")):
         expected = weights(tmp_path / whole)
         for name, value in weights(tmp_path / broken).items():
             torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=0, msg=f"{broken}: {name}")
+
+
+def join_processes(first, second):
+    """Crops of each step of two processes, in the order that one process would have."""
+    steps = []
+    for first_crops, second_crops in zip(first, second, strict=True):
+        crops = []
+        for pair in zip(first_crops, second_crops, strict=True):
+            crops += pair
+        steps.append(crops)
+    return steps
 
 
 # Codebook, decoder, result, mistakes
@@ -355,11 +368,19 @@ def test_recipes_adapt_a_model_of_another_family_and_keep_what_they_say(recipe, 
     changes |= {"train_data_dir": options["train_data_dir"], "output_dir": options["output_dir"], "resolution": 32}
     changes |= {"validation_data_dir": inputs / "held_out", "warmup_steps": 0, "eval_steps": 2, "max_steps": 3}
     changes |= {"load_best_model_at_end": False, "mixed_precision": "no", "dataloader_num_workers": 0}
-    flags = [flag for name, value in changes.items() for flag in (f"--{name}", str(value))]
-    run(**vars(read_options([TrainOptions], [str(ROOT / "training" / "configs" / f"{recipe}.yaml"), *flags])[0]))
+    words = [str(ROOT / "training" / "configs" / f"{recipe}.yaml")]
+    for name, value in changes.items():
+        words += [f"--{name}", str(value)]
+    (recipe_options,) = read_options([TrainOptions], words)
+    run(**vars(recipe_options))
     after = SVQVAE.from_pretrained(options["output_dir"])
-    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
-    assert {name.split(".")[0] for name in changed} == {*dict(before.named_children())} - {*kept}
+    weights_before = before.state_dict()
+    changed_parts = set()
+    for name, value in after.state_dict().items():
+        if not torch.equal(value, weights_before[name]):
+            changed_parts.add(name.split(".")[0])
+    all_parts = {name for name, _ in before.named_children()}
+    assert changed_parts == all_parts - set(kept)
     context_model = find_context_model(options["output_dir"], after.codebook_fingerprint())
     assert (context_model is None) == ("quantize" not in kept)
     sample = torch.rand(3, 3, 52, 40)
