@@ -53,15 +53,20 @@ def main(folder: Path) -> None:
 
 def print_sizes(folder: Path) -> None:
     """Prints the bytes to the first picture and to the first photograph, as they are and compressed."""
-    always = [*folder.glob("*.js"), *folder.glob("*.css"), folder / "index.html", folder / "settings.json"]
-    always += folder.glob("runtime/*")
+    common_files = [folder / "index.html", folder / "settings.json"]
+    for pattern in ("*.js", "*.css", "runtime/*"):
+        common_files += folder.glob(pattern)
     for name in ("drawing", "photographs"):
-        files = [*always, *folder.glob(f"{name}/*")]
-        total = sum(path.stat().st_size for path in files)
-        compressed = sum(len(gzip.compress(path.read_bytes(), 6)) for path in files)
-        print(f"bytes to the first result, {name}: {total / MEGABYTE:.1f} MB, gzip {compressed / MEGABYTE:.1f} MB")
-    everything = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"whole folder: {everything / MEGABYTE:.1f} MB")
+        size = 0
+        compressed_size = 0
+        for path in common_files + list(folder.glob(f"{name}/*")):
+            content = path.read_bytes()
+            size += len(content)
+            compressed_size += len(gzip.compress(content, 6))
+        megabytes = f"{size / MEGABYTE:.1f} MB, gzip {compressed_size / MEGABYTE:.1f} MB"
+        print(f"bytes to the first result, {name}: {megabytes}")
+    size_of_folder = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"whole folder: {size_of_folder / MEGABYTE:.1f} MB")
 
 
 def measure_page(page) -> None:  # type: ignore[no-untyped-def]

@@ -84,20 +84,16 @@ def convert(
     if repo_id is not None:
         check_repo_id(repo_id, "repo_id")
     has_generator_options = bool(image_size or num_attention_heads or text_encoder)
-    has_llamagen_options = bool(num_attention_heads or text_encoder or use_ema)
+    if tokenizer is None and has_generator_options:
+        raise ValueError("`image_size`, `num_attention_heads` and `text_encoder` need `tokenizer`. Omit them.")
     if tokenizer is None:
-        if has_generator_options:
-            raise ValueError("`image_size`, `num_attention_heads` and `text_encoder` need `tokenizer`. Omit them.")
         converted = _convert_tokenizer(source, variant, use_ema=use_ema, **config)
-    elif is_llamagen(source) or has_llamagen_options:
-        vqvae = _load_tokenizer(tokenizer, **config)
-        grid_size = None if image_size is None else _latents_side(vqvae, image_size)
-        checkpoint = read_llamagen(source, grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema)
-        converted = _convert_llamagen(checkpoint, vqvae, tokenizer, text_encoder)
+    elif is_llamagen(source) or num_attention_heads or text_encoder or use_ema:
+        converted = _convert_llamagen(
+            source, tokenizer, image_size, num_attention_heads, text_encoder, use_ema=use_ema, **config
+        )
     else:
-        checkpoint = read_next_scale_checkpoint(source, NextScaleTransformer)
-        vqvae = _load_tokenizer(tokenizer, **config)
-        converted = _convert_next_scale(checkpoint, vqvae, tokenizer, image_size)
+        converted = _convert_next_scale(source, tokenizer, image_size, **config)
     return write_repository(
         converted.model,
         converted.checkpoint,
@@ -126,14 +122,30 @@ class Converted:
 
 
 def _convert_tokenizer(source: str | Path, variant: str | None, *, use_ema: bool, **config: Any) -> Converted:
+    """Reads the checkpoint of a tokenizer."""
     checkpoint = read_checkpoint(source, SVQVAE, use_ema=use_ema, **config)
-    variants = None if variant is None else {variant: VARIANTS[variant]}
+    variants = None
+    if variant is not None:
+        variants = {variant: VARIANTS[variant]}
     return Converted(checkpoint.model(SVQVAE), checkpoint, {"variants": variants})
 
 
 def _convert_llamagen(
-    checkpoint: Checkpoint, vqvae: SVQVAE, tokenizer: str | Path, text_encoder: str | None
+    source: str | Path,
+    tokenizer: str | Path,
+    image_size: int | None,
+    num_attention_heads: int | None,
+    text_encoder: str | None,
+    *,
+    use_ema: bool,
+    **config: Any,
 ) -> Converted:
+    """Reads the checkpoint of a language model of LlamaGen, and makes its pipeline."""
+    vqvae = _load_tokenizer(tokenizer, **config)
+    grid_size = None
+    if image_size is not None:
+        grid_size = _latents_side(vqvae, image_size)
+    checkpoint = read_llamagen(source, grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema)
     has_captions = checkpoint.config["caption_dim"] is not None
     text_components = _load_text_components(checkpoint.source, text_encoder, has_captions)
     fingerprint = vqvae.codebook_fingerprint()
@@ -151,9 +163,10 @@ def _convert_llamagen(
     return Converted(pipeline, checkpoint, card)
 
 
-def _convert_next_scale(
-    checkpoint: Checkpoint, vqvae: SVQVAE, tokenizer: str | Path, image_size: int | None
-) -> Converted:
+def _convert_next_scale(source: str | Path, tokenizer: str | Path, image_size: int | None, **config: Any) -> Converted:
+    """Reads the checkpoint of a transformer of FlexVAR, and makes its pipeline."""
+    checkpoint = read_next_scale_checkpoint(source, NextScaleTransformer)
+    vqvae = _load_tokenizer(tokenizer, **config)
     if image_size is None:
         image_size = vqvae.config["sample_size"]
     side = _latents_side(vqvae, image_size)
