@@ -74,9 +74,12 @@ def _condition_names(args: argparse.Namespace) -> list[str]:
         raise ValueError(f"--class must name each class once, got {shown}. For more, use --num-images.")
     names: list[str] = []
     for label in args.class_labels:
-        name = "class_" + re.sub(r"\W+", "-", label).strip("-")
-        if name in names:  # C# and C++ would both be `class_C`
-            name += f"-{len(names)}"
+        stem = "class_" + re.sub(r"\W+", "-", label).strip("-")
+        name = stem
+        number = len(names)
+        while name in names:  # C# and C++ would both be `class_C`
+            name = f"{stem}-{number}"
+            number += 1
         names.append(name)
     return names
 

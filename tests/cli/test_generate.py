@@ -1,5 +1,7 @@
 """`svqvae generate`."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from generators import make_autoregressive, make_llamagen, make_next_scale
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from pipeline_parts import text_components
+
+from svqvae_cli import generate
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,12 @@ def test_names_of_classes_name_files(saved, pipeline, tmp_path):
     assert {*visible(tmp_path)} == {*files}
     images = pipeline([1, 0, 2, 0], generator=[seeded(index) for index in range(4)]).images
     assert all(is_picture(tmp_path / file, image) for file, image in zip(files, images, strict=True))
+
+
+@pytest.mark.parametrize("labels", [["C#", "C++"], ["C-2", "C#", "C+"]])
+def test_classes_whose_names_differ_in_signs_alone_have_their_own_files(labels):
+    names = generate._condition_names(Namespace(prompt=None, class_labels=labels))
+    assert len(set(names)) == len(labels)
 
 
 def test_a_row_of_images_per_caption(tmp_path, capsys):
