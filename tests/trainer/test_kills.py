@@ -16,7 +16,7 @@ import pytest
 from cli_runner import svqvae
 from conftest import ROOT, make_tiny
 from PIL import Image
-from processes import assert_ended, start
+from processes import running_after, start
 from tiny_language_models import extended
 
 pytestmark = pytest.mark.slow
@@ -104,8 +104,7 @@ def kill_after(seconds: float, words: list[str], log: Path) -> None:
         children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.join()
-    note = " ".join(str(child.pid) for child in children)
-    assert_ended(note, len(children))
+    assert running_after([child.pid for child in children], seconds=10) == []
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
