@@ -280,6 +280,12 @@ def test_wrong_inputs_get_one_sentence(page, server, language_model, photographs
     page.locator("#caption").fill(" ")
     page.locator("#caption").press("Enter")
     wait_for_wrong(page, "#drawing-result", "Type what to draw")
+    page.locator("#settings summary").click()
+    page.locator("#seed").fill("-1")
+    page.locator("#settings summary").click()  # the sentence also appears while the field is hidden
+    page.locator("#caption").press("Enter")
+    wait_for_wrong(page, "#drawing-result", "The seed must be a whole number from 0 to 4,294,967,295.")
+    page.evaluate("document.getElementById('seed').value = '0'")
     if language_model.tokenizer.unk_token_id is not None:
         page.locator("#caption").fill("xylofon 🙂")
         page.locator("#caption").press("Enter")
