@@ -3,6 +3,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_server import run_python, serve_hub
 from numbered_images import encode, numbered, write_tar
 
 from svqvae_hf.data.image_rows import read_image
@@ -52,6 +53,28 @@ def test_files_of_a_repository_with_other_classes_are_an_error(tmp_path):
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*.parquet'\n---\n")
     with pytest.raises(ValueError, match="same classes in the same order, but `label` of `.*1.parquet` is Class"):
         list(open_images([str(tmp_path)]))
+
+
+READ = """
+import sys
+from svqvae_hf.data.image_sets import open_images
+try:
+    list(open_images(["org/set"]))
+except ValueError as error:
+    sys.stdout.write(str(error))
+"""
+
+
+@pytest.mark.slow
+def test_files_of_a_set_on_the_hub_with_other_classes_are_an_error(tmp_path):
+    with serve_hub(tmp_path) as env:
+        folder = tmp_path / "hub" / "org" / "set" / "main"
+        folder.mkdir(parents=True)
+        (folder.parent / "settings.json").write_text("{}")
+        make_rows([0, 1]).to_parquet(folder / "0.parquet")
+        make_rows([2, 3], ["b", "a"]).to_parquet(folder / "1.parquet")
+        message = run_python(READ, env | {"HF_DATASETS_CACHE": str(tmp_path / "cache")})
+    assert "same classes in the same order, but `label` of `hf://datasets/org/set@" in message
 
 
 def test_the_card_of_a_repository_names_the_classes_of_numbers(tmp_path):
