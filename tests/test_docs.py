@@ -66,6 +66,15 @@ def test_notebook_is_small_and_shows_pictures():
     assert "/site-packages" not in NOTEBOOK.read_text()  # warnings name paths of the machine
 
 
+def test_lines_of_prose_have_at_most_120_characters():
+    """Except in tables, in blocks of code, and in lines with links."""
+    for page, text in PAGES.items():
+        prose = re.sub(r"^\s*```.*?^\s*```|\A---$.*?^---$", "", text, flags=re.DOTALL | re.MULTILINE)
+        for line in prose.splitlines():
+            may_be_long = line.lstrip().startswith(("|", "<")) or "](" in line or "http" in line
+            assert may_be_long or len(line) <= 120, f"{page.name}: {line}"
+
+
 # Commands
 
 
