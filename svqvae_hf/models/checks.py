@@ -47,12 +47,17 @@ def check_number(
     Raises:
         ValueError: The value is not a number, out of the range, infinite or NaN.
     """
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if _is_number(value):
         number = float(value)
-        in_range = least <= number <= most and number > above
-        if in_range and math.isfinite(number):
+        is_in_range = least <= number <= most and number > above
+        if is_in_range and math.isfinite(number):
             return
     raise ValueError(f"`{name}` must be {_describe_range(least, above, most)}, got {value!r:.80}.")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number of Python or NumPy. In Python a bool is one, here it is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _describe_range(least: float, above: float, most: float) -> str:
@@ -101,9 +106,11 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 def check_range(name: str, bounds: Any) -> None:
     """Raises ValueError unless a range is two finite numbers, the lower one first."""
     is_pair = isinstance(bounds, list | tuple) and len(bounds) == 2
-    if is_pair and all(isinstance(bound, int | float) for bound in bounds):
+    are_numbers = is_pair and all(isinstance(bound, int | float) for bound in bounds)
+    if are_numbers:
         low, high = bounds
-        if -math.inf < low < high < math.inf:
+        is_finite_range = -math.inf < low < high < math.inf
+        if is_finite_range:
             return
     raise ValueError(f"`{name}` must be two finite numbers (low, high) with low < high, got {bounds!r}.")
 
@@ -149,7 +156,8 @@ def check_json_integer(name: str, value: Any, least: int = 1) -> None:
 def check_multipliers(name: str, multipliers: Any) -> None:
     """Raises ValueError unless a config value is a list of integers above 0."""
     is_list = isinstance(multipliers, list | tuple)
-    if not is_list or not all(type(multiplier) is int and multiplier > 0 for multiplier in multipliers):
+    are_positive = is_list and all(type(multiplier) is int and multiplier > 0 for multiplier in multipliers)
+    if not are_positive:
         raise ValueError(f"`{name}` must be a list of integers above 0, got {multipliers!r}.")
 
 
@@ -208,7 +216,7 @@ def type_name(value: Any) -> str:
 
 def _warn_outside_range(sample: torch.Tensor, pixel_range: Sequence[float]) -> None:
     """Warns if values are far outside `pixel_range`, or if they look like images in [0, 1] and it reaches below 0."""
-    low, _ = pixel_range
+    black, _ = pixel_range
     lowest, highest = sample.aminmax()
     if not _fits_range(lowest, highest, pixel_range):
         advice = _advise_range(lowest, highest, pixel_range)
@@ -218,10 +226,8 @@ def _warn_outside_range(sample: torch.Tensor, pixel_range: Sequence[float]) -> N
             stacklevel=2,
         )
         return
-    if low >= 0:
-        return
-    is_unit_image = 0 <= lowest < highest <= 1
-    if is_unit_image:
+    looks_like_unit_image = 0 <= lowest < highest <= 1
+    if looks_like_unit_image and black < 0:
         warnings.warn(
             f"`sample` has no value below 0, where `pixel_range` is {tuple(pixel_range)}. Images in [0, 1] get wrong "
             f"ids. {PREPARE_IMAGES}, or load the model with the range of your images: "
@@ -234,7 +240,9 @@ def _fits_range(lowest: torch.Tensor, highest: torch.Tensor, bounds: Sequence[fl
     """Whether values from `lowest` to `highest` lie in a range, or overshoot it a little. NaN never does."""
     low, high = bounds
     tolerance = RANGE_TOLERANCE * (high - low)
-    return bool(low - tolerance <= lowest) and bool(highest <= high + tolerance)
+    is_high_enough = lowest >= low - tolerance
+    is_low_enough = highest <= high + tolerance
+    return bool(is_high_enough and is_low_enough)
 
 
 def _advise_range(lowest: torch.Tensor, highest: torch.Tensor, pixel_range: Sequence[float]) -> str:
@@ -250,7 +258,9 @@ def _advise_range(lowest: torch.Tensor, highest: torch.Tensor, pixel_range: Sequ
 def check_latents(latents: torch.Tensor, config: Mapping[str, Any]) -> None:
     """Raises ValueError if latents are not `(batch, codebook_embed_dim, h, w)`."""
     dim = config["codebook_embed_dim"]
-    if latents.ndim != 4 or latents.shape[1] != dim or 0 in latents.shape:
+    has_layout = latents.ndim == 4 and latents.shape[1] == dim  # (batch, dim, h, w)
+    is_empty = 0 in latents.shape
+    if is_empty or not has_layout:
         raise ValueError(
             f"`latents` must have {dim} channels (`codebook_embed_dim`) and no side of 0, got shape "
             f"{tuple(latents.shape)}. Pass the output of `encode`, not an image."
@@ -297,8 +307,10 @@ def _check_grid_of_ids(ids: torch.Tensor) -> None:
 
 def _check_shape_of_codes(ids: torch.Tensor, shape: Sequence[int], dim: int) -> None:
     """Raises unless a shape is `(batch, h, w, dim)` with as many positions as there are ids, at least one."""
-    is_grid_of_codes = len(shape) == 4 and shape[-1] == dim
-    if ids.numel() == 0 or not is_grid_of_codes or math.prod(shape[:-1]) != ids.numel():
+    has_layout = len(shape) == 4 and shape[-1] == dim  # (batch, h, w, dim)
+    num_positions = math.prod(shape[:-1])
+    fits_ids = num_positions == ids.numel() and num_positions > 0
+    if not has_layout or not fits_ids:
         raise ValueError(
             f"`shape` must be (batch, h, w, {dim}) for as many ids as there are, at least one, got {tuple(shape)} for "
             f"{ids.numel()}. Reshape them to the grid."
@@ -339,21 +351,19 @@ def check_scales(scales: Any, name: str = "`scales`") -> list[float]:
         TypeError: A scale is not a number.
         ValueError: There is no scale, or one is not finite and above 0.
     """
-    listed: list[Any] = list(scales) if is_list_of_scales(scales) else [scales]
-    if not listed:
+    scales_to_check: list[Any] = list(scales) if is_list_of_scales(scales) else [scales]
+    if not scales_to_check:
         raise ValueError(f"{name} must have at least one scale, got none. Pass `[1]`, or leave them out.")
-    checked: list[float] = []
-    for scale in listed:
+    numbers: list[float] = []
+    for scale in scales_to_check:
         number = scale.item() if _is_array_of_one_number(scale) else scale
-        is_number = isinstance(number, Real) and not isinstance(number, bool)
-        if not is_number:
+        if not _is_number(number):
             raise TypeError(f"{name} must be a number or a list of numbers, got {scales!r}.")
-        if not 0 < float(number) < math.inf:
+        is_finite_and_positive = 0 < float(number) < math.inf
+        if not is_finite_and_positive:
             raise ValueError(f"{name} must be finite and above 0, got {number}.")
-        if not isinstance(number, int):
-            number = float(number)
-        checked.append(number)
-    return checked
+        numbers.append(number if isinstance(number, int) else float(number))
+    return numbers
 
 
 def check_scales_differ(scales: Sequence[float]) -> None:
@@ -371,20 +381,22 @@ def check_scale_from(scale_from: str) -> None:
 def check_tiles(f: int, tile_size: int, overlap: int | None) -> None:
     """Raises ValueError if a tile or its overlap, both in pixels, does not fit latents of `f` pixels."""
     _check_pixels("tile_size", tile_size)
-    if tile_size % f or tile_size < f:
-        nearest = max(1, round(tile_size / f)) * f
+    if tile_size % f != 0 or tile_size < f:
+        nearest_latents = max(1, round(tile_size / f))
         raise ValueError(
-            f"`tile_size` must be a positive multiple of f = {f}, got {tile_size}. The nearest is {nearest}."
+            f"`tile_size` must be a positive multiple of f = {f}, got {tile_size}. The nearest is "
+            f"{nearest_latents * f}."
         )
     if overlap is None:
         return
     _check_pixels("overlap", overlap)
-    largest = (tile_size // f - 1) // 2 * f  # in whole latents, less than half of a tile
-    if overlap % f or not 0 <= overlap <= largest:
-        nearest = min(max(0, round(overlap / f) * f), largest)
+    tile_latents = tile_size // f
+    most_latents = (tile_latents - 1) // 2  # less than half of a tile
+    if overlap % f != 0 or not 0 <= overlap <= most_latents * f:
+        nearest_latents = min(max(0, round(overlap / f)), most_latents)
         raise ValueError(
             f"`overlap` must be a multiple of f = {f} and less than half of `tile_size` = {tile_size}, got {overlap}. "
-            f"The nearest is {nearest}."
+            f"The nearest is {nearest_latents * f}."
         )
 
 

@@ -93,7 +93,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     _check_values(image)
     _scale_transparent_value(image)
     upright = ImageOps.exif_transpose(image)  # a copy
-    if upright.mode == "RGB" and not upright.has_transparency_data:
+    is_opaque_rgb = upright.mode == "RGB" and not upright.has_transparency_data
+    if is_opaque_rgb:
         return upright
     return _convert(upright)
 
@@ -127,13 +128,12 @@ def _unpremultiply_grey(image: Image.Image) -> Image.Image:
 def _check_values(image: Image.Image) -> None:
     """Raises for grey TIFFs whose values Pillow misreads: signed, of 12 bits, or with white as the lowest value."""
     tags = getattr(image, "tag_v2", {})  # only TIFFs have tags
-    bits = tags.get(TAG_BITS_PER_SAMPLE)  # a tuple with one number per channel
-    formats = tags.get(TAG_SAMPLE_FORMAT, ())
-    is_misread_if_signed = bits in ((8,), (16,))  # Pillow reads signed values of 32 bits correctly
-    is_signed = is_misread_if_signed and SIGNED in formats
+    bits_per_channel = tags.get(TAG_BITS_PER_SAMPLE)  # a tuple, of one number for grey
+    is_signed = SIGNED in tags.get(TAG_SAMPLE_FORMAT, ())
+    has_signed_8_or_16_bits = is_signed and bits_per_channel in ((8,), (16,))  # Pillow reads 32 signed bits correctly
+    has_12_bits = bits_per_channel == (12,)
     is_inverted = _has_deep_grey(image) and tags.get(TAG_PHOTOMETRIC) == WHITE_IS_LOWEST
-    has_12_bits = bits == (12,)
-    if is_signed or is_inverted or has_12_bits:
+    if has_signed_8_or_16_bits or has_12_bits or is_inverted:
         raise ValueError("a grey TIFF must have unsigned values of 8 or 16 bits, black the lowest. Convert it.")
 
 
@@ -145,15 +145,16 @@ def _scale_transparent_value(image: Image.Image) -> None:
     """
     if image.format != "PNG":
         return
-    colour = image.info.get("transparency")
+    colour = image.info.get("transparency")  # a grey value, or a value per channel
     decoder_tiles = getattr(image, "tile", [])  # how Pillow will decode the pixels; empty after decoding
     if colour is None or not decoder_tiles:
         return
-    layout = decoder_tiles[0].args  # of the pixels in the file
-    if layout in PNG_GREY_FACTORS and isinstance(colour, int):
-        image.info["transparency"] = colour * PNG_GREY_FACTORS[layout]
-    elif layout == PNG_RGB_16_BITS:
-        image.info["transparency"] = tuple(channel >> 8 for channel in colour)  # the higher 8 bits, as Pillow does
+    layout_in_file = decoder_tiles[0].args
+    if layout_in_file in PNG_GREY_FACTORS and isinstance(colour, int):
+        image.info["transparency"] = colour * PNG_GREY_FACTORS[layout_in_file]
+    elif layout_in_file == PNG_RGB_16_BITS:
+        # Pillow reads the higher 8 bits of each channel.
+        image.info["transparency"] = tuple(channel >> 8 for channel in colour)
 
 
 def _has_deep_grey(image: Image.Image) -> bool:

@@ -80,9 +80,9 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         """
         if not kwargs.get("return_unused_kwargs"):
             _check_keywords(kwargs.keys() - {"pixel_range", "return_unused_kwargs"})
-        read_keys = {"pixel_range", *TRANSFORMERS_KEYS}
-        values = {key: value for key, value in image_processor_dict.items() if key in read_keys}
-        return super().from_dict(values, **kwargs)
+        known_keys = TRANSFORMERS_KEYS | {"pixel_range"}
+        config = {key: value for key, value in image_processor_dict.items() if key in known_keys}
+        return super().from_dict(config, **kwargs)
 
     def preprocess(
         self, images: ImageInput | list[ImageInput] | tuple[ImageInput, ...], return_tensors: str | None = None
@@ -107,16 +107,17 @@ class SVQVAEImageProcessor(BaseImageProcessor):
             ValueError: If there is no image, a file is unreadable, a shape is wrong, sizes differ, or floats lie
                 outside [0, 1].
         """
-        items = images if isinstance(images, list | tuple) else [images]
-        pixels = [_unit_pixels(item) for item in items]
-        if not pixels:
+        images = images if isinstance(images, list | tuple) else [images]
+        if not images:
             raise ValueError("`images` must hold at least one image, but is empty.")
-        _check_one_size(pixels)
-        batch = torch.cat(pixels)  # (batch, 3, height, width)
+        pixels_of_images = [_unit_pixels(image) for image in images]
+        _check_one_size(pixels_of_images)
+        unit_batch = torch.cat(pixels_of_images)  # (batch, 3, height, width) in [0, 1]
         black, white = self.pixel_range
-        features = BatchFeature({"pixel_values": black + batch * (white - black)}, tensor_type=return_tensors)
-        height, width = batch.shape[-2:]
-        features["image_sizes"] = [(height, width)] * len(batch)
+        pixel_values = black + unit_batch * (white - black)
+        features = BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+        height, width = unit_batch.shape[-2:]
+        features["image_sizes"] = [(height, width)] * len(unit_batch)
         return features
 
     def postprocess(
@@ -164,14 +165,25 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         has_one_size = len(set(sizes)) == 1
         if output_type == "pt":
             return torch.stack(images) if has_one_size else images
-        arrays = [image.movedim(0, -1).cpu().numpy() for image in images]  # (height, width, 3)
+        arrays = [_as_array(image) for image in images]
         if output_type == "np":
             return np.stack(arrays) if has_one_size else arrays
-        return [Image.fromarray(np.rint(array * 255).astype(np.uint8)) for array in arrays]
+        return [_as_pillow(array) for array in arrays]
+
+
+def _as_array(image: torch.Tensor) -> np.ndarray:
+    """Converts an image `(3, height, width)` to an array `(height, width, 3)`."""
+    return image.movedim(0, -1).cpu().numpy()
+
+
+def _as_pillow(array: np.ndarray) -> Image.Image:
+    """Converts an array `(height, width, 3)` in [0, 1] to an 8-bit RGB image."""
+    rounded = np.rint(array * 255)
+    return Image.fromarray(rounded.astype(np.uint8))
 
 
 def _sizes_of_images(sample: torch.Tensor, image_sizes: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
-    """Height and width of each image in a batch of samples, by default those of the batch.
+    """Height and width of each image in a batch of samples, by default the height and width of the batch.
 
     Raises:
         ValueError: There are not as many sizes as samples, or a size does not fit the batch.
@@ -219,14 +231,17 @@ def _check_keywords(unknown: set[str]) -> None:
 def _unit_pixels(image: ImageInput) -> torch.Tensor:
     """Converts one item of `preprocess` to float32 in [0, 1] of shape (batch, 3, height, width)."""
     pixels = _read_pixels(image)
+    has_8_bits = pixels.dtype == torch.uint8
     if pixels.ndim == 2:  # (height, width)
-        pixels = pixels[None]  # (1, height, width)
-    channels, height, width = pixels.shape[-3:]
-    batch = _to_unit_range(pixels).reshape(-1, channels, height, width)
-    if channels == 1:
+        pixels = pixels.unsqueeze(0)  # (1, height, width)
+    if pixels.ndim == 3:  # (channels, height, width)
+        pixels = pixels.unsqueeze(0)  # (1, channels, height, width)
+    batch = _to_unit_range(pixels)
+    channels = batch.shape[1]
+    if channels == 1:  # grey
         return batch.expand(-1, 3, -1, -1)
-    if channels == 4:
-        return _put_on_white(batch, has_8_bits=pixels.dtype == torch.uint8)
+    if channels == 4:  # RGBA
+        return _put_on_white(batch, has_8_bits=has_8_bits)
     return batch
 
 
@@ -247,7 +262,7 @@ def _read_pixels(image: ImageInput) -> torch.Tensor:
         pixels = _as_tensor(image)
         if pixels.ndim == 2:
             return pixels
-        return pixels.movedim(-1, -3)
+        return pixels.movedim(-1, -3)  # (..., channels, height, width)
     if isinstance(image, torch.Tensor):
         _check_shape(image, "channels, height, width", channel_axis=-3)
         return image
@@ -259,8 +274,8 @@ def _read_pixels(image: ImageInput) -> torch.Tensor:
 
 def _put_on_white(rgba: torch.Tensor, *, has_8_bits: bool) -> torch.Tensor:
     """Blends RGBA values `(batch, 4, height, width)` in [0, 1] over white. Rounds 8-bit values, as Pillow does."""
-    colours, alpha = rgba.split([3, 1], dim=1)
-    blended = colours * alpha + (1 - alpha)  # (batch, 3, height, width)
+    rgb, opacity = rgba.split([3, 1], dim=1)
+    blended = rgb * opacity + (1 - opacity)  # (batch, 3, height, width); white is 1
     if has_8_bits:
         return (blended * 255).round() / 255
     return blended

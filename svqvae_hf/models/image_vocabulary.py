@@ -46,16 +46,18 @@ class ImageVocabulary:
     tokenizer_digest: str | None = None
 
     def __post_init__(self) -> None:
-        fault = f"`grids` must be different pairs of rows and columns, at least 1, got {self.grids}."
+        message = f"`grids` must be different pairs of rows and columns, at least 1, got {self.grids}."
+        grids = []
         try:
-            grids = tuple((int(rows), int(columns)) for rows, columns in self.grids)  # a config stores lists
+            for rows, columns in self.grids:  # lists, if they come from a config
+                grids.append((int(rows), int(columns)))
         except (TypeError, ValueError) as error:
-            raise ValueError(fault) from error
+            raise ValueError(message) from error
         has_empty_grid = any(rows < 1 or columns < 1 for rows, columns in grids)
         has_duplicates = len(set(grids)) < len(grids)
         if not grids or has_empty_grid or has_duplicates:
-            raise ValueError(fault)
-        object.__setattr__(self, "grids", grids)
+            raise ValueError(message)
+        object.__setattr__(self, "grids", tuple(grids))  # because the dataclass is frozen
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig | Mapping[str, Any]) -> "ImageVocabulary":
@@ -83,12 +85,13 @@ class ImageVocabulary:
             raise ValueError(f"`{CONFIG_KEY}` of the config must be an object, got {entries!r:.80}. Restore the file.")
         all_keys = {field.name for field in fields(cls)}
         required_keys = {field.name for field in fields(cls) if field.default is MISSING}
-        has_required_keys = required_keys <= entries.keys()
-        has_only_known_keys = entries.keys() <= all_keys
-        if not has_required_keys or not has_only_known_keys:
+        missing_keys = required_keys - entries.keys()
+        unknown_keys = entries.keys() - all_keys
+        if missing_keys or unknown_keys:
+            keys = [str(key) for key in entries]
             raise ValueError(
                 f"`{CONFIG_KEY}` of the config must have the keys {', '.join(sorted(required_keys))}, got "
-                f"{', '.join(sorted(map(str, entries)))}. Restore the file."
+                f"{', '.join(sorted(keys))}. Restore the file."
             )
         for key in ("first_token", "codebook_size", "f"):
             value = entries[key]
@@ -140,14 +143,15 @@ class ImageVocabulary:
         Raises:
             ValueError: If the vocabulary has no such grid.
         """
-        if tuple(grid) not in self.grids:
-            choices = ", ".join(f"{rows} x {columns}" for rows, columns in self.grids)
-            wanted = " x ".join(str(side) for side in grid)
-            raise ValueError(
-                f"`grid` must be one of the rows x columns of codes that the model knows, {choices}, got {wanted}. "
-                "Choose one, or extend the language model with more `--grids`."
-            )
-        return self.first_size + self.grids.index(tuple(grid))
+        grid = tuple(grid)
+        if grid in self.grids:
+            return self.first_size + self.grids.index(grid)
+        choices = ", ".join(f"{rows} x {columns}" for rows, columns in self.grids)
+        wanted = " x ".join(str(side) for side in grid)
+        raise ValueError(
+            f"`grid` must be one of the rows x columns of codes that the model knows, {choices}, got {wanted}. "
+            "Choose one, or extend the language model with more `--grids`."
+        )
 
     def begin_image(self, grid: Sequence[int]) -> list[int]:
         """Tokens before the codes of an image."""
@@ -183,18 +187,20 @@ class ImageVocabulary:
         """
         parts = []
         text_start = 0
-        for begin in (tokens == self.begin).nonzero().flatten().tolist():
+        begin_positions = (tokens == self.begin).nonzero().flatten().tolist()
+        for begin in begin_positions:
             parts.append(self._check_text(tokens[text_start:begin], text_start))
-            if begin + 1 == len(tokens):
+            size_position = begin + 1
+            if size_position == len(tokens):
                 return parts  # the sequence ends before the size of the image
-            rows, columns = self._grid_of(tokens[begin + 1])
-            first_code = begin + 2
-            end = first_code + rows * columns
+            rows, columns = self._grid_of(tokens[size_position])
+            first_code = size_position + 1
+            end_position = first_code + rows * columns
             ids = self._check_codes(tokens, first_code, rows, columns)
-            if end >= len(tokens):
+            if end_position >= len(tokens):
                 return parts  # the sequence ends before the end token of the image
             parts.append(ids.view(rows, columns))
-            text_start = end + 1
+            text_start = end_position + 1
         parts.append(self._check_text(tokens[text_start:], text_start))
         return parts
 
@@ -206,32 +212,33 @@ class ImageVocabulary:
         return self.grids[size - self.first_size]
 
     def _check_codes(self, tokens: torch.Tensor, first_code: int, rows: int, columns: int) -> torch.Tensor:
-        """Ids of an image, fewer if the sequence ends inside the image.
+        """Ids `(rows * columns,)` of an image, fewer if the sequence ends inside the image.
 
         Raises ValueError if one of these tokens is not a code, or the token after them is not the end token.
         """
-        end = first_code + rows * columns  # position of the end token
-        ids = tokens[first_code:end] - self.first_token
-        is_wrong = (ids < 0) | (ids >= self.codebook_size)
-        lacks_end = end < len(tokens) and tokens[end] != self.end
-        if is_wrong.any():
-            position = first_code + int(is_wrong.nonzero()[0])
-        elif lacks_end:
-            position = end
-        else:
-            return ids
-        raise ValueError(
-            f"an image of {rows} x {columns} must have {rows * columns} codes and then {END}, got token "
-            f"{tokens[position]} at position {position}. Correct the prompt, or generate with `ImageGrammar`."
-        )
+        num_codes = rows * columns
+        end_position = first_code + num_codes
+        ids = tokens[first_code:end_position] - self.first_token
+        is_no_code = (ids < 0) | (ids >= self.codebook_size)
+        wrong_positions = (first_code + is_no_code.nonzero().flatten()).tolist()
+        if end_position < len(tokens) and tokens[end_position] != self.end:
+            wrong_positions.append(end_position)
+        if wrong_positions:
+            position = wrong_positions[0]
+            raise ValueError(
+                f"an image of {rows} x {columns} must have {num_codes} codes and then {END}, got token "
+                f"{tokens[position]} at position {position}. Correct the prompt, or generate with `ImageGrammar`."
+            )
+        return ids
 
     def _check_text(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
         """Tokens of a text that starts at a position of the sequence. Raises for image tokens in it."""
-        is_image = (tokens >= self.first_token) & (tokens < self.stop) & (tokens != self.no_condition)
-        if is_image.any():
-            position = int(is_image.nonzero()[0])  # in the text
+        is_in_vocabulary = (tokens >= self.first_token) & (tokens < self.stop)
+        is_image_token = is_in_vocabulary & (tokens != self.no_condition)
+        if is_image_token.any():
+            position_in_text = int(is_image_token.nonzero()[0])
             raise ValueError(
-                f"outside an image there must be no image token, got token {tokens[position]} at position "
-                f"{start + position}. Correct the prompt, or generate with `ImageGrammar`."
+                f"outside an image there must be no image token, got token {tokens[position_in_text]} at position "
+                f"{start + position_in_text}. Correct the prompt, or generate with `ImageGrammar`."
             )
         return tokens

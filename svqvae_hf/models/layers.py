@@ -38,28 +38,27 @@ class Area:
         return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
     def scaled(self, stride: int) -> "Area":
-        """The same area of an image with `stride` positions for each position of this one."""
-        return Area(
-            slice(self.rows.start * stride, self.rows.stop * stride),
-            slice(self.columns.start * stride, self.columns.stop * stride),
-        )
+        """The same area of an image that has `stride` times as many rows and columns."""
+        rows = slice(self.rows.start * stride, self.rows.stop * stride)
+        columns = slice(self.columns.start * stride, self.columns.stop * stride)
+        return Area(rows, columns)
 
     def within(self, window: "Area") -> "Area":
-        """The same area, counted from the top and left of a window."""
+        """The same area, with rows and columns counted from the top left corner of a window."""
         top = window.rows.start
         left = window.columns.start
-        return Area(
-            slice(self.rows.start - top, self.rows.stop - top),
-            slice(self.columns.start - left, self.columns.stop - left),
-        )
+        rows = slice(self.rows.start - top, self.rows.stop - top)
+        columns = slice(self.columns.start - left, self.columns.stop - left)
+        return Area(rows, columns)
 
     def widened(self, margin: int, size: Sequence[int]) -> "Area":
-        """The area and a margin around it, as far as an image of this height and width reaches."""
+        """The area and a margin on each side, without what lies outside an image of this height and width."""
         height, width = size
-        return Area(
-            slice(max(0, self.rows.start - margin), min(height, self.rows.stop + margin)),
-            slice(max(0, self.columns.start - margin), min(width, self.columns.stop + margin)),
-        )
+        top = max(0, self.rows.start - margin)
+        bottom = min(height, self.rows.stop + margin)
+        left = max(0, self.columns.start - margin)
+        right = min(width, self.columns.stop + margin)
+        return Area(slice(top, bottom), slice(left, right))
 
 
 class CutSides(NamedTuple):
@@ -71,9 +70,9 @@ class CutSides(NamedTuple):
     right: bool
 
     @classmethod
-    def of(cls, window: Area, size: Sequence[int]) -> "CutSides":
-        """Sides on which an image of this height and width goes on beyond a window."""
-        height, width = size
+    def of_window(cls, window: Area, image_size: Sequence[int]) -> "CutSides":
+        """Sides of a window that are cut, in an image of this height and width."""
+        height, width = image_size
         return cls(
             top=window.rows.start > 0,
             bottom=window.rows.stop < height,
@@ -114,7 +113,7 @@ class TileContext:
 
     def core_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Crops features of any resolution to the core of the tile."""
-        rows, columns = self._scaled_core(hidden)
+        rows, columns = self._core_in(hidden)
         return hidden[..., rows, columns]
 
     def crop(self, hidden: torch.Tensor, margin: int) -> tuple[torch.Tensor, Self]:
@@ -124,22 +123,23 @@ class TileContext:
         """
         if torch.compiler.is_compiling():
             return hidden, self
-        rows, columns = self._scaled_core(hidden)
+        rows, columns = self._core_in(hidden)
         core = Area(rows, columns)
         window = core.widened(margin, hidden.shape[-2:])
         cropped = hidden[..., window.rows, window.columns]
-        return fast_layout(cropped), replace(self, size=window.size, core=core.within(window))
+        context = replace(self, size=window.size, core=core.within(window))
+        return fast_layout(cropped), context
 
-    def _scaled_core(self, hidden: torch.Tensor) -> tuple[slice, slice]:
-        """Rows and columns of the core in positions of features, which may be more or fewer than the latents."""
-        height, width = self.size  # in latents
-        hidden_height, hidden_width = hidden.shape[-2:]  # in positions of the features
-        rows = self.core.rows  # in latents
-        columns = self.core.columns
-        return (
-            slice(rows.start * hidden_height // height, rows.stop * hidden_height // height),
-            slice(columns.start * hidden_width // width, columns.stop * hidden_width // width),
-        )
+    def _core_in(self, hidden: torch.Tensor) -> tuple[slice, slice]:
+        """Rows and columns of the core in features `(..., h, w)` of the window, which may have another resolution."""
+        latent_height, latent_width = self.size
+        height, width = hidden.shape[-2:]
+        core = self.core  # in latents
+        top = core.rows.start * height // latent_height
+        bottom = core.rows.stop * height // latent_height
+        left = core.columns.start * width // latent_width
+        right = core.columns.stop * width // latent_width
+        return slice(top, bottom), slice(left, right)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,9 +156,9 @@ class WindowSample(TileContext):
         """Computes and keeps variance and mean of a norm's input over the windows of each image."""
         core = self.core_of(hidden)  # (images * windows, channels, h, w)
         core = core.to(torch.promote_types(core.dtype, torch.float32))
-        by_image = core.unflatten(0, (self.images, -1))
+        by_image = core.unflatten(0, (self.images, -1))  # (images, windows, channels, h, w)
         by_group = by_image.unflatten(2, (norm.num_groups, -1))  # (images, windows, groups, channels, h, w)
-        self.moments[norm] = torch.var_mean(by_group, dim=(1, 3, 4, 5), correction=0)
+        self.moments[norm] = torch.var_mean(by_group, dim=(1, 3, 4, 5), correction=0)  # both (images, groups)
         return self.moments[norm]
 
     def keys_and_values(self, attention: nn.Module, normed: torch.Tensor) -> Pair:
@@ -175,16 +175,17 @@ class WindowSample(TileContext):
             input_stride (`int`): Input positions per latent along each side.
         """
         height, width = window.shape[-2:]
-        size = (height // input_stride, width // input_stride)
-        sides = CutSides.of(core, size)
-        cuts = make_cuts([sides], window) if any(sides) else None
+        size = (height // input_stride, width // input_stride)  # in latents
+        cut_sides = CutSides.of_window(core, size)
+        cuts = make_cuts([cut_sides], window) if any(cut_sides) else None
         return TileContext(size, core, cuts, self.moments, self.attended)
 
 
-def make_cuts(sides: Sequence[Sequence[bool]], like: torch.Tensor) -> torch.Tensor:
-    """`cuts` of a [`TileContext`], from the [`CutSides`] of each window."""
-    by_side = torch.tensor(sides, dtype=like.dtype, device=like.device).T  # (4, windows)
-    return by_side[..., None, None, None]
+def make_cuts(sides_of_windows: Sequence[Sequence[bool]], like: torch.Tensor) -> torch.Tensor:
+    """`cuts` of a [`TileContext`] in type and device of a tensor, from the [`CutSides`] of each window."""
+    by_window = torch.tensor(sides_of_windows, dtype=like.dtype, device=like.device)  # (windows, 4)
+    by_side = by_window.T
+    return by_side[..., None, None, None]  # (4, windows, 1, 1, 1)
 
 
 def fast_layout(hidden: torch.Tensor) -> torch.Tensor:
@@ -242,34 +243,40 @@ class GroupNorm(nn.GroupNorm):
         """Normalises windows `(images * windows, channels, h, w)` by the moments `(images, groups)` of each image."""
         channels_per_group = hidden.shape[1] // self.num_groups
         variance = variance.repeat_interleave(channels_per_group, dim=1)  # (images, channels)
-        mean = mean.repeat_interleave(channels_per_group, dim=1)
+        mean = mean.repeat_interleave(channels_per_group, dim=1)  # (images, channels)
         weight = self.weight.to(mean.dtype)
         bias = self.bias.to(mean.dtype)
-        is_one_image = len(mean) == 1
-        if is_one_image and not torch.is_grad_enabled():
+        images = len(mean)
+        if images == 1 and not torch.is_grad_enabled():
             # A fused kernel. It has no gradient for the moments.
             return F.batch_norm(hidden, mean[0], variance[0], weight, bias, eps=self.eps)
-        scale = weight * torch.rsqrt(variance + self.eps)
+        scale = weight * torch.rsqrt(variance + self.eps)  # (images, channels)
         shift = bias - mean * scale
-        by_image = hidden.unflatten(0, (len(mean), -1))  # (images, windows, channels, h, w)
-        normed = by_image * scale[:, None, :, None, None] + shift[:, None, :, None, None]
+        scale = scale[:, None, :, None, None]  # (images, 1, channels, 1, 1)
+        shift = shift[:, None, :, None, None]
+        by_image = hidden.unflatten(0, (images, -1))  # (images, windows, channels, h, w)
+        normed = by_image * scale + shift
         return normed.flatten(0, 1).to(hidden.dtype)
 
 
 def pad_edges(hidden: torch.Tensor, shared: TileContext | None, before: int = 1) -> torch.Tensor:
-    """Pads by `before` at the top and left and by 1 at the bottom and right.
+    """Pads windows `(windows, channels, h, w)` by `before` at the top and left and by 1 at the bottom and right.
 
     The padding repeats the edge where a window is cut, and is zero at a border of the image, as without tiles.
     """
     padded = F.pad(hidden, (before, 1, before, 1))
     if shared is None or shared.cuts is None:
         return padded
-    top, bottom, left, right = shared.cuts  # each (windows, 1, 1, 1), 1 where the window is cut and 0 at a border
-    # The row or column next to a side fills the padding there if the window is cut, otherwise zeros do.
-    padded[..., :before, :] = padded[..., before : 2 * before, :] * top
-    padded[..., -1:, :] = padded[..., -2:-1, :] * bottom
-    padded[..., :before] = padded[..., before : 2 * before] * left
-    padded[..., -1:] = padded[..., -2:-1] * right
+    # Each (windows, 1, 1, 1): 1 where the window is cut, 0 at a border of the image
+    top, bottom, left, right = shared.cuts
+    first_rows = padded[..., before : 2 * before, :]
+    padded[..., :before, :] = first_rows * top
+    last_row = padded[..., -2:-1, :]
+    padded[..., -1:, :] = last_row * bottom
+    first_columns = padded[..., before : 2 * before]
+    padded[..., :before] = first_columns * left
+    last_column = padded[..., -2:-1]
+    padded[..., -1:] = last_column * right
     return padded
 
 
@@ -309,13 +316,17 @@ class RepeatConv2d(nn.Conv2d):
         kernel = self.summed_kernel()
         if shared is None or shared.cuts is None:
             return F.conv_transpose2d(hidden, kernel, self.bias, stride=2, padding=1)
-        # A position of padding makes the result two positions longer at that side, so `padding` crops two more.
-        return F.conv_transpose2d(pad_edges(hidden, shared), kernel, self.bias, stride=2, padding=3)
+        padded = pad_edges(hidden, shared)
+        # In a transposed convolution `padding` crops the result. One padded position makes the result two positions
+        # longer on that side, so two more are cropped.
+        return F.conv_transpose2d(padded, kernel, self.bias, stride=2, padding=3)
 
     def summed_kernel(self) -> torch.Tensor:
         """Kernel of the transposed convolution, `(in_channels, out_channels, 4, 4)`."""
         weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        flipped = fast_layout(weight.flip(-2, -1).transpose(0, 1))  # (in_channels, out_channels, 3, 3)
+        flipped = weight.flip(-2, -1).transpose(0, 1)  # (in_channels, out_channels, 3, 3)
+        flipped = fast_layout(flipped)
+        # The four positions of a 3 x 3 kernel in a 4 x 4 kernel. `F.pad` takes left, right, top, bottom.
         top_left = F.pad(flipped, (0, 1, 0, 1))
         top_right = F.pad(flipped, (1, 0, 0, 1))
         bottom_left = F.pad(flipped, (0, 1, 1, 0))

@@ -78,7 +78,7 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         if os.path.isfile(source):
             raise ValueError(f"a model must be a folder or a Hub id, got the file `{source}`. Use `from_single_file`.")
         if not os.path.isdir(source):
-            return
+            return  # on the Hub
         if subfolder:
             folder = os.path.join(source, subfolder)
             if not os.path.isdir(folder):  # diffusers would load `source`
@@ -94,6 +94,7 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """Reads a config for diffusers. Raises ValueError unless it is a JSON object."""
         config = super()._dict_from_json_file(json_file)
         if not isinstance(config, dict):  # diffusers would take it for a config, or for a name on the Hub
             raise ValueError(f"`{json_file}` must hold a JSON object, but holds a {type(config).__name__}.")
@@ -129,12 +130,15 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """Splits a config into constructor arguments and the rest, without values that the constructor derives."""
         class_name = config_dict.get("_class_name", cls.__name__)
-        if class_name not in [base.__name__ for base in cls.__mro__]:
+        names_of_bases = [base.__name__ for base in cls.__mro__]  # and of the class itself
+        if class_name not in names_of_bases:
             raise ValueError(
                 f"The config must be of class {cls.__name__}, got {class_name}. Load it with that class. "
                 "`from_single_file` loads original checkpoints."
             )
-        config = {key: value for key, value in config_dict.items() if key not in cls.derived_config}
+        config = dict(config_dict)
+        for key in cls.derived_config:
+            config.pop(key, None)
         return super().extract_init_dict(config, **kwargs)
 
 
@@ -156,7 +160,8 @@ def check_merged(name: str, model: Any) -> None:
     """Raises if a model has an adapter of peft beside its weights, which would be saved under names of its own."""
     if not isinstance(model, torch.nn.Module):
         return
-    if any(hasattr(module, "base_layer") for module in model.modules()):
+    has_adapter = any(hasattr(module, "base_layer") for module in model.modules())  # peft keeps the layer under it
+    if has_adapter:
         raise ValueError(
             f"`{name}` must be saved with its adapter merged, but has one beside its weights. Merge it with "
             "`adapter.merge_and_unload()`, where `adapter` is what `PeftModel.from_pretrained` returned, and "

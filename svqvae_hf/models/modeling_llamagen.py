@@ -49,13 +49,13 @@ class LlamaGenRotaryEmbedding(nn.Module):
         pairs_per_axis = self.config.head_dim // 4
         exponents = torch.arange(pairs_per_axis, device=x.device, dtype=torch.float32) / pairs_per_axis
         frequencies = 1 / self.config.rope_parameters["rope_theta"] ** exponents  # (head_dim / 4,)
-        ids = position_ids[..., None] - self.config.num_condition_tokens  # (batch, length, 1)
-        rows = ids // self.config.grid_size
-        columns = ids % self.config.grid_size
+        positions_in_image = position_ids[..., None] - self.config.num_condition_tokens  # (batch, length, 1)
+        rows = positions_in_image // self.config.grid_size
+        columns = positions_in_image % self.config.grid_size
         angles = torch.cat([rows * frequencies, columns * frequencies], dim=-1)  # (batch, length, head_dim / 2)
         angles = angles.repeat(1, 1, 2)  # (batch, length, head_dim)
-        is_image = ids >= 0
-        return angles.cos() * is_image, angles.sin() * is_image
+        is_in_image = positions_in_image >= 0
+        return angles.cos() * is_in_image, angles.sin() * is_in_image
 
 
 class CodeHead(nn.Linear):
@@ -202,15 +202,20 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
     def _mask_positions(
         self, attention_mask: torch.Tensor | None, prompt_attention_mask: torch.Tensor | None, tokens: int
     ) -> torch.Tensor | None:
-        """Mask of the caption and of the `tokens - 1` tokens after it, `(batch, positions)`."""
-        if prompt_attention_mask is None:
-            if attention_mask is None:
+        """Mask of the caption and of the ids after it, `(batch, num_condition_tokens + ids)`. None if all is seen.
+
+        `tokens` is the number of tokens: the condition token, which stands for the whole caption, and the ids.
+        """
+        if attention_mask is None:
+            if prompt_attention_mask is None:
                 return None
-            condition_mask = attention_mask[:, :1]  # (batch, 1): all features are seen if the condition token is
-            prompt_attention_mask = condition_mask.expand(-1, self.config.num_condition_tokens)
-        if attention_mask is None:  # all ids are seen
-            return F.pad(prompt_attention_mask, (0, tokens - 1), value=1)
-        return torch.cat([prompt_attention_mask, attention_mask[:, 1:]], dim=1)
+            num_ids = tokens - 1
+            return F.pad(prompt_attention_mask, (0, num_ids), value=1)  # all ids are seen
+        mask_of_condition = attention_mask[:, :1]
+        mask_of_ids = attention_mask[:, 1:]
+        if prompt_attention_mask is None:  # all features are seen if the condition token is
+            prompt_attention_mask = mask_of_condition.expand(-1, self.config.num_condition_tokens)
+        return torch.cat([prompt_attention_mask, mask_of_ids], dim=1)
 
     def _embed(self, input_ids: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Embeddings of captions and ids `(batch, num_condition_tokens + ids, hidden_size)`."""
@@ -220,11 +225,13 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
                 f"`prompt_embeds` must have shape {expected} (batch, num_condition_tokens, caption_dim), got "
                 f"{tuple(prompt_embeds.shape)}."
             )
-        is_dropped = input_ids[:, :1] == self.config.unconditional_token  # (batch, 1)
+        condition_token = input_ids[:, 0]
+        image_ids = input_ids[:, 1:]
+        is_unconditional = condition_token == self.config.unconditional_token  # (batch,)
         captions = prompt_embeds.to(self.uncond_embedding.dtype)
-        features = torch.where(is_dropped[..., None], self.uncond_embedding, captions)
+        features = torch.where(is_unconditional[:, None, None], self.uncond_embedding, captions)
         caption_embeddings = self.caption_projection(features)  # (batch, num_condition_tokens, hidden_size)
-        id_embeddings = self.model.embed_tokens(input_ids[:, 1:])  # (batch, ids, hidden_size)
+        id_embeddings = self.model.embed_tokens(image_ids)  # (batch, ids, hidden_size)
         return torch.cat([caption_embeddings, id_embeddings], dim=1)
 
     def prepare_inputs_for_generation(
@@ -247,9 +254,9 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
             return inputs
         for name in ("attention_mask", "position_ids"):  # they lack the positions of the caption
             inputs.pop(name, None)
-        has_no_cache = not kwargs.get("use_cache", True)  # so each call reads all tokens again
-        reads_caption = kwargs.get("is_first_iteration") or has_no_cache
-        if not reads_caption:
+        is_first_call = kwargs.get("is_first_iteration")
+        reads_all_tokens_again = not kwargs.get("use_cache", True)
+        if not is_first_call and not reads_all_tokens_again:
             return inputs
         if prompt_embeds is None:
             raise ValueError(MISSING_CAPTIONS)

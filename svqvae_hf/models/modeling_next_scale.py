@@ -90,18 +90,19 @@ class Attention(nn.Module, AttentionModuleMixin):
         query = self._split_heads(query + self.q_bias)
         key = self._split_heads(key)
         value = self._split_heads(value + self.v_bias)
-        factor = self.scale_mul_1H11.float().clamp(max=MAX_LOG_FACTOR).exp()
-        query = set_length(query, factor)
+        query_length = self.scale_mul_1H11.float().clamp(max=MAX_LOG_FACTOR).exp()  # (1, heads, 1, 1)
+        query = set_length(query, query_length)
         key = set_length(key)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
         query = query.transpose(1, 2)  # (batch, tokens, heads, head width)
-        key = key.transpose(1, 2)
+        key = key.transpose(1, 2)  # (batch, cached tokens and tokens, heads, head width)
         value = value.transpose(1, 2)
-        num_visible = key.shape[1] - query.shape[1]  # at first the cached tokens
+        num_cached = key.shape[1] - query.shape[1]
+        # A scale sees all tokens up to its own last one, so no mask is needed.
+        num_visible = num_cached
         attended = []
         for query_of_scale in query.split(list(lengths), dim=1):
-            # No mask is needed, because a scale sees all keys up to its own last one.
             num_visible += query_of_scale.shape[1]
             visible_key = key[:, :num_visible]
             visible_value = value[:, :num_visible]
@@ -255,17 +256,20 @@ class NextScaleTransformer(StrictLoadingMixin):
         is_first = cache is None or cache.get_seq_length() == 0
         check_number_of_codes(codes, sizes, is_first=is_first)
         condition = self.class_emb(class_labels).unsqueeze(1)  # (batch, 1, width)
+        # Tokens of each part of the sequence: of the caption, if any, and of the scales
+        parts: list[torch.Tensor] = []
+        caption_length = 0
+        if is_first and self._reads_captions(text):
+            caption = self.text_emb(text) + self.text_pos  # (batch, max_text_length, width)
+            caption_length = caption.shape[1]
+            parts.append(caption)
         if is_first:
-            caption = self._embed_caption(text)
             start = condition + self.pos_start  # (batch, 1, width)
             inputs = [start] + self._embed_codes(codes, sizes[1:], condition.dtype)
         else:
-            caption = []
             inputs = self._embed_codes(codes, sizes, condition.dtype)
-        tokens_of_scales = []
         for tokens, size in zip(inputs, sizes, strict=True):
-            tokens_of_scales.append(tokens + self._positions(size))  # (batch, height * width, width of the model)
-        parts = caption + tokens_of_scales
+            parts.append(tokens + self._positions(size))  # (batch, height * width, width of the model)
         lengths = [part.shape[1] for part in parts]
         hidden = torch.cat(parts, dim=1)  # (batch, tokens, width)
         for block in self.blocks:
@@ -273,7 +277,6 @@ class NextScaleTransformer(StrictLoadingMixin):
                 hidden = self._gradient_checkpointing_func(block, hidden, condition, lengths, cache)
             else:
                 hidden = block(hidden, condition, lengths, cache)
-        caption_length = sum(part.shape[1] for part in caption)
         hidden = hidden[:, caption_length:]  # the tokens of the scales
         logits = self.head(self.head_nm(hidden, condition)).float()
         if not return_dict:
@@ -290,16 +293,14 @@ class NextScaleTransformer(StrictLoadingMixin):
             tokens.append(self.word_embed(resized.to(dtype)))
         return tokens
 
-    def _embed_caption(self, text: torch.Tensor | None) -> list[torch.Tensor]:
-        """Tokens `(batch, length, width)` of the caption before the first scale; an empty list without captions."""
+    def _reads_captions(self, text: torch.Tensor | None) -> bool:
+        """Whether the model reads captions. Raises ValueError unless `text` `(batch, length)` fits that."""
         length = self.config["max_text_length"]
-        if text is None:
-            if length:
-                raise ValueError(f"`text` must be captions of {length} tokens, got none.")
-            return []
-        if text.shape[1] != length:
+        if text is None and length > 0:
+            raise ValueError(f"`text` must be captions of {length} tokens, got none.")
+        if text is not None and text.shape[1] != length:
             raise ValueError(f"`text` must be captions of {length} tokens, got {text.shape[1]} tokens.")
-        return [self.text_emb(text) + self.text_pos]
+        return text is not None
 
     def _positions(self, size: Size) -> torch.Tensor:
         """Positions of a scale, `(1, height * width, width of the model)`."""
@@ -307,18 +308,22 @@ class NextScaleTransformer(StrictLoadingMixin):
         return resized.flatten(2).transpose(1, 2)
 
     def _initialise(self) -> None:
-        """Draws the weights as FlexVAR does."""
+        """Draws the weights as FlexVAR does. The positions of the scales and the factors of queries stay."""
         width = self.pos_start.shape[-1]
         std = math.sqrt(1 / (3 * width))
-        for name, weight in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(weight)
-            elif name.endswith("weight") or name in ("pos_start", "text_pos"):
+        for name, parameter in self.named_parameters():
+            is_bias = name.endswith("bias")
+            is_drawn = name.endswith("weight") or name in ("pos_start", "text_pos")
+            if is_bias:
+                nn.init.zeros_(parameter)
+            elif is_drawn:
                 gain = initial_gain(name, len(self.blocks))
-                nn.init.trunc_normal_(weight, std=gain * std)
-            if name.startswith("blocks.") and name.endswith(MODULATION_WEIGHT):
-                gates = weight.detach()[: 2 * width]  # the first third: gate1 and gate2 of `NextScaleBlock`
-                nn.init.trunc_normal_(gates, std=GATE_GAIN * std)
+                nn.init.trunc_normal_(parameter, std=gain * std)
+            modulates_block = name.startswith("blocks.") and name.endswith(MODULATION_WEIGHT)
+            if modulates_block:
+                # `NextScaleBlock` computes six vectors of `width` by this weight. The first two are its gates.
+                weight_of_gates = parameter.detach()[: 2 * width]  # (2 * width, width)
+                nn.init.trunc_normal_(weight_of_gates, std=GATE_GAIN * std)
 
 
 def initial_gain(name: str, num_blocks: int) -> float:
@@ -335,12 +340,12 @@ def initial_gain(name: str, num_blocks: int) -> float:
 
 def check_number_of_codes(codes: Sequence[torch.Tensor], sizes: Sequence[Size], *, is_first: bool) -> None:
     """Raises ValueError unless there are codes for each scale, except for the first scale of an image."""
-    expected = len(sizes) - 1 if is_first else len(sizes)
-    if len(codes) != expected:
-        exception = " but the first" if is_first else ""
+    if is_first and len(codes) != len(sizes) - 1:
         raise ValueError(
-            f"`codes` must hold the codes before each of the {len(sizes)} scales{exception}, got {len(codes)}."
+            f"`codes` must hold the codes before each of the {len(sizes)} scales but the first, got {len(codes)}."
         )
+    if not is_first and len(codes) != len(sizes):
+        raise ValueError(f"`codes` must hold the codes before each of the {len(sizes)} scales, got {len(codes)}.")
 
 
 def modulate(hidden: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -373,9 +378,11 @@ def resize_codes(codes: torch.Tensor, size: Size) -> torch.Tensor:
 def initial_positions(side: int, width: int) -> torch.Tensor:
     """Grid of sines of the rows in even channels, and cosines of the columns in odd ones, `(1, width, side, side)`."""
     channels = torch.arange(width)
-    frequencies = POSITION_PERIOD ** (-2 * (channels // 2) / width)
+    pairs = channels // 2  # neighbouring channels have one frequency
+    frequencies = POSITION_PERIOD ** (-2 * pairs / width)
     angles = frequencies[:, None] * torch.arange(side)  # (width, side)
-    rows = angles.sin()[:, :, None]  # (width, side, 1)
-    columns = angles.cos()[:, None, :]  # (width, 1, side)
-    is_even = (channels % 2 == 0)[:, None, None]
-    return torch.where(is_even, rows, columns).unsqueeze(0)
+    sines_of_rows = angles.sin()[:, :, None]  # (width, side, 1)
+    cosines_of_columns = angles.cos()[:, None, :]  # (width, 1, side)
+    is_even = (channels % 2 == 0)[:, None, None]  # (width, 1, 1)
+    grid = torch.where(is_even, sines_of_rows, cosines_of_columns)  # (width, side, side)
+    return grid.unsqueeze(0)

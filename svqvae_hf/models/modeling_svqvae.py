@@ -140,15 +140,17 @@ class AttnBlock(nn.Module, AttentionModuleMixin):
             key, value = self.keys_and_values(normed, images=windows)
         else:
             key, value = shared.keys_and_values(self, normed)
-        # Not `len(key)`, which a traced graph would keep as the number of the example.
-        query = to_positions(self.q(normed), images=key.shape[0])
+        images = key.shape[0]  # not `len(key)`, which a traced graph would keep as the number of the example
+        query = to_positions(self.q(normed), images)
         attended = self.processor(query, key, value)  # (images, positions, 1, channels)
         by_window = attended.reshape(windows, -1, channels).transpose(1, 2)  # (windows, channels, h * w)
         return hidden + self.proj_out(by_window.reshape(hidden.shape))
 
     def keys_and_values(self, normed: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `(images, positions, 1, channels)`."""
-        return to_positions(self.k(normed), images), to_positions(self.v(normed), images)
+        key = to_positions(self.k(normed), images)
+        value = to_positions(self.v(normed), images)
+        return key, value
 
 
 def to_positions(hidden: torch.Tensor, images: int) -> torch.Tensor:
@@ -226,6 +228,7 @@ class ResolutionBlock(nn.Module):
         return hidden
 
     def _run_block(self, block: nn.Module, hidden: torch.Tensor, shared: TileContext | None) -> torch.Tensor:
+        """Runs a block, with gradient checkpointing if it is on."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, hidden, shared)
         return block(hidden, shared)
@@ -319,11 +322,14 @@ def margins_of_levels(num_levels: int, num_blocks: int) -> list[int]:
     # Each 3 x 3 convolution reads one position on each side. A residual block has two of them. One more follows the
     # blocks of a level: in its upsampling, or at the end of the decoder.
     margin_of_convolutions = 2 * num_blocks + 1
-    margins = [0]  # from the last level to the first
+    margin = 0  # of the last level
+    margins = [margin]  # from the last level to the first
     for _ in range(num_levels - 1):
-        margin_after_upsampling = margins[-1]
-        margins.append(margin_of_convolutions + margin_after_upsampling // 2)
-    return margins[::-1]
+        margin_before_upsampling = margin // 2
+        margin = margin_of_convolutions + margin_before_upsampling
+        margins.append(margin)
+    margins.reverse()
+    return margins
 
 
 def middle_blocks(channels: int, num_groups: int, dropout: float) -> nn.ModuleList:
@@ -479,8 +485,10 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             quantized, _, _ = self.quantize(h)
         else:
             check_ids(h, self.config, shape)
-            shape_of_codes = (*h.shape, self.config["codebook_embed_dim"]) if shape is None else shape
-            quantized = self.quantize.get_codebook_entry(h.long(), shape_of_codes)
+            if shape is None:
+                batch, height, width = h.shape
+                shape = (batch, height, width, self.config["codebook_embed_dim"])
+            quantized = self.quantize.get_codebook_entry(h.long(), shape)
         sample = self._decode(quantized.to(self.dtype), self._check_tiles(tiles))
         if not return_dict:
             return (sample,)
@@ -550,9 +558,9 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             `torch.Tensor` or `list[torch.Tensor]`: Ids `(batch, h, w)` in int64. For several scales, a list with one
             grid per scale, in the same order. The shape of a grid does not depend on `scale_from`.
         """
-        checked = [1.0] if scales is None else check_scales(scales)
-        latents = self.encode_scales(sample, checked, scale_from, tiles)
-        grids = [self.quantize.nearest_ids(latents_of_scale) for latents_of_scale in latents]
+        list_of_scales = [1.0] if scales is None else check_scales(scales)
+        latents_of_scales = self.encode_scales(sample, list_of_scales, scale_from, tiles)
+        grids = [self.quantize.nearest_ids(latents) for latents in latents_of_scales]
         if is_list_of_scales(scales):
             return grids
         return grids[0]
@@ -631,25 +639,26 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             latents_along_tile = check_scales(patch_nums, "`patch_nums`")
             scales = [patch_num * self.f / tile_size for patch_num in latents_along_tile]
             scale_from = "latents"
-        checked = [1.0] if scales is None else check_scales(scales)
+        list_of_scales = [1.0] if scales is None else check_scales(scales)
         tiles = self.tiles_of_call(tile_size, overlap)
-        latents = self.encode_scales(sample, checked, scale_from, tiles)
+        latents_of_scales = self.encode_scales(sample, list_of_scales, scale_from, tiles)
+        # One entry per scale in each list
         samples: list[torch.Tensor] = []
         losses: list[Any] = []
         ids: list[torch.Tensor] = []
-        for scale, latents_of_scale in zip(checked, latents, strict=True):
+        for scale, latents in zip(list_of_scales, latents_of_scales, strict=True):
             if force_not_quantize:
-                quantized = self.quantize.normalise(latents_of_scale)
+                quantized = self.quantize.normalise(latents)
             else:
-                quantized, losses_of_scale, (_, _, flat_ids) = self.quantize(latents_of_scale)
-                batch, _, height, width = latents_of_scale.shape
+                quantized, losses_of_scale, (_, _, flat_ids) = self.quantize(latents)
+                batch, _, height, width = latents.shape
                 losses.append(losses_of_scale)
                 ids.append(flat_ids.view(batch, height, width))
             decoded = self._decode(quantized, tiles)
             samples.append(self.resize_to_image(decoded, sample.shape[-2:], scale))
         if not return_dict:  # the tuple of the original
             losses = self._add_usage(losses, ids)
-        output = SVQVAEOutput(samples, losses, latents, ids)
+        output = SVQVAEOutput(samples, losses, latents_of_scales, ids)
         if not is_list_of_scales(scales):
             output = first_scale(output)
         if not return_dict:
@@ -679,8 +688,8 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             `torch.Tensor`: `(batch, out_channels, round(scale * height), round(scale * width))`, at least one pixel
             per side, clamped to `pixel_range` in evaluation mode.
         """
-        padded = [math.ceil(side / self.f) * self.f for side in image_size]
-        resized = resize(decoded, scaled_size(padded, scale), "bilinear", antialias=True)
+        padded_size = [math.ceil(side / self.f) * self.f for side in image_size]
+        resized = resize(decoded, scaled_size(padded_size, scale), "bilinear", antialias=True)
         height, width = scaled_size(image_size, scale)
         cropped = resized[..., :height, :width]
         if self.training:
@@ -695,9 +704,12 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
 
 
 def first_scale(output: SVQVAEOutput) -> SVQVAEOutput:
-    """Output of one scale, without lists. A field is `None` if its list is empty."""
-    fields = {name: values[0] for name, values in output.items() if values}
-    return SVQVAEOutput(**fields)
+    """Output of the only scale, without lists. A field is `None` if its list is empty."""
+    values_of_scale = {}
+    for field, values in output.items():
+        if values:
+            values_of_scale[field] = values[0]
+    return SVQVAEOutput(**values_of_scale)
 
 
 def scaled_size(size: Sequence[int], scale: float) -> list[int]:

@@ -90,7 +90,7 @@ class SVQVAEProcessor(ProcessorMixin):
             image_vocabulary = ImageVocabulary.from_entries(image_vocabulary)
         check_same_codebook(vqvae, image_vocabulary)
         self.vocabulary = image_vocabulary
-        self.image_token_ids = list(range(self.vocabulary.first_token, self.vocabulary.stop))
+        self.image_token_ids = list(range(image_vocabulary.first_token, image_vocabulary.stop))
         self._check_tokenizer(tokenizer)
         self.vqvae = vqvae
         self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
@@ -118,9 +118,10 @@ class SVQVAEProcessor(ProcessorMixin):
         processor_dict.pop(PARTS_KEY, None)  # describes the files of this folder, not of one that is saved later
         ImageVocabulary.from_config(processor_dict)  # raises if the config has no image tokens
         source = os.fspath(pretrained_model_name_or_path)
-        folder = os.path.join(kwargs.get("subfolder") or "", VQVAE_FOLDER)
+        subfolder = kwargs.get("subfolder") or ""
+        vqvae_folder = os.path.join(subfolder, VQVAE_FOLDER)
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        vqvae = cls.vqvae_class.from_pretrained(source, subfolder=folder, **hub_options)
+        vqvae = cls.vqvae_class.from_pretrained(source, subfolder=vqvae_folder, **hub_options)
         return arguments + [vqvae]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
@@ -164,10 +165,9 @@ class SVQVAEProcessor(ProcessorMixin):
         if text is None:
             raise ValueError(f"`text` must be given. For images alone, pass one `{PLACEHOLDER}` per image.")
         _check_texts(text)
-        if self._starts_with_bos(text):
-            is_set_by_caller = "add_special_tokens" in kwargs.get("text_kwargs", {})
-            if not is_set_by_caller:
-                kwargs.setdefault("add_special_tokens", False)
+        is_set_by_caller = "add_special_tokens" in kwargs.get("text_kwargs", {})
+        if self._starts_with_bos(text) and not is_set_by_caller:
+            kwargs.setdefault("add_special_tokens", False)
         features = super().__call__(images=images, text=text, **kwargs)
         for tokens in features["input_ids"]:
             self.vocabulary.split(torch.as_tensor(tokens))  # raises for malformed images
@@ -182,11 +182,11 @@ class SVQVAEProcessor(ProcessorMixin):
         return texts[0].startswith(bos)
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, ...]:
-        """Opens the images as Pillow images."""
-        layout = list(super().prepare_inputs_layout(text=text, **kwargs))  # images, text, ...
+        """Opens the images as Pillow images, in one list."""
+        _, *other_inputs = super().prepare_inputs_layout(text=text, **kwargs)  # images, text, ...
         if images is not None:
-            layout[0] = [self._open(image) for image in _flatten(images)]
-        return tuple(layout)
+            images = [self._open(image) for image in _flatten(images)]
+        return (images, *other_inputs)
 
     def _process_images(self, images: Any, grid: Any = None, **_: Any) -> tuple[dict[str, Any], list[str]]:
         """Returns no features of the images, and the texts that replace their placeholders."""
@@ -236,8 +236,12 @@ class SVQVAEProcessor(ProcessorMixin):
     def decode_images(self, grids: Sequence[torch.Tensor]) -> list[Image.Image]:
         """Decodes ids, one grid `(h, w)` per image, to Pillow images."""
         device = execution_device(self.vqvae)
-        samples = [self.vqvae.decode_tokens(ids[None].to(device)) for ids in grids]
-        return [self.image_processor.postprocess(sample)[0] for sample in samples]
+        images = []
+        for ids in grids:
+            batch = ids.unsqueeze(0).to(device)  # (1, h, w)
+            sample = self.vqvae.decode_tokens(batch)
+            images += self.image_processor.postprocess(sample)
+        return images
 
     def image_text(self, ids: torch.Tensor) -> str:
         """Text whose tokens are an image with ids `(h, w)`, such as ids of a token set."""
@@ -282,16 +286,17 @@ class SVQVAEProcessor(ProcessorMixin):
             tokens_of_texts = parts[::2]
             ids_of_images = parts[1::2]
             images = self.decode_images(ids_of_images)
-            num_begun = int((sequence == self.vocabulary.begin).sum())
-            if num_begun > len(images):
+            num_begins = int((sequence == self.vocabulary.begin).sum())
+            is_cut_off = num_begins > len(images)
+            if is_cut_off:
                 warnings.warn(
                     f"sequence {number} ends inside an image, which is left out. Raise `max_new_tokens`.", stacklevel=2
                 )
             if generation_mode == "image":
                 results.append(images)
-                continue
-            texts = [self.tokenizer.decode(part, skip_special_tokens, **kwargs) for part in tokens_of_texts]
-            results.append(_interleave(texts, images))
+            else:
+                texts = [self.tokenizer.decode(text, skip_special_tokens, **kwargs) for text in tokens_of_texts]
+                results.append(_interleave(texts, images))
         return results
 
     def _open(self, image: Any) -> Image.Image:

@@ -104,17 +104,17 @@ def find_nearest(latents: torch.Tensor, codes: torch.Tensor, l2_norm: bool) -> t
     has the largest z e.
     """
     scores_at_once = SEARCH_SCORES if latents.device.type == "cpu" else SEARCH_SCORES_GPU
-    rows = max(1, scores_at_once // len(codes))
-    # Chunks of equal size: a small remainder would use another kernel and round differently.
-    num_chunks = -(-len(latents) // rows)
+    rows_at_once = max(1, scores_at_once // len(codes))
+    num_chunks = -(-len(latents) // rows_at_once)  # rounded up
     half_squares = codes.square().sum(-1) / 2  # (size,)
-    ids = []
+    ids_of_chunks = []
+    # Chunks of equal size: a small remainder would use another kernel and round differently.
     for chunk in latents.tensor_split(num_chunks):
         scores = chunk @ codes.T  # (rows, size)
         if not l2_norm:
             scores = scores - half_squares
-        ids.append(scores.argmax(-1))
-    return torch.cat(ids)
+        ids_of_chunks.append(scores.argmax(-1))
+    return torch.cat(ids_of_chunks)
 
 
 class VectorQuantizer(nn.Module):
@@ -222,15 +222,16 @@ class VectorQuantizer(nn.Module):
         if self.entropy_loss_ratio == 0 or not self.training:
             return flat.new_zeros(())
         all_ids = torch.arange(self.size, device=flat.device)
-        distances = torch.cdist(flat, self.embedding.lookup(all_ids)).square()  # (latents, size)
-        log_probs = F.log_softmax(-distances / ENTROPY_TEMPERATURE, dim=-1)
+        codes = self.embedding.lookup(all_ids)  # (size, dim)
+        squared_distances = torch.cdist(flat, codes).square()  # (latents, size)
+        log_probs = F.log_softmax(-squared_distances / ENTROPY_TEMPERATURE, dim=-1)
         probs = log_probs.exp()
-        mean_probs = _mean_over_processes(probs.mean(0))
         entropy = -(probs * log_probs).sum(-1).mean()
+        mean_probs = _mean_over_processes(probs.mean(0))  # (size,)
         smallest = torch.finfo(mean_probs.dtype).tiny
         log_mean_probs = mean_probs.clamp(min=smallest).log()  # finite for unused codes, too
-        negative_entropy_of_mean = (mean_probs * log_mean_probs).sum()
-        return self.entropy_loss_ratio * (entropy + negative_entropy_of_mean)
+        entropy_of_mean = -(mean_probs * log_mean_probs).sum()
+        return self.entropy_loss_ratio * (entropy - entropy_of_mean)
 
 
 def flatten_latents(latents: torch.Tensor) -> torch.Tensor:

@@ -59,24 +59,23 @@ def tile_axis(length: int, tile: int, overlap: int) -> list[tuple[slice, slice]]
         overlap (`int`): Overlap on each side, at least 0.
     """
     if length <= tile:
-        return [(slice(0, length), slice(0, length))]
-    # `count` windows, of which neighbours share `shared` positions, reach over
-    # `count * window - (count - 1) * shared` positions, which must be at least `length`.
+        whole = slice(0, length)
+        return [(whole, whole)]
+    # `count` windows whose neighbours share `shared` positions cover `count * window - (count - 1) * shared`
+    # positions, which must be at least `length`.
     shared = 2 * overlap
     count = divide_rounding_up(length - shared, tile - shared)
     window = divide_rounding_up(length + shared * (count - 1), count)
     starts = _spread(length - window, count)
+    core_stops = []
+    for start, next_start in itertools.pairwise(starts):
+        stop = start + window
+        core_stops.append((next_start + stop) // 2)  # in the middle of the positions that both windows have
+    core_stops.append(length)
     windows_and_cores = []
     core_start = 0
-    for number, start in enumerate(starts):
-        stop = start + window
-        is_last = number + 1 == count
-        if is_last:
-            core_stop = length
-        else:
-            start_of_next = starts[number + 1]
-            core_stop = (start_of_next + stop) // 2  # in the middle of the positions that both windows have
-        windows_and_cores.append((slice(start, stop), slice(core_start, core_stop)))
+    for start, core_stop in zip(starts, core_stops, strict=True):
+        windows_and_cores.append((slice(start, start + window), slice(core_start, core_stop)))
         core_start = core_stop
     return windows_and_cores
 
@@ -90,14 +89,17 @@ def window_origins(size: Sequence[int], side: int, count: int) -> list[tuple[int
         count (`int`): Maximum number of windows; fewer where they cover the image.
     """
     height, width = size
+    # More rows or columns than these would only repeat what the others cover.
     rows_that_cover = divide_rounding_up(height, side)
     columns_that_cover = divide_rounding_up(width, side)
-    # A grid of `count` windows with rows / columns = height / width
+    # rows * columns = count and rows / columns = height / width give rows = sqrt(count * height / width).
     rows_in_proportion = max(1, round((count * height / width) ** 0.5))
     rows = min(rows_in_proportion, rows_that_cover, count)
     columns = min(count // rows, columns_that_cover)
-    tops = _spread(max(0, height - side), rows)
-    lefts = _spread(max(0, width - side), columns)
+    lowest_top = max(0, height - side)
+    rightmost_left = max(0, width - side)
+    tops = _spread(lowest_top, rows)
+    lefts = _spread(rightmost_left, columns)
     return list(itertools.product(tops, lefts))
 
 
@@ -105,7 +107,8 @@ def _spread(last_start: int, count: int) -> list[int]:
     """Starts of `count` windows at equal distances, from 0 to `last_start`. A single window is centred."""
     if count == 1:
         return [last_start // 2]
-    return [round(number * last_start / (count - 1)) for number in range(count)]
+    num_steps = count - 1  # from the first start to the last
+    return [round(number * last_start / num_steps) for number in range(count)]
 
 
 def divide_rounding_up(dividend: int, divisor: int) -> int:
@@ -144,21 +147,22 @@ class TiledRun:
 
 def sample_windows(run: TiledRun) -> WindowSample:
     """Runs a network over a sample of windows of an image, as one batch, and returns what they gathered."""
+    image_height, image_width = run.size
     side = min(CONTEXT_WINDOW_SIDE, run.tile)
-    height = min(side, run.size[0])
-    width = min(side, run.size[1])
+    height = min(side, image_height)
+    width = min(side, image_width)
     windows = []
     cut_sides = []
     for top, left in window_origins(run.size, side, CONTEXT_WINDOWS):
         area = Area(slice(top, top + height), slice(left, left + width))
-        windows.append(run.read_area(area))
-        cut_sides.append(CutSides.of(area, run.size))
+        windows.append(run.read_area(area))  # (images, channels, height, width)
+        cut_sides.append(CutSides.of_window(area, run.size))
     by_image = torch.stack(windows, dim=1)  # (images, windows, channels, height, width)
     images = len(by_image)
-    core = Area(_core_of_window(run.size[0], side), _core_of_window(run.size[1], side))
+    core = Area(_core_of_window(image_height, side), _core_of_window(image_width, side))
     cuts = make_cuts(cut_sides * images, by_image)  # the same windows in each image
     sample = WindowSample((height, width), core, cuts, images=images)
-    run.network(by_image.flatten(0, 1), sample)
+    run.network(by_image.flatten(0, 1), sample)  # fills the sample
     return sample
 
 
@@ -294,10 +298,12 @@ class TilingMixin(ModelMixin):
         return Tiles(tile_size, overlap)
 
     def _encode(self, sample: torch.Tensor, tiles: Tiles | None) -> torch.Tensor:
+        """Encodes images of any size to latents, whole or tile by tile."""
         padded = pad_to_multiple(sample, self.f)
         return self._run(self.encode_window, padded, tiles, input_stride=self.f, output_stride=1)
 
     def _decode(self, quantized: torch.Tensor, tiles: Tiles | None) -> torch.Tensor:
+        """Decodes quantised latents to images, whole or tile by tile."""
         return self._run(self.decode_window, quantized, tiles, input_stride=1, output_stride=self.f)
 
     def encode_window(self, window: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
@@ -337,9 +343,10 @@ class TilingMixin(ModelMixin):
             return torch.cat(results)
         if tiles is None:
             return network(source)
-        tile = tiles.tile_size // self.f  # in latents
+        # In latents
+        tile = tiles.tile_size // self.f
         overlap = tiles.overlap // self.f
-        longer_side = max(source.shape[-2:]) // input_stride  # in latents
+        longer_side = max(source.shape[-2:]) // input_stride
         if longer_side <= tile:
             return network(source)
         if torch.is_grad_enabled() and self.is_gradient_checkpointing:
