@@ -42,12 +42,14 @@ def copy_images(parts: Sequence[ImagePart], features: datasets.Features, fingerp
     text = datasets.Value("string")
     image = {"path": text, "bytes": datasets.Value("binary"), "fault": text}
     columns = datasets.Features({KEY: text, IMAGE: image, **features})
-    name = value_digest([fingerprint, str(columns)])[:16]
-    sources = {"parts": tuple(parts)}
-    return CopiedRows(datasets.Dataset.from_generator(_rows, columns, gen_kwargs=sources, fingerprint=name))
+    copy_fingerprint = value_digest([fingerprint, str(columns)])[:16]
+    arguments = {"parts": tuple(parts)}  # of `_rows`
+    rows = datasets.Dataset.from_generator(_rows, columns, gen_kwargs=arguments, fingerprint=copy_fingerprint)
+    return CopiedRows(rows)
 
 
 def _rows(parts: Sequence[ImagePart]) -> Iterator[dict[str, Any]]:
+    """Yields the rows of the copy."""
     for part in parts:
         for row in part.read():
             yield {KEY: row.key, IMAGE: _embedded(row.source), **row.values}
@@ -57,8 +59,9 @@ def _embedded(source: ImageSource) -> dict[str, Any]:
     """An image as it is stored in the copy, with the bytes of an image at a URL."""
     image: dict[str, Any] = {"path": None, "bytes": None, "fault": None}
     if isinstance(source, dict):
-        image |= source
-    is_unread = image["bytes"] is None and image["fault"] is None
-    if is_unread and is_url(image["path"] or ""):
+        image.update(source)
+    has_content = image["bytes"] is not None or image["fault"] is not None
+    is_at_url = image["path"] is not None and is_url(image["path"])
+    if is_at_url and not has_content:
         image["bytes"] = read_bytes(image["path"])
     return image

@@ -63,12 +63,13 @@ class FileRows(IndexedRows):
         encoded_keys = [os.fsencode(key) for key in keys]
         self.keys = pa.array(encoded_keys, pa.binary())  # small, because it is copied to workers
         self.features = datasets.Features()
-        labels = sorted({readable(folder) for folder in folders})
-        if labels != ["."]:
-            number_of_label = {label: number for number, label in enumerate(labels)}
-            numbers = [number_of_label[readable(folder)] for folder in folders]
-            self.labels = np.array(numbers, np.int32)
-            self.features["label"] = datasets.ClassLabel(names=labels)
+        folder_names = [readable(folder) for folder in folders]
+        class_names = sorted(set(folder_names))
+        has_classes = class_names != ["."]  # the root itself
+        if has_classes:
+            label_type = datasets.ClassLabel(names=class_names)
+            self.labels = np.array(label_type.str2int(folder_names), np.int32)
+            self.features["label"] = label_type
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -159,8 +160,8 @@ def row_key(source: Any, root: str, default: str) -> str:
     """
     if not isinstance(source, Mapping) or not source["path"]:
         return default
-    path = source["path"].partition("::")[0]
-    key = re.sub(NOT_PART_OF_A_KEY, "", path)
+    path_in_archive, _, _ = source["path"].partition("::")  # of `path::archive`, or the whole path
+    key = re.sub(NOT_PART_OF_A_KEY, "", path_in_archive)
     if os.path.isabs(key):
         return os.path.relpath(key, root)
     return key

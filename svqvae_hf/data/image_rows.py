@@ -72,13 +72,16 @@ def read_image(source: ImageSource | ImageRow) -> Image.Image:
         return to_rgb(source)
     if isinstance(source, str | Path):
         return load_image(source)
-    if source is not None and source.get("fault"):
-        raise ValueError(source["fault"])
-    if source is None or (source.get("bytes") is None and source.get("path") is None):
+    fields = {} if source is None else source
+    if fields.get("fault"):
+        raise ValueError(fields["fault"])
+    if fields.get("bytes") is not None:
+        content = fields["bytes"]
+    elif fields.get("path") is not None:
+        content = read_bytes(fields["path"])
+    else:
         raise ValueError("the row must hold an image, with `bytes` or a `path`, but has neither.")
-    if source.get("bytes") is not None:
-        return load_image(io.BytesIO(source["bytes"]))
-    return load_image(io.BytesIO(read_bytes(source["path"])))
+    return load_image(io.BytesIO(content))
 
 
 def read_bytes(path: str) -> bytes:
@@ -95,15 +98,17 @@ def read_bytes(path: str) -> bytes:
 
 
 def _read_start(path: str) -> bytes:
-    """Reads one byte more than an image may have."""
+    """Reads a file up to one byte more than an image may have, which shows that it has more."""
+    num_bytes = MAX_MEMBER_BYTES + 1
+    is_in_local_archive = "::/" in path
     if not is_url(path):
         with open(path, "rb") as file:
-            return file.read(MAX_MEMBER_BYTES + 1)
-    if "::/" in path:  # in an archive on this machine
+            return file.read(num_bytes)
+    if is_in_local_archive:
         with fsspec.open(path, "rb") as file:
-            return file.read(MAX_MEMBER_BYTES + 1)
+            return file.read(num_bytes)
     with explained(path, "read"), fsspec.open(path, "rb") as file:
-        return file.read(MAX_MEMBER_BYTES + 1)
+        return file.read(num_bytes)
 
 
 def fault_of(error: Exception) -> str:

@@ -80,13 +80,13 @@ class ImageSet:
         """Returns the set of the first images, as one part."""
         if count < 1:
             raise ValueError(f"`max_images` must be at least 1, got {count}.")
-        length = count
-        if self.length is not None:
-            length = min(count, self.length)
-        part: ImagePart = FirstRows(self, count)
-        if self.rows is not None:
+        length = count if self.length is None else min(count, self.length)
+        part: ImagePart
+        if self.rows is None:
+            part = FirstRows(self, count)
+        else:
             part = RowRange(self.rows, 0, length)
-        return ImageSet([part], self.features, self.files, self.image_column, length, count)
+        return ImageSet([part], self.features, self.files, self.image_column, length, first_images=count)
 
     @property
     def max_parts(self) -> int:
@@ -132,7 +132,7 @@ def open_images(
         split (`str`, *optional*): Split of the set; required if it has several. Subfolders named as splits are splits.
         image_column (`str`, *optional*): Column of the images, or their suffix in tar files. By default it is found by
             its type, and of several the one named `image`.
-        columns (`Sequence[str]`): Other columns to keep, in addition to those of [`LABEL_COLUMNS`] that the set has.
+        columns (`Sequence[str]`): Other columns to keep, in addition to the [`LABEL_COLUMNS`] that the set has.
             Image files in several folders have the column `label`, the name of the folder.
         keep_labels (`bool`, defaults to `True`): Whether to keep the columns of [`LABEL_COLUMNS`]. Tar files in which
             one of them is missing at first are an error then.
@@ -179,6 +179,7 @@ def _with_slash(name: str) -> str:
 
 
 def _copy(images: ImageSet, name: str) -> ImageSet:
+    """Copies a stream, for random access. `name` names the set in errors."""
     with explained_set(name):
         rows = copy_images(images.parts, images.features, images.fingerprint)
     return ImageSet([rows], images.features, images.files, images.image_column, len(rows))
@@ -203,21 +204,27 @@ def _open_files(names: Sequence[str], selection: Selection) -> ImageSet:
 
 
 def _open_images(files: SetFiles, selection: Selection) -> ImageSet:
+    """Opens image files, whose labels are the names of their folders."""
     rows = FileRows(files.root, files.keys(), files.folders)
     selection.check_columns(["image", *rows.features])
     return ImageSet([rows], rows.features, files, length=len(rows))
 
 
 def _open_captioned_images(files: SetFiles, selection: Selection) -> ImageSet:
-    table = read_metadata([file.path for file in files.metadata], files.root)
+    """Opens image files whose captions and labels lie in metadata files."""
+    metadata_paths = [file.path for file in files.metadata]
+    table = read_metadata(metadata_paths, files.root)
     selection.check_columns(["image", *table.features])
-    columns = [name for name in table.features if selection.keeps(name)]
-    features = datasets.Features({name: table.features[name] for name in columns})
-    rows = CaptionedRows(files.root, table, columns)
+    features = datasets.Features()
+    for column, feature in table.features.items():
+        if selection.keeps(column):
+            features[column] = feature
+    rows = CaptionedRows(files.root, table, list(features))
     return ImageSet([rows], features, files, length=len(rows))
 
 
 def _open_tables(files: SetFiles, selection: Selection) -> ImageSet:
+    """Opens Parquet or Arrow files."""
     parts, features = open_tables(files.paths(), files.root, selection)
     return ImageSet(parts, features, files, parts[0].image_column)
 

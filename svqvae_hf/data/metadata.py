@@ -79,7 +79,8 @@ def _add_types(features: datasets.Features, schema: pa.Schema, file: str) -> Non
 
 
 def _read_table(file: str) -> pa.Table:
-    suffix = os.path.splitext(file)[1]
+    """Reads a metadata file. Raises ValueError if it is damaged or has no column of file names."""
+    _, suffix = os.path.splitext(file)
     with explained(file, "read"):
         try:
             if suffix == ".csv":
@@ -129,13 +130,14 @@ def _read_json_lines(file: str) -> pa.Table:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 rows.append(parse_json_object(line, f"{file}, line {number}"))
-    columns: dict[str, list[Any]] = {}  # in the order in which the rows name them
+    names: list[str] = []  # of the columns, in the order in which the rows name them
     for row in rows:
-        for column in row:
-            columns[column] = []
-    for column, cells in columns.items():
-        for row in rows:
-            cells.append(row.get(column))
+        for name in row:
+            if name not in names:
+                names.append(name)
+    columns = {}
+    for name in names:
+        columns[name] = [row.get(name) for row in rows]
     return pa.table(columns)
 
 
@@ -146,5 +148,6 @@ def _keys_of_images(table: pa.Table, file: str, root: str) -> list[str]:
     for row, name in enumerate(table[FILE_NAME].to_pylist()):
         if not isinstance(name, str) or not name:
             raise ValueError(f"`{FILE_NAME}` in `{file}` must be a text in each row, got {name!r:.40} in row {row}.")
-        keys.append(os.path.normpath(os.path.join(folder, name)))
+        path = os.path.join(folder, name)
+        keys.append(os.path.normpath(path))
     return keys

@@ -69,16 +69,19 @@ class StreamPart:
             self._check_classes(self.table)
         try:
             shard = self.rows.shard(self.rows.num_shards, self.number)
-            for index, batch in enumerate(shard.iter(1)):  # its `__iter__` would share rows among a loader's workers
+            # Batches of one row, because iteration over rows would share them among the workers of a loader.
+            for index, batch in enumerate(shard.iter(batch_size=1)):
                 row = {name: values[0] for name, values in batch.items()}
-                source = confine_row(row.pop(self.image_column), self.repository)
-                yield ImageRow(row_key(source, self.root, f"{self.number}-{index}"), source, row)
+                image = row.pop(self.image_column)
+                source = confine_row(image, self.repository)
+                key = row_key(source, self.root, default=f"{self.number}-{index}")
+                yield ImageRow(key, source, values=row)
         except (ValueError, OSError, pa.ArrowException) as error:
             if is_unreachable(error, is_remote=self.repository is not None):
                 raise
             reason = fault_of(error).removesuffix(".")
-            columns = [name for name in self.rows.features if name != self.image_column]
-            yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", columns)
+            other_columns = [name for name in self.rows.features if name != self.image_column]
+            yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", other_columns)
 
     def _check_classes(self, table: str) -> None:
         """Raises ValueError if a file has other classes, whose numbers `datasets` would take for classes of the set.
@@ -113,7 +116,11 @@ class RepositoryFiles:
     def inputs(self) -> list[InputIdentity]:
         """Identity of each file. Its version holds the revision of the repository, or the time of a local file."""
         version = str(self.builder.config.data_files[self.split].origin_metadata)
-        return [InputIdentity(path.removeprefix(self.root), 0, version) for path in self.paths()]
+        identities = []
+        for path in self.paths():
+            key = path.removeprefix(self.root)
+            identities.append(InputIdentity(key, size=0, version=version))
+        return identities
 
     @property
     def are_tars(self) -> bool:
@@ -122,11 +129,14 @@ class RepositoryFiles:
 
     def check_order(self) -> None:
         """Raises ValueError if the order of the images would differ from process to process."""
-        metadata = [path for path in self.paths() if os.path.basename(path) in METADATA_FILES]
-        if len(metadata) > 1:
+        num_metadata_files = 0
+        for path in self.paths():
+            if os.path.basename(path) in METADATA_FILES:
+                num_metadata_files += 1
+        if num_metadata_files > 1:
             raise ValueError(
-                f"a split of a repository must have one metadata file, but `{self.split}` has {len(metadata)}, which "
-                "`datasets` reads in a random order. Download the set, and pass the folder with its images."
+                f"a split of a repository must have one metadata file, but `{self.split}` has {num_metadata_files}, "
+                "which `datasets` reads in a random order. Download the set, and pass the folder with its images."
             )
 
 
@@ -159,9 +169,7 @@ def open_stream(files: RepositoryFiles, name: str, selection: Selection) -> Open
         rows = files.builder.as_streaming_dataset(files.split)
     image_column, column_names = select_columns(rows.features or datasets.Features(), selection)
     features = datasets.Features({column: rows.features[column] for column in column_names})
-    length = None
-    if rows.info.splits and files.split in rows.info.splits:
-        length = rows.info.splits[files.split].num_examples or None
+    length = _known_length(rows, files.split)
     rows = rows.decode(False)  # otherwise a broken image of a folder on the Hub ends the stream
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     rows = rows.select_columns([image_column, *column_names])
@@ -169,10 +177,19 @@ def open_stream(files: RepositoryFiles, name: str, selection: Selection) -> Open
     has_shard_per_file = rows.num_shards == len(paths)
     parts = []
     for number in range(rows.num_shards):
-        part = StreamPart(rows, image_column, files.root, files.builder.repo_id, name, number, None)
+        part = StreamPart(rows, image_column, files.root, files.builder.repo_id, name, number, table=None)
         if has_shard_per_file:
-            part.name = os.path.basename(paths[number])
-        if has_shard_per_file and column_names and paths[number].endswith(TABLE_SUFFIXES):
-            part.table = paths[number]
+            path = paths[number]
+            part.name = os.path.basename(path)
+            if column_names and path.endswith(TABLE_SUFFIXES):  # columns of labels or captions
+                part.table = path
         parts.append(part)
     return OpenedStream(parts, image_column, features, length)
+
+
+def _known_length(rows: datasets.IterableDataset, split: str) -> int | None:
+    """Number of rows of a split, if the card of the set says it."""
+    splits = rows.info.splits
+    if not splits or split not in splits:
+        return None
+    return splits[split].num_examples or None  # 0 if it is not known

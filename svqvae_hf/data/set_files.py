@@ -189,17 +189,16 @@ class _Listing:
 
     def finish(self) -> None:
         """Warns of images that are left out. Raises FileNotFoundError if the folder has no others."""
-        unread_note = ""
+        if self.files and not self.unread:
+            return
         if self.unread:
             example = readable(self.unread[0])
-            unread_note = (
-                f"`{self.name}` has {len(self.unread):,} images in formats that are not read, such as `{example}`."
-            )
+            note = f"`{self.name}` has {len(self.unread):,} images in formats that are not read, such as `{example}`."
+        else:
+            note = "Pass images, shards or a folder of them, or a set on the Hub."
         if not self.files:
-            advice = unread_note or "Pass images, shards or a folder of them, or a set on the Hub."
-            raise FileNotFoundError(f"a set must hold images, but the folder has none: `{self.name}`. {advice}")
-        if self.unread:
-            logger.warning(f"{unread_note} They are left out. Convert them to JPEG or PNG to have them read.")
+            raise FileNotFoundError(f"a set must hold images, but the folder has none: `{self.name}`. {note}")
+        logger.warning(f"{note} They are left out. Convert them to JPEG or PNG to have them read.")
 
 
 def _list_name(name: str) -> list[_Listing]:
@@ -220,6 +219,7 @@ def _list_name(name: str) -> list[_Listing]:
 
 
 def _list_folder(name: str) -> _Listing:
+    """Lists the files of a folder on this machine and of its subfolders."""
     folder = os.path.abspath(name)
     listing = _Listing(name, folder)
     for key in walk_files(folder):
@@ -229,6 +229,7 @@ def _list_folder(name: str) -> _Listing:
 
 
 def _list_pattern(pattern: str) -> _Listing:
+    """Lists the files on this machine that a pattern matches."""
     matches = sorted(glob.glob(pattern, recursive=True))
     if not matches:
         raise FileNotFoundError(
@@ -317,9 +318,9 @@ def _version(info: Mapping[str, Any]) -> str:
 
 def _shards_of_split(listing: _Listing, folder: str, kind: str, split: str | None) -> SetFiles:
     """Shards of a folder that are of a split, by words in their paths."""
-    keys = [_key(folder, file) for file in listing.files]
-    keys_of_split = set(choose_shards(listing.name, folder, keys, split))
-    shards = [file for file in listing.files if _key(folder, file) in keys_of_split]
+    files_by_key = {_key(folder, file): file for file in listing.files}
+    keys_of_split = set(choose_shards(listing.name, folder, list(files_by_key), split))
+    shards = [file for key, file in files_by_key.items() if key in keys_of_split]
     return SetFiles(listing.name, folder, shards, _folders(folder, shards), kind, listing.metadata)
 
 
@@ -335,9 +336,9 @@ def _images_of_split(listing: _Listing, folder: str, split: str | None) -> SetFi
         is_above_split = root.startswith(os.path.dirname(file.path) + "/")
         if is_above_split:
             raise ValueError(f"metadata of `{folder}` must lie in the folders of its splits, not above them.")
-    files = [file for file in listing.files if file.path.startswith(f"{root}/")]
-    metadata = [file for file in listing.metadata if file.path.startswith(f"{root}/")]
-    return SetFiles(listing.name, root, files, _folders(root, files), "image", metadata)
+    images = _files_below(root, listing.files)
+    metadata = _files_below(root, listing.metadata)
+    return SetFiles(listing.name, root, images, _folders(root, images), "image", metadata)
 
 
 def _named_files(name: str, files: Iterable[SetFile], kind: str) -> SetFiles:
@@ -367,14 +368,24 @@ def _kind_of_all(listings: Sequence[_Listing]) -> str:
                 raise ValueError(f"`{file.path}` must be unpacked first, because zip files are not read.")
             kinds.add(kind_of(file.path) or "image")
     if len(kinds) > 1:
-        nouns = []
-        for kind in kinds:
-            nouns.append("images" if kind == "image" else f"{SUFFIXES[kind][0]} files")
+        listed = " and ".join(sorted(_plural(kind) for kind in kinds))
         raise ValueError(
-            f"files of a set must be of one kind, but are {' and '.join(sorted(nouns))}. "
-            "Choose some by a pattern such as `photos/*.jpg`."
+            f"files of a set must be of one kind, but are {listed}. Choose some by a pattern such as `photos/*.jpg`."
         )
     return kinds.pop()
+
+
+def _plural(kind: str) -> str:
+    """Words for files of a kind, such as `images` or `.tar files`."""
+    if kind == "image":
+        return "images"
+    suffix = SUFFIXES[kind][0]
+    return f"{suffix} files"
+
+
+def _files_below(folder: str, files: Sequence[SetFile]) -> list[SetFile]:
+    """Files in a folder and its subfolders."""
+    return [file for file in files if file.path.startswith(f"{folder}/")]
 
 
 def _key(root: str, file: SetFile) -> str:
@@ -389,13 +400,15 @@ def _folders(root: str, files: Sequence[SetFile]) -> list[str]:
 
 def _common_folder(files: Sequence[SetFile]) -> str:
     """Deepest folder above all files."""
-    schemes = {_scheme(file.path) for file in files}
-    if len(schemes) > 1:
-        raise ValueError(
-            f"files of a set must be on one file system, but `{files[0].path}` and others are on several."
-        )
-    scheme = schemes.pop()
-    folders = [os.path.dirname(file.path.removeprefix(scheme)) for file in files]
+    scheme = _scheme(files[0].path)
+    folders = []
+    for file in files:
+        if _scheme(file.path) != scheme:
+            raise ValueError(
+                f"files of a set must be on one file system, but `{files[0].path}` and others are on several."
+            )
+        path = file.path.removeprefix(scheme)
+        folders.append(os.path.dirname(path))
     return scheme + os.path.commonpath(folders)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,8 @@ def choose_folder(folder: str, keys: Iterable[str], split: str | None) -> str:
             f"the splits of `{folder}` must lie side by side, but are {listed}. Pass `{example}` and others like it."
         )
     path_of_split = {os.path.basename(path): path for path in folders.paths}
-    return path_of_split[choose_split(folder, list(path_of_split), split, f", or pass `{example}`")]
+    chosen_split = choose_split(folder, list(path_of_split), split, f", or pass `{example}`")
+    return path_of_split[chosen_split]
 
 
 @dataclass
@@ -93,6 +95,7 @@ class _SplitFolders:
 
 
 def _find_split_folders(keys: Iterable[str]) -> _SplitFolders:
+    """Finds the folders named as splits, on the paths of images relative to the folder of the set."""
     paths = set()
     key_outside = None
     folders_seen = set()
@@ -124,26 +127,27 @@ def choose_shards(name: str, folder: str, keys: Sequence[str], split: str | None
     Raises:
         ValueError: There is no such split, or a shard belongs to none.
     """
-    keys_of_split: dict[str, list[str]] = {}
-    keys_without: list[str] = []
+    keys_of_split: dict[str, list[str]] = defaultdict(list)
+    keys_without_split: list[str] = []
     for key in keys:
         shard_split = _split_of_path(key)
         if shard_split is None:
-            keys_without.append(key)
+            keys_without_split.append(key)
         else:
-            keys_of_split.setdefault(shard_split, []).append(key)
-    if not set(keys_of_split) - {"train"}:
+            keys_of_split[shard_split].append(key)
+    splits = sorted(keys_of_split)
+    if splits in ([], ["train"]):  # then all shards are of the split `train`
         choose_split(name, ["train"], split)
         return list(keys)
-    if keys_without:
-        listed = ", ".join(sorted(keys_of_split))
+    if keys_without_split:
         raise ValueError(
-            f"all shards of `{folder}` must be of its splits, {listed}, but `{keys_without[0]}` has no such word in "
-            "its name. Rename it, or pass files by a pattern."
+            f"all shards of `{folder}` must be of its splits, {', '.join(splits)}, but `{keys_without_split[0]}` has "
+            "no such word in its name. Rename it, or pass files by a pattern."
         )
-    splits = sorted(keys_of_split)
-    remedy = f", or pass the shards of one by a pattern such as `{folder}/{keys_of_split[splits[0]][0]}`"
-    return keys_of_split[choose_split(name, splits, split, remedy)]
+    first_shard = keys_of_split[splits[0]][0]
+    remedy = f", or pass the shards of one by a pattern such as `{folder}/{first_shard}`"
+    chosen_split = choose_split(name, splits, split, remedy)
+    return keys_of_split[chosen_split]
 
 
 def split_of_name(name: str) -> str | None:
@@ -156,6 +160,7 @@ def split_of_name(name: str) -> str | None:
 
 
 def _split_of_path(key: str) -> str | None:
+    """Split that the first such word in a path stands for."""
     for part in key.split("/"):
         split = split_of_name(part)
         if split is not None:
@@ -164,7 +169,7 @@ def _split_of_path(key: str) -> str | None:
 
 
 def _uppermost_split_folder(folder: str) -> str | None:
-    """Path of the uppermost folder that is named as a split, of a folder and those above it."""
+    """Path of the uppermost folder that is named as a split, among a folder and the folders above it."""
     parts = folder.split("/")
     for depth, part in enumerate(parts, start=1):
         if split_of_name(part) is not None:

@@ -2,19 +2,18 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import datasets
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from svqvae_files.errors import explained, is_unreachable
+from svqvae_files.errors import is_unreachable
 from svqvae_files.inputs import is_url, readable
 from svqvae_hf.data.image_parts import row_key
 from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
+from svqvae_hf.data.opened_files import opened_file
 from svqvae_hf.data.selection import Selection
 from svqvae_hf.data.set_errors import explained_set
 from svqvae_hf.untrusted.set_rows import confine_row
@@ -53,15 +52,14 @@ class TablePart:
             OSError: The file cannot be reached.
             ValueError: It has other columns than the first file.
         """
-        is_remote = is_url(self.path)
+        columns = [self.image_column, *self.features]
         try:
-            with _opened(self.path) as file:
+            with opened_file(self.path) as file:
                 self.check_schema(_read_schema(self.path, file))
-                columns = [self.image_column, *self.features]
                 for index, row in enumerate(_rows(self.path, file, columns)):
-                    yield self._image_row(index, row, is_remote)
+                    yield self._image_row(index, row)
         except (OSError, pa.ArrowException) as error:
-            if is_unreachable(error, is_remote):
+            if is_unreachable(error, is_remote=is_url(self.path)):
                 raise
             reason = fault_of(error).removesuffix(".")
             yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", list(self.features))
@@ -77,10 +75,13 @@ class TablePart:
             if has_classes and features[name] != feature:
                 raise _other_classes(self.path, name, features[name], feature)
 
-    def _image_row(self, index: int, row: dict[str, Any], is_remote: bool) -> ImageRow:
-        repository = "" if is_remote else None  # rows at a URL may name no file of this machine
-        source = confine_row(_source(row.pop(self.image_column)), repository)
-        return ImageRow(row_key(source, self.root, f"{self.number}-{index}"), source, row)
+    def _image_row(self, index: int, row: dict[str, Any]) -> ImageRow:
+        """Row of an image, from the row of the file with this index."""
+        repository = "" if is_url(self.path) else None  # rows at a URL may name no file of this machine
+        image = row.pop(self.image_column)
+        source = confine_row(_source(image), repository)
+        key = row_key(source, self.root, default=f"{self.number}-{index}")
+        return ImageRow(key, source, values=row)
 
 
 def open_tables(paths: Sequence[str], root: str, selection: Selection) -> tuple[list[TablePart], datasets.Features]:
@@ -99,24 +100,23 @@ def open_tables(paths: Sequence[str], root: str, selection: Selection) -> tuple[
         OSError: The first file cannot be reached.
         ValueError: It is damaged or has no such column, or local files differ in their columns.
     """
-    with explained_set(paths[0]), _opened(paths[0]) as file:
+    with explained_set(paths[0]), opened_file(paths[0]) as file:
         features = datasets.Features.from_arrow_schema(_read_schema(paths[0], file))
     image_column, column_names = select_columns(features, selection)
-    kept_features = datasets.Features({name: features[name] for name in column_names})
+    selected_features = datasets.Features({name: features[name] for name in column_names})
     parts = []
     for number, path in enumerate(paths):
-        part = TablePart(path, root, number, image_column, kept_features)
-        is_first = number == 0
-        if not is_first and not is_url(path):
+        parts.append(TablePart(path, root, number, image_column, selected_features))
+    for part in parts[1:]:
+        if not is_url(part.path):
             _check_local_schema(part)
-        parts.append(part)
-    return parts, kept_features
+    return parts, selected_features
 
 
 def _check_local_schema(part: TablePart) -> None:
     """Raises ValueError if a file has other columns than the first one. A broken file is reported when it is read."""
     try:
-        with _opened(part.path) as file:
+        with opened_file(part.path) as file:
             schema = _read_schema(part.path, file)
     except (OSError, pa.ArrowException):
         return
@@ -132,7 +132,7 @@ def check_classes(path: str, features: datasets.Features) -> None:
         path (`str`): Local path, or a URL for `fsspec`.
         features (`datasets.Features`): Columns of the set.
     """
-    with _opened(path) as file:
+    with opened_file(path) as file:
         features_of_file = datasets.Features.from_arrow_schema(_read_schema(path, file))
     for name, feature in features.items():
         feature_of_file = features_of_file.get(name)
@@ -141,6 +141,7 @@ def check_classes(path: str, features: datasets.Features) -> None:
 
 
 def _other_classes(path: str, column: str, feature_of_file: Any, feature: Any) -> ValueError:
+    """Error for a file in which a column of classes is not what it is in the set."""
     return ValueError(
         f"all files of a set must have the same classes in the same order, but `{column}` of `{path}` is "
         f"{feature_of_file!s:.200}, and {feature!s:.200} in the set."
@@ -169,20 +170,21 @@ def select_columns(features: datasets.Features, selection: Selection) -> tuple[s
 
 def _choose_image_column(features: datasets.Features, asked: str | None) -> str:
     """The column that is asked for; otherwise the column `image`, or the only one that holds images."""
-    candidates = [name for name, feature in features.items() if _holds_images(feature)]
-    choices = ", ".join(candidates) or "the columns of images"
-    if asked is not None and asked not in candidates:
+    image_columns = [name for name, feature in features.items() if _holds_images(feature)]
+    choices = ", ".join(image_columns) or "the columns of images"
+    if asked is not None and asked not in image_columns:
         raise ValueError(f"--image-column must be one of {choices}, got `{asked}`.")
     if asked is not None:
         return asked
-    if "image" in candidates:
+    if "image" in image_columns:
         return "image"
-    if len(candidates) == 1:
-        return candidates[0]
+    if len(image_columns) == 1:
+        return image_columns[0]
     raise ValueError(f"--image-column must be one of {choices}.")
 
 
 def _holds_images(feature: Any) -> bool:
+    """Whether a column has a type that images are stored in."""
     if isinstance(feature, dict):
         return "bytes" in feature and "path" in feature
     if isinstance(feature, datasets.Image):
@@ -199,32 +201,29 @@ def _source(value: Any) -> Mapping[str, Any] | None:
     return value
 
 
-@contextmanager
-def _opened(path: str) -> Iterator[BinaryIO]:
-    if not is_url(path):
-        with open(path, "rb") as file:
-            yield file
-        return
-    with explained(path, "read"), fsspec.open(path, "rb") as file:
-        yield file
+def _is_parquet(path: str) -> bool:
+    """Whether a file is Parquet, and not Arrow, by its name."""
+    return path.lower().endswith(".parquet")
 
 
 def _read_schema(path: str, file: BinaryIO) -> pa.Schema:
-    if path.lower().endswith(".parquet"):
+    """Columns of a file and their types."""
+    if _is_parquet(path):
         return pq.read_schema(file)
     return _open_arrow(file).schema
 
 
 def _rows(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a file."""
+    """Yields the rows of a file, with some of its columns."""
     for batch in _batches(path, file, columns):
         for start in range(0, len(batch), ROWS_AT_A_TIME):
             yield from batch.slice(start, ROWS_AT_A_TIME).to_pylist()
 
 
 def _batches(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of a file in batches, as they are stored."""
     file.seek(0)
-    if path.lower().endswith(".parquet"):
+    if _is_parquet(path):
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
         yield from parquet.iter_batches(ROWS_AT_A_TIME, columns=columns)
         return

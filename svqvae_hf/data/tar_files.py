@@ -12,11 +12,11 @@ from lzma import LZMAError
 from typing import Any
 
 import datasets
-import fsspec
 
-from svqvae_files.errors import explained, is_unreachable
+from svqvae_files.errors import is_unreachable
 from svqvae_files.inputs import is_url, readable
 from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, fault_of, unreadable
+from svqvae_hf.data.opened_files import opened_file
 from svqvae_hf.data.selection import Selection
 from svqvae_hf.models.image_files import IMAGE_SUFFIXES
 from svqvae_hf.untrusted.tars import StrictTarInfo, check_end, read_member
@@ -94,16 +94,14 @@ class TarPart:
             yield unreadable(self.name, reason, list(self.features))
 
     def _row(self, sample: Sample) -> ImageRow:
+        """Row of a sample's image with its labels. A sample that cannot be read becomes an unreadable row."""
         self._check_labels(sample)
         columns = list(self.features)
-        image_suffixes = sample.image_suffixes(self.image_suffix)
-        suffixes_to_read = image_suffixes + columns
-        has_repeated = any(suffix in sample.repeated for suffix in suffixes_to_read)
-        if len(image_suffixes) != 1 or has_repeated:
+        image_suffix = self._only_image_suffix(sample)
+        if image_suffix is None:
             listed = ", ".join([*sample.members, *sample.repeated])
             fault = f"the sample must hold one image, its files side by side, one of each kind, got {listed}."
             return unreadable(sample.name, fault, columns)
-        image_suffix = image_suffixes[0]
         key = f"{sample.name}.{image_suffix}"
         values = {}
         try:
@@ -115,6 +113,17 @@ class TarPart:
         if content is None:
             return unreadable(key, "the image is too large for a member of a tar file.", columns)
         return ImageRow(key, {"path": key, "bytes": content}, values)
+
+    def _only_image_suffix(self, sample: Sample) -> str | None:
+        """Suffix of a sample's image. None if it has not exactly one, or if the image or a label occurs twice."""
+        image_suffixes = sample.image_suffixes(self.image_suffix)
+        if len(image_suffixes) != 1:
+            return None
+        image_suffix = image_suffixes[0]
+        for suffix in [image_suffix, *self.features]:
+            if suffix in sample.repeated:
+                return None
+        return image_suffix
 
     def _check_labels(self, sample: Sample) -> None:
         """Raises if a label would be lost, because the first samples of the set have none of its kind."""
@@ -156,10 +165,12 @@ def open_tars(paths: Sequence[str], selection: Selection) -> list[TarPart]:
 
 def _suffixes(samples: Sequence[Sample]) -> list[str]:
     """Suffixes of all members, each once, in their order."""
-    suffixes: dict[str, None] = {}
+    suffixes: list[str] = []
     for sample in samples:
-        suffixes |= dict.fromkeys(sample.members)
-    return list(suffixes)
+        for suffix in sample.members:
+            if suffix not in suffixes:
+                suffixes.append(suffix)
+    return suffixes
 
 
 def _check_images(samples: Sequence[Sample], suffixes: Sequence[str], image_suffix: str | None) -> None:
@@ -173,10 +184,12 @@ def _check_images(samples: Sequence[Sample], suffixes: Sequence[str], image_suff
         if image_suffixes:
             has_image = True
     if not has_image:
-        got = "" if image_suffix is None else f", got `{image_suffix}`"
+        rule = f"--image-column must be one of {', '.join(suffixes)}"
+        if image_suffix is not None:
+            rule += f", got `{image_suffix}`"
         raise ValueError(
-            f"--image-column must be one of {', '.join(suffixes)}{got}. If the members of a sample do not stand side "
-            "by side, pack the files again with `tar --sort=name`."
+            f"{rule}. If the members of a sample do not stand side by side, pack the files again with "
+            "`tar --sort=name`."
         )
 
 
@@ -219,9 +232,9 @@ def _read_start(path: str) -> _FileStart:
 
 def _samples(path: str) -> Iterator[Sample]:
     """Yields the samples of a file. Raises ValueError if the members of one do not stand side by side."""
-    sample: Sample | None = None
+    sample: Sample | None = None  # whose members are being read
     sample_names: set[str] = set()
-    with _opened(path) as tar:
+    with _opened_tar(path) as tar:
         for member in _members(tar):
             match = MEMBER_NAME.fullmatch(readable(member.name))
             if match is None or not member.isfile():
@@ -245,6 +258,7 @@ def _samples(path: str) -> Iterator[Sample]:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yields the header of each member, after which `tar` can read its content."""
     member = tar.next()
     while member is not None:
         tar.members = []  # type: ignore[attr-defined] # `tarfile` would store the headers of all members
@@ -253,34 +267,38 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[tarfile.TarFile]:
+def _opened_tar(path: str) -> Iterator[tarfile.TarFile]:
+    """Opens a tar file on this machine or at a URL, compressed or not."""
     if not is_url(path):
         with tarfile.open(path, tarinfo=StrictTarInfo) as tar:
             yield tar
         return
-    with explained(path, "read"), fsspec.open(path, "rb") as file:
-        with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as tar:
+    with opened_file(path) as file:
+        with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as tar:  # as a stream
             yield tar
 
 
 def _feature_of_labels(suffix: str, samples: Sequence[Sample]) -> datasets.Value:
     """Type of a column of labels: integers if it holds classes and all of them are integers, otherwise texts."""
+    text = datasets.Value("string")
     if suffix != CLASS_SUFFIX:
-        return datasets.Value("string")
+        return text
     for sample in samples:
         if suffix not in sample.members:
             continue
         content = sample.members[suffix]
         if content is None or not _is_integer(content):
-            return datasets.Value("string")
+            return text
     return datasets.Value("int64")
 
 
 def _is_integer(content: bytes) -> bool:
+    """Whether the content of a member is an integer of at most 18 digits, with spaces or line ends around it."""
     return re.fullmatch(rb"\s*-?\d{1,18}\s*", content) is not None
 
 
 def _parse_label(content: bytes | None, feature: datasets.Value) -> Any:
+    """Label in the content of a member: a text or an integer, as its column has. None without a member."""
     if content is None:
         return None
     if feature.dtype == "string":

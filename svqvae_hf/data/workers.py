@@ -15,5 +15,8 @@ def end_with_parent() -> None:
 
 
 def _end_after(parent: BaseProcess) -> None:
+    """Waits until the parent has ended, and then ends this process from a thread of it."""
     parent.join()
-    os._exit(1)  # `sys.exit` would end this thread alone
+    # `sys.exit` would end this thread alone, and a signal would wait for the main thread, which may be blocked while
+    # it writes to the pipe. Nothing needs to be cleaned up, because a worker only reads files.
+    os._exit(1)
