@@ -27,7 +27,7 @@ from svqvae_hf.token_sets.manifest import TokenSet
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.tokens.context_model import FILE, ContextModel
 from svqvae_hf.tokens.context_network import LOGIT_SHIFT, NEVER, SHIFTS, STEPS_PER_NAT
-from svqvae_hf.tokens.neighbourhood import COARSE, LIMIT, MARGIN, NEIGHBOURS, code_inputs, context, pad_ids
+from svqvae_hf.tokens.neighbourhood import LIMIT, MARGIN, code_inputs, context, num_inputs, pad_ids
 from svqvae_hf.trainer.data.held_out import check_held_out_tokens
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
@@ -74,8 +74,7 @@ class ContextNetwork(nn.Module):
         self.register_buffer("codes", (codes * LIMIT).round())
         self.register_buffer("order", order)
         self.register_buffer("rank", order.argsort())
-        num_inputs = (len(NEIGHBOURS) + len(COARSE)) * (dim + 1) + 2
-        self.weight_1 = random_weight(num_inputs, hidden)
+        self.weight_1 = random_weight(num_inputs(dim), hidden)
         self.weight_2 = random_weight(hidden, hidden)
         self.weight_group = random_weight(hidden, groups)
         self.weight_member = random_weight(hidden, features)
@@ -152,9 +151,9 @@ class ContextNetwork(nn.Module):
         return ContextModel(tensors, codebook_fingerprint)
 
 
-def random_weight(num_inputs: int, num_outputs: int) -> nn.Parameter:
+def random_weight(inputs: int, outputs: int) -> nn.Parameter:
     """Random weight of a layer `(inputs, outputs)` that keeps the variance (He et al., arXiv 1502.01852)."""
-    return nn.Parameter(torch.randn(num_inputs, num_outputs) * math.sqrt(2 / num_inputs))
+    return nn.Parameter(torch.randn(inputs, outputs) * math.sqrt(2 / inputs))
 
 
 def number_within_group(group: torch.Tensor, groups: int) -> torch.Tensor:

@@ -24,7 +24,8 @@ from svqvae_hf.tokens.context_model import ContextModel
 
 MAGIC = b"SVQZ"
 VERSION = 1
-HEADER = struct.Struct("<4s4B4I8s")
+FINGERPRINT_BYTES = 8
+HEADER = struct.Struct(f"<4s4B4I{FINGERPRINT_BYTES}s")
 SCALE = struct.Struct("<dI")
 CRC = struct.Struct("<I")
 # No id takes fewer bits. Its group and its member each have a frequency of at most 65,409 of 65,536: 0.0028 bits.
@@ -63,11 +64,12 @@ def compress(record: Mapping[str, Any], grids: Sequence[np.ndarray], model: Cont
         )
     order = coding_order([grid.shape for grid in grids])
     chunks: dict[int, bytes] = {}  # by the index of the scale
-    coarse = None
+    coarser_grid = None
     for index in order:
-        chunks[index] = model.compress(grids[index], coarse)
-        coarse = grids[index]
-    content = _with_checksum(_pack_header(record, chunks, model.fingerprint))
+        chunks[index] = model.compress(grids[index], coarser_grid)
+        coarser_grid = grids[index]
+    chunk_sizes = [len(chunks[index]) for index in range(len(grids))]
+    content = _with_checksum(_pack_header(record, chunk_sizes, model.fingerprint))
     for index in order:
         content += _with_checksum(chunks[index])
     return content
@@ -88,14 +90,13 @@ def read_compressed(content: bytes) -> CompressedTokens:
     chunks: dict[int, bytes] = {}  # by the index of the scale
     position = header.end
     for index in coding_order(shapes):
-        size = header.chunk_sizes[index]
+        chunk_size = header.chunk_sizes[index]
+        size_with_checksum = chunk_size + CRC.size
         num_ids = math.prod(shapes[index])
-        least_bits = num_ids * LEAST_BITS_PER_ID
-        stored_bits = 8 * (size + CRC.size)  # of the chunk and its checksum
-        if least_bits > stored_bits:
-            raise ValueError(f"its {size} bytes cannot hold {num_ids} ids.")
-        chunks[index] = _take_checked(content, position, position + size)
-        position += size + CRC.size
+        if num_ids * LEAST_BITS_PER_ID > 8 * size_with_checksum:
+            raise ValueError(f"its {chunk_size} bytes cannot hold {num_ids} ids.")
+        chunks[index] = _take_checked(content, position, position + chunk_size)
+        position += size_with_checksum
     if position < len(content):
         raise ValueError(f"it must end after {position} bytes, but has {len(content)}.")
     chunks_by_scale = [chunks[index] for index in range(len(shapes))]
@@ -115,10 +116,10 @@ def decompress(compressed: CompressedTokens, model: ContextModel) -> list[np.nda
         )
     shapes = _shapes(compressed.record)
     grids: dict[int, np.ndarray] = {}  # by the index of the scale
-    coarse = None
+    coarser_grid = None
     for index in coding_order(shapes):
-        grids[index] = model.decompress(compressed.chunks[index], shapes[index], coarse)
-        coarse = grids[index]
+        grids[index] = model.decompress(compressed.chunks[index], shapes[index], coarser_grid)
+        coarser_grid = grids[index]
     return [grids[index] for index in range(len(shapes))]
 
 
@@ -136,29 +137,41 @@ class _Header(NamedTuple):
     end: int  # position after the checksum of the header, where the first chunk starts
 
 
-def _pack_header(record: Mapping[str, Any], chunks: Mapping[int, bytes], fingerprint: str) -> bytes:
+def _pack_header(record: Mapping[str, Any], chunk_sizes: Sequence[int], fingerprint: str) -> bytes:
+    """Header of a file without its checksum, in the order that the top of this file describes.
+
+    Args:
+        record (`Mapping[str, Any]`): Values of [`ImageTokens`].
+        chunk_sizes (`Sequence[int]`): Bytes of the coded ids of each scale.
+        fingerprint (`str`): Fingerprint of the context model, in hexadecimal.
+    """
     scales = record["scales"]
+    source_index = SCALE_SOURCES.index(record["scale_from"])
+    tile_size = record["tile_size"] or 0
+    overlap = record["overlap"] or 0
+    start_of_fingerprint = bytes.fromhex(fingerprint)[:FINGERPRINT_BYTES]
     header = HEADER.pack(
         MAGIC,
         VERSION,
         record["f"],
-        SCALE_SOURCES.index(record["scale_from"]),
+        source_index,
         len(scales),
         record["height"],
         record["width"],
-        record["tile_size"] or 0,
-        record["overlap"] or 0,
-        bytes.fromhex(fingerprint)[:8],
+        tile_size,
+        overlap,
+        start_of_fingerprint,
     )
-    for index, scale in enumerate(scales):
-        header += SCALE.pack(scale, len(chunks[index]))
+    for scale, chunk_size in zip(scales, chunk_sizes, strict=True):
+        header += SCALE.pack(scale, chunk_size)
     return header
 
 
 def _unpack_header(content: bytes) -> _Header:
-    numbers = HEADER.unpack(_take(content, 0, HEADER.size))
+    """Reads the header of a file. Raises ValueError if it is damaged or a value is out of range."""
+    values = HEADER.unpack(_take(content, 0, HEADER.size))
     # In the order of `_pack_header`.
-    magic, version, f, source_index, num_scales, height, width, tile_size, overlap, fingerprint = numbers
+    magic, version, f, source_index, num_scales, height, width, tile_size, overlap, fingerprint = values
     if magic != MAGIC or version != VERSION:
         raise ValueError(f"it must start with {MAGIC!r} and version {VERSION}, got {magic!r} and {version}.")
     end = HEADER.size + num_scales * SCALE.size
@@ -168,20 +181,21 @@ def _unpack_header(content: bytes) -> _Header:
     for scale, chunk_size in SCALE.iter_unpack(header[HEADER.size :]):
         scales.append(scale)
         chunk_sizes.append(chunk_size)
-    are_scales_in_range = all(0 < scale < INTEGER_LIMIT for scale in scales)
+    are_scales_in_range = num_scales > 0 and all(0 < scale < INTEGER_LIMIT for scale in scales)
     is_source_in_range = source_index < len(SCALE_SOURCES)
-    if f == 0 or num_scales == 0 or not is_source_in_range or not are_scales_in_range:
+    if f == 0 or not is_source_in_range or not are_scales_in_range:
         raise ValueError(
             f"its header must have f, scales and their source in range, got {f}, {tuple(scales)} and {source_index}."
         )
     check_scales_differ(scales)
+    has_tiles = tile_size > 0
     record = {
         "height": height,
         "width": width,
         "f": f,
         "scale_from": SCALE_SOURCES[source_index],
-        "tile_size": tile_size if tile_size else None,
-        "overlap": overlap if tile_size else None,
+        "tile_size": tile_size if has_tiles else None,
+        "overlap": overlap if has_tiles else None,
         "scales": tuple(scales),
     }
     return _Header(record, fingerprint.hex(), chunk_sizes, end + CRC.size)
@@ -196,6 +210,7 @@ def _shapes(record: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 def _with_checksum(part: bytes) -> bytes:
+    """A part of the content, and its checksum after it."""
     return part + CRC.pack(zlib.crc32(part))
 
 

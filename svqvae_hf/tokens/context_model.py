@@ -106,15 +106,18 @@ class ContextModel:
         padded = pad_ids(ids, outside)
         padded_coarse = None if coarse is None else pad_ids(coarse, outside)
         encoder = constriction.stream.queue.RangeEncoder()
-        for rows, columns in diagonals(*ids.shape):
-            hidden = self.network.hidden(context(self.inputs, padded, padded_coarse, rows, columns))
-            group = groups[rows, columns]  # (ids of the diagonal,)
-            member = members[rows, columns]
+        height, width = ids.shape
+        for rows, columns in diagonals(height, width):
+            inputs = context(self.inputs, padded, padded_coarse, rows, columns)
+            hidden = self.network.hidden(inputs)
+            group = groups[rows, columns]  # of each id of the diagonal
             group_probabilities = probabilities(self.network.group_logits(hidden))
             encoder.encode(group.astype(np.int32), categorical(), group_probabilities)
+            member = members[rows, columns]
             member_probabilities = probabilities(self.network.member_logits(hidden, group))
             encoder.encode(member.astype(np.int32), categorical(), member_probabilities)
-        return encoder.get_compressed().astype("<u4").tobytes()
+        words = encoder.get_compressed()
+        return words.astype("<u4").tobytes()
 
     def decompress(self, content: bytes, shape: tuple[int, int], coarse: np.ndarray | None = None) -> np.ndarray:
         """Decodes a grid of ids.
@@ -130,6 +133,7 @@ class ContextModel:
         Raises:
             ValueError: The content is damaged.
         """
+        height, width = shape
         num_codes = len(self.order)
         outside = num_codes  # the number after the last id stands for places outside the grid
         padded = pad_ids(np.full(shape, outside), outside)  # the loop fills in the ids, diagonal by diagonal
@@ -137,8 +141,9 @@ class ContextModel:
         words = np.frombuffer(content, "<u4").astype(np.uint32)
         decoder = constriction.stream.queue.RangeDecoder(words)
         try:
-            for rows, columns in diagonals(*shape):
-                hidden = self.network.hidden(context(self.inputs, padded, padded_coarse, rows, columns))
+            for rows, columns in diagonals(height, width):
+                inputs = context(self.inputs, padded, padded_coarse, rows, columns)
+                hidden = self.network.hidden(inputs)
                 group_probabilities = probabilities(self.network.group_logits(hidden))
                 group = decoder.decode(categorical(), group_probabilities)
                 member_probabilities = probabilities(self.network.member_logits(hidden, group))
@@ -183,6 +188,7 @@ def categorical() -> constriction.stream.model.Categorical:
 
 
 def _fingerprint(tensors: Mapping[str, np.ndarray], codebook_fingerprint: str) -> str:
+    """SHA-256 of the tensors, in the order of their names, and of the codebook's fingerprint, in hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(tensors[name].tobytes())

@@ -13,10 +13,11 @@ from functools import cache
 
 import numpy as np
 
-from svqvae_hf.tokens.neighbourhood import LIMIT, num_inputs
+from svqvae_hf.tokens.neighbourhood import LIMIT, divide_rounding_up, num_inputs
 
 EXACT = 2**24  # integers below are exact in float32
 NEVER = -EXACT // 2  # logit of a member that does not exist
+LAYERS = ("1", "2", "group", "member", "code")  # ends of the names of their weights and biases
 SHIFTS = {"1": 9, "2": 8, "member": 8}  # bits dropped after each layer
 LOGIT_SHIFT = 5  # bits dropped from logits, which then have 128 steps per nat
 STEPS_PER_NAT = 128  # of the table of exponentials
@@ -47,8 +48,9 @@ class ContextNetwork:
         self.weights = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
         num_codes = len(tensors["order"])
         self.num_groups, num_features = tensors["bias_member"].shape
-        self.num_members = -(-num_codes // self.num_groups)  # rounded up
-        num_missing = self.num_groups * self.num_members - num_codes  # members that the last group lacks
+        self.num_members = divide_rounding_up(num_codes, self.num_groups)
+        # The last group may lack members. They get a weight of 0 and a bias that is never the largest.
+        num_missing = self.num_groups * self.num_members - num_codes
         weight = np.pad(self.weights["weight_code"], ((0, num_missing), (0, 0)))  # (groups * members, features)
         bias = np.pad(self.weights["bias_code"], (0, num_missing), constant_values=NEVER)  # (groups * members,)
         self.code_weight = weight.reshape(self.num_groups, self.num_members, num_features)
@@ -66,13 +68,17 @@ class ContextNetwork:
     def member_logits(self, hidden: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Logits `(n, members)` of the members of the group of each id, given the groups `(n,)`."""
         products = np.matmul(hidden, self.weights["weight_member"])  # (n, features)
-        features = activate(products + self.weights["bias_member"][groups], "member")  # (n, features)
+        bias_of_groups = self.weights["bias_member"][groups]  # (n, features)
+        features = activate(products + bias_of_groups, "member")  # (n, features)
         member_weights = self.code_weight[groups]  # (n, members, features)
         scores = np.matmul(member_weights, features[:, :, None])  # (n, members, 1)
         return scores[..., 0] + self.code_bias[groups]
 
     def _layer(self, values: np.ndarray, layer: str) -> np.ndarray:
-        return np.matmul(values, self.weights[f"weight_{layer}"]) + self.weights[f"bias_{layer}"]
+        """Sums `(n, outputs)` of a layer for values `(n, inputs)`."""
+        weight = self.weights[f"weight_{layer}"]  # (inputs, outputs)
+        bias = self.weights[f"bias_{layer}"]
+        return np.matmul(values, weight) + bias
 
 
 def activate(summed: np.ndarray, layer: str) -> np.ndarray:
@@ -95,12 +101,14 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     peaks = logits.max(1, keepdims=True)  # (n, 1)
     steps_below_peak = ((peaks - logits) / 2**LOGIT_SHIFT).astype(np.int64)  # (n, symbols)
     last_entry = STEPS_PER_NAT * NATS  # of the table, which is 0
-    weights = exponentials()[np.minimum(steps_below_peak, last_entry)]
+    weights = exponentials()[np.minimum(steps_below_peak, last_entry)]  # (n, symbols)
     # Every symbol has a frequency of at least 1. The rest of the total is shared by weight, rounded down.
-    frequencies = 1 + weights * (TOTAL - num_symbols) // weights.sum(1, keepdims=True)
+    total_to_share = TOTAL - num_symbols
+    frequencies = 1 + weights * total_to_share // weights.sum(1, keepdims=True)
     # The likeliest symbol of each row takes what rounding left over.
-    rounded_off = TOTAL - frequencies.sum(1)  # (n,)
-    frequencies[np.arange(num_rows), logits.argmax(1)] += rounded_off
+    left_over = TOTAL - frequencies.sum(1)  # (n,)
+    likeliest = logits.argmax(1)  # (n,)
+    frequencies[np.arange(num_rows), likeliest] += left_over
     return (frequencies / TOTAL).astype(np.float32)
 
 
@@ -122,15 +130,20 @@ def check_tensors(tensors: Mapping[str, np.ndarray]) -> None:
         if tensor.dtype not in (np.int8, np.int32):
             raise ValueError("the tensors of a context model must be in int8 and int32, but are not.")
     _check_shapes(tensors)
-    if not np.array_equal(np.sort(tensors["order"]), np.arange(len(tensors["codes"]))):
+    all_ids = np.arange(len(tensors["codes"]))
+    has_each_id_once = np.array_equal(np.sort(tensors["order"]), all_ids)
+    if not has_each_id_once:
         raise ValueError("`order` must have each id once, but does not.")
-    for layer in ("1", "2", "group", "member", "code"):
-        largest = _largest_sum(tensors, layer)
-        if largest >= EXACT:
-            raise ValueError(f"sums of layer {layer} must stay below {EXACT}, but could reach {largest}. Retrain it.")
+    for layer in LAYERS:
+        largest_sum = _largest_sum(tensors, layer)
+        if largest_sum >= EXACT:
+            raise ValueError(
+                f"sums of layer {layer} must stay below {EXACT}, but could reach {largest_sum}. Retrain it."
+            )
 
 
 def _check_shapes(tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError unless the shapes of the tensors fit each other."""
     num_codes, code_dim = tensors["codes"].shape
     num_inputs_of_id = num_inputs(code_dim)
     num_groups, num_features = tensors["bias_member"].shape
@@ -153,8 +166,10 @@ def _check_shapes(tensors: Mapping[str, np.ndarray]) -> None:
 
 def _largest_sum(tensors: Mapping[str, np.ndarray], layer: str) -> int:
     """Largest absolute sum of products of a layer for all inputs in int8, in any order of summation."""
-    largest_input = LIMIT + 1  # -128 in int8
+    largest_input = LIMIT + 1  # of -128 in int8
     weight = np.abs(tensors[f"weight_{layer}"].astype(np.int64))
     bias = np.abs(tensors[f"bias_{layer}"].astype(np.int64))
-    input_axis = 1 if layer == "code" else 0  # (codes, features), but (inputs, outputs) in all other layers
-    return (weight.sum(input_axis) * largest_input + bias).max()
+    # The weight is `(codes, features)` in layer "code", and `(inputs, outputs)` in all other layers.
+    axis_of_inputs = 1 if layer == "code" else 0
+    largest_sums = weight.sum(axis_of_inputs) * largest_input + bias  # of each output
+    return largest_sums.max()

@@ -52,7 +52,8 @@ class Encoding:
         if not FINGERPRINT.fullmatch(str(self.codebook_fingerprint)):
             raise ValueError(f"`codebook_fingerprint` must be 64 hex digits, got {self.codebook_fingerprint!r:.80}.")
         for scale in self.scales:
-            if not isinstance(scale, int | float) or not 0 < scale < INTEGER_LIMIT:
+            is_number = isinstance(scale, int | float)
+            if not is_number or not 0 < scale < INTEGER_LIMIT:
                 raise ValueError(f"a scale must be a number above 0 and under 2**31, got {scale!r:.80}.")
         check_scales_differ(self.scales)
 
@@ -88,22 +89,22 @@ class Encoding:
         """
         if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"it must have format version {FORMAT_VERSION}, got {record!r:.80}.")
-        values = {}
-        missing = []
+        values = dict(further_values)
+        missing_names = []
         for field in dataclasses.fields(cls):
             if field.name in further_values:
                 continue
             if field.name in record:
                 values[field.name] = record[field.name]
             elif field.default is dataclasses.MISSING:
-                missing.append(field.name)
-        if missing:
-            raise ValueError(f"it must also have {', '.join(missing)}.")
+                missing_names.append(field.name)
+        if missing_names:
+            raise ValueError(f"it must also have {', '.join(missing_names)}.")
         scales = values["scales"]
         if not isinstance(scales, list):
             raise ValueError(f"its scales must be a list, got {scales!r:.80}.")
         values["scales"] = tuple(scales)
-        return cls(**values, **further_values)
+        return cls(**values)
 
 
 def encoding_of(model: SVQVAE, scales: Sequence[float], scale_from: str, tiles: Tiles | None = None) -> dict[str, Any]:

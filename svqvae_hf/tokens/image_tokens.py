@@ -106,13 +106,15 @@ def decode_image(model: SVQVAE, tokens: ImageTokens, tiles: Tiles | None = None)
     check_tokens(tokens)
     check_same_codebook(model, tokens)
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
-    image_size = tokens.height, tokens.width
+    image_size = (tokens.height, tokens.width)
+    device = execution_device(model)
     images: list[Image.Image] = []
     with torch.inference_mode():
         for ids, scale in zip(tokens.ids, tokens.scales, strict=True):
-            grid = ids[None].to(execution_device(model))
-            decoded = model.decode(grid, tiles=tiles).sample
-            images += processor.postprocess(model.resize_to_image(decoded, image_size, scale))
+            grid = ids[None].to(device)  # (1, h, w)
+            decoded = model.decode(grid, tiles=tiles).sample  # (1, 3, h * f, w * f)
+            sample = model.resize_to_image(decoded, image_size, scale)
+            images += processor.postprocess(sample)
     return images
 
 
@@ -201,7 +203,7 @@ def choose_tiles(
 def whole_bytes(model: SVQVAE, height: float, width: float) -> float:
     """Estimates the bytes that the network takes for an image without tiles.
 
-    They are those of `FEATURES_HELD` feature maps at full resolution, each as wide as the widest one.
+    It holds `FEATURES_HELD` feature maps at full resolution, each with as many channels as the widest one.
     """
     encoder_multiple = model.config["encoder_ch_mult"][0]
     # The second level of the decoder ends with an enlargement to full resolution, with all its channels.

@@ -6,7 +6,7 @@ b a a a b      from the upper left to the lower right. None of the ids before `?
 a a ? . .      a later one, so that a whole diagonal is coded at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -14,20 +14,23 @@ LIMIT = 127  # of the absolute value of weights, activations and codes
 MARK = LIMIT  # input that is 0 outside the grid
 CELL_STEPS = LIMIT + 1  # steps per side of a coarser id, in which the place of an id within it is counted
 
-# Rows and columns from an id to its neighbours: ids that are coded before it, and coarser ids around its place.
+# Offsets (down, right) from an id to its neighbours, which are coded before it.
 NEIGHBOURS = (
     *((0, -1), (0, -2), (-1, -2), (-1, -1), (-1, 0), (-1, 1)),
     *((-2, -2), (-2, -1), (-2, 0), (-2, 1), (-2, 2), (-3, 0)),
 )
-COARSE = ((0, 0), (-1, 0), (0, -1), (0, 1), (1, 0))
+# Offsets (down, right) in the coarser grid, from the id at the same place to itself and its four neighbours.
+COARSE_NEIGHBOURS = ((0, 0), (-1, 0), (0, -1), (0, 1), (1, 0))
 SLOPE = 2  # an id lies on the diagonal `column + SLOPE * row`, after the diagonals of its neighbours
 MARGIN = 3  # largest distance to a neighbour
 AT_ONCE = 256  # ids of a diagonal whose groups are coded before their members, at most; part of the format
+POSITION_INPUTS = 2  # row and column of an id within the cell of its coarser id
 
 
 def num_inputs(code_dim: int) -> int:
     """Number of inputs of an id, for codes of `code_dim` numbers."""
-    return (len(NEIGHBOURS) + len(COARSE)) * (code_dim + 1) + 2
+    num_ids = len(NEIGHBOURS) + len(COARSE_NEIGHBOURS)
+    return num_ids * (code_dim + 1) + POSITION_INPUTS
 
 
 def code_inputs(codes: np.ndarray) -> np.ndarray:
@@ -68,30 +71,41 @@ def context(
         columns (`np.ndarray` of shape `(n,)`): Columns of the ids.
 
     Returns:
-        `np.ndarray` of shape `(n, inputs)`: Inputs for the neighbours, for the coarser ids around the same place, and
-        for its position within the cell of its coarser id. The last two are zeros without coarser ids.
+        `np.ndarray` of shape `(n, inputs)`: Inputs for the neighbours of each id, for the coarser ids around the same
+        place, and for the position of the id within the cell of its coarser id. The last two are zeros without coarser
+        ids.
     """
-    parts = []
-    for down, right in NEIGHBOURS:
-        neighbours = padded[rows + MARGIN + down, columns + MARGIN + right]  # (n,)
-        parts.append(inputs[neighbours])  # (n, dim + 1)
+    parts = _inputs_of_neighbours(inputs, padded, rows, columns, NEIGHBOURS)
     if coarse is None:
-        num_zeros = len(COARSE) * inputs.shape[1] + 2  # for the coarser ids and the position within a cell
+        num_zeros = len(COARSE_NEIGHBOURS) * inputs.shape[1] + POSITION_INPUTS
         parts.append(np.zeros((len(rows), num_zeros), np.float32))
         return np.hstack(parts)
     height, width = _unpadded_size(padded)
     coarse_height, coarse_width = _unpadded_size(coarse)
-    # Position of each id in the coarser grid, in steps. A cell of that grid has CELL_STEPS steps per side.
-    y_steps = rows * coarse_height * CELL_STEPS // height  # (n,)
-    x_steps = columns * coarse_width * CELL_STEPS // width  # (n,)
-    coarse_rows = y_steps // CELL_STEPS
-    coarse_columns = x_steps // CELL_STEPS
-    for down, right in COARSE:
-        coarse_ids = coarse[coarse_rows + MARGIN + down, coarse_columns + MARGIN + right]  # (n,)
-        parts.append(inputs[coarse_ids])  # (n, dim + 1)
-    steps = np.stack([y_steps, x_steps], 1).astype(np.float32)  # (n, 2)
-    parts.append(steps % CELL_STEPS)  # position within the cell
+    # Rows and columns of the ids in the coarser grid, in fractions: a cell of that grid has CELL_STEPS steps per side.
+    row_steps = rows * coarse_height * CELL_STEPS // height  # (n,)
+    column_steps = columns * coarse_width * CELL_STEPS // width  # (n,)
+    coarse_rows = row_steps // CELL_STEPS
+    coarse_columns = column_steps // CELL_STEPS
+    parts += _inputs_of_neighbours(inputs, coarse, coarse_rows, coarse_columns, COARSE_NEIGHBOURS)
+    steps = np.stack([row_steps, column_steps], axis=1)  # (n, POSITION_INPUTS)
+    parts.append(steps.astype(np.float32) % CELL_STEPS)  # position within the cell
     return np.hstack(parts)
+
+
+def _inputs_of_neighbours(
+    inputs: np.ndarray,
+    padded: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    offsets: Sequence[tuple[int, int]],
+) -> list[np.ndarray]:
+    """Inputs `(n, dim + 1)` for the ids at each offset (down, right) from places `(n,)` in a padded grid of ids."""
+    parts = []
+    for down, right in offsets:
+        neighbours = padded[rows + MARGIN + down, columns + MARGIN + right]  # (n,)
+        parts.append(inputs[neighbours])
+    return parts
 
 
 def _unpadded_size(padded: np.ndarray) -> tuple[int, int]:
@@ -102,12 +116,19 @@ def _unpadded_size(padded: np.ndarray) -> tuple[int, int]:
 
 def diagonals(height: int, width: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields rows and columns of the ids of each diagonal in the order of coding, in parts of at most `AT_ONCE`."""
+    last_column = width - 1
     num_diagonals = width + SLOPE * (height - 1)
     for diagonal in range(num_diagonals):
-        # The column in a row is `diagonal - SLOPE * row`. Only rows count where it is in [0, width).
-        first_row = max(0, -(-(diagonal - width + 1) // SLOPE))  # rounded up
+        # The column in a row is `diagonal - SLOPE * row`. It must lie in [0, last_column].
+        first_row = max(0, divide_rounding_up(diagonal - last_column, SLOPE))
         end_row = min(height, diagonal // SLOPE + 1)
         for start in range(first_row, end_row, AT_ONCE):
-            rows = np.arange(start, min(start + AT_ONCE, end_row))
+            stop = min(start + AT_ONCE, end_row)
+            rows = np.arange(start, stop)
             columns = diagonal - SLOPE * rows
             yield rows, columns
+
+
+def divide_rounding_up(dividend: int, divisor: int) -> int:
+    """Quotient of two integers, rounded up."""
+    return -(-dividend // divisor)

@@ -47,9 +47,12 @@ class ImageTokens(Encoding):
         super().__post_init__()
         check_integers({"height": self.height, "width": self.width})
         is_list = isinstance(self.ids, list | tuple)
-        if not is_list or len(self.ids) == 0 or len(self.ids) != len(self.scales):
-            ids = f"a {type(self.ids).__name__} of {len(self.ids)}"
-            raise ValueError(f"`ids` must be a list of one grid per scale, got {ids} for {len(self.scales)} scales.")
+        has_grid_per_scale = len(self.ids) == len(self.scales) and len(self.ids) > 0
+        if not is_list or not has_grid_per_scale:
+            raise ValueError(
+                f"`ids` must be a list of one grid per scale, got a {type(self.ids).__name__} of {len(self.ids)} for "
+                f"{len(self.scales)} scales."
+            )
         for ids_of_scale, scale in zip(self.ids, self.scales, strict=True):
             self._check_grid(ids_of_scale, scale)
 
@@ -61,19 +64,21 @@ class ImageTokens(Encoding):
                 f"the ids of scale {scale:g} must have shape {expected} for an image of {self.height} x "
                 f"{self.width} pixels and f = {self.f}, got {tuple(ids.shape)}."
             )
-        grid = ids.cpu().numpy()  # because PyTorch has no minimum for uint16
-        is_integer = grid.dtype.kind in ("i", "u")
-        smallest_id = grid.min()
-        largest_id = grid.max()
+        id_array = ids.cpu().numpy()  # because PyTorch has no minimum for uint16
+        is_integer = id_array.dtype.kind in ("i", "u")
+        smallest_id = id_array.min()
+        largest_id = id_array.max()
         if not is_integer or smallest_id < 0 or largest_id >= self.codebook_size:
             raise ValueError(
-                f"scale {scale:g} needs integer ids in [0, {self.codebook_size}), got {grid.dtype} in "
+                f"scale {scale:g} needs integer ids in [0, {self.codebook_size}), got {id_array.dtype} in "
                 f"[{smallest_id}, {largest_id}]."
             )
 
     def bits_per_pixel(self, index: int) -> float:
         """Bits of the ids of one scale per pixel of the original image, if all ids are equally likely."""
-        return self.ids[index].numel() * math.log2(self.codebook_size) / (self.height * self.width)
+        bits_per_id = math.log2(self.codebook_size)
+        num_pixels = self.height * self.width
+        return self.ids[index].numel() * bits_per_id / num_pixels
 
 
 def check_tokens(tokens: Any) -> None:
@@ -105,8 +110,8 @@ def token_file_content(tokens: ImageTokens, context_model: ContextModel | None =
     """Content of a token file. Equal tokens make equal files.
 
     Without a context model it is a safetensors file with the tensors `ids_0`, `ids_1`, ..., one per scale, in 16 bits
-    if the codebook has at most 65,536 rows, otherwise in 32, and a checksum of all. With one it is what
-    `compressed_tokens.py` describes.
+    if the codebook has at most 65,536 rows, otherwise in 32 bits, and a checksum of all. With a context model it is a
+    compressed file, whose format `compressed_tokens.py` describes.
 
     Args:
         tokens (`ImageTokens`): Content of the file.
@@ -117,12 +122,13 @@ def token_file_content(tokens: ImageTokens, context_model: ContextModel | None =
         id_arrays = [ids.cpu().numpy() for ids in tokens.ids]
         return compress(tokens.to_record(), id_arrays, context_model)
     dtype = torch.uint16 if tokens.codebook_size <= UINT16_CODES else torch.int32
-    grids = {}
+    tensors = {}
     for index, ids in enumerate(tokens.ids):
-        grids[f"ids_{index}"] = ids.to("cpu", dtype).contiguous()
+        tensors[f"ids_{index}"] = ids.to("cpu", dtype).contiguous()
     record = tokens.to_record()
-    record[CHECKSUM] = _checksum(record, list(grids.values()))
-    return safetensors.torch.save(grids, {METADATA_KEY: json.dumps(record)})
+    record[CHECKSUM] = _checksum(record, list(tensors.values()))
+    metadata = {METADATA_KEY: json.dumps(record)}
+    return safetensors.torch.save(tensors, metadata)
 
 
 def load_tokens(path: str | os.PathLike, context_model: ContextModel | None = None) -> ImageTokens:
@@ -144,11 +150,13 @@ def load_tokens(path: str | os.PathLike, context_model: ContextModel | None = No
         raise FileNotFoundError(f"the token file `{path}` does not exist.")
     try:
         if is_compressed(path):
-            return decompressed_tokens(read_compressed(Path(path).read_bytes()), context_model)
+            compressed = read_compressed(Path(path).read_bytes())
+            return decompressed_tokens(compressed, context_model)
         with safe_open(path, framework="pt") as file:
-            grids = {name: file.get_tensor(name) for name in file.keys()}
-            return _tokens_from(file.metadata() or {}, grids)
-    except (SafetensorError, ValueError, RecursionError) as error:  # RecursionError: deeply nested JSON
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
+        return _tokens_from(metadata, tensors)
+    except (SafetensorError, ValueError, RecursionError) as error:  # deeply nested JSON raises RecursionError
         raise _undecodable(path, error) from error
 
 
@@ -199,25 +207,33 @@ def is_token_file(path: str | os.PathLike) -> bool:
 
 
 def _undecodable(path: str | os.PathLike, error: Exception) -> ValueError:
+    """Error about a file that is damaged, or no token file."""
     return ValueError(f"`{path}` must be a token file that can be decoded, but is not: {error}")
 
 
-def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor]) -> ImageTokens:
+def _tokens_from(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> ImageTokens:
+    """Tokens from the metadata and the tensors of a safetensors file. Raises ValueError if they do not fit."""
     if METADATA_KEY not in metadata:
         raise ValueError(f"its metadata must have the key {METADATA_KEY!r}, got {sorted(metadata)!r:.80}.")
-    names = [f"ids_{index}" for index in range(len(grids))]
-    has_wrong_names = sorted(grids) != sorted(names)
-    has_wrong_dtypes = any(grid.dtype not in ID_DTYPES for grid in grids.values())
-    if has_wrong_names or has_wrong_dtypes:
-        dtypes = {name: str(grid.dtype) for name, grid in sorted(grids.items())}
-        raise ValueError(f"its tensors must be ids_0, ids_1 and so on of type uint16 or int32, got {dtypes!r:.80}.")
+    names = [f"ids_{index}" for index in range(len(tensors))]
+    _check_tensors(tensors, names)
+    stored_grids = [tensors[name] for name in names]
+    grids = [grid.long() for grid in stored_grids]
     record = json.loads(metadata[METADATA_KEY])
-    stored_grids = [grids[name] for name in names]
-    tokens = ImageTokens.from_record(record, ids=[grid.long() for grid in stored_grids])
+    tokens = ImageTokens.from_record(record, ids=grids)
     checksum = record.pop(CHECKSUM, None)  # files of version 0.1 have no checksum
     if checksum is not None and checksum != _checksum(record, stored_grids):
         raise ValueError("its checksum differs, so it is damaged.")
     return tokens
+
+
+def _check_tensors(tensors: dict[str, torch.Tensor], names: list[str]) -> None:
+    """Raises ValueError unless tensors have these names and a type that ids are stored in."""
+    has_wrong_names = sorted(tensors) != sorted(names)
+    has_wrong_dtypes = any(tensor.dtype not in ID_DTYPES for tensor in tensors.values())
+    if has_wrong_names or has_wrong_dtypes:
+        dtypes = {name: str(tensors[name].dtype) for name in sorted(tensors)}
+        raise ValueError(f"its tensors must be ids_0, ids_1 and so on of type uint16 or int32, got {dtypes!r:.80}.")
 
 
 def _checksum(record: dict[str, Any], grids: list[torch.Tensor]) -> int:
