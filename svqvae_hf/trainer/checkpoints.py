@@ -73,10 +73,11 @@ class Checkpoints:
             self._resume(checkpoint)
 
     def _resume(self, checkpoint: Path) -> None:
-        saved = load_checkpoint(self.accelerator, checkpoint, [STEP, *self.states])
-        check_step(checkpoint, saved[STEP])
+        """Loads models, optimizers and all other states."""
+        run_state = load_checkpoint(self.accelerator, checkpoint, [STEP, *self.states])
+        check_step(checkpoint, run_state[STEP])
         for name, holder in self.states.items():
-            holder.load_state_dict(saved[name])
+            holder.load_state_dict(run_state[name])
         logger.info(f"Resumed from {checkpoint}")
 
     def steps(self) -> Iterator[int]:
@@ -84,10 +85,10 @@ class Checkpoints:
 
         During the steps, a signal does not end the process. [`after`] saves a checkpoint and ends it.
         """
-        last = self.options.max_steps
-        on_terminal = self.accelerator.is_local_main_process and sys.stderr.isatty()
-        steps = range(self.first_step, last)
-        bar = tqdm(steps, initial=self.first_step, total=last, unit="step", disable=not on_terminal)
+        max_steps = self.options.max_steps
+        remaining_steps = range(self.first_step, max_steps)
+        is_on_terminal = self.accelerator.is_local_main_process and sys.stderr.isatty()
+        bar = tqdm(remaining_steps, initial=self.first_step, total=max_steps, unit="step", disable=not is_on_terminal)
         with logging_redirect_tqdm(), self.interruption:
             yield from bar
 
@@ -108,13 +109,14 @@ class Checkpoints:
             sys.exit(self.interruption.exit_code)
 
     def _save(self, steps_done: int) -> None:
-        state: dict[str, Any] = {name: holder.state_dict() for name, holder in self.states.items()}
-        state[STEP] = steps_done
+        """Saves models, optimizers and all other states."""
+        run_state: dict[str, Any] = {name: holder.state_dict() for name, holder in self.states.items()}
+        run_state[STEP] = steps_done
         save_checkpoint(
             self.accelerator,
             self.options.output_dir,
             steps_done,
-            state,
+            run_state,
             self.options.save_total_limit,
             self.identity,
         )
@@ -139,22 +141,19 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None, steps: int) -> P
     if wanted is None:
         _check_without_checkpoints(output_dir, newest)
         return None
-    if wanted == "latest":
-        checkpoint = newest
-    else:
-        checkpoint = _find_named(output_dir, wanted)
+    checkpoint = newest if wanted == "latest" else _find_named(output_dir, wanted)
     if checkpoint is None:
         return None
-    step = checkpoint_step(checkpoint)
+    steps_done = checkpoint_step(checkpoint)
     # With newer checkpoints, `latest` would find one of the old run, and `--save_total_limit` would delete new ones.
-    if newest is not None and step < checkpoint_step(newest):
+    if newest is not None and steps_done < checkpoint_step(newest):
         raise ValueError(
             f"A run resumed from {checkpoint.name} needs an `--output_dir` without newer checkpoints, but "
             f"`{output_dir}` has {newest.name}. Move the newer ones away, or choose another folder and name "
             f"`{checkpoint}`."
         )
-    if step > steps:
-        raise ValueError(f"`--max_steps` must be at least {step}, as in `{checkpoint}`, got {steps}.")
+    if steps_done > steps:
+        raise ValueError(f"`--max_steps` must be at least {steps_done}, as in `{checkpoint}`, got {steps}.")
     return checkpoint
 
 
@@ -184,6 +183,7 @@ def _find_named(output_dir: str | Path, name: str) -> Path:
 
 
 def _checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoints in the folder of a run, in any order."""
     return [path for path in Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)]
 
 
@@ -295,18 +295,24 @@ def save_checkpoint(
     if accelerator.is_main_process:
         os.replace(partial, path)
         if total_limit is not None:
-            oldest_first = sorted(_checkpoints(output_dir), key=checkpoint_step)
-            for checkpoint in oldest_first[:-total_limit]:
-                shutil.rmtree(checkpoint)
+            _remove_oldest(output_dir, total_limit)
     accelerator.wait_for_everyone()
+
+
+def _remove_oldest(output_dir: str | Path, total_limit: int) -> None:
+    """Removes all checkpoints but the newest `total_limit`."""
+    oldest_first = sorted(_checkpoints(output_dir), key=checkpoint_step)
+    for checkpoint in oldest_first[:-total_limit]:
+        shutil.rmtree(checkpoint)
 
 
 def write_checksums(checkpoint: Path) -> None:
     """Records the SHA-256 of each file of a checkpoint in it, once all processes have written theirs. All call it."""
-    state = PartialState()
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_file(checkpoint / CHECKSUMS, json.dumps(_checksums(checkpoint)).encode())
+    processes = PartialState()
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        text = json.dumps(_checksums(checkpoint))
+        write_file(checkpoint / CHECKSUMS, text.encode())
 
 
 # Loading
@@ -346,14 +352,15 @@ def check_files(checkpoint: Path) -> None:
     """
     if not (checkpoint / CHECKSUMS).exists():
         return
-    recorded = read_json_object(checkpoint / CHECKSUMS)
-    present = _checksums(checkpoint)
-    for name, checksum in recorded.items():
-        if present.get(name) != checksum:
+    recorded_checksums = read_json_object(checkpoint / CHECKSUMS)
+    checksums = _checksums(checkpoint)
+    for name, recorded_checksum in recorded_checksums.items():
+        if checksums.get(name) != recorded_checksum:
             raise ValueError(f"`{checkpoint / name}` is missing or damaged")
 
 
 def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a checkpoint, by its path in the folder."""
     checksums = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != CHECKSUMS:
@@ -381,8 +388,10 @@ def _first_fault(error: Exception) -> str:
     lines = str(error).splitlines()
     if not lines:
         return repr(error).rstrip(".")
-    line = lines[0].strip()
-    is_heading = line.startswith("Error(s) in loading state_dict")
-    if is_heading and len(lines) > 1:
+    has_heading = lines[0].strip().startswith("Error(s) in loading state_dict")
+    if has_heading and len(lines) > 1:
         line = lines[1].strip()
-    return line.partition(". ")[0].rstrip(".")
+    else:
+        line = lines[0].strip()
+    first_sentence, _, _ = line.partition(". ")
+    return first_sentence.rstrip(".")

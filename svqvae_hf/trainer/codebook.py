@@ -1,5 +1,8 @@
 """Codebook outside gradient descent: k-means of latents, their moving average, and replacement of dead codes."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from svqvae_hf.models.quantizer import VectorQuantizer
-from svqvae_hf.trainer.losses.causal import Mean
+from svqvae_hf.trainer.losses.causal import Mean, mean_of_one_process
 from svqvae_hf.trainer.tracking import progress
 
 KMEANS_ITERATIONS = 20
@@ -45,7 +48,8 @@ def initialise_codebook(quantizer: VectorQuantizer, latents: torch.Tensor, seed:
         sums = torch.zeros_like(codes).index_add_(0, ids, latents)  # (size, C)
         means = sums / counts.clamp(min=1)
         restarts = _draw_rows(latents, size, generator)
-        codes.copy_(as_codes(quantizer, torch.where(counts > 0, means, restarts)))
+        centres = torch.where(counts > 0, means, restarts)
+        codes.copy_(as_codes(quantizer, centres))
 
 
 def _draw_rows(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -99,7 +103,11 @@ class CodebookAverage(nn.Module):
 
     @torch.no_grad()
     def update(
-        self, quantizer: VectorQuantizer, latents: torch.Tensor, ids: torch.Tensor, mean: Mean = lambda value: value
+        self,
+        quantizer: VectorQuantizer,
+        latents: torch.Tensor,
+        ids: torch.Tensor,
+        mean: Mean = mean_of_one_process,
     ) -> None:
         """Adds the latents of a batch to the averages, and moves the codes there.
 
@@ -114,13 +122,17 @@ class CodebookAverage(nn.Module):
         latents = as_codes(quantizer, latents.float())
         weight_of_latent = quantizer.size / len(ids)  # so that a code of average use has a weight of 1
         latent_weights = torch.full((len(ids),), weight_of_latent, device=ids.device)  # (n,)
-        weights = mean(torch.zeros_like(self.weights).index_add_(0, ids, latent_weights))  # (size,)
-        sums = mean(torch.zeros_like(self.sums).index_add_(0, ids, latents * latent_weights[:, None]))  # (size, C)
+        weighted_latents = latents * latent_weights[:, None]  # (n, C)
+        # Sums over the latents of each code
+        weights = torch.zeros_like(self.weights).index_add_(0, ids, latent_weights)  # (size,)
+        sums = torch.zeros_like(self.sums).index_add_(0, ids, weighted_latents)  # (size, C)
+        weights = mean(weights)
+        sums = mean(sums)
         if not sums.isfinite().all():
             return  # the optimizer skips this step as well; a code that is not finite would never recover
         self.weights.lerp_(weights, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
-        is_averaged = self.weights > FORGOTTEN
+        is_averaged = self.weights > FORGOTTEN  # (size,)
         centres = self.sums[is_averaged] / self.weights[is_averaged, None]
         quantizer.embedding.weight[is_averaged] = as_codes(quantizer, centres)
 
@@ -188,8 +200,8 @@ def forget_codes(
 ) -> None:
     """Clears what the optimizer and the average of weights remember of replaced codes.
 
-    The optimizer's moments become 0. If SOAP rotates the rows of a codebook, its second moments belong to no single
-    code, and remain. The average restarts at the new codes, because it would otherwise mix them with old ones.
+    The optimizer's moments become 0. The average restarts at the new codes, because it would otherwise mix them with
+    old ones.
 
     Args:
         model (`nn.Module`): Model that holds the codebook, and whose weights are averaged.
@@ -198,15 +210,39 @@ def forget_codes(
         optimizer (`torch.optim.Optimizer`): AdamW or SOAP, or Accelerate's wrapper of it.
         ema (`EMAModel`, *optional*): Average of `model.parameters()`.
     """
-    state = optimizer.state.get(codes, {})
-    soap_rotates_rows = "Q" in state and len(state["Q"][0]) > 0  # `Q` holds a rotation, or [], per dimension
-    cleared_moments = ["exp_avg", "exp_avg_sq"]
-    if soap_rotates_rows:
-        cleared_moments = ["exp_avg"]
-    for name in cleared_moments:
-        if name in state:
-            state[name][replaced] = 0
+    state_of_codes = optimizer.state.get(codes, {})
+    _clear_moments(state_of_codes, replaced)
     if ema is not None:
-        averages = dict(zip(model.parameters(), ema.shadow_params, strict=True))
-        average_codes = averages[codes]  # (size, dim)
-        average_codes[replaced.to(average_codes.device)] = codes[replaced].to(average_codes)
+        _restart_average(ema, model, codes, replaced)
+
+
+def _clear_moments(state: Mapping[str, Any], rows: torch.Tensor) -> None:
+    """Sets the moments of some rows of a weight to 0, in the state that AdamW or SOAP has of it.
+
+    If SOAP rotates the rows, its second moments belong to no single row, and remain.
+    """
+    moments = ["exp_avg"]
+    if not _rotates_rows(state):
+        moments.append("exp_avg_sq")
+    for name in moments:
+        if name in state:
+            state[name][rows] = 0
+
+
+def _rotates_rows(state: Mapping[str, Any]) -> bool:
+    """Whether SOAP rotates the rows of a weight.
+
+    `Q` in its state lists a rotation per dimension of the weight, or an empty list for one that is not rotated.
+    """
+    if "Q" not in state:
+        return False
+    rotation_of_rows = state["Q"][0]
+    return len(rotation_of_rows) > 0
+
+
+def _restart_average(ema: EMAModel, model: nn.Module, codes: nn.Parameter, replaced: torch.Tensor) -> None:
+    """Restarts the averages of replaced codes at the codes themselves."""
+    for parameter, average in zip(model.parameters(), ema.shadow_params, strict=True):
+        if parameter is codes:
+            rows = replaced.to(average.device)
+            average[rows] = codes[replaced].to(average)

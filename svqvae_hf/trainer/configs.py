@@ -43,20 +43,23 @@ def load_network_config(source: str, network_class: Any) -> dict[str, Any]:
         ValueError: It is not a JSON object, is of another class, or has a key that the class does not know.
     """
     config = read_config(source)
-    name = config.get("_class_name", network_class.__name__)
-    if name != network_class.__name__:
-        raise ValueError(f"The `_class_name` of `{source}` must be {network_class.__name__}, but is {name}.")
-    parameters = inspect.signature(network_class.__init__).parameters
-    derived = getattr(network_class, "derived_config", ())
-    check_keys(source, config, [*parameters, *derived])
+    expected_class = network_class.__name__
+    class_name = config.get("_class_name", expected_class)
+    if class_name != expected_class:
+        raise ValueError(f"The `_class_name` of `{source}` must be {expected_class}, but is {class_name}.")
+    allowed_keys = list(inspect.signature(network_class.__init__).parameters)
+    allowed_keys += getattr(network_class, "derived_config", ())
+    check_keys(source, config, allowed_keys)
     return config
 
 
 def check_keys(source: str, config: Iterable[str], allowed: Collection[str]) -> None:
     """Raises if a config has unknown keys, because another network than intended would be trained."""
-    unknown = []
+    unknown_keys = []
     for key in sorted(config):
-        if key not in allowed and not key.startswith("_"):
-            unknown.append(key)
-    if unknown:
-        raise ValueError(f"`{source}` must have only keys of its class, but has {', '.join(unknown)}. Correct them.")
+        is_private = key.startswith("_")  # of diffusers
+        if key not in allowed and not is_private:
+            unknown_keys.append(key)
+    if unknown_keys:
+        listed = ", ".join(unknown_keys)
+        raise ValueError(f"`{source}` must have only keys of its class, but has {listed}. Correct them.")

@@ -1,4 +1,4 @@
-"""Faults of writing large files, of which libraries do not say that the disk is full."""
+"""Reasons why large files could not be written. Libraries do not say that the disk is full."""
 
 import errno
 import tempfile

@@ -72,18 +72,20 @@ class LlamaGenExamples(Dataset):
         rng = np.random.default_rng((self.mix.seed, index))
         source = self.source
         row = row_at(index, len(source.rows), self.mix.seed)
-        ids, label, captions = source.batch([row])
+        batch = source.batch([row])  # of one image
+        image_class = batch.labels  # (1,)
         is_dropped = rng.random() < self.mix.condition_dropout
         if is_dropped:
-            label[:] = source.num_classes  # the model then ignores the caption as well
-        condition = source.settings.codebook_size + label  # (1,)
-        finest_ids = ids[-1].flatten()
-        tokens = torch.cat([condition, finest_ids])  # (1 + ids,)
+            image_class[:] = source.num_classes  # the model then ignores the caption as well
+        condition_token = source.settings.codebook_size + image_class  # (1,)
+        finest_ids = batch.ids[-1].flatten()
+        tokens = torch.cat([condition_token, finest_ids])  # (1 + ids,)
         labels = tokens.clone()
         labels[0] = IGNORED
         example: dict[str, Any] = {"input_ids": tokens, "labels": labels}
-        if captions is not None:
-            example["caption"] = self.mix.draw_caption(captions[0], rng)
+        if batch.captions is not None:
+            captions_of_image = batch.captions[0]
+            example["caption"] = self.mix.draw_caption(captions_of_image, rng)
         return example
 
 
@@ -122,9 +124,12 @@ class ChatExamples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         rng = np.random.default_rng((self.mix.seed, index))
-        if rng.random() < self.mix.text_fraction:
-            return self.text_example(self.texts[row_at(index, len(self.texts), self.mix.seed)])
-        row = self.pairs[row_at(index, len(self.pairs), self.mix.seed)]
+        is_text = rng.random() < self.mix.text_fraction
+        if is_text:
+            text_number = row_at(index, len(self.texts), self.mix.seed)
+            return self.text_example(self.texts[text_number])
+        row_number = row_at(index, len(self.pairs), self.mix.seed)
+        row = self.pairs[row_number]
         return self.chat_example(self.conversation(row, rng))
 
     def text_example(self, row: dict[str, Any]) -> dict[str, list[int]]:
@@ -136,12 +141,14 @@ class ChatExamples(Dataset):
         """Messages that ask for an image or for its first caption."""
         image = self.image_text(row)
         captions = self.captions_of(row)
-        asked_caption = self.mix.draw_caption(captions, rng)
-        if rng.random() < self.mix.caption_fraction:
-            return chat(image, captions[0])
-        if rng.random() < self.mix.condition_dropout:
-            asked_caption = self.processor.no_condition
-        return chat(asked_caption, image)
+        drawn_caption = self.mix.draw_caption(captions, rng)
+        asks_for_caption = rng.random() < self.mix.caption_fraction
+        if asks_for_caption:
+            return chat(question=image, answer=captions[0])
+        is_dropped = rng.random() < self.mix.condition_dropout
+        if is_dropped:
+            return chat(question=self.processor.no_condition, answer=image)
+        return chat(question=drawn_caption, answer=image)
 
     def image_text(self, row: dict[str, Any]) -> str:
         """Text of the finest tokens of an image."""
@@ -160,8 +167,9 @@ class ChatExamples(Dataset):
             raise ValueError(f"an image with its caption must fit in {self.context} tokens, but takes {len(tokens)}.")
         labels = list(tokens)
         question = self.processor.apply_chat_template(conversation[:1], add_generation_prompt=True)
-        question_length = common_start(tokens, tokenize(self.processor, question))
-        labels[:question_length] = [IGNORED] * question_length
+        question_tokens = tokenize(self.processor, question)
+        num_ignored = common_start(tokens, question_tokens)
+        labels[:num_ignored] = [IGNORED] * num_ignored
         return {"input_ids": tokens, "labels": labels}
 
     def check_lengths(self) -> None:
@@ -172,53 +180,57 @@ class ChatExamples(Dataset):
         Raises:
             ValueError: A caption is too long. The error names its row.
         """
-        if not len(self.pairs):
-            return
-        longest_safe = self.context - self._length_without_caption() - MARGIN
         num_rows = len(self.pairs)
+        if num_rows == 0:
+            return
+        longest_safe = self.context - self._length_without_caption() - MARGIN  # a shorter caption always fits
         for start in range(0, num_rows, CAPTION_BATCH):
-            row_numbers = range(start, min(start + CAPTION_BATCH, num_rows))
-            for caption in self._count_caption_tokens(row_numbers):
+            stop = min(start + CAPTION_BATCH, num_rows)
+            for caption in self._count_caption_tokens(range(start, stop)):
                 if caption.num_tokens > longest_safe:
                     self._check_caption(caption.row_number, caption.text)
 
     def _length_without_caption(self) -> int:
         """About how many tokens a chat has besides its caption, with the largest image of the processor."""
+        # A chat of the first row, without its caption and the codes of its image
         row = self.pairs[0]
         caption = self.captions_of(row)[0]
         conversation = chat(caption, self.image_text(row))
-        chat_length = len(tokenize(self.processor, self.processor.apply_chat_template(conversation)))
-        caption_length = len(tokenize(self.processor, caption))
+        chat_tokens = tokenize(self.processor, self.processor.apply_chat_template(conversation))
+        caption_tokens = tokenize(self.processor, caption)
         num_codes = max(ids.numel() for ids in row_tokens(row, self.settings).ids)
+        length_without_both = len(chat_tokens) - len(caption_tokens) - num_codes
+        # with the codes of the largest image
         most_codes = max(rows * columns for rows, columns in self.processor.vocabulary.grids)
-        length_without_caption = chat_length - caption_length
-        return length_without_caption - num_codes + most_codes
+        return length_without_both + most_codes
 
     def _count_caption_tokens(self, row_numbers: range) -> list["CaptionLength"]:
         """Tokenises all captions of some rows at once."""
-        batch = self.pairs.select_columns([self.caption_column])[row_numbers.start : row_numbers.stop]
-        texts: list[str] = []
-        numbers_of_texts: list[int] = []
-        for row_number, captions in zip(row_numbers, batch[self.caption_column], strict=True):
-            row_captions = [captions] if isinstance(captions, str) else captions
-            texts += row_captions
-            numbers_of_texts += [row_number] * len(row_captions)
-        tokens = self.processor.tokenizer(texts).input_ids
+        column = self.pairs.select_columns([self.caption_column])
+        rows = column[row_numbers.start : row_numbers.stop]
+        # All captions of the rows in one list, and the row of each in another
+        captions: list[str] = []
+        rows_of_captions: list[int] = []
+        for row_number, value in zip(row_numbers, rows[self.caption_column], strict=True):
+            captions_of_row = [value] if isinstance(value, str) else value
+            captions += captions_of_row
+            rows_of_captions += [row_number] * len(captions_of_row)
+        tokens_of_captions = self.processor.tokenizer(captions).input_ids
         lengths = []
-        for row_number, text, text_tokens in zip(numbers_of_texts, texts, tokens, strict=True):
-            lengths.append(CaptionLength(row_number, text, len(text_tokens)))
+        for row_number, caption, tokens in zip(rows_of_captions, captions, tokens_of_captions, strict=True):
+            lengths.append(CaptionLength(row_number, caption, len(tokens)))
         return lengths
 
-    def _check_caption(self, number: int, caption: str) -> None:
+    def _check_caption(self, row_number: int, caption: str) -> None:
         """Raises if the chats of a caption and the image of its row are too long."""
-        row = self.pairs[number]
+        row = self.pairs[row_number]
         image = self.image_text(row)
         try:
             self.chat_example(chat(caption, image))
             self.chat_example(chat(image, caption))
         except ValueError as error:
             raise ValueError(
-                f"`{self.token_set}`, row {number} (`{row['key']}`), caption {reprlib.repr(caption)}: {error} "
+                f"`{self.token_set}`, row {row_number} (`{row['key']}`), caption {reprlib.repr(caption)}: {error} "
                 "Shorten the caption, or leave the row out."
             ) from error
 
@@ -255,12 +267,13 @@ def tokenize(processor: SVQVAEProcessor, text: str) -> list[int]:
 
 
 def text_tokens(processor: SVQVAEProcessor, row: dict[str, Any]) -> list[int]:
-    """Tokens of a text of [`read_texts`], with those of its images in place of their placeholders."""
+    """Tokens of a text of [`read_texts`], with the tokens of its images in place of their placeholders."""
     images = row.get("images", [])
-    texts = row["text"].split(processor.image_token)  # one more than images
-    whole_text = texts[0]
-    for ids, text_after_image in zip(images, texts[1:], strict=True):
-        whole_text += processor.image_text(torch.tensor(ids)) + text_after_image
+    text_before_images, *texts_after_images = row["text"].split(processor.image_token)
+    whole_text = text_before_images
+    for ids, text_after_image in zip(images, texts_after_images, strict=True):
+        whole_text += processor.image_text(torch.tensor(ids))
+        whole_text += text_after_image
     end = processor.tokenizer.eos_token or ""
     return tokenize(processor, whole_text + end)
 
@@ -283,12 +296,16 @@ def read_texts(files: Sequence[str], processor: SVQVAEProcessor, context: int) -
         is_empty_file = not any(line.strip() for line in lines)
         for number, line in enumerate(lines, start=1):
             is_empty_line = not line.strip()
-            if is_empty_file or not is_empty_line:  # the first line of an empty file is an error
-                texts.append(_read_text(f"line {number} of `{file}`", line, processor, context))
+            if is_empty_line and not is_empty_file:  # the first line of an empty file is an error
+                continue
+            place = f"line {number} of `{file}`"
+            row = _read_text(place, line, processor)
+            _check_text_length(place, row, processor, context)
+            texts.append(row)
     return texts
 
 
-def _read_text(place: str, line: str, processor: SVQVAEProcessor, context: int) -> dict[str, Any]:
+def _read_text(place: str, line: str, processor: SVQVAEProcessor) -> dict[str, Any]:
     """Object of a line. Raises a ValueError that names the place of the line."""
     try:
         row = json.loads(line)
@@ -298,12 +315,17 @@ def _read_text(place: str, line: str, processor: SVQVAEProcessor, context: int) 
         num_placeholders = row["text"].count(processor.image_token)
         if num_placeholders != len(images):
             raise ValueError(f"it has {num_placeholders} {processor.image_token} for {len(images)} images")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f" ({error})" if isinstance(error, ValueError) else ""
-        raise ValueError(f"{place} must be a JSON object with a `text` and its `images`{reason}.") from error
+    except ValueError as error:
+        raise ValueError(f"{place} must be a JSON object with a `text` and its `images` ({error}).") from error
+    except (AttributeError, KeyError, TypeError) as error:  # the line is not such an object
+        raise ValueError(f"{place} must be a JSON object with a `text` and its `images`.") from error
+    return row
+
+
+def _check_text_length(place: str, row: dict[str, Any], processor: SVQVAEProcessor, context: int) -> None:
+    """Raises ValueError if a text with its images is longer than the context."""
     length = len(text_tokens(processor, row))
     if length > context:
         raise ValueError(
             f"{place} must fit the context of {context} tokens with its images, but takes {length}. Split the text."
         )
-    return row

@@ -41,6 +41,7 @@ class Interruption:
         return self.accelerator.check_trigger()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal, and restores the former handlers, so that a second signal ends the process at once."""
         self.__exit__()
         self.exit_code = 128 + number
         self.accelerator.set_trigger()

@@ -65,19 +65,19 @@ class Log:
         self.last_time = self.start_time
         if self.accelerator.log_with:
             self.accelerator.init_trackers("svqvae")
-        trained = 0
-        total = 0
+        num_parameters = 0
+        num_trained = 0
         for parameter in network.parameters():
-            total += parameter.numel()
+            num_parameters += parameter.numel()
             if parameter.requires_grad:
-                trained += parameter.numel()
-        steps = self.options.max_steps
-        steps_left = steps - first_step
+                num_trained += parameter.numel()
+        max_steps = self.options.max_steps
+        steps_left = max_steps - first_step
         num_processes = self.accelerator.num_processes
         processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
         logger.info(
-            f"Training on {contents}: {trained:,} of {total:,} parameters, {steps_left:,} of {steps:,} steps "
-            f"left, {processes} on {self.accelerator.device.type}"
+            f"Training on {contents}: {num_trained:,} of {num_parameters:,} parameters, {steps_left:,} of "
+            f"{max_steps:,} steps left, {processes} on {self.accelerator.device.type}"
         )
 
     def add(self, numbers: Mapping[str, torch.Tensor], **amounts: float) -> None:
@@ -91,20 +91,20 @@ class Log:
 
         All processes must have added the same names.
         """
-        written = {}
+        line = {}
         for name, values in self.numbers.items():
-            mean = self.accelerator.reduce(torch.stack(values).mean(), "mean")
-            written[f"train/{name}"] = mean.item()
+            mean_of_process = torch.stack(values).mean()
+            line[f"train/{name}"] = self.accelerator.reduce(mean_of_process, "mean").item()
         for name, value in numbers.items():
-            written[f"train/{name}"] = value
+            line[f"train/{name}"] = value
         seconds = time.monotonic() - self.last_time
         for name, amount in self.amounts.items():
             amount_of_all_processes = self.accelerator.num_processes * amount
-            written[f"train/{name}_per_second"] = amount_of_all_processes / seconds
+            line[f"train/{name}_per_second"] = amount_of_all_processes / seconds
         self.numbers.clear()
         self.amounts.clear()
         self.last_time = time.monotonic()
-        self.write(steps_done, written)
+        self.write(steps_done, line)
 
     def write(self, steps_done: int, numbers: Mapping[str, float]) -> None:
         """Logs numbers, some of them on the terminal with progress, time and memory."""
@@ -129,10 +129,12 @@ class Log:
     def _progress(self, steps_done: int) -> str:
         """Time that has passed, time that is left, and memory."""
         elapsed = time.monotonic() - self.start_time
-        per_step = elapsed / max(1, steps_done - self.first_step)
-        remaining = per_step * (self.options.max_steps - steps_done)
-        memory = memory_in_use(self.accelerator.device) / 2**30
-        return f"{_duration(elapsed)} elapsed, {_duration(remaining)} left, {memory:.1f} GiB"
+        steps_of_process = max(1, steps_done - self.first_step)
+        seconds_per_step = elapsed / steps_of_process
+        steps_left = self.options.max_steps - steps_done
+        remaining = seconds_per_step * steps_left
+        gibibytes = memory_in_use(self.accelerator.device) / 2**30
+        return f"{_duration(elapsed)} elapsed, {_duration(remaining)} left, {gibibytes:.1f} GiB"
 
     def state_dict(self) -> dict[str, Any]:
         """Rows of the card, so that a run which is resumed after its last line has them all."""
@@ -145,10 +147,10 @@ class Log:
 
 def is_shown(name: str, value: float) -> bool:
     """Whether a line of the log shows a number. Skipped steps are shown if there are any."""
-    number = name.rpartition("/")[2]
-    if number == "skipped":
+    _, _, name_without_group = name.rpartition("/")  # without "train/" or the name of a set
+    if name_without_group == "skipped":
         return value > 0
-    return number.startswith("psnr@") or number in SHOWN
+    return name_without_group.startswith("psnr@") or name_without_group in SHOWN
 
 
 def memory_in_use(device: torch.device) -> int:
@@ -159,4 +161,5 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def _duration(seconds: float) -> timedelta:
+    """A time in whole seconds, which prints as `1:23:45`."""
     return timedelta(seconds=round(seconds))

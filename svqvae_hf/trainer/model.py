@@ -29,7 +29,8 @@ def step_scales(options: TrainOptions, latent_side: int, step: int) -> list[floa
     """
     rng = np.random.default_rng((options.seed, step))
     if options.scale_probabilities:
-        return [rng.choice(options.scales, p=options.scale_probabilities).item()]
+        drawn_scale = rng.choice(options.scales, p=options.scale_probabilities)
+        return [drawn_scale.item()]
     if options.scales:
         return sorted(options.scales)
     return _random_scales(options, latent_side, rng)
@@ -43,11 +44,12 @@ def _random_scales(options: TrainOptions, latent_side: int, rng: np.random.Gener
     """
     smaller_sides = np.arange(1, latent_side)
     num_smaller = min(options.num_scales - 1, len(smaller_sides))
-    sides = sorted(rng.choice(smaller_sides, size=num_smaller, replace=False).tolist())
+    drawn_sides = rng.choice(smaller_sides, size=num_smaller, replace=False)
+    sides = sorted(drawn_sides.tolist())
     if options.token_budget is not None:
         tokens_of_full_scale = latent_side**2
-        budget_of_smaller_scales = options.token_budget - 1  # in full scales, without the full scale itself
-        while _count_tokens(sides) > budget_of_smaller_scales * tokens_of_full_scale:
+        max_tokens = (options.token_budget - 1) * tokens_of_full_scale  # of the smaller scales together
+        while _count_tokens(sides) > max_tokens:
             sides.pop()  # the largest
     scales = [side / latent_side for side in sides]
     return scales + [1.0]

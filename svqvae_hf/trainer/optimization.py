@@ -84,20 +84,22 @@ def resume_schedule(lr_scheduler: LambdaLR, steps_done: int, groups: Sequence[Ma
     """
     lr_scheduler.last_epoch = steps_done
     lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
-    rates = []
-    for peak, schedule in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True):
-        rates.append(peak * schedule(steps_done))
+    learning_rates = []  # of the groups, at this step
+    for peak, factor_at in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True):
+        learning_rates.append(peak * factor_at(steps_done))
     loaded_groups = lr_scheduler.optimizer.param_groups
-    for loaded_group, group, rate in zip(loaded_groups, groups, rates, strict=True):
-        loaded_group.update(group, lr=rate)
-    lr_scheduler._last_lr = rates
+    for loaded_group, group, learning_rate in zip(loaded_groups, groups, learning_rates, strict=True):
+        loaded_group.update(group, lr=learning_rate)
+    lr_scheduler._last_lr = learning_rates
 
 
 def hyperparameters(lr_scheduler: LambdaLR) -> list[dict[str, Any]]:
     """Hyperparameters of each group of the optimizer of a schedule."""
     groups = []
     for group in lr_scheduler.optimizer.param_groups:
-        groups.append({key: value for key, value in group.items() if key != "params"})
+        group_without_weights = dict(group)
+        del group_without_weights["params"]
+        groups.append(group_without_weights)
     return groups
 
 

@@ -354,6 +354,7 @@ def public_values(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _public_value(value: Any) -> Any:
+    """A value of an option as it may be published."""
     if isinstance(value, list):
         return [_public_value(item) for item in value]
     if isinstance(value, str):

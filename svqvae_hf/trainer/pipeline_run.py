@@ -71,7 +71,7 @@ def open_token_sets(options: Any, vqvae: SVQVAE, class_names: Any = None) -> tup
 
 
 def _open_token_set(options: Any, data: str, vqvae: SVQVAE, class_names: Any) -> TokenSource:
-    """Opens a token set. A set without names of classes has those of the model that is trained further."""
+    """Opens a token set. A set without names of classes takes over the names of the model that is trained further."""
     source = TokenSource(data, options.label_column, options.caption_column)
     check_same_codebook(vqvae, source.settings)
     if not source.class_names:
@@ -108,12 +108,13 @@ def log_samples(
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(options.seed)
     with weights.evaluating():
-        images = pipeline(**call, generator=generator, output_type="np")[0]  # (n, H, W, 3)
+        output = pipeline(**call, generator=generator, output_type="np")
+    images = output[0]  # (n, H, W, 3)
     if log.accelerator.is_main_process:
-        columns = math.ceil(len(images) ** 0.5)  # a square, as nearly as possible
+        num_columns = math.ceil(math.sqrt(len(images)))  # a square, as nearly as possible
         sample = torch.from_numpy(images).permute(0, 3, 1, 2)  # (n, 3, H, W)
         folder = Path(options.output_dir, "samples")
-        log_images(log.accelerator, sample, labels, columns, folder, steps_done)
+        log_images(log.accelerator, sample, labels, num_columns, folder, steps_done)
 
 
 def generator_card(
@@ -157,8 +158,8 @@ def generator_card(
 def _name_first_class(call: str, class_names: Sequence[str]) -> str:
     """Writes the name of the first class in place of its number into the arguments of a pipeline's call."""
     first_name = model_cards.quote(class_names[0])
-    call = call.replace("class_labels=[0]", f"class_labels=[{first_name}]")
-    return call.replace("labels=0,", f"labels={first_name},")
+    call = call.replace("class_labels=[0]", f"class_labels=[{first_name}]")  # of this package's pipelines
+    return call.replace("labels=0,", f"labels={first_name},")  # of all others
 
 
 def _list_classes(class_names: Sequence[str]) -> str:

@@ -58,7 +58,7 @@ class Result:
         if not is_main:
             return
         if push_to_hub:
-            is_private = True if options.hub_private_repo else None  # None: as the Hub's settings say
+            is_private = True if options.hub_private_repo else None  # with `None`, the Hub's settings decide
             self.name = prepare_repo(self.name, private=is_private, license=origin.license)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         options_text = yaml.safe_dump(identity.options, sort_keys=False)
@@ -110,17 +110,19 @@ def find_sources(options: Any) -> Origin:
     Raises:
         ValueError: If the sources have different licences, and the options have none.
     """
-    sources = vars(options)
     sets = {}
     models = {}
-    for option, source in sources.items():
+    for option, value in vars(options).items():
+        names_part = option.endswith(MODEL_SUFFIX) and option != CONFIG_OPTION  # of the result, such as `vqvae`
         if option in SET_OPTIONS:
-            sets[option.replace("_", " ")] = source
-        elif option in BASE_OPTIONS and source is not None:
-            models[STARTED_FROM] = source
-        elif option.endswith(MODEL_SUFFIX) and option != CONFIG_OPTION and source is not None:
-            part = option.removesuffix(MODEL_SUFFIX)  # of the result, such as `vqvae`
-            models[part.replace("_", " ")] = source
+            sets[option.replace("_", " ")] = value
+        elif value is None:
+            continue
+        elif option in BASE_OPTIONS:
+            models[STARTED_FROM] = value
+        elif names_part:
+            part = option.removesuffix(MODEL_SUFFIX)
+            models[part.replace("_", " ")] = value
     return find_origin(models, sets, options.license)
 
 
@@ -155,16 +157,16 @@ def refuse_finished(output_dir: Path, identity: RunIdentity) -> None:
     path = output_dir / FINISHED_FILE
     if not path.exists():
         return
-    finished = RunIdentity.from_file(path)
-    finished_steps = finished.options.get("max_steps", 0)
+    finished_run = RunIdentity.from_file(path)
+    finished_steps = finished_run.options.get("max_steps", 0)
     steps = identity.options["max_steps"]
     has_checkpoint = any(output_dir.glob("checkpoint-*"))
     trains_further = steps > finished_steps and has_checkpoint
     if trains_further:
         return
-    _check_same_options(output_dir, finished, identity, has_checkpoint)
-    check_sources(output_dir, finished.models, identity.models)
-    check_sources(output_dir, finished.sets, identity.sets)
+    _check_same_options(output_dir, finished_run, identity, has_checkpoint)
+    check_sources(output_dir, finished_run.models, identity.models)
+    check_sources(output_dir, finished_run.sets, identity.sets)
     sys.stderr.write(f"The run in `{output_dir}` has finished its {steps} steps. Nothing changed.\n")
     sys.exit(0)
 
@@ -175,18 +177,21 @@ def _check_same_options(output_dir: Path, finished: RunIdentity, identity: RunId
     Models and sets are compared by their digests, so a folder that was moved counts as the same.
     """
     options = identity.to_record()["options"]  # only those that change the result
-    with_digests = identity.models.keys() | identity.sets.keys()
-    changed = [name for name in changed_names(finished.options, options) if name not in with_digests]
-    if not changed:
+    compared_by_digest = identity.models.keys() | identity.sets.keys()
+    flags = []
+    for name in changed_names(finished.options, options):
+        if name not in compared_by_digest:
+            flags.append(f"--{name} {options.get(name)}")
+    if not flags:
         return
-    flags = ", ".join(f"--{name} {options.get(name)}" for name in changed)
-    advice = "because it has no checkpoint from which it could be trained further"
     if has_checkpoint:
         advice = "or raise `--max_steps` to train it further"
+    else:
+        advice = "because it has no checkpoint from which it could be trained further"
     finished_steps = finished.options.get("max_steps", 0)
     raise ValueError(
         f"`{output_dir}` holds the result of a finished run of {finished_steps} steps, but this run has other options "
-        f"({flags}). Choose another `--output_dir`, {advice}."
+        f"({', '.join(flags)}). Choose another `--output_dir`, {advice}."
     )
 
 
@@ -198,11 +203,14 @@ def move_files(source: Path, target: Path) -> list[str]:
     Returns:
         `list[str]`: Paths of the files relative to either folder.
     """
-    relative_paths = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    files = [path for path in source.rglob("*") if path.is_file()]
     permissions = target.stat().st_mode & 0o666  # without the right to execute
-    for relative_path in sorted(relative_paths, reverse=True):  # "model.safetensors" before "config.json"
+    moved = []
+    for file in sorted(files, reverse=True):  # "model.safetensors" before "config.json"
+        relative_path = file.relative_to(source)
         new_path = target / relative_path
         new_path.parent.mkdir(parents=True, exist_ok=True)
-        (source / relative_path).replace(new_path)
+        file.replace(new_path)
         new_path.chmod(permissions)
-    return [path.as_posix() for path in relative_paths]
+        moved.append(relative_path.as_posix())
+    return moved

@@ -84,6 +84,7 @@ class Run(Generic[Options]):
             check_resumable(self.checkpoint, self.identity)
 
     def _find_checkpoint(self) -> Path | None:
+        """Finds the checkpoint from which the run resumes; `None` for a new run."""
         options = self.options
         return find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_steps)
 

@@ -27,6 +27,9 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        message = re.sub(TRACEBACK, "", str(error)) or repr(error)  # a loader's process puts its traceback first
-        sys.stderr.write(f"{script_name()}: error: {' '.join(message.split())}\n")
+        message = re.sub(TRACEBACK, "", str(error))  # a loader's process puts its traceback first
+        if not message:
+            message = repr(error)
+        in_one_line = " ".join(message.split())
+        sys.stderr.write(f"{script_name()}: error: {in_one_line}\n")
         sys.exit(2)

@@ -54,8 +54,8 @@ class ScaleStatistics:
             with torch.no_grad():
                 psnr_of_images = psnr(pair.output, pair.target, data_range=1.0)  # (B,)
             self._psnr_of_batches[scale].append(psnr_of_images.clamp(max=MAX_PSNR))
-        for scale, scale_ids in zip(counted_scales, ids, strict=False):
-            counts = count_codes(scale_ids, self.codebook_size)
+        for scale, ids_of_scale in zip(counted_scales, ids, strict=False):
+            counts = count_codes(ids_of_scale, self.codebook_size)
             if scale in self._code_counts:
                 counts = self._code_counts[scale] + counts
             self._code_counts[scale] = counts
@@ -94,12 +94,14 @@ def rows_of_images(pairs: Sequence[Pair]) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(batch * columns, 3, height, width)`: Smaller scales are enlarged without smoothing.
     """
-    largest = max((pair.target for pair in pairs), key=torch.Tensor.numel)
-    columns = [largest]
+    targets = [pair.target for pair in pairs]
+    largest_target = max(targets, key=torch.Tensor.numel)  # (B, 3, H, W)
+    columns = [largest_target]
     for pair in pairs:
-        enlarged = F.interpolate(pair.output, largest.shape[-2:], mode="nearest")
-        columns.append(enlarged)
-    return torch.stack(columns, dim=1).flatten(0, 1)  # (B * columns, 3, H, W)
+        enlarged_output = F.interpolate(pair.output, largest_target.shape[-2:], mode="nearest")
+        columns.append(enlarged_output)
+    rows = torch.stack(columns, dim=1)  # (B, columns, 3, H, W)
+    return rows.flatten(0, 1)  # (B * columns, 3, H, W)
 
 
 def log_images(
@@ -120,15 +122,17 @@ def log_images(
     for image, label in zip(images, labels, strict=True):
         strip = label_image(label, width=image.shape[-1])  # (3, LABEL_HEIGHT, W)
         cells.append(torch.cat([strip, image], dim=1))  # (3, LABEL_HEIGHT + H, W)
-    grid = make_grid(cells, nrow=columns, padding=PADDING, pad_value=1.0)
+    grid = make_grid(cells, nrow=columns, padding=PADDING, pad_value=1.0)  # (3, H, W)
     pixels = (grid.permute(1, 2, 0) * 255).round().byte().numpy()  # (H, W, 3)
     save_png(Image.fromarray(pixels), folder / f"step-{step:07}.png")
+    batch = {"samples": pixels[None]}  # (1, H, W, 3)
     for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            arguments = {}
-            if tracker.name == "tensorboard":
-                arguments = {"dataformats": "NHWC"}
-            tracker.log_images({"samples": pixels[None]}, step=step, **arguments)  # (1, H, W, 3)
+        if not hasattr(tracker, "log_images"):
+            continue
+        if tracker.name == "tensorboard":
+            tracker.log_images(batch, step=step, dataformats="NHWC")
+        else:
+            tracker.log_images(batch, step=step)
 
 
 def label_image(label: str, width: int) -> torch.Tensor:

@@ -89,6 +89,7 @@ class TrainOptions(ImageOptions):
         return min(self.kmeans_steps, default=0)
 
     def _crop_faults(self) -> Iterator[str]:
+        """Yields an error message if crops of the smaller sides do not fill crops of the largest."""
         for side in self.crop_sizes:
             divides_resolution = side >= 1 and self.resolution % side == 0
             if not divides_resolution:
@@ -96,6 +97,7 @@ class TrainOptions(ImageOptions):
                 return
 
     def _adversarial_faults(self) -> Iterator[str]:
+        """Yields an error message for each fault in the options of the discriminator."""
         if not self.adversarial_weight:
             return
         smallest_side = min([self.resolution, *self.crop_sizes])
@@ -110,6 +112,7 @@ class TrainOptions(ImageOptions):
             )
 
     def _scale_faults(self) -> Iterator[str]:
+        """Yields an error message for each fault in the scales."""
         are_in_range = all(0 < scale < math.inf for scale in self.scales + self.validation_scales)
         if not are_in_range or not self.validation_scales:
             yield "`--validation_scales` must not be empty, and they and `--scales` must be finite and more than 0."
@@ -129,10 +132,12 @@ class TrainOptions(ImageOptions):
         """Whether there is a probability for each scale, and all of them sum to 1."""
         if len(self.scale_probabilities) != len(self.scales):
             return False
-        one_is_negative = min(self.scale_probabilities) < 0
-        return not one_is_negative and math.isclose(sum(self.scale_probabilities), 1)
+        are_not_negative = min(self.scale_probabilities) >= 0
+        sum_to_one = math.isclose(sum(self.scale_probabilities), 1)
+        return are_not_negative and sum_to_one
 
     def _codebook_faults(self) -> Iterator[str]:
+        """Yields an error message for each fault in the options of the codebook."""
         are_in_run = all(0 < step < self.max_steps for step in self.kmeans_steps)
         if not are_in_run:
             yield f"`--kmeans_steps` must lie between 0 and `--max_steps` = {self.max_steps}, got {self.kmeans_steps}."

@@ -57,6 +57,21 @@ class Validations:
             self.first = numbers
         if not has_ids(self.ids):
             self.ids = dict(ids)
+        self._add_ids_kept(numbers, ids)
+        if not self.keep_best:
+            self.step = steps_done
+            self.chosen = numbers
+            return
+        score = total_psnr(numbers)
+        is_best = score > self.score
+        if is_best and has_ids(ids):
+            self.score = score
+            self.step = steps_done
+            self.chosen = numbers
+            self.weights = {name: value.cpu().clone() for name, value in self.network.state_dict().items()}
+
+    def _add_ids_kept(self, numbers: Numbers, ids: Mapping[str, torch.Tensor]) -> None:
+        """Adds the fraction of the ids `(n,)` of each set that are as in the first validation that quantised."""
         for name, current_ids in ids.items():
             first_ids = self.ids.get(name)
             if first_ids is None or len(current_ids) == 0:
@@ -64,16 +79,6 @@ class Validations:
             if len(first_ids) == len(current_ids):
                 is_kept = current_ids == first_ids  # (n,)
                 numbers[name]["ids_kept"] = is_kept.float().mean().item()
-        if not self.keep_best:
-            self.step = steps_done
-            self.chosen = numbers
-            return
-        score = total_psnr(numbers)
-        if has_ids(ids) and score > self.score:
-            self.score = score
-            self.step = steps_done
-            self.chosen = numbers
-            self.weights = {name: value.cpu().clone() for name, value in self.network.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run remembers."""

@@ -90,7 +90,7 @@ class Weights:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients, with the averaged weights if there are any."""
-        training_modules = [module for module in self.network.modules() if module.training]
+        modules_in_training_mode = [module for module in self.network.modules() if module.training]
         self.network.eval()
         if self.ema is not None:
             self.ema.store(self.network.parameters())
@@ -99,7 +99,7 @@ class Weights:
             yield
         if self.ema is not None:
             self.ema.restore(self.network.parameters())
-        for module in training_modules:  # parts that are not trained stay in evaluation mode
+        for module in modules_in_training_mode:  # parts that are not trained stay in evaluation mode
             module.training = True
 
     def final(self) -> dict[str, torch.Tensor]:

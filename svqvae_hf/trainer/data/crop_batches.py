@@ -53,7 +53,7 @@ class _Crop:
 
 
 class _SkippedError(ValueError):
-    """An image of which no crop can be cut."""
+    """An image that no crop can be cut from."""
 
 
 @dataclass
@@ -89,58 +89,64 @@ class CropCutter:
         self.processor = SVQVAEImageProcessor(pixel_range=self.pixel_range)
 
     def cut_batch(self, batch: int, images_for: Callable[[int], Iterator[ImageRow]]) -> CropBatch:
-        """Cuts a batch.
+        """Cuts the crops of this process in a batch. The crops of a step are numbered.
 
         Args:
             batch (`int`): Number of the batch in the run.
-            images_for (`Callable`): Returns the image for a number of the step, and images that may replace it.
+            images_for (`Callable`): Returns the image for a crop of the step, and images that may replace it, by the
+                number of the crop.
 
         Raises:
             ValueError: If 1000 images in a row are unreadable.
         """
         step = batch // self.share.batches
+        crops_per_largest = int(self.crops_per_largest[step])
         crops: list[_Crop] = []
         skipped: list[tuple[str, str]] = []
-        for number in self.share.numbers(batch, int(self.crops_per_largest[step])):
-            images = images_for(number)
-            if self._is_mixed(step, number):
-                images = self._mixed_images(step, number)
-            crops.append(self._first_crop(images, step, number, skipped))
-        return CropBatch(
-            sample=torch.stack([crop.pixels for crop in crops]),
-            labels=[crop.label for crop in crops],
-            skipped=skipped,
-            enlarged=sum(crop.is_enlarged for crop in crops),
-        )
+        for crop_number in self.share.numbers(batch, crops_per_largest):
+            if self._is_of_mixed_set(step, crop_number):
+                images = self._images_of_mixed_set(step, crop_number)
+            else:
+                images = images_for(crop_number)
+            crop = self._first_readable_crop(images, step, crop_number, skipped)
+            crops.append(crop)
+        pixels = [crop.pixels for crop in crops]
+        labels = [crop.label for crop in crops]
+        num_enlarged = sum(crop.is_enlarged for crop in crops)
+        return CropBatch(torch.stack(pixels), labels, skipped, num_enlarged)
 
-    def _is_mixed(self, step: int, number: int) -> bool:
-        """Whether a number of a step has an image of the other set."""
+    def _is_of_mixed_set(self, step: int, crop_number: int) -> bool:
+        """Whether a crop of a step is cut from an image of the other set, as its seed says."""
         if self.mixed is None:
             return False
-        draw = self._mixing_rng(step, number).random()
+        draw = self._mixing_rng(step, crop_number).random()
         return draw < self.mix_fraction
 
-    def _mixed_images(self, step: int, number: int) -> Iterator[ImageRow]:
-        """Yields random images of the other set, without an end."""
-        rows = self._mixed_rows()
-        rng = self._mixing_rng(step, number)
-        rng.random()  # the draw of `_is_mixed`
+    def _images_of_mixed_set(self, step: int, crop_number: int) -> Iterator[ImageRow]:
+        """Yields random images of the other set for a crop, without an end."""
+        rows = self._rows_of_mixed_set()
+        rng = self._mixing_rng(step, crop_number)
+        rng.random()  # the draw of `_is_of_mixed_set`
         while True:
-            yield rows[int(rng.integers(len(rows)))]
+            row = int(rng.integers(len(rows)))
+            yield rows[row]
 
-    def _mixing_rng(self, step: int, number: int) -> np.random.Generator:
-        return np.random.default_rng((MIXED, self.seed, step, number))
+    def _mixing_rng(self, step: int, crop_number: int) -> np.random.Generator:
+        """Source of randomness for the mixing of a crop."""
+        return np.random.default_rng((MIXED, self.seed, step, crop_number))
 
-    def _mixed_rows(self) -> IndexedRows:
-        rows = None if self.mixed is None else self.mixed.rows
-        if rows is None:
+    def _rows_of_mixed_set(self) -> IndexedRows:
+        """Images of the other set. Raises ValueError if they are a stream."""
+        if self.mixed is None or self.mixed.rows is None:
             raise ValueError("Images that are mixed in must have random access. Open them with `copy=True`.")
-        return rows
+        return self.mixed.rows
 
-    def _first_crop(self, images: Iterator[ImageRow], step: int, number: int, skipped: list[tuple[str, str]]) -> _Crop:
+    def _first_readable_crop(
+        self, images: Iterator[ImageRow], step: int, crop_number: int, skipped: list[tuple[str, str]]
+    ) -> _Crop:
         """Cuts the first image that is readable. Adds the images before it to `skipped`, each with the reason."""
         side = int(self.sides[step])
-        seed = (CROP, self.seed, step, number)
+        seed = (CROP, self.seed, step, crop_number)
         for image in islice(images, MAX_IN_A_ROW):
             try:
                 return self._cut(image, side, seed)
@@ -159,16 +165,19 @@ class CropCutter:
         if self.label_column is not None:
             label = row.values[self.label_column]
         rng = np.random.default_rng((SYNTHETIC, *seed))
-        if rng.random() < self.policy.synthetic_fraction:
-            return _Crop(self._pixels(synthetic_crop(side, rng)), label, is_enlarged=False)
+        is_synthetic = rng.random() < self.policy.synthetic_fraction
+        if is_synthetic:
+            crop = synthetic_crop(side, rng)
+            return _Crop(self._pixels(crop), label, is_enlarged=False)
         try:
             image = read_image(row)
         except (OSError, ValueError) as error:
             raise _SkippedError(fault_of(error)) from error
         if self.label_column is not None and label is None:
             raise _SkippedError("it has no label.")
-        crop = self.policy.cut(image, side, seed)
-        return _Crop(self._pixels(crop), label, is_enlarged=min(image.size) < side)
+        cropped_image = self.policy.cut(image, side, seed)
+        is_enlarged = min(image.size) < side
+        return _Crop(self._pixels(cropped_image), label, is_enlarged)
 
     def _pixels(self, crop: Image.Image | np.ndarray) -> torch.Tensor:
         """Converts a crop to a tensor of shape `(3, side, side)` in `pixel_range`."""

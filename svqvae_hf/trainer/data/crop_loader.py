@@ -37,16 +37,18 @@ class CropRows(Dataset[CropBatch]):
         cutter = self.cutter
         share = cutter.share
         step = batch // share.batches
-        first_position = int(cutter.crops_per_largest_before[step]) * share.step_size  # of the step, in all epochs
-        num_crops = int(cutter.crops_per_largest[step]) * share.step_size  # of the step
+        # All crops of the run take positions in the order of the rows, step by step.
+        first_position = int(cutter.crops_per_largest_before[step]) * share.step_size
+        crops_of_step = int(cutter.crops_per_largest[step]) * share.step_size
 
-        def images_for(number: int) -> Iterator[ImageRow]:
-            """Yields the image of a number of the step, and then images that may replace it.
+        def images_for(crop_number: int) -> Iterator[ImageRow]:
+            """Yields the image of a crop of the step, and then images that may replace it.
 
-            They have this number in the following steps, counted as if each had as many crops as this one.
+            They are the images of this crop number in the following steps, as if each had as many crops as this one.
             """
-            for position in itertools.count(first_position + number, num_crops):
-                yield self.rows[row_at(position, len(self.rows), cutter.seed)]
+            for position in itertools.count(first_position + crop_number, crops_of_step):
+                row = row_at(position, len(self.rows), cutter.seed)
+                yield self.rows[row]
 
         return cutter.cut_batch(batch, images_for)
 
@@ -79,23 +81,27 @@ class CropLoader(OrderedLoader):
         self.cutter = cutter
         self.num_workers = num_workers
         self.shuffle_buffer = shuffle_buffer
-        self.places = [Place()] * max(1, num_workers)  # of the readers of a stream
-        settings = {"seed": cutter.seed}
+        self.places = [Place()] * max(1, num_workers)  # of the readers of a stream, one per worker
         if self.rows is not None:
-            settings["number of images"] = len(self.rows)
-            super().__init__(cutter.share, f"{len(self.rows):,} images", settings)
+            num_images = len(self.rows)
+            settings = {"seed": cutter.seed, "number of images": num_images}
+            super().__init__(cutter.share, f"{num_images:,} images", settings)
             return
         num_shards = len(images.parts)
         num_processes = cutter.share.num_processes
-        settings["number of processes"] = num_processes
-        settings["number of workers"] = len(self.places)
-        settings["shuffle buffer"] = shuffle_buffer
-        settings["number of shards"] = num_shards
+        num_readers = len(self.places)
+        settings = {
+            "seed": cutter.seed,
+            "number of processes": num_processes,
+            "number of workers": num_readers,
+            "shuffle buffer": shuffle_buffer,
+            "number of shards": num_shards,
+        }
         super().__init__(cutter.share, f"images of {num_shards:,} shards", settings)
-        if num_shards < num_processes * len(self.places):
+        if num_shards < num_processes * num_readers:
             raise ValueError(
                 f"A stream must have a shard per worker, but has {num_shards} for `--dataloader_num_workers` "
-                f"{len(self.places)} x {num_processes} processes. Start fewer, make more shards, or leave out "
+                f"{num_readers} x {num_processes} processes. Start fewer, make more shards, or leave out "
                 "`--streaming`."
             )
 
@@ -105,7 +111,8 @@ class CropLoader(OrderedLoader):
         Raises:
             ValueError: If 1000 images in a row are unreadable.
         """
-        batches = range(self.batch, self.cutter.num_steps * self.share.batches)
+        last_batch = self.cutter.num_steps * self.share.batches
+        batches = range(self.batch, last_batch)
         if self.rows is None:
             yield from self._stream(batches)
             return
@@ -114,13 +121,16 @@ class CropLoader(OrderedLoader):
             yield crops
 
     def _stream(self, batches: range) -> Iterator[CropBatch]:
+        """Yields batches of a stream, and remembers the place of the reader that cut each."""
         stream = CropStream(self.images.parts, self.cutter, batches, list(self.places), self.shuffle_buffer)
         for place, crops in self._load(stream, None):
-            self.places[self.batch % len(self.places)] = place
+            reader = self.batch % len(self.places)
+            self.places[reader] = place
             self.batch += 1
             yield crops
 
     def _load(self, dataset: Dataset, batches: range | None) -> DataLoader[Any]:
+        """Makes PyTorch's loader of batches. `batches` are their numbers, None for a stream."""
         return DataLoader(
             dataset,
             batch_size=None,
@@ -140,10 +150,10 @@ class CropLoader(OrderedLoader):
     def state_dict(self) -> dict[str, Any]:
         """State that is equal on all processes. For a stream, all of them must call it."""
         state = super().state_dict()
-        if self.rows is not None:
-            return state
-        places = [tuple(place) for place in self.places]
-        return state | {"places": gather_object([places])}
+        if self.rows is None:
+            places = [tuple(place) for place in self.places]
+            state["places"] = gather_object([places])  # of the readers of each process
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets the step at which iteration continues.
@@ -153,7 +163,8 @@ class CropLoader(OrderedLoader):
         """
         super().load_state_dict(state)
         if self.rows is None:
-            self.places = [Place(*place) for place in state["places"][self.share.process]]
+            places_of_process = state["places"][self.share.process]
+            self.places = [Place(*place) for place in places_of_process]
 
 
 def prepare_worker(worker: int) -> None:

@@ -50,18 +50,18 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
     def __iter__(self) -> Iterator[tuple[Place, CropBatch]]:
         """Yields the batches of this worker. Readers take turns, also after a resume."""
         worker = get_worker_info()
-        worker_number = 0
-        if worker is not None:
-            worker_number = worker.id
+        worker_number = 0 if worker is None else worker.id
         num_readers = len(self.places)  # of this process
         first_batch = self.batches.start + worker_number
-        reader = first_batch % num_readers  # of this process; a run may resume at the batch of any reader
+        # Reader `batch % num_readers` cuts a batch. A run may resume at any batch, so worker 0 need not be reader 0.
+        reader = first_batch % num_readers
         self.place = self.places[reader]
         share = self.cutter.share
         reader_of_all = share.process * num_readers + reader
-        images = self._read(reader_of_all, share.num_processes * num_readers)
+        num_readers_of_all = share.num_processes * num_readers
+        images = self._read(reader_of_all, num_readers_of_all)
 
-        def next_images(number: int) -> Iterator[ImageRow]:
+        def next_images(crop_number: int) -> Iterator[ImageRow]:
             """The next images of the stream, whichever crop of the step they are for."""
             return images
 
@@ -79,14 +79,16 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
         while True:
             epoch = self.place.epoch
             order = row_order(len(self.shards), self.cutter.seed, epoch)
-            shards = [self.shards[shard] for shard in order[reader::num_readers]]
-            unread = self._unread(shards)
-            buffer = list(islice(unread, self.buffer_size))
+            shards_of_reader = [self.shards[shard] for shard in order[reader::num_readers]]
+            unread_images = self._unread(shards_of_reader)
+            buffer = list(islice(unread_images, self.buffer_size))
             while buffer:
                 yield from self._shuffled(buffer, reader)
-                self.place = Place(epoch, buffer[-1].shard, buffer[-1].row)
-                buffer = list(islice(unread, self.buffer_size))
-            if self.place == Place(epoch):
+                last_image = buffer[-1]
+                self.place = Place(epoch, last_image.shard, last_image.row)
+                buffer = list(islice(unread_images, self.buffer_size))
+            start_of_epoch = Place(epoch)
+            if self.place == start_of_epoch:
                 raise ValueError("Each shard of a stream must hold images, but some hold none. Remove them.")
             self.place = Place(epoch + 1)
 
@@ -95,24 +97,23 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
         start = self.place
         seed = (SHUFFLE, self.cutter.seed, reader, start.epoch, start.shard, start.row)
         order = np.random.default_rng(seed).permutation(len(buffer))
-        for used in range(start.used, len(buffer)):
-            self.place = start._replace(used=used + 1)
-            yield buffer[order[used]].image
+        for num_used in range(start.used, len(buffer)):
+            self.place = start._replace(used=num_used + 1)
+            position = order[num_used]
+            yield buffer[position].image
 
     def _unread(self, shards: Sequence[ImagePart]) -> "Iterator[_ReadImage]":
         """Images of an epoch, from the start of the buffer on."""
         start = self.place
         for shard in range(start.shard, len(shards)):
-            num_read = 0
-            if shard == start.shard:
-                num_read = start.row
-            for row, image in enumerate(shards[shard].read(), start=1):
-                if row > num_read:
-                    yield _ReadImage(shard, row, image)
+            num_read = start.row if shard == start.shard else 0
+            for row_after, image in enumerate(shards[shard].read(), start=1):
+                if row_after > num_read:
+                    yield _ReadImage(shard, row_after, image)
 
 
 class _ReadImage(NamedTuple):
-    """An image, its shard among those of the reader, and the row after it."""
+    """An image, the number of its shard among the shards of the reader, and the row after the image in its shard."""
 
     shard: int
     row: int

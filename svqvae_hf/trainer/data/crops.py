@@ -49,10 +49,9 @@ class CropPolicy:
         rng = np.random.default_rng(seed)
         low, high = self.resize_range
         factor = rng.uniform(low, high)
-        position = rng.random(2).tolist()
+        random_position = rng.random(2).tolist()  # drawn also if it is not used, because the flip is drawn after it
         is_flipped = self.random_flip and rng.random() < 0.5
-        if self.center_crop:
-            position = CENTRE
+        position = CENTRE if self.center_crop else random_position
         crop = _crop(image, side, factor, position)
         if is_flipped:
             return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -86,14 +85,19 @@ def centre_crops(images: Iterable[ImageRow], count: int, side: int, pixel_range:
 
 
 def _crop(image: Image.Image, side: int, factor: float, position: Sequence[float]) -> Image.Image:
-    """Cuts a square of an image resized by `factor`, at a position such as `CENTRE`."""
+    """Cuts a square of an image resized by `factor`, at a position such as `CENTRE`.
+
+    An image that would not hold the crop then is shrunk less, or enlarged.
+    """
     x, y = position
-    span = min(side / factor, image.width, image.height)  # side of the square of the image that becomes the crop
-    if span == side:  # nothing to resize, so the crop starts at a whole pixel
-        left = math.floor(x * (image.width - side + 1))
-        top = math.floor(y * (image.height - side + 1))
-        return image.crop((left, top, left + side, top + side))
-    left_edge = x * (image.width - span)
-    top_edge = y * (image.height - span)
-    box = (left_edge, top_edge, left_edge + span, top_edge + span)
-    return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    # Side, in pixels of the image, of the square that becomes the crop
+    square_side = min(side / factor, image.width, image.height)
+    needs_no_resizing = square_side == side
+    if needs_no_resizing:  # so the crop starts at a whole pixel
+        first_column = math.floor(x * (image.width - side + 1))
+        first_row = math.floor(y * (image.height - side + 1))
+        return image.crop((first_column, first_row, first_column + side, first_row + side))
+    left = x * (image.width - square_side)
+    top = y * (image.height - square_side)
+    square = (left, top, left + square_side, top + square_side)
+    return image.resize((side, side), Image.Resampling.BICUBIC, box=square)

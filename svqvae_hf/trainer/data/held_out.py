@@ -30,27 +30,32 @@ def check_held_out(held_out: ImageSet, trained: ImageSet | None) -> None:
         return
     trained_paths = trained.files.paths()
     trained_urls = {path for path in trained_paths if is_url(path)}
-    trained_files = _files_by_size(trained_paths)
+    trained_files_by_size = _files_by_size(trained_paths)
     for path in held_out.files.paths():
         if path in trained_urls:
             raise _shared_file_error(held_out, path, trained, path)
         if not os.path.isfile(path):
             continue
-        for trained_path in trained_files.get(os.path.getsize(path), []):
-            if filecmp.cmp(path, trained_path, shallow=False):
+        size = os.path.getsize(path)
+        trained_files_of_size = trained_files_by_size.get(size, [])
+        for trained_path in trained_files_of_size:
+            has_same_bytes = filecmp.cmp(path, trained_path, shallow=False)
+            if has_same_bytes:
                 raise _shared_file_error(held_out, path, trained, trained_path)
 
 
 def _files_by_size(paths: Sequence[str]) -> dict[int, list[str]]:
-    """Paths of the files on this machine, by their bytes."""
+    """Paths of the files on this machine, by their size in bytes."""
     files = defaultdict(list)
     for path in paths:
         if os.path.isfile(path):
-            files[os.path.getsize(path)].append(path)
+            size = os.path.getsize(path)
+            files[size].append(path)
     return files
 
 
 def _shared_file_error(held_out: ImageSet, path: str, trained: ImageSet, trained_path: str) -> ValueError:
+    """Error that names a file of the validation and the equal file of the training."""
     return ValueError(
         f"`--validation_data_dir` must hold images that are not trained on, but `{_key(held_out, path)}` is "
         f"`{_key(trained, trained_path)}` of the training images. Remove it from one of them."
@@ -106,6 +111,7 @@ def _find_shared_key(held_out: TokenSet, trained: TokenSet) -> str | None:
 
 
 def _are_of_same_files(first: TokenSet, second: TokenSet) -> bool:
+    """Whether two token sets are known to be made from the same image files."""
     image_files = first.options.get("image_files")
     return image_files is not None and image_files == second.options.get("image_files")
 

@@ -57,9 +57,11 @@ class ImageSource:
         self.has_warned_of_enlarged = False
 
     def _open_training_images(self, columns: Sequence[str]) -> ImageSet:
+        """Opens the images of the options, with some of their columns."""
         options = self.options
+        source = options.train_data_dir or options.dataset_name or ""
         return open_images(
-            [options.train_data_dir or options.dataset_name or ""],
+            [source],
             config=options.dataset_config_name,
             split=options.split,
             image_column=options.image_column,
@@ -119,7 +121,7 @@ class ImageSource:
             num_batches (`int`): Number of batches.
             step (`int`, defaults to 0): Step of the run. Each has crops of its own.
         """
-        seed = self.options.seed + 1 + step  # the seed of the training crops is that of the options
+        seed = self.options.seed + 1 + step  # the training crops have the seed of the options itself
         loader = self.loader(sides, num_batches, seed)
         num_crops = num_batches * self.options.per_device_train_batch_size
         loader.shuffle_buffer = min(loader.shuffle_buffer, num_crops)  # a stream need not read more images
@@ -128,16 +130,24 @@ class ImageSource:
 
     def to_device(self, batch: CropBatch) -> torch.Tensor:
         """Moves the crops of a batch to the device. Logs once which images are skipped, and that some are small."""
+        self.num_crops += len(batch.sample)
+        self._log_skipped(batch)
+        if batch.enlarged > 0 and not self.has_warned_of_enlarged:
+            self._warn_of_enlarged(batch)
+        return batch.sample.to(self.accelerator.device, non_blocking=True)
+
+    def _log_skipped(self, batch: CropBatch) -> None:
+        """Logs the images that were skipped, each once."""
         for key, reason in batch.skipped:
             if key not in self.logged_keys:
                 self.logged_keys.add(key)
                 logger.warning(f"Skipped `{key}`: {reason}", main_process_only=False)
-        self.num_crops += len(batch.sample)
-        if batch.enlarged and not self.has_warned_of_enlarged:
-            self.has_warned_of_enlarged = True
-            side = batch.sample.shape[-1]
-            logger.warning(
-                f"{batch.enlarged} of the first {self.num_crops} images are smaller than their crops of {side} pixels,"
-                " and are enlarged."
-            )
-        return batch.sample.to(self.accelerator.device, non_blocking=True)
+
+    def _warn_of_enlarged(self, batch: CropBatch) -> None:
+        """Warns, for the first batch with such images, that images are smaller than their crops."""
+        self.has_warned_of_enlarged = True
+        side = batch.sample.shape[-1]
+        logger.warning(
+            f"{batch.enlarged} of the first {self.num_crops} images are smaller than their crops of {side} pixels, "
+            "and are enlarged."
+        )

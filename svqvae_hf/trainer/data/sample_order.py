@@ -66,17 +66,18 @@ class Share:
         """Samples of a step."""
         return self.batch_size * self.batches * self.num_processes
 
-    def numbers(self, batch: int, times: int = 1) -> range:
-        """Numbers of the samples of a batch in its step.
+    def numbers(self, batch: int, factor: int = 1) -> range:
+        """Numbers, in their step, of the samples of this process in a batch.
 
         Args:
             batch (`int`): Number of the batch in the run.
-            times (`int`, defaults to 1): Samples of this step per sample of an ordinary one.
+            factor (`int`, defaults to 1): Factor by which the step has more samples than an ordinary one.
         """
-        size = self.batch_size * times * self.num_processes  # of this batch of all processes
+        samples_of_all_processes = self.batch_size * factor * self.num_processes
         batch_of_step = batch % self.batches
-        first = batch_of_step * size
-        return range(first + self.process, first + size, self.num_processes)
+        first = batch_of_step * samples_of_all_processes
+        stop = first + samples_of_all_processes
+        return range(first + self.process, stop, self.num_processes)
 
 
 def check_same(name: str, saved: Any, now: Any) -> None:

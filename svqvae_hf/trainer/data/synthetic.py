@@ -27,13 +27,16 @@ def synthetic_crop(side: int, rng: np.random.Generator) -> np.ndarray:
     if kind == "flat":
         second = first
     angle = rng.uniform(0, 2 * np.pi)
-    axis = np.linspace(-1, 1, side)
-    rows = axis[:, None]  # (side, 1)
-    distance = np.cos(angle) * rows + np.sin(angle) * axis  # (side, side), from a line through the centre
+    columns = np.linspace(-1, 1, side)  # (side,), 0 at the centre
+    rows = columns[:, None]  # (side, 1)
+    # Distance of each pixel from a line through the centre
+    distance = np.cos(angle) * rows + np.sin(angle) * columns  # (side, side)
     if kind == "edge":
-        share_of_second = (distance > rng.uniform(-0.7, 0.7)).astype(np.float64)
+        edge = rng.uniform(-0.7, 0.7)
+        share_of_second = (distance > edge).astype(np.float64)
     else:
-        share_of_second = (distance - distance.min()) / max(np.ptp(distance), 1e-9)
+        largest_difference = max(np.ptp(distance), 1e-9)  # not 0 for a single pixel
+        share_of_second = (distance - distance.min()) / largest_difference
     crop = first + share_of_second[..., None] * (second - first)  # (side, side, 3)
     return np.rint(crop).astype(np.uint8)
 

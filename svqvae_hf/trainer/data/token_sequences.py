@@ -71,44 +71,50 @@ class TokenSource:
         self.class_names: list[str] | None = None
         self.num_classes = 0
         if label_column is not None:
-            feature = self.rows.features.get(label_column)
-            if isinstance(feature, datasets.ClassLabel):
-                self.class_names = feature.names
+            self.class_names = self._names_of_classes(label_column)
             self.num_classes = self._count_classes(label_column)
         if caption_column is not None:
             check_captions(self.rows, caption_column)
             self.num_classes = 1
-        height = self._only_value("height")
-        width = self._only_value("width")
-        self.id_columns = []
-        self.grids = []
-        scales = self.settings.scales
-        for index in np.argsort(scales):  # from coarse to fine, which the order of the columns need not be
-            self.id_columns.append(f"ids_{index}")
-            self.grids.append(grid_shape(height, width, self.settings.f, scales[index]))
+        self.id_columns: list[str] = []
+        self.grids: list[tuple[int, int]] = []
+        self._find_scales()
         columns = list(self.id_columns)
         for column in (label_column, caption_column):
             if column is not None:
                 columns.append(column)
         self.tables = self.rows.select_columns(columns).with_format("arrow")
 
+    def _find_scales(self) -> None:
+        """Sets the column of ids and the grid of each scale, from coarse to fine, for images of one size."""
+        height = self._only_value("height")
+        width = self._only_value("width")
+        scales = self.settings.scales
+        coarse_to_fine = np.argsort(scales)  # the columns may be in another order
+        for index in coarse_to_fine:
+            self.id_columns.append(f"ids_{index}")
+            self.grids.append(grid_shape(height, width, self.settings.f, scales[index]))
+
     def batch(self, rows: Sequence[int]) -> TokenBatch:
         """Ids of some rows."""
         table = self.tables[list(rows)]
-        ids = []
+        ids = []  # one tensor per scale
         for column, grid in zip(self.id_columns, self.grids, strict=True):
             flat_ids = np.stack(table[column].to_numpy()).astype(np.int64)  # (B, h * w)
             ids.append(torch.from_numpy(flat_ids).unflatten(1, grid))  # (B, h, w)
         if self.caption_column is not None:
-            return TokenBatch(ids, torch.zeros(len(rows), dtype=torch.int64), self._captions(table))
+            class_of_captions = torch.zeros(len(rows), dtype=torch.int64)
+            return TokenBatch(ids, class_of_captions, self._captions(table))
         if self.label_column is None:
-            return TokenBatch(ids, torch.full((len(rows),), self.num_classes), None)
+            no_class = torch.full((len(rows),), self.num_classes)
+            return TokenBatch(ids, no_class, captions=None)
         labels = table[self.label_column].to_numpy().astype(np.int64)
-        return TokenBatch(ids, torch.from_numpy(labels), None)
+        return TokenBatch(ids, torch.from_numpy(labels), captions=None)
 
     def captions(self, count: int | None = None) -> list[list[str]]:
         """Captions of each of the first rows, up to `count`, by default of all."""
-        return self._captions(self.tables.select_columns([self.caption_column])[:count])
+        column = self.tables.select_columns([self.caption_column])
+        return self._captions(column[:count])
 
     def _captions(self, table: pa.Table) -> list[list[str]]:
         """Captions of each row of a table, as lists, also where a row has only one."""
@@ -126,6 +132,13 @@ class TokenSource:
                 "Tokenize crops: `svqvae tokenize --crops centre --resolution 256`."
             )
         return int(least)
+
+    def _names_of_classes(self, column: str) -> list[str] | None:
+        """Names of the classes of a column, if its type has names."""
+        feature = self.rows.features.get(column)
+        if isinstance(feature, datasets.ClassLabel):
+            return feature.names
+        return None
 
     def _count_classes(self, column: str) -> int:
         """Number of classes: of the names of a column of classes, or up to the largest integer of a column."""
@@ -149,22 +162,25 @@ class TokenSource:
 def check_captions(rows: datasets.Dataset, column: str) -> None:
     """Raises unless a column holds a caption, or a list of them, in each row."""
     feature = rows.features.get(column)
-    is_of_lists = hasattr(feature, "feature")
-    text_feature = feature.feature if is_of_lists else feature
-    is_of_texts = isinstance(text_feature, datasets.Value) and text_feature.dtype in ("string", "large_string")
-    if not is_of_texts:
+    holds_lists = hasattr(feature, "feature")  # the type of their items
+    text_feature = feature.feature if holds_lists else feature
+    holds_texts = isinstance(text_feature, datasets.Value) and text_feature.dtype in ("string", "large_string")
+    if not holds_texts:
         raise ValueError(
             f"`--caption_column` must hold texts or lists of texts, but {column!r} holds {feature}. The columns "
             f"are {', '.join(rows.features)}."
         )
-    captions = rows.data.column(column)
-    texts = captions
-    has_empty_lists = False
-    if is_of_lists:
+    captions = rows.data.column(column)  # texts, or lists of texts
+    if holds_lists:
         texts = pc.list_flatten(captions)
-        has_empty_lists = pc.min(pc.list_value_length(captions)).as_py() == 0
-    has_empty_texts = pc.min(pc.utf8_length(texts)).as_py() == 0
-    if captions.null_count or texts.null_count or has_empty_lists or has_empty_texts:
+        shortest_list = pc.min(pc.list_value_length(captions)).as_py()
+        has_empty_rows = captions.null_count > 0 or shortest_list == 0
+    else:
+        texts = captions
+        has_empty_rows = captions.null_count > 0
+    shortest_text = pc.min(pc.utf8_length(texts)).as_py()
+    has_empty_texts = texts.null_count > 0 or shortest_text == 0
+    if has_empty_rows or has_empty_texts:
         raise ValueError(f"`--caption_column` must hold captions, but {column!r} has empty rows. Remove them.")
 
 
@@ -194,10 +210,13 @@ class SequenceLoader(OrderedLoader):
 
     def __iter__(self) -> Iterator[TokenBatch]:
         """Yields the remaining batches."""
-        while self.batch < self.num_steps * self.share.batches:
-            first_position = self.batch // self.share.batches * self.share.step_size
+        num_batches = self.num_steps * self.share.batches
+        while self.batch < num_batches:
+            step = self.batch // self.share.batches
+            first_position = step * self.share.step_size  # of the step, in the order of the rows
             rows = []
             for number in self.share.numbers(self.batch):
-                rows.append(row_at(first_position + number, self.num_rows, self.seed))
+                row = row_at(first_position + number, self.num_rows, self.seed)
+                rows.append(row)
             self.batch += 1
             yield self.source.batch(rows)

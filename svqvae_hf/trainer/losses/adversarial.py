@@ -26,26 +26,32 @@ class PatchDiscriminator(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 64, 4, stride=2, padding=1),
+            # Three strided layers: (B, 3, H, W) -> (B, 256, H / 8, W / 8)
+            nn.Conv2d(3, 64, kernel_size=4, stride=2, padding=1),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(64, 128, 4, stride=2, padding=1),
+            nn.Conv2d(64, 128, kernel_size=4, stride=2, padding=1),
             nn.GroupNorm(NUM_GROUPS, 128),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(128, 256, 4, stride=2, padding=1),
+            nn.Conv2d(128, 256, kernel_size=4, stride=2, padding=1),
             nn.GroupNorm(NUM_GROUPS, 256),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(256, 512, 4, padding=1),
+            # Two layers without stride, each of which loses a row and a column: -> (B, 1, H / 8 - 2, W / 8 - 2)
+            nn.Conv2d(256, 512, kernel_size=4, padding=1),
             nn.GroupNorm(NUM_GROUPS, 512),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(512, 1, 4, padding=1),
+            nn.Conv2d(512, 1, kernel_size=4, padding=1),
         )
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Draws the weights as taming-transformers does: around 0 for convolutions, around 1 for norms."""
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, 0.0, INIT_STD)
+                nn.init.normal_(layer.weight, mean=0.0, std=INIT_STD)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
             elif isinstance(layer, nn.GroupNorm):
-                nn.init.normal_(layer.weight, 1.0, INIT_STD)
+                nn.init.normal_(layer.weight, mean=1.0, std=INIT_STD)
                 nn.init.zeros_(layer.bias)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
@@ -70,7 +76,9 @@ def hinge_discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tenso
     Returns:
         `torch.Tensor`: Scalar in float32, half the sum of the two means (taming-transformers, `hinge_d_loss`).
     """
-    return (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean()) / 2
+    real_loss = F.relu(1 - real_logits.float()).mean()
+    fake_loss = F.relu(1 + fake_logits.float()).mean()
+    return (real_loss + fake_loss) / 2
 
 
 def hinge_generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
@@ -97,7 +105,7 @@ def adaptive_weight(
     """
     reconstruction_gradient = _gradient(reconstruction_loss, last_layer_weight)
     generator_gradient = _gradient(generator_loss, last_layer_weight)
-    gradients = mean(torch.stack([reconstruction_gradient, generator_gradient]))
+    gradients = mean(torch.stack([reconstruction_gradient, generator_gradient]))  # (2, *shape of the weight)
     reconstruction_norm, generator_norm = gradients.flatten(1).norm(dim=1)
     ratio = reconstruction_norm / (generator_norm + GRADIENT_NORM_EPS)
     return ratio.clamp(max=MAX_ADAPTIVE_WEIGHT)

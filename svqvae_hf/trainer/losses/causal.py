@@ -16,7 +16,12 @@ FLOOR = 0.004  # about the squared error of quantisation, below which a smaller 
 Mean = Callable[[torch.Tensor], torch.Tensor]  # averages a tensor over all processes
 
 
-def causal_loss(latents: torch.Tensor, mean: Mean = lambda value: value) -> torch.Tensor:
+def mean_of_one_process(value: torch.Tensor) -> torch.Tensor:
+    """Averages a tensor over all processes where there is only one: returns it."""
+    return value
+
+
+def causal_loss(latents: torch.Tensor, mean: Mean = mean_of_one_process) -> torch.Tensor:
     """Mean logarithm of the squared error of predicting latents from earlier ones in raster order.
 
     Each latent is predicted as the linear combination of the latents to its left and above that is the best for the
@@ -30,7 +35,7 @@ def causal_loss(latents: torch.Tensor, mean: Mean = lambda value: value) -> torc
     Returns:
         `torch.Tensor`: Scalar in float32, at least `log(FLOOR)`, and `-log(codebook_embed_dim)` without any relation.
     """
-    _, dim, height, width = latents.shape
+    _, _, height, width = latents.shape
     with torch.autocast(latents.device.type, enabled=False):
         latents = F.normalize(latents.float(), dim=1)
         padded = F.pad(latents, (1, 1, 1, 0))  # (B, C, h + 1, w + 2)
@@ -41,18 +46,26 @@ def causal_loss(latents: torch.Tensor, mean: Mean = lambda value: value) -> torc
             neighbours.append(padded[..., top : top + height, left : left + width])
         inputs = _flatten(torch.cat(neighbours, dim=1))  # (B * h * w, 4 * C)
         targets = _flatten(latents)  # (B * h * w, C)
-        with torch.no_grad():
-            # Least squares: solve (inputs^T inputs) coefficients = inputs^T targets, from means over all processes.
-            inputs_and_targets = torch.cat([inputs, targets], dim=1)  # (B * h * w, 5 * C)
-            products = mean(inputs.T @ inputs_and_targets / len(inputs))  # (4 * C, 5 * C)
-            products.diagonal().add_(RIDGE / dim)
-            input_products = products[:, :-dim]  # (4 * C, 4 * C)
-            target_products = products[:, -dim:]  # (4 * C, C)
-            coefficients = torch.linalg.solve(input_products, target_products)  # (4 * C, C)
-        squared_errors = (inputs @ coefficients - targets).square().mean(1)
+        predictions = inputs @ _best_coefficients(inputs, targets, mean)  # (B * h * w, C)
+        squared_errors = (predictions - targets).square().mean(1)  # (B * h * w,)
         return (squared_errors + FLOOR).log().mean()
 
 
+@torch.no_grad()
+def _best_coefficients(inputs: torch.Tensor, targets: torch.Tensor, mean: Mean) -> torch.Tensor:
+    """Coefficients `(4 * C, C)` that predict targets `(n, C)` from inputs `(n, 4 * C)` with the least squared error.
+
+    They solve (inputs^T inputs) coefficients = inputs^T targets. Both products are means over all processes.
+    """
+    dim = targets.shape[1]
+    inputs_and_targets = torch.cat([inputs, targets], dim=1)  # (n, 5 * C)
+    products = mean(inputs.T @ inputs_and_targets / len(inputs))  # (4 * C, 5 * C)
+    products.diagonal().add_(RIDGE / dim)
+    input_products = products[:, :-dim]  # (4 * C, 4 * C)
+    target_products = products[:, -dim:]  # (4 * C, C)
+    return torch.linalg.solve(input_products, target_products)
+
+
 def _flatten(latents: torch.Tensor) -> torch.Tensor:
-    """Latents `(batch, channels, h, w)` as rows."""
+    """Latents `(batch, channels, h, w)` as rows `(batch * h * w, channels)`."""
     return latents.movedim(1, -1).flatten(0, 2)

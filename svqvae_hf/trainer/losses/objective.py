@@ -18,7 +18,7 @@ from svqvae_hf.trainer.losses.adversarial import (
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
-from svqvae_hf.trainer.losses.causal import Mean, causal_loss
+from svqvae_hf.trainer.losses.causal import Mean, causal_loss, mean_of_one_process
 from svqvae_hf.trainer.train_options import TrainOptions
 
 Numbers = dict[str, torch.Tensor]  # scalars for the log, by name
@@ -92,11 +92,13 @@ class PerceptualLoss:
 
     def __call__(self, pairs: Sequence[Pair]) -> Term | None:
         """Computes the loss of reconstructions; `None` if all are too small."""
-        large = [pair for pair in pairs if pair.fits(self.lpips.min_side)]
-        if not large:
+        weights = []
+        distances = []
+        for pair in pairs_of_side(pairs, self.lpips.min_side):
+            weights.append(pair.weight)
+            distances.append(self.lpips(pair.signed_output, pair.signed_target))
+        if not distances:
             return None
-        weights = [pair.weight for pair in large]
-        distances = [self.lpips(pair.signed_output, pair.signed_target) for pair in large]
         return Term("lpips", self.weight, weighted_sum(weights, distances))
 
 
@@ -130,8 +132,10 @@ class CausalLoss:
 
     def __call__(self, output: SVQVAEOutput) -> Term:
         """Computes the loss of an output of the model that was quantised."""
-        losses = [causal_loss(latents, self.mean) for latents in output.latents or []]
-        return Term("causal", self.weight, weighted_sum(fractions_of_latents(output), losses))
+        fractions = fractions_of_latents(output)
+        latents_of_scales = output.latents or []
+        losses = [causal_loss(latents, self.mean) for latents in latents_of_scales]
+        return Term("causal", self.weight, weighted_sum(fractions, losses))
 
 
 class AdversarialLoss:
@@ -151,27 +155,30 @@ class AdversarialLoss:
 
     def __call__(self, pairs: Sequence[Pair], reconstruction_loss: torch.Tensor) -> Term:
         """Computes the loss of the model, whose weight depends on the loss of its reconstructions."""
-        large = [pair for pair in pairs if pair.fits(MIN_SIDE)]
-        weights = [pair.weight for pair in large]
-        losses = [hinge_generator_loss(self.discriminator(pair.signed_output)) for pair in large]
+        weights = []
+        losses = []
+        for pair in pairs_of_side(pairs, MIN_SIDE):
+            fake_logits = self.discriminator(pair.signed_output)
+            weights.append(pair.weight)
+            losses.append(hinge_generator_loss(fake_logits))
         loss = weighted_sum(weights, losses)
         ratio = adaptive_weight(reconstruction_loss, loss, self.last_layer_weight, self.mean)
         return Term("adversarial", self.weight * ratio, loss)
 
     def discriminator_loss(self, pairs: Sequence[Pair], discriminator: nn.Module) -> tuple[torch.Tensor, Numbers]:
         """Computes the loss of the discriminator, and numbers for the log."""
-        large = [pair for pair in pairs if pair.fits(MIN_SIDE)]
-        weights = [pair.weight for pair in large]
-        real_logits = [discriminator(pair.signed_target) for pair in large]
-        fake_logits = [discriminator(pair.signed_output.detach()) for pair in large]
+        large_pairs = pairs_of_side(pairs, MIN_SIDE)
+        weights = [pair.weight for pair in large_pairs]
+        logits_of_targets = [discriminator(pair.signed_target) for pair in large_pairs]
+        logits_of_outputs = [discriminator(pair.signed_output.detach()) for pair in large_pairs]
         losses = []
-        for real, fake in zip(real_logits, fake_logits, strict=True):
-            losses.append(hinge_discriminator_loss(real, fake))
+        for real_logits, fake_logits in zip(logits_of_targets, logits_of_outputs, strict=True):
+            losses.append(hinge_discriminator_loss(real_logits, fake_logits))
         loss = weighted_sum(weights, losses)
         numbers = {
             "discriminator": loss.detach(),
-            "real_logits": mean_logit(weights, real_logits),
-            "fake_logits": mean_logit(weights, fake_logits),
+            "real_logits": mean_logit(weights, logits_of_targets),
+            "fake_logits": mean_logit(weights, logits_of_outputs),
         }
         return loss, numbers
 
@@ -192,7 +199,7 @@ class Objective:
         discriminator (`nn.Module`, *optional*): Discriminator of the adversarial loss, if there is one.
     """
 
-    def __init__(self, options: TrainOptions, vqvae: SVQVAE, mean: Mean = lambda value: value):
+    def __init__(self, options: TrainOptions, vqvae: SVQVAE, mean: Mean = mean_of_one_process):
         self.options = options
         self.pixel_range = vqvae.config["pixel_range"]
         self.codebook = vqvae.quantize.embedding
@@ -224,15 +231,15 @@ class Objective:
         """
         black, white = self.pixel_range
         full_target = (sample - black) / (white - black)  # (B, 3, H, W) in [0, 1]
-        pixels_of_scales = [reconstruction[0, 0].numel() for reconstruction in output.sample]
-        total_pixels = sum(pixels_of_scales)
+        full_height = full_target.shape[-2]
+        total_pixels = sum(pixels_per_image(reconstruction) for reconstruction in output.sample)
         pairs = []
-        for reconstruction, num_pixels in zip(output.sample, pixels_of_scales, strict=True):
-            size = reconstruction.shape[-2:]
-            mode = "area" if size[0] < full_target.shape[-2] else "bicubic"
-            target = resize(full_target, size, mode)  # (B, 3, h, w)
-            scaled = (reconstruction.float() - black) / (white - black)  # (B, 3, h, w)
-            pairs.append(Pair(target, scaled, num_pixels / total_pixels))
+        for reconstruction in output.sample:
+            height, width = reconstruction.shape[-2:]
+            mode = "area" if height < full_height else "bicubic"
+            target = resize(full_target, (height, width), mode)  # (B, 3, h, w)
+            unit_output = (reconstruction.float() - black) / (white - black)  # (B, 3, h, w), black at 0, white at 1
+            pairs.append(Pair(target, unit_output, pixels_per_image(reconstruction) / total_pixels))
         return pairs
 
     def __call__(self, pairs: Sequence[Pair], output: SVQVAEOutput, step: int) -> tuple[torch.Tensor, Numbers]:
@@ -278,15 +285,17 @@ class Objective:
         return self.adversarial.discriminator_loss(pairs, discriminator)
 
     def _pixel_terms(self, pairs: Sequence[Pair]) -> list[Term]:
+        """Losses of the reconstructions, without the adversarial one."""
         terms = [self.squared_error(pairs)]
         if self.perceptual is not None:
-            term = self.perceptual(pairs)
-            if term is not None:
-                terms.append(term)
+            perceptual_term = self.perceptual(pairs)
+            if perceptual_term is not None:
+                terms.append(perceptual_term)
         return terms
 
     def _codebook_terms(self, output: SVQVAEOutput) -> list[Term]:
-        if not output.losses:  # not quantised
+        """Losses of the latents and codes; none if nothing was quantised."""
+        if not output.losses:
             return []
         terms = self.codebook_losses(output)
         if self.causal is not None:
@@ -294,9 +303,21 @@ class Objective:
         return terms
 
 
+def pairs_of_side(pairs: Sequence[Pair], side: int) -> list[Pair]:
+    """Pairs whose shorter side has at least so many pixels."""
+    return [pair for pair in pairs if pair.fits(side)]
+
+
+def pixels_per_image(sample: torch.Tensor) -> int:
+    """Number of pixels of each image of a batch `(batch, channels, height, width)`."""
+    height, width = sample.shape[-2:]
+    return height * width
+
+
 def fractions_of_latents(output: SVQVAEOutput) -> list[float]:
     """Fraction of each scale's latents in the latents of all scales."""
-    counts = [ids.numel() for ids in output.ids or []]
+    ids_of_scales = output.ids or []
+    counts = [ids.numel() for ids in ids_of_scales]
     total = sum(counts)
     return [count / total for count in counts]
 

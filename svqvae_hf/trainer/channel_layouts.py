@@ -1,0 +1,156 @@
+"""What the channels of a linearly started model hold, and how its convolutions read and write them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from svqvae_hf.models.modeling_svqvae import SVQVAE, GroupNorm
+
+Convolution = Any  # nn.Conv2d, whose type allows no bias, while all of these have one
+
+NORM_RATIO = 10.0  # variance of the constants over the variance of the other channels
+SPARE_SCALE = 0.5  # of random weights that the start does not use
+
+
+class ChannelLayout:
+    """What each channel of a feature map holds: constants, two per group of the norms, or image content.
+
+    Args:
+        channels (`int`): Number of channels.
+        groups (`int`): Number of groups of the norms.
+
+    Attributes:
+        positive (`list[int]`): Channels that hold the positive constant, the first of each group.
+        negative (`list[int]`): Channels that hold the negative constant, the second of each group.
+        constant (`list[int]`): All channels that hold a constant.
+        content (`list[int]`): All other channels, for image content.
+        constant_value (`float`): Absolute value of the constants.
+        norm_weight (`float`): Weight with which a norm leaves content at its scale.
+    """
+
+    def __init__(self, channels: int, groups: int):
+        channels_per_group = channels // groups
+        self.positive = []
+        self.negative = []
+        self.content = []
+        for channel in range(channels):
+            position_in_group = channel % channels_per_group
+            if position_in_group == 0:
+                self.positive.append(channel)
+            elif position_in_group == 1:
+                self.negative.append(channel)
+            else:
+                self.content.append(channel)
+        self.constant = self.positive + self.negative
+
+        # The norm divides by the standard deviation of a group. Content has a variance of about 1.
+        self.constant_value = math.sqrt(NORM_RATIO * channels_per_group / 2)
+        variance_of_constants = 2 * self.constant_value**2 / channels_per_group
+        self.norm_weight = math.sqrt(1 + variance_of_constants)
+
+
+Layouts = dict[int, ChannelLayout]  # by number of channels
+
+
+def make_layouts(vqvae: SVQVAE) -> Layouts:
+    """Makes the layout of each number of channels that a norm of the model has."""
+    groups = vqvae.config["norm_num_groups"]
+    layouts = {}
+    for layer in vqvae.modules():
+        if isinstance(layer, GroupNorm):
+            layouts[layer.num_channels] = ChannelLayout(layer.num_channels, groups)
+    return layouts
+
+
+def write_constants(layer: Convolution, layouts: Layouts) -> None:
+    """Makes a convolution of the main path write constants, ignore those it reads, and shrinks its random weights."""
+    if layer.in_channels in layouts:
+        constant_inputs = layouts[layer.in_channels].constant
+        layer.weight[:, constant_inputs] = 0
+    layer.weight.mul_(SPARE_SCALE)
+    set_constants(layer, layouts)
+
+
+def set_constants(layer: Convolution, layouts: Layouts) -> None:
+    """Makes a convolution write the constants to their channels, whatever it reads."""
+    layout = layouts[layer.out_channels]
+    layer.weight[layout.constant] = 0
+    layer.bias[layout.positive] = layout.constant_value
+    layer.bias[layout.negative] = -layout.constant_value
+
+
+def silence(layer: Convolution) -> None:
+    """Makes a convolution write zeros."""
+    layer.weight.zero_()
+    layer.bias.zero_()
+
+
+def pass_on(layer: Convolution, count: int) -> None:
+    """Makes a 1 x 1 convolution pass its first channels on unchanged."""
+    layer.bias.zero_()
+    layer.weight.mul_(SPARE_SCALE)
+    layer.weight[:count] = 0
+    for channel in range(count):
+        layer.weight[channel, channel] = 1.0
+
+
+def copy_content(shortcut: Convolution | None, layouts: Layouts, count: int) -> int:
+    """Makes a 1 x 1 convolution copy the first content channels that it reads to the first ones that it writes.
+
+    Args:
+        shortcut (`nn.Conv2d`, *optional*): The convolution. Without one, the block passes all channels on.
+        layouts (`dict[int, ChannelLayout]`): Layouts.
+        count (`int`): Number of channels to copy, if both sides have as many.
+
+    Returns:
+        `int`: Number of channels that are copied.
+    """
+    if shortcut is None:
+        return count
+    inputs = layouts[shortcut.in_channels].content
+    outputs = layouts[shortcut.out_channels].content
+    count = min(count, len(inputs), len(outputs))
+    _copy_channels(shortcut, inputs[:count], outputs[:count], factor=1)
+    return count
+
+
+def copy_content_and_negative(shortcut: Convolution, layouts: Layouts, count: int) -> None:
+    """Makes a 1 x 1 convolution write its first content channels, and after them the same channels times -1."""
+    inputs = layouts[shortcut.in_channels].content
+    outputs = layouts[shortcut.out_channels].content
+    count = min(count, len(inputs), len(outputs) // 2)
+    _copy_channels(shortcut, inputs[:count], outputs[:count], factor=1)
+    _copy_channels(shortcut, inputs[:count], outputs[count : 2 * count], factor=-1)
+
+
+def _copy_channels(layer: Convolution, inputs: Sequence[int], outputs: Sequence[int], factor: int) -> None:
+    """Makes a 1 x 1 convolution write each of some inputs, times a factor, to the output at the same position."""
+    for input_channel, output_channel in zip(inputs, outputs, strict=True):
+        layer.weight[output_channel] = 0
+        layer.weight[output_channel, input_channel] = factor
+
+
+def set_rows(
+    layer: Convolution,
+    output_channels: Sequence[int],
+    input_channels: Sequence[int],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> None:
+    """Sets a convolution's weights between some channels, and the bias. The outputs read no other channel.
+
+    Args:
+        layer (`nn.Conv2d`): The convolution.
+        output_channels (`Sequence[int]`): Channels to write; as many as the weight has are used.
+        input_channels (`Sequence[int]`): Channels to read; as many as the weight has are used.
+        weight (`torch.Tensor` of shape `(outputs, inputs, 3, 3)`): Weight.
+        bias (`torch.Tensor` of shape `(outputs,)`): Bias.
+    """
+    num_outputs, num_inputs = weight.shape[:2]
+    outputs = torch.tensor(output_channels[:num_outputs])
+    inputs = torch.tensor(input_channels[:num_inputs])
+    layer.weight[outputs] = 0
+    layer.weight[outputs[:, None], inputs] = weight
+    layer.bias[outputs] = bias
