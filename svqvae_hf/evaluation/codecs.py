@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,12 +71,13 @@ def add_image_files(rows: Records, tokenizers: Sequence[Tokenizer]) -> None:
         rows (`list[dict[str, Any]]`): Rows of the table.
         tokenizers (`Sequence[Tokenizer]`): Tokenizer of each row.
     """
-    points_by_codec: dict[str, list[tuple[float, float]]] = {}  # for each quality, stored bits per pixel and PSNR
+    # Stored bits per pixel and PSNR of each quality, by codec
+    points_by_codec: dict[str, list[tuple[float, float]]] = defaultdict(list)
     rows_of_models = []
     for row, tokenizer in zip(rows, tokenizers, strict=True):
         if isinstance(tokenizer, CodecTokenizer):
-            points = points_by_codec.setdefault(tokenizer.codec, [])
-            points.append((row["bits_per_pixel_stored"], row["psnr"]))
+            point = (row["bits_per_pixel_stored"], row["psnr"])
+            points_by_codec[tokenizer.codec].append(point)
         else:
             rows_of_models.append(row)
     for codec, points in points_by_codec.items():
@@ -84,4 +86,5 @@ def add_image_files(rows: Records, tokenizers: Sequence[Tokenizer]) -> None:
             rate = row["bits_per_pixel_stored"]
             is_in_range = rates[0] <= rate <= rates[-1]
             if is_in_range:
-                row[f"as_{codec.lower()}"] = float(np.interp(math.log(rate), np.log(rates), psnrs))
+                psnr_of_codec = np.interp(math.log(rate), np.log(rates), psnrs)
+                row[f"as_{codec.lower()}"] = float(psnr_of_codec)

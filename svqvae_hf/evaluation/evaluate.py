@@ -49,34 +49,35 @@ def evaluate(
     """
     _check_titles(tokenizers)
     device = torch.device(device)
-    state = PartialState(cpu=device.type == "cpu")
+    processes = PartialState(cpu=device.type == "cpu")
     if lpips is not None:
         lpips = lpips.to(device)
     meters = [Meter(tokenizer, own_size, lpips, inception, device) for tokenizer in tokenizers]
 
     def measure(image: Image.Image, index: int, name: str) -> dict[str, Any]:
-        measured_images = [meter.measure(image) for meter in meters]
-        results = []
+        """Measures an image with all tokenizers, whose values are its `results`."""
         # Sums grow only after all tokenizers have measured the image, because one of them may run out of memory.
-        for meter, measured in zip(meters, measured_images, strict=True):
-            meter.add(measured)
-            results.append(measured.values)
+        measured_images = [meter.measure(image) for meter in meters]
+        for meter, measured_image in zip(meters, measured_images, strict=True):
+            meter.add(measured_image)
+        results = [measured_image.values for measured_image in measured_images]
         return {"width": image.width, "height": image.height, "results": results}
 
-    records, skipped = measure_images(measure, images, resolution, state)
+    records, skipped = measure_images(measure, images, resolution, processes)
+    num_images = len(records)
     num_pixels = sum(record["width"] * record["height"] for record in records)
     rows: Records = []
-    notes = lpips_notes(lpips) + rfid_notes(inception is not None, len(records))
+    notes = lpips_notes(lpips) + rfid_notes(inception is not None, num_images)
     for number, meter in enumerate(meters):
-        results = [record["results"][number] for record in records]
-        rows.append(meter.row(results, num_pixels))
-        notes += tokenizer_notes(meter.tokenizer.title, results, lpips)
-    notes += codebook_notes(rows, tokenizers, len(records))
+        results_of_tokenizer = [record["results"][number] for record in records]
+        rows.append(meter.row(results_of_tokenizer, num_pixels))
+        notes += tokenizer_notes(meter.tokenizer.title, results_of_tokenizer, lpips)
+    notes += codebook_notes(rows, tokenizers, num_images)
     if not own_size:
         add_image_files(rows, tokenizers)
     return Report(
         title="Evaluation",
-        settings={"images": len(records), "resolution": resolution, "device": device.type},
+        settings={"images": num_images, "resolution": resolution, "device": device.type},
         rows=rows,
         images=records,
         skipped=skipped,
@@ -85,6 +86,8 @@ def evaluate(
 
 
 def _check_titles(tokenizers: Sequence[Tokenizer]) -> None:
+    """Raises ValueError unless there are tokenizers, all with different titles."""
     titles = [tokenizer.title for tokenizer in tokenizers]
-    if not titles or len(set(titles)) < len(titles):
+    has_duplicates = len(set(titles)) < len(titles)
+    if not titles or has_duplicates:
         raise ValueError(f"`tokenizers` must be one or more with different titles, got {titles}.")

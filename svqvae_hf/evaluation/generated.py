@@ -77,12 +77,13 @@ def compare_generated(
 
     Source: precision and recall by 3 nearest neighbours, arXiv 1904.06991; the Fréchet distance, arXiv 1706.08500.
     """
-    state = PartialState(cpu=torch.device(device).type == "cpu")
+    processes = PartialState(cpu=torch.device(device).type == "cpu")
     side = resolution  # if `None`, the first generated image sets it
-    if side is None and state.num_processes > 1:
+    if side is None and processes.num_processes > 1:
         raise ValueError("`resolution` (`--resolution`) must be given on several processes.")
 
     def measure(image: Image.Image, index: int, name: str) -> dict[str, Any]:
+        """Features of an image from each network, by its title."""
         nonlocal side
         if side is None:
             side = min(image.size)
@@ -93,8 +94,8 @@ def compare_generated(
             features[title] = network(pixels)[0].float().cpu()  # (dim,)
         return features
 
-    generated_records, skipped_generated = measure_images(measure, generated, resolution, state)
-    real_records, skipped_real = measure_images(measure, images, side, state)
+    generated_records, skipped_generated = measure_images(measure, generated, resolution, processes)
+    real_records, skipped_real = measure_images(measure, images, side, processes)
     num_generated = len(generated_records)
     num_real = len(real_records)
     if min(num_generated, num_real) <= NEIGHBOURS:
@@ -103,11 +104,12 @@ def compare_generated(
     for title, network in networks.items():
         generated_features = _stacked_features(generated_records, title)  # (generated images, dim)
         real_features = _stacked_features(real_records, title)  # (images, dim)
+        generated_statistics = _statistics_of(generated_features)
         if statistics is not None and title in statistics:
             real_statistics = statistics[title]
         else:
             real_statistics = _statistics_of(real_features)
-        distance = _frechet_distance(_statistics_of(generated_features), real_statistics)
+        distance = _frechet_distance(generated_statistics, real_statistics)
         row: dict[str, Any] = {"title": title, "frechet_distance": distance, "precision": None, "recall": None}
         if not isinstance(network, TokenizerFeatures):
             row |= _precision_and_recall(generated_features, real_features)
@@ -157,7 +159,8 @@ def _precision_and_recall(generated: torch.Tensor, real: torch.Tensor) -> dict[s
 def _notes(networks: Mapping[str, nn.Module], num_generated: int, num_real: int) -> list[str]:
     """Sentences about values that are missing or mean little."""
     notes = []
-    if any(isinstance(network, TokenizerFeatures) for network in networks.values()):
+    has_features_of_tokenizer = any(isinstance(network, TokenizerFeatures) for network in networks.values())
+    if has_features_of_tokenizer:
         notes.append(
             f"Precision and recall are left out for {TokenizerFeatures.title}, by which white noise would have a "
             "precision of 1. Pass --inception-weights to compute them."

@@ -28,19 +28,29 @@ class MarkdownTable:
     def lines(self) -> list[str]:
         """Lines of the table: titles, a rule, and the rows."""
         widths = [self._width(column) for column in range(len(self.titles))]
-        rule = ["-" * (width - 1) + ":" for width in widths]
+        rule = [_rule_cell(width) for width in widths]
         lines = [_line(self.titles, widths), _line(rule, widths)]
         for row in self.rows:
             lines.append(_line(row, widths))
         return lines
 
     def _width(self, column: int) -> int:
+        """Number of characters of the longest cell of a column."""
         width = len(self.titles[column])
         for row in self.rows:
             width = max(width, len(row[column]))
         return width
 
 
+def _rule_cell(width: int) -> str:
+    """Cell of the line below the titles, such as `---:`. The colon aligns the column to the right."""
+    return "-" * (width - 1) + ":"
+
+
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-    return f"| {' | '.join(padded)} |"
+    """Line of a table, with its cells padded to the widths of the columns."""
+    padded_cells = []
+    for cell, width in zip(cells, widths, strict=True):
+        padded_cells.append(cell.rjust(width))
+    joined = " | ".join(padded_cells)
+    return f"| {joined} |"

@@ -54,20 +54,18 @@ def measure_images(
         process_of_image = index % state.num_processes
         if process_of_image != state.process_index:
             continue
-        identity: dict[str, Any] = {"index": index, "name": image_name(source, index)}
+        record: dict[str, Any] = {"index": index, "name": image_name(source, index)}
         try:
-            image = read_image(source)
-        except (OSError, ValueError) as error:
-            skipped.append(identity | {"reason": fault_of(error)})
-            continue
-        if resolution is not None:
-            image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
-        try:
-            values = measure(image, **identity)
-        except (TooLargeError, MemoryError, RuntimeError) as error:
-            skipped.append(identity | {"reason": _reason_of_skipping(error)})
-            continue
-        records.append(identity | values)
+            image = _read_square(source, resolution)
+            values = measure(image, index, record["name"])
+        except (_SkippedError, TooLargeError) as error:
+            skipped.append(record | {"reason": str(error)})
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            skipped.append(record | {"reason": OUT_OF_MEMORY})
+        else:
+            records.append(record | values)
     records = _of_all_processes(records)
     skipped = _of_all_processes(skipped)
     if not records:
@@ -76,17 +74,24 @@ def measure_images(
 
 
 def _check_resolution(resolution: int | None) -> None:
+    """Raises ValueError if a resolution is out of range."""
     if resolution is not None and not 1 <= resolution <= MAX_RESOLUTION:
         raise ValueError(f"`resolution` must be in [1, {MAX_RESOLUTION}], got {resolution}.")
 
 
-def _reason_of_skipping(error: TooLargeError | MemoryError | RuntimeError) -> str:
-    """Why an image cannot be measured. Raises an error that is not about memory or the size of the image."""
-    if isinstance(error, TooLargeError):
-        return str(error)
-    if not is_out_of_memory(error):
-        raise error
-    return OUT_OF_MEMORY
+class _SkippedError(Exception):
+    """An image that cannot be read, with the reason."""
+
+
+def _read_square(source: ImageSource | ImageRow, resolution: int | None) -> Image.Image:
+    """Reads an image, and resizes and crops it to a square of this side, if any. Raises _SkippedError."""
+    try:
+        image = read_image(source)
+    except (OSError, ValueError) as error:
+        raise _SkippedError(fault_of(error)) from error
+    if resolution is None:
+        return image
+    return ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
 
 
 def _of_all_processes(records: Records) -> Records:
@@ -114,12 +119,14 @@ def image_metrics(sample: torch.Tensor, target: torch.Tensor, lpips: LPIPS | Non
     Returns:
         `dict[str, float | None]`: `psnr`, `ssim` and `lpips`. `None` if the image is too small.
     """
-    side = min(sample.shape[-2:])
+    shorter_side = min(sample.shape[-2:])
     values: dict[str, float | None] = {"psnr": metrics.psnr(sample, target).item(), "ssim": None, "lpips": None}
-    if side >= metrics.SSIM_SIDE:
+    if shorter_side >= metrics.SSIM_SIDE:
         values["ssim"] = metrics.ssim(sample, target).item()
-    if lpips is not None and side >= lpips.min_side:
-        values["lpips"] = lpips(sample.float() / 127.5 - 1, target.float() / 127.5 - 1).item()
+    if lpips is not None and shorter_side >= lpips.min_side:
+        signed_sample = sample.float() / 127.5 - 1  # in [-1, 1]
+        signed_target = target.float() / 127.5 - 1
+        values["lpips"] = lpips(signed_sample, signed_target).item()
     return values
 
 

@@ -61,7 +61,8 @@ class Meter:
         self.own_size = own_size
         self.lpips = lpips
         self.device = device
-        self.code_counts = torch.zeros(tokenizer.codebook_size or 0, dtype=torch.int64)
+        codebook_size = tokenizer.codebook_size or 0  # None if its codes are not ids
+        self.code_counts = torch.zeros(codebook_size, dtype=torch.int64)
         self.fid = None
         if inception is not None:
             self.fid = _frechet_distance(inception, device)
@@ -69,7 +70,7 @@ class Meter:
     @torch.no_grad()
     def measure(self, image: Image.Image) -> MeasuredImage:
         """Encodes and decodes an image, and measures the result."""
-        pixels = to_tensor(image, self.device) / 127.5 - 1
+        pixels = to_tensor(image, self.device) / 127.5 - 1  # (1, 3, height, width) in [-1, 1]
         sample = pad_to_multiple(pixels, self.tokenizer.f)
         codes = self.tokenizer.encode(sample)
         code_count = count(codes, self.tokenizer.codebook_size)
@@ -81,7 +82,9 @@ class Meter:
             "bits": code_count.bits,
             "stored_bits": stored_bits(self.tokenizer, codes),
         }
-        values |= image_metrics(to_tensor(reconstruction, self.device), to_tensor(reference, self.device), self.lpips)
+        reconstruction_pixels = to_tensor(reconstruction, self.device)
+        reference_pixels = to_tensor(reference, self.device)
+        values |= image_metrics(reconstruction_pixels, reference_pixels, self.lpips)
         if self.own_size:
             enlarged = resize_image(reconstruction, image.size)
             values["psnr_full_size"] = metrics.psnr(to_tensor(enlarged), to_tensor(image)).item()
@@ -91,8 +94,10 @@ class Meter:
         """Adds an image to the sums."""
         self.code_counts += measured.code_counts
         if self.fid is not None:
-            self.fid.update(to_tensor(measured.reconstruction, self.fid.device), real=False)
-            self.fid.update(to_tensor(measured.reference, self.fid.device), real=True)
+            reconstruction_pixels = to_tensor(measured.reconstruction, self.fid.device)
+            reference_pixels = to_tensor(measured.reference, self.fid.device)
+            self.fid.update(reconstruction_pixels, real=False)
+            self.fid.update(reference_pixels, real=True)
 
     def row(self, results: Records, num_pixels: int) -> dict[str, Any]:
         """Row of the table, of the images of all processes.
@@ -105,11 +110,13 @@ class Meter:
         for metric in MEANS:
             row[metric] = mean(values.get(metric) for values in results)
         row["rfid"] = None
-        if self.fid is not None and len(results) > 1:
+        if self.fid is not None and len(results) > 1:  # a single image has no covariance
             row["rfid"] = self.fid.compute().item()
         row |= self._codebook_values()
-        row["bits_per_pixel"] = sum(values["bits"] for values in results) / num_pixels
-        row["bits_per_pixel_stored"] = sum(values["stored_bits"] for values in results) / num_pixels
+        bits = sum(values["bits"] for values in results)
+        bits_stored = sum(values["stored_bits"] for values in results)
+        row["bits_per_pixel"] = bits / num_pixels
+        row["bits_per_pixel_stored"] = bits_stored / num_pixels
         return row
 
     def _reconstruct(self, codes: Codes, image: Image.Image, sample: torch.Tensor) -> Image.Image:
@@ -118,9 +125,11 @@ class Meter:
         decoded = to_image(self.tokenizer.decode(codes))
         if not self.own_size:
             decoded = resize_image(decoded, (padded_width, padded_height))
-        # A tokenizer may decode to another size than the sample, so the size of the crop is scaled.
-        width = round(decoded.width / padded_width * image.width)
-        height = round(decoded.height / padded_height * image.height)
+        # A tokenizer may decode to another size than the sample has, so the size of the image is scaled alike.
+        horizontal_scale = decoded.width / padded_width
+        vertical_scale = decoded.height / padded_height
+        width = round(horizontal_scale * image.width)
+        height = round(vertical_scale * image.height)
         return decoded.crop((0, 0, width, height))
 
     def _occurrences(self, ids: torch.Tensor | None) -> torch.Tensor:
@@ -137,6 +146,7 @@ class Meter:
         return counts
 
     def _codebook_values(self) -> dict[str, float | None]:
+        """Usage and perplexity of the codebook over the images of all processes; None without a codebook."""
         counts_of_processes = torch.stack(gather_object([self.code_counts]))  # (processes, codebook_size)
         counts = counts_of_processes.sum(0)  # (codebook_size,)
         if len(counts) == 0:
@@ -146,16 +156,22 @@ class Meter:
 
 def mean(values: Iterable[float | None]) -> float | None:
     """Mean of the available values. Infinite PSNRs (exact images) are excluded unless all are infinite."""
-    available = [value for value in values if value is not None]
-    if not available:
-        return None
-    finite = [value for value in available if value != math.inf]
-    if not finite:
+    finite_values = []
+    has_infinite_value = False
+    for value in values:
+        if value == math.inf:
+            has_infinite_value = True
+        elif value is not None:
+            finite_values.append(value)
+    if finite_values:
+        return math.fsum(finite_values) / len(finite_values)
+    if has_infinite_value:
         return math.inf
-    return math.fsum(finite) / len(finite)
+    return None
 
 
 def _frechet_distance(inception: nn.Module, device: torch.device) -> FrechetInceptionDistance:
+    """Fréchet distance by a network, on a device."""
     distance = FrechetInceptionDistance(inception)
     # torchmetrics sets the dtype at the first image, but a process of many may have no image.
     distance.orig_dtype = torch.float32

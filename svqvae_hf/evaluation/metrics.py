@@ -38,23 +38,25 @@ def ssim(sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     Source: Wang et al., Image quality assessment, 2004, with its constants 0.01 and 0.03.
     """
     height = sample.shape[-2]
-    num_rows = height - SSIM_SIDE + 1  # rows of window positions
+    num_positions = height - SSIM_SIDE + 1  # rows of window positions
     border = SSIM_SIDE // 2
-    total = torch.zeros(len(sample), device=sample.device)
-    for first_row in range(0, num_rows, SSIM_BAND):
-        end_row = min(first_row + SSIM_BAND, num_rows)
-        band = slice(first_row, end_row + SSIM_SIDE - 1)  # rows of pixels under the windows
+    total = torch.zeros(len(sample), device=sample.device)  # (batch,)
+    # In bands of positions, to bound the memory
+    for start in range(0, num_positions, SSIM_BAND):
+        stop = min(start + SSIM_BAND, num_positions)
+        pixel_rows = slice(start, stop + SSIM_SIDE - 1)  # under the windows of the band
         _, similarity = structural_similarity_index_measure(
-            sample[..., band, :].float(),
-            target[..., band, :].float(),
+            sample[..., pixel_rows, :].float(),
+            target[..., pixel_rows, :].float(),
             sigma=1.5,
             data_range=255.0,
             reduction="none",
             return_full_image=True,
-        )
+        )  # (batch, channels, height, width)
         inside = similarity[..., border:-border, border:-border]  # without windows that reach beyond the images
-        total += inside.mean((1, 2, 3)) * (end_row - first_row)
-    return total / num_rows
+        mean_of_band = inside.mean((1, 2, 3))  # (batch,)
+        total += mean_of_band * (stop - start)
+    return total / num_positions
 
 
 def count_codes(ids: torch.Tensor, codebook_size: int) -> torch.Tensor:

@@ -50,7 +50,8 @@ def codebook_notes(rows: Records, tokenizers: Sequence[Tokenizer], num_images: i
     for row, tokenizer in zip(rows, tokenizers, strict=True):
         if not tokenizer.codebook_size:
             continue
-        ids_per_code = row["tokens"] * num_images / tokenizer.codebook_size
+        num_ids = row["tokens"] * num_images  # `tokens` is the mean per image
+        ids_per_code = num_ids / tokenizer.codebook_size
         if ids_per_code < MIN_IDS_PER_CODE:
             titles.append(tokenizer.title)
     if not titles:
@@ -62,6 +63,7 @@ def codebook_notes(rows: Records, tokenizers: Sequence[Tokenizer], num_images: i
 
 
 def _small_image_notes(metric: str, min_side: int, title: str, results: Records) -> list[str]:
+    """Says for how many images a metric is missing, because they are too small."""
     num_without_value = sum(values[metric] is None for values in results)
     if num_without_value == 0:
         return []
@@ -72,6 +74,7 @@ def _small_image_notes(metric: str, min_side: int, title: str, results: Records)
 
 
 def _exact_image_notes(title: str, results: Records) -> list[str]:
+    """Says for how many images the PSNR is infinite."""
     num_exact = sum(values["psnr"] == math.inf for values in results)
     if num_exact == 0:
         return []

@@ -97,12 +97,9 @@ def load_lpips(net: str, weights: str | Path | None = None) -> LPIPS:
     else:
         state_dict = _read_weights(Path(weights), "LPIPS's network")
     model = LPIPS(net)
-    torchvision_names = {}  # by the names of the `lpips` package
     expected_shapes = {}  # by the names of torchvision
     for package_name, tensor in model.net.state_dict().items():
-        torchvision_name = _torchvision_name(package_name)
-        torchvision_names[package_name] = torchvision_name
-        expected_shapes[torchvision_name] = tensor.shape
+        expected_shapes[_torchvision_name(package_name)] = tensor.shape
     shapes = {}
     for name, tensor in state_dict.items():
         if not name.startswith("classifier."):
@@ -114,10 +111,10 @@ def load_lpips(net: str, weights: str | Path | None = None) -> LPIPS:
             f"`{weights}` must hold torchvision's {architecture}, but these weights are missing, unexpected or of "
             f"another shape: {', '.join(wrong_names)}. Pass that network's file, or the name of another network."
         )
-    renamed = {}
-    for package_name, torchvision_name in torchvision_names.items():
-        renamed[package_name] = state_dict[torchvision_name]
-    model.net.load_state_dict(renamed)
+    renamed_weights = {}
+    for package_name in model.net.state_dict():
+        renamed_weights[package_name] = state_dict[_torchvision_name(package_name)]
+    model.net.load_state_dict(renamed_weights)
     return model
 
 
@@ -166,6 +163,7 @@ def _differing_names(expected_shapes: Mapping[str, torch.Size], shapes: Mapping[
 
 
 def _download_weights(net: str) -> Mapping[str, torch.Tensor]:
+    """Downloads the weights of LPIPS's network from torchvision's server, or finds them in torch's cache."""
     url = get_weight(BACKBONES[net].weights).url
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
@@ -181,7 +179,7 @@ def _read_weights(path: Path, network: str) -> Mapping[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"The weights of {network} must be a file, but `{path}` is not one.")
     content = load_checkpoint_file(path, path)
-    selected = select_weights(content, top_level_weights(content), path)
-    weights = {name: value for name, value in selected.items() if isinstance(value, torch.Tensor)}
+    entries = select_weights(content, top_level_weights(content), path)
+    weights = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
     check_tensors(weights, path)
     return weights

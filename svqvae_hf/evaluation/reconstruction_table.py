@@ -69,14 +69,18 @@ def table_row(name_width: int, name: str, figures: Sequence[ReconstructionFigure
 
     Tokens and pixels are summed, PSNR is averaged, and a code counts as used if any of the images uses it.
     """
-    psnrs = [image_figures.psnr for image_figures in figures]
+    scale = figures[0].scale
+    num_tokens = sum(image_figures.tokens for image_figures in figures)
+    bits_per_pixel = _bits_per_pixel(figures)
+    mean_psnr = np.mean([image_figures.psnr for image_figures in figures])
+    usage = _usage(figures, codebook_size)
     cells = [
-        f"{figures[0].scale:g}",
+        f"{scale:g}",
         _common_size(figures),
-        str(sum(image_figures.tokens for image_figures in figures)),
-        f"{_bits_per_pixel(figures):.4f}",
-        f"{np.mean(psnrs):.2f}",
-        f"{_usage(figures, codebook_size):.1%}",
+        str(num_tokens),
+        f"{bits_per_pixel:.4f}",
+        f"{mean_psnr:.2f}",
+        f"{usage:.1%}",
     ]
     return _line(name_width, name, cells)
 
@@ -85,15 +89,16 @@ def side_by_side(
     original: Image.Image, images: Sequence[Image.Image], figures: Sequence[ReconstructionFigures]
 ) -> Image.Image:
     """Sheet of the original and its reconstructions, with their figures as captions."""
-    panels = [Panel(original, "original", f"{original.width} x {original.height}")]
+    panels = [Panel(original, title="original", caption=f"{original.width} x {original.height}")]
     for image, image_figures in zip(images, figures, strict=True):
-        caption = [
+        title = f"scale {image_figures.scale:g}"
+        facts = [
             f"{image_figures.width} x {image_figures.height}",
             f"tokens: {image_figures.tokens}",
             f"{image_figures.bits_per_pixel:.3f} bits/pixel",
             f"{image_figures.psnr:.2f} dB",
         ]
-        panels.append(Panel(image, f"scale {image_figures.scale:g}", " · ".join(caption)))
+        panels.append(Panel(image, title, caption=" · ".join(facts)))
     return contact_sheet(panels)
 
 
@@ -125,14 +130,15 @@ def _psnr(original: Image.Image, image: Image.Image) -> float:
     """PSNR in dB of an image, with the original at its size as reference."""
     reference = resize_image(original, image.size)
     difference = np.asarray(image, np.float64) - np.asarray(reference, np.float64)
-    error = np.square(difference).mean()
-    if error == 0:
+    mean_squared_error = np.square(difference).mean()
+    if mean_squared_error == 0:
         return math.inf
-    return 10 * math.log10(255**2 / error)
+    return 10 * math.log10(255**2 / mean_squared_error)
 
 
 def _line(name_width: int, name: str, cells: Sequence[str]) -> str:
-    padded = [name.ljust(name_width)]
+    """Line of the table: the name of the image, and a cell per column."""
+    padded_cells = [name.ljust(name_width)]
     for cell, width in zip(cells, COLUMN_WIDTHS.values(), strict=True):
-        padded.append(cell.rjust(width))
-    return "  ".join(padded)
+        padded_cells.append(cell.rjust(width))
+    return "  ".join(padded_cells)

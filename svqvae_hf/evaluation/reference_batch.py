@@ -62,7 +62,8 @@ class ReferenceBatch:
                 f"`{path}` must be a reference batch with the arrays mu, sigma and arr_0, but is another file or "
                 f"damaged: {error}."
             ) from error
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        has_matching_shapes = mean.ndim == 1 and covariance.shape == (len(mean), len(mean))
+        if not has_matching_shapes:
             raise ValueError(f"`{path}`: sigma must be the covariance of mu, got {covariance.shape} and {mean.shape}.")
         if dtype != np.uint8 or not _is_shape_of_squares(shape):
             raise ValueError(f"`{path}`: arr_0 must be square images in uint8, got {dtype} of shape {shape}.")

@@ -73,21 +73,29 @@ class Report:
 
     def table(self) -> list[str]:
         """Lines of the table in Markdown: a column for each value that any row has, and rows in the order of rates."""
-        metrics = self._metrics_with_values()
-        table = MarkdownTable(["", *[METRICS[name].title for name in metrics]])
+        names = self._metrics_with_values()
+        titles = [""]  # above the titles of the rows
+        for name in names:
+            titles.append(METRICS[name].title)
+        table = MarkdownTable(titles)
         for row in sorted(self.rows, key=_stored_rate):
-            cells = [METRICS[name].cell(row.get(name)) for name in metrics]
-            table.add_row([row["title"], *cells])
+            cells = [row["title"]]
+            for name in names:
+                value = row.get(name)
+                cells.append(METRICS[name].cell(value))
+            table.add_row(cells)
         return table.lines()
 
     def _metrics_with_values(self) -> list[str]:
         """Names of the metrics that at least one row has."""
         names = []
         for name in METRICS:
-            if any(row.get(name) is not None for row in self.rows):
+            has_value = any(row.get(name) is not None for row in self.rows)
+            if has_value:
                 names.append(name)
         return names
 
 
 def _stored_rate(row: dict[str, Any]) -> float:
+    """Stored bits per pixel of a row, by which rows are sorted; 0 for rows of generated images."""
     return row.get("bits_per_pixel_stored", 0)

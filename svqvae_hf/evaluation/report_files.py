@@ -50,10 +50,11 @@ def report_markdown(report: Report, versions: dict[str, str]) -> str:
     lines = [f"# {report.title}", ""]
     lines += report.table()
     lines.append("")
+    version_items = [f"{library}: {number}" for library, number in versions.items()]
     lines += _section("Notes", report.notes)
     lines += _section(f"Skipped: {len(report.skipped)}", _skipped_items(report))
     lines += _section("Settings", _setting_items(report))
-    lines += _section("Versions", [f"{library}: {number}" for library, number in versions.items()])
+    lines += _section("Versions", version_items)
     return "\n".join(lines) + "\n"
 
 
@@ -69,30 +70,34 @@ def _section(heading: str, items: Sequence[str]) -> list[str]:
 
 
 def _skipped_items(report: Report) -> list[str]:
+    """An item for each skipped image, with the reason."""
     items = []
     for image in report.skipped:
-        items.append(f"`{printable(image['name'])}` (index {image['index']}): {image['reason']}")
+        name = printable(image["name"])
+        items.append(f"`{name}` (index {image['index']}): {image['reason']}")
     return items
 
 
 def _setting_items(report: Report) -> list[str]:
-    """Settings that have a value."""
+    """An item for each setting that has a value."""
     items = []
     for name, value in report.settings.items():
         if value is None or value == []:
             continue
+        title = name.replace("_", " ")
         values = value if isinstance(value, list) else [value]
-        quoted = [f"`{single_value}`" for single_value in values]
-        items.append(f"{name.replace('_', ' ')}: {', '.join(quoted)}")
+        quoted_values = [f"`{single_value}`" for single_value in values]
+        items.append(f"{title}: {', '.join(quoted_values)}")
     return items
 
 
 def _finite(value: Any) -> Any:
-    """Replaces infinite values in a tree of dictionaries and lists by text."""
+    """A tree of dictionaries and lists, with texts in place of numbers that are not finite."""
     if isinstance(value, dict):
         return {key: _finite(child) for key, child in value.items()}
     if isinstance(value, list):
         return [_finite(child) for child in value]
-    if isinstance(value, float) and not math.isfinite(value):
+    is_infinite_or_nan = isinstance(value, float) and not math.isfinite(value)
+    if is_infinite_or_nan:
         return str(value)
     return value

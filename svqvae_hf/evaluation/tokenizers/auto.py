@@ -88,8 +88,11 @@ def class_name(source: str) -> str:
     """
     location = _locate(source)
     folder = Path(location.repository)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"`{source}` must be the folder of a model, but has no config.json.{_folder_advice(folder)}")
+    advice = ""  # starts with a space
+    if folder.is_dir():
+        advice = _folder_advice(folder)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"`{source}` must be the folder of a model, but has no config.json.{advice}")
     config = from_hub(SVQVAE.load_config, location.repository, **location.options)
     named_class = None
     if isinstance(config, dict):
@@ -97,9 +100,6 @@ def class_name(source: str) -> str:
     for supported_class in CLASSES:
         if named_class == supported_class:  # a damaged config may name a list, which cannot be looked up in a dict
             return supported_class
-    advice = ""
-    if folder.is_dir():
-        advice = _folder_advice(folder)
     if not advice:
         advice = " Convert an original checkpoint with `svqvae convert`, or write an adapter."
     name = str(named_class or "no class")
@@ -136,10 +136,10 @@ def _full_name(source: str) -> tuple[str, ...]:
 
 
 def _shortest_end(name: tuple[str, ...], names_of_others: Sequence[tuple[str, ...]]) -> str:
-    """The last parts of a name, as few as make it differ from all others."""
+    """The last parts of a name, as a path, as few as make it differ from the ends of all other names."""
     for num_parts in range(1, len(name)):
         end = name[-num_parts:]
-        ends_of_others = [other[-num_parts:] for other in names_of_others]
+        ends_of_others = [name_of_other[-num_parts:] for name_of_other in names_of_others]
         if end not in ends_of_others:
             return str(Path(*end))
     return str(Path(*name))

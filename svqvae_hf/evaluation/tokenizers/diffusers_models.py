@@ -78,7 +78,8 @@ class VQModelTokenizer:
         """Image from the entries of the codebook."""
         config = self.model.config
         code_channels = config.vq_embed_dim or config.latent_channels
-        shape = (*codes.shape, code_channels)
+        batch, height, width = codes.shape
+        shape = (batch, height, width, code_channels)
         quantized = self.model.quantize.get_codebook_entry(codes.flatten(), shape)  # (1, code_channels, h, w)
         latents = self.model.post_quant_conv(quantized)
         if config.norm_type == "spatial":  # the norms of such a decoder also read the quantized latents
