@@ -68,20 +68,22 @@ def compare_graphs(model: SVQVAE, encode: Graph, decode: Graph) -> str:
         ValueError: If a graph fails to run, returns a wrong shape, or differs from the model by more than
             `MAX_CHANGED` of the ids of one kind of image or by `PIXEL_TOLERANCE`.
     """
-    images = {"photographs": photographs(model), "noise": noise(model), "flat colours": flat_colours(model)}
+    samples_by_kind = {"photographs": photographs(model), "noise": noise(model), "flat colours": flat_colours(model)}
     counts = {}
     largest = 0.0
-    for kind, samples in images.items():
-        counts[kind] = ChangedIds()
+    for kind, samples in samples_by_kind.items():
+        count = ChangedIds()
         for sample in samples:
             ids = model.encode_tokens(sample)
-            counts[kind].changed += count_changed(encode, sample, ids)
-            counts[kind].total += ids.numel()
+            count.changed += count_changed(encode, sample, ids)
+            count.total += ids.numel()
             largest = max(largest, largest_difference(decode, ids, model))
+        counts[kind] = count
+    phrases = []
     for kind, count in counts.items():
         check_changed(kind, count)
-    ids_differ = [f"{count.changed} of {count.total:,} ids of {kind}" for kind, count in counts.items()]
-    return f"{', '.join(ids_differ)} differ from the model's; pixels differ by at most {largest * 255:.2g}/255"
+        phrases.append(f"{count.changed} of {count.total:,} ids of {kind}")
+    return f"{', '.join(phrases)} differ from the model's; pixels differ by at most {largest * 255:.2g}/255"
 
 
 def check_changed(kind: str, count: ChangedIds) -> None:
@@ -111,15 +113,15 @@ def largest_difference(decode: Graph, ids: torch.Tensor, model: SVQVAE) -> float
     name = f"decoder {size_of(expected)}"
     sample = run_graph(decode, ids, name)
     check_shape(sample, expected, name)
-    difference = (sample - expected).abs().nan_to_num(torch.inf).max()
-    low, high = model.config["pixel_range"]
-    difference = float(difference) / (high - low)
-    if difference > PIXEL_TOLERANCE:
+    differences = (sample - expected).abs().nan_to_num(torch.inf)
+    black, white = model.config["pixel_range"]
+    largest = float(differences.max()) / (white - black)
+    if largest > PIXEL_TOLERANCE:
         raise ValueError(
             f"the {name}: pixels must be within {PIXEL_TOLERANCE * 255:g}/255 of the model's, but differ by "
-            f"{difference * 255:.3g}/255. {ADVICE}"
+            f"{largest * 255:.3g}/255. {ADVICE}"
         )
-    return difference
+    return largest
 
 
 def run_graph(graph: Graph, value: torch.Tensor, name: str) -> torch.Tensor:
@@ -143,15 +145,16 @@ def size_of(sample: torch.Tensor) -> str:
 
 def photographs(model: SVQVAE) -> Iterator[torch.Tensor]:
     """Yields each photograph at several sizes, as `(1, in_channels, height, width)` in the model's `pixel_range`."""
+    channels = torch.arange(model.config["in_channels"]) % 3  # repeats red, green and blue for other models
     for name in PHOTOGRAPHS:
         with Image.open(PHOTOGRAPHS_FOLDER / name) as file:
             photograph = file.convert("RGB")
         for rows, columns in PHOTOGRAPH_GRIDS:
-            size = (columns * model.f, rows * model.f)
+            size = (columns * model.f, rows * model.f)  # width and height in pixels
             resized = photograph.resize(size, Image.Resampling.LANCZOS)
-            pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]  # (1, 3, height, width)
-            channels = torch.arange(model.config["in_channels"]) % 3  # for models of other images than RGB
-            yield map_range(pixels[:, channels] / 255, (0, 1), model.config["pixel_range"])
+            pixels = torch.from_numpy(np.array(resized))  # (height, width, 3)
+            sample = pixels.permute(2, 0, 1)[None, channels]  # (1, in_channels, height, width)
+            yield map_range(sample / 255, (0, 1), model.config["pixel_range"])
 
 
 def noise(model: SVQVAE) -> Iterator[torch.Tensor]:

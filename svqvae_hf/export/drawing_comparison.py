@@ -1,6 +1,7 @@
 """Compares the exported graph of a language model with its model, on drawings without randomness."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,32 +42,35 @@ def compare_drawings(model: ImageChats, draw_row: RowGraph, decode: Graph, capti
     Raises:
         ValueError: If more than `MAX_CHANGED` of all ids differ, or pixels do.
     """
-    changed = 0
-    total = 0
-    largest = 0.0
+    num_changed = 0
+    num_ids = 0
+    largest = 0.0  # difference of a pixel
     for caption in captions:
-        expected = likeliest_ids(model, caption)
-        ids = ids_of_rows(model, draw_row, caption, expected)
-        changed += int((ids != expected).sum())
-        total += expected.numel()
-        largest = max(largest, largest_difference(decode, expected[None], model.vqvae))
-    if changed > MAX_CHANGED * total:
+        expected_ids = likeliest_ids(model, caption)
+        ids = ids_of_rows(model, draw_row, caption, expected_ids)
+        num_changed += int((ids != expected_ids).sum())
+        num_ids += expected_ids.numel()
+        largest = max(largest, largest_difference(decode, expected_ids[None], model.vqvae))
+    if num_changed > MAX_CHANGED * num_ids:
         raise ValueError(
-            f"the drawing graph: at most 1 in {1 / MAX_CHANGED:,.0f} ids may differ from the model's, but {changed} "
-            f"of {total:,} do. {ADVICE}"
+            f"the drawing graph: at most 1 in {1 / MAX_CHANGED:,.0f} ids may differ from the model's, but "
+            f"{num_changed} of {num_ids:,} do. {ADVICE}"
         )
-    ids_differ = f"{changed} of {total:,} ids of {len(captions)} drawings differ from the model's"
-    return f"{ids_differ}; pixels differ by at most {largest * 255:.2g}/255"
+    return (
+        f"{num_changed} of {num_ids:,} ids of {len(captions)} drawings differ from the model's; pixels differ by at "
+        f"most {largest * 255:.2g}/255"
+    )
 
 
 def likeliest_ids(model: ImageChats, caption: str | None) -> torch.Tensor:
     """Ids `(rows, columns)` that the model draws at temperature 0."""
     drawn: dict[str, Any] = {}
 
-    def keep(_: object, row: int, grid: tuple[int, int], values: dict[str, Any]) -> None:
-        drawn.update(values)
+    def keep_ids(_: object, row: int, grid: tuple[int, int], tensors: dict[str, Any]) -> None:
+        """Keeps the ids of all rows so far, after each row."""
+        drawn["ids"] = tensors["ids"]
 
-    model.draw([caption], temperature=0, callback_on_step_end=keep)
+    model.draw([caption], temperature=0, callback_on_step_end=keep_ids)
     return drawn["ids"][0].cpu()
 
 
@@ -74,29 +78,51 @@ def ids_of_rows(model: ImageChats, draw_row: RowGraph, caption: str | None, draw
     """Ids `(rows, columns)` of a graph, each row after the drawn rows above it."""
     rows, columns = drawn.shape
     vocabulary = model.processor.vocabulary
-    no_condition = model.processor.no_condition
-    template = prompt_template(model, (rows, columns))
-    conditional = template.tokens(model.tokenizer, no_condition if caption is None else caption)
-    unconditional = template.tokens(model.tokenizer, no_condition)
-    length = max(len(conditional), len(unconditional))
-    pads = [length - len(conditional), length - len(unconditional)]
-    pad = model.tokenizer.pad_token_id
-    prompts = [[pad] * pads[0] + conditional, [pad] * pads[1] + unconditional]
-
-    past_shape = [0 if size is None else size for size in cache_shape(model.language_model)]
-    result = []
+    prompts = _padded_prompts(model, caption, (rows, columns))
+    past_shape = cache_shape(model.language_model, num_tokens=0)
+    ids_of_graph = []
     for row in range(rows):
-        tokens_above = (drawn[:row].flatten() + vocabulary.first_token).tolist()
-        tokens = [prompt + tokens_above for prompt in prompts]
+        ids_above = drawn[:row].flatten()
+        tokens_above = (ids_above + vocabulary.first_token).tolist()
+        tokens = [prompt + tokens_above for prompt in prompts.tokens]
         inputs: dict[str, np.ndarray] = {
             "tokens": np.array(tokens, np.int64),
-            "pads": np.array(pads, np.int64),
+            "pads": np.array(prompts.num_pads, np.int64),
             "past": np.zeros(past_shape, np.float32),
             "guidance": np.array(model.sampling["guidance_scale"], np.float32),
             "temperature": np.array(0, np.float32),
             "top_k": np.array([vocabulary.codebook_size], np.int64),
             "noise": np.zeros((columns, vocabulary.codebook_size), np.float32),
         }
-        ids = draw_row(inputs)[-1]  # (columns, 1)
-        result.append(torch.from_numpy(ids[:, 0]))
-    return torch.stack(result)
+        ids = draw_row(inputs)[-1]  # the last output of the graph, (columns, 1)
+        ids_of_graph.append(torch.from_numpy(ids[:, 0]))
+    return torch.stack(ids_of_graph)
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Prompts with and without a caption, of equal length.
+
+    Args:
+        tokens (`list[list[int]]`): Tokens of both prompts, padded on the left.
+        num_pads (`list[int]`): Number of pads of both prompts.
+    """
+
+    tokens: list[list[int]]
+    num_pads: list[int]
+
+
+def _padded_prompts(model: ImageChats, caption: str | None, grid: tuple[int, int]) -> _Prompts:
+    """Prompts for an image with this grid: with the caption, if any, and then without it."""
+    no_condition = model.processor.no_condition
+    template = prompt_template(model, grid)
+    conditional = template.tokens(model.tokenizer, no_condition if caption is None else caption)
+    unconditional = template.tokens(model.tokenizer, no_condition)
+    length = max(len(conditional), len(unconditional))
+    padded_prompts = []
+    num_pads = []
+    for tokens in (conditional, unconditional):
+        num_missing = length - len(tokens)
+        padded_prompts.append([model.tokenizer.pad_token_id] * num_missing + tokens)
+        num_pads.append(num_missing)
+    return _Prompts(padded_prompts, num_pads)

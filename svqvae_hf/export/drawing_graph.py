@@ -19,8 +19,11 @@ from svqvae_hf.export.onnx_graphs import to_onnx
 from svqvae_hf.models.image_vocabulary import ImageVocabulary
 
 ROWS = 2  # one with the caption and one without it, for guidance
-TRACED_LENGTH = 5  # tokens of the traced prompt
-TRACED_PAST = 3
+# Example input of a step, from which the graph is traced. Any values would do.
+TRACED_LENGTH = 5  # new tokens
+TRACED_PADS = [0, 1]
+TRACED_PAST = 3  # tokens before
+TRACED_GUIDANCE = 1.5
 STEP_INPUTS = ["step_tokens", "pads", "step_past", "guidance"]
 STEP_OUTPUTS = ["logits", "step_present"]
 INTEGER = TensorProto.INT64
@@ -83,21 +86,16 @@ class DrawingStep(nn.Module):
         """
         length = tokens.shape[1]
         past_length = past.shape[4]
-        places = past_length + torch.arange(length)
+        new_places = past_length + torch.arange(length)
         all_places = torch.arange(past_length + length)
-        is_before = all_places[None, None, :] <= places[None, :, None]  # (1, length, past + length)
-        is_text = all_places[None, None, :] >= pads[:, None, None]  # (2, 1, past + length)
-        is_itself = all_places[None, None, :] == places[None, :, None]  # pads see themselves, so that no row is empty
-        mask = (is_before & is_text) | is_itself
-        bias = torch.where(mask, 0.0, torch.finfo(torch.float32).min)[:, None]  # (2, 1, length, past + length)
-        positions = (places[None, :] - pads[:, None]).clamp_min(0)  # (2, length)
-
-        layers = [(past[layer, 0], past[layer, 1]) for layer in range(past.shape[0])]
+        keys_and_values = []  # of each layer
+        for layer in range(past.shape[0]):
+            keys_and_values.append((past[layer, 0], past[layer, 1]))
         output = self.language_model(
             input_ids=tokens,
-            attention_mask=bias,
-            position_ids=positions,
-            past_key_values=DynamicCache(layers),
+            attention_mask=attention_bias(new_places, all_places, pads),
+            position_ids=(new_places[None, :] - pads[:, None]).clamp_min(0),  # (2, length)
+            past_key_values=DynamicCache(keys_and_values),
             use_cache=True,
             logits_to_keep=1,
         )
@@ -107,6 +105,24 @@ class DrawingStep(nn.Module):
         guided = unconditional + guidance * (conditional - unconditional)
         present = [torch.stack([layer.keys, layer.values]) for layer in output.past_key_values.layers]
         return guided, torch.stack(present)
+
+
+def attention_bias(new_places: torch.Tensor, all_places: torch.Tensor, pads: torch.Tensor) -> torch.Tensor:
+    """Bias `(2, 1, length, past length + length)` of attention: 0 for the places that a new token sees, else very low.
+
+    Args:
+        new_places (`torch.Tensor` of shape `(length,)`): Places of the new tokens in the sequence.
+        all_places (`torch.Tensor` of shape `(past length + length,)`): All places, from 0.
+        pads (`torch.Tensor` of shape `(2,)`): Number of pads at the start of each row.
+    """
+    queries = new_places[None, :, None]  # (1, length, 1)
+    keys = all_places[None, None, :]  # (1, 1, past length + length)
+    is_before = keys <= queries
+    is_text = keys >= pads[:, None, None]  # (2, 1, past length + length)
+    is_itself = keys == queries  # pads see themselves, so that no row is empty
+    is_seen = (is_before & is_text) | is_itself
+    bias = torch.where(is_seen, 0.0, torch.finfo(torch.float32).min)
+    return bias[:, None]
 
 
 def drawing_graph(language_model: PreTrainedModel, vocabulary: ImageVocabulary) -> onnx.ModelProto:
@@ -187,19 +203,23 @@ def loop_body(step: onnx.GraphProto, cache: list[Any]) -> onnx.GraphProto:
 
 
 def trace_step(language_model: PreTrainedModel, vocabulary: ImageVocabulary) -> ExportedProgram:
-    """Traces a step, with a dynamic number of new tokens and of tokens before."""
+    """Traces a step by an example input. The traced program takes any number of new tokens and of tokens before."""
     tokens = torch.full((ROWS, TRACED_LENGTH), vocabulary.begin)
-    pads = torch.tensor([0, 1])
-    past_shape = [TRACED_PAST if size is None else size for size in cache_shape(language_model)]
-    past = torch.zeros(past_shape)
-    guidance = torch.tensor(1.5)
-    dims = ({1: Dim.DYNAMIC}, None, {4: Dim.DYNAMIC}, None)
+    pads = torch.tensor(TRACED_PADS)
+    past = torch.zeros(cache_shape(language_model, TRACED_PAST))
+    guidance = torch.tensor(TRACED_GUIDANCE)
+    dynamic_shapes = (
+        {1: Dim.DYNAMIC},  # tokens (2, length)
+        None,  # pads
+        {4: Dim.DYNAMIC},  # past (layers, 2, 2, heads, past length, head_dim)
+        None,  # guidance
+    )
     step = DrawingStep(language_model, vocabulary)
-    return torch.export.export(step, (tokens, pads, past, guidance), dynamic_shapes=dims, strict=False)
+    return torch.export.export(step, (tokens, pads, past, guidance), dynamic_shapes=dynamic_shapes, strict=False)
 
 
-def cache_shape(language_model: PreTrainedModel) -> list[Any]:
-    """Shape of keys and values `(layers, 2, rows, heads, tokens, head_dim)`; `None` for the number of tokens."""
+def cache_shape(language_model: PreTrainedModel, num_tokens: int | None = None) -> list[Any]:
+    """Shape of keys and values `(layers, 2, rows, heads, tokens, head_dim)`; `None` for any number of tokens."""
     config = language_model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None)
     if heads is None:
@@ -207,4 +227,4 @@ def cache_shape(language_model: PreTrainedModel) -> list[Any]:
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None:
         head_dim = config.hidden_size // config.num_attention_heads
-    return [config.num_hidden_layers, 2, ROWS, heads, None, head_dim]
+    return [config.num_hidden_layers, 2, ROWS, heads, num_tokens, head_dim]

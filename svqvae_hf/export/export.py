@@ -35,7 +35,7 @@ def export_graphs(model: SVQVAE, out: str | Path) -> str:
     """
     out = check_new_folder(Path(out))
     model = plain_copy(model)
-    with new_folder(out) as folder, torch.no_grad():
+    with new_folder(out) as folder, torch.no_grad():  # becomes `out` if all is right
         onnx.save(encoder_graph(model), folder / "encoder.onnx")
         onnx.save(decoder_graph(model), folder / "decoder.onnx")
         encode = load_graph(folder / "encoder.onnx")

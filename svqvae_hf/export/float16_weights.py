@@ -22,17 +22,20 @@ def store_in_float16(graph: onnx.ModelProto) -> None:
         if values.size < MIN_SIZE or not fits_float16(values):
             continue
         name = weight.name
-        stored = f"{name}_float16"
-        weight.CopyFrom(numpy_helper.from_array(values.astype(np.float16), stored))
-        casts.append(onnx.helper.make_node("Cast", [stored], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *graph.graph.node]
+        stored_name = f"{name}_float16"
+        stored_weight = numpy_helper.from_array(values.astype(np.float16), stored_name)
+        weight.CopyFrom(stored_weight)
+        casts.append(onnx.helper.make_node("Cast", [stored_name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = casts + list(graph.graph.node)  # the casts first, because the other nodes read their results
     graph.graph.ClearField("node")
     graph.graph.node.extend(nodes)
 
 
 def fits_float16(values: np.ndarray) -> bool:
     """Whether float16 holds float32 values to `MAX_CHANGE`."""
-    if np.abs(values).max() > np.finfo(np.float16).max:
+    overflows = np.abs(values).max() > np.finfo(np.float16).max
+    if overflows:
         return False
     rounded = values.astype(np.float16).astype(np.float32)
-    return bool(np.abs(rounded - values).max() <= MAX_CHANGE)
+    largest_change = np.abs(rounded - values).max()
+    return bool(largest_change <= MAX_CHANGE)

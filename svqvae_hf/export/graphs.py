@@ -77,7 +77,8 @@ class DecoderGraph(nn.Module):
 
 def codebook(model: SVQVAE) -> torch.Tensor:
     """Codebook as the search uses it, `(codebook_size, codebook_embed_dim)`."""
-    return model.quantize.get_codebook_entry(torch.arange(model.config["codebook_size"])).detach()
+    all_ids = torch.arange(model.config["codebook_size"])
+    return model.quantize.get_codebook_entry(all_ids).detach()
 
 
 def trace_encoder(model: SVQVAE) -> ExportedProgram:
@@ -109,13 +110,14 @@ def coarse_noise(model: SVQVAE, grid: tuple[int, int, int]) -> torch.Tensor:
 
 def trace_graph(graph: nn.Module, example: torch.Tensor, dynamic: Sequence[int]) -> ExportedProgram:
     """Traces a graph with an example input, some of whose dimensions are dynamic."""
-    dims = dict.fromkeys(dynamic, Dim.DYNAMIC)
-    program = torch.export.export(graph, (example,), dynamic_shapes=(dims,), strict=False)
+    shape_of_example = dict.fromkeys(dynamic, Dim.DYNAMIC)  # by dimension
+    program = torch.export.export(graph, (example,), dynamic_shapes=(shape_of_example,), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # holds paths of this machine
-    # The tracer demands at least two images, rows and columns of ids, although the graph works for one of each:
-    # the check runs it on one.
+    # The tracer demands at least two images, rows and columns of ids, although the graph works for one of each.
+    # `compare_graphs` runs it on one.
     program._guards_code = []
-    for symbol, sides in program.range_constraints.items():
-        program.range_constraints[symbol] = type(sides)(1, sides.upper)
+    for symbol, allowed_range in program.range_constraints.items():
+        range_class = type(allowed_range)
+        program.range_constraints[symbol] = range_class(1, allowed_range.upper)
     return program

@@ -46,7 +46,7 @@ def nested_mean(grouped: torch.Tensor) -> torch.Tensor:
 def with_nested_means(network: nn.Module) -> nn.Module:
     """Copies a network, with a [`NestedMeanGroupNorm`] in place of each normalisation."""
     network = copy.deepcopy(network)
-    norms = {name: module for name, module in network.named_modules() if isinstance(module, GroupNorm)}
-    for name, norm in norms.items():
-        network.set_submodule(name, NestedMeanGroupNorm(norm))
+    for name, module in list(network.named_modules()):
+        if isinstance(module, GroupNorm):
+            network.set_submodule(name, NestedMeanGroupNorm(module))
     return network

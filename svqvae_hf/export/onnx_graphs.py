@@ -56,7 +56,8 @@ def to_onnx(program: ExportedProgram, inputs: list[str], outputs: list[str]) -> 
     for node in graph.graph.node:
         node.ClearField("metadata_props")  # stack traces
         node.ClearField("doc_string")
-    for value in [*graph.graph.input, *graph.graph.output]:
+    inputs_and_outputs = list(graph.graph.input) + list(graph.graph.output)
+    for value in inputs_and_outputs:
         value.ClearField("metadata_props")
     graph.graph.ClearField("value_info")  # refers to dimensions by the exporter's numbers
     graph.graph.ClearField("metadata_props")

@@ -37,9 +37,13 @@ def prompt_template(model: ImageChats, grid: tuple[int, int]) -> PromptTemplate:
     """
     chat = [{"role": "user", "content": CAPTION}, {"role": "assistant", "content": ANSWER}]
     text = model.processor.apply_chat_template(chat)
-    before_answer = text.rpartition(ANSWER)[0]
-    before, _, after = before_answer.partition(CAPTION)
+    before_answer, _, _ = text.rpartition(ANSWER)
+    before_caption, _, after_caption = before_answer.partition(CAPTION)
     bos = model.tokenizer.bos_token
-    has_special_tokens = bool(bos) and before.startswith(bos)
+    has_special_tokens = bool(bos) and before_caption.startswith(bos)
     begin_image = model.processor.begin_image(grid)
-    return PromptTemplate(before, after + begin_image, add_special_tokens=not has_special_tokens)
+    return PromptTemplate(
+        before=before_caption,
+        after=after_caption + begin_image,
+        add_special_tokens=not has_special_tokens,
+    )

@@ -98,29 +98,33 @@ def export_page(
     out = check_new_folder(Path(out))
     runtime_folder = None if runtime is None else Path(runtime)
     lines = []
+    models: list[DrawingModel | PhotographModel] = []
+    settings: dict[str, Any] = {"version": version("svqvae-hf"), "drawing": None, "photographs": None}
     with runtime_archives(runtime_folder) as archives, new_folder(out) as folder, torch.no_grad():
         for path in PAGE_FOLDER.iterdir():
             shutil.copy(path, folder)
         extract_runtime(archives, folder / "runtime")
-        settings: dict[str, Any] = {"version": version("svqvae-hf"), "drawing": None, "photographs": None}
         if drawing is not None:
+            models.append(drawing)
             checked = write_drawing_graphs(drawing, folder / "drawing")
             lines.append(f"checked  {checked}")
             settings["drawing"] = drawing_settings(drawing)
         if photographs is not None:
+            models.append(photographs)
             checked = write_photograph_graphs(photographs.model, folder / "photographs")
             lines.append(f"checked  {checked}")
             shutil.copy(EXAMPLE, folder)
-            settings["photographs"] = {**decoding_settings(photographs.model), "example": EXAMPLE.name}
-        models = [model for model in (drawing, photographs) if model is not None]
+            settings["photographs"] = decoding_settings(photographs.model)
+            settings["photographs"]["example"] = EXAMPLE.name
         settings["models"] = [{"name": model.name, "license": model.license} for model in models]
         (folder / "README.md").write_text(readme(models), encoding="utf-8")
         (folder / "LICENSES.txt").write_text(licenses(models, archives), encoding="utf-8")
-        settings["files"] = file_sizes(folder)
+        sizes = file_sizes(folder)
+        settings["files"] = sizes
         (folder / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        total = sum(settings["files"].values())
-        check_size(total)
-    lines.append(f"written  {out}: {total / 1e6:.1f} MB in {len(settings['files'])} files")
+        total_bytes = sum(sizes.values())
+        check_size(total_bytes)
+    lines.append(f"written  {out}: {total_bytes / 1e6:.1f} MB in {len(sizes)} files")
     lines.append(f"try it   python -m http.server --directory {out}")
     return "\n".join(lines)
 
@@ -172,10 +176,12 @@ def write_tokenizer(tokenizer: Any, vocabulary: ImageVocabulary, folder: Path) -
         content = read_json_object(Path(saved, "tokenizer.json"))
         config = read_json_object(Path(saved, "tokenizer_config.json"))
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] not in codes]
-    for name in ("added_tokens_decoder", "chat_template", "name_or_path"):  # long, or of this machine
-        config.pop(name, None)
-    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    for key in ("added_tokens_decoder", "chat_template", "name_or_path"):  # long, or of this machine
+        config.pop(key, None)
+    content_text = json.dumps(content, ensure_ascii=False)
+    config_text = json.dumps(config, ensure_ascii=False)
+    (folder / "tokenizer.json").write_text(content_text, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(config_text, encoding="utf-8")
 
 
 def drawing_settings(drawing: DrawingModel) -> dict[str, Any]:
@@ -188,9 +194,11 @@ def drawing_settings(drawing: DrawingModel) -> dict[str, Any]:
         raise ValueError(f"the page samples by top k alone, so `top_p` must be 1, got {sampling['top_p']}.")
     template = prompt_template(model, (rows, columns))
     layers, _, _, heads, _, head_dim = cache_shape(model.language_model)
-    config = model.language_model.config.get_text_config()
-    return {
-        **decoding_settings(model.vqvae),
+    context = model.language_model.config.get_text_config().max_position_embeddings
+    num_read_ids = rows * columns - 1  # the model does not read the last id
+    settings = decoding_settings(model.vqvae)
+    settings |= listed_objects(model)
+    settings |= {
         "rows": rows,
         "columns": columns,
         "guidance": sampling["guidance_scale"],
@@ -202,13 +210,13 @@ def drawing_settings(drawing: DrawingModel) -> dict[str, Any]:
         "no_condition": model.processor.no_condition,
         "unknown_token": model.tokenizer.unk_token_id,
         "pad_token": model.tokenizer.pad_token_id,
-        "max_prompt_tokens": config.max_position_embeddings - rows * columns + 1,
+        "max_prompt_tokens": context - num_read_ids,
         "layers": layers,
         "heads": heads,
         "head_dim": head_dim,
         "examples": drawing.examples,
-        **listed_objects(model),
     }
+    return settings
 
 
 def listed_objects(model: ImageLanguageModel) -> dict[str, tuple[str, ...]]:
@@ -235,8 +243,10 @@ def token_record(model: SVQVAE) -> str:
     """
     one_id = torch.zeros((1, 1), dtype=torch.int64)
     record = image_tokens(model, [one_id], height=model.f, width=model.f, scales=1.0).to_record()
-    text = json.dumps({**record, "height": "HEIGHT", "width": "WIDTH"})
-    return text.replace('"HEIGHT"', "HEIGHT").replace('"WIDTH"', "WIDTH")
+    record["height"] = "HEIGHT"
+    record["width"] = "WIDTH"
+    text = json.dumps(record)
+    return text.replace('"HEIGHT"', "HEIGHT").replace('"WIDTH"', "WIDTH")  # without the quotes
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -244,7 +254,8 @@ def file_sizes(folder: Path) -> dict[str, int]:
     sizes = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+            path_in_folder = path.relative_to(folder).as_posix()
+            sizes[path_in_folder] = path.stat().st_size
     return sizes
 
 
@@ -267,14 +278,15 @@ def readme(models: Iterable[DrawingModel | PhotographModel]) -> str:
 def licenses(models: Iterable[DrawingModel | PhotographModel], archives: Path) -> str:
     """Licences of all that is in the folder."""
     onnxruntime_folder = Path(onnxruntime.__file__).parent
+    onnxruntime_license = (onnxruntime_folder / "LICENSE").read_text(encoding="utf-8")
+    notices = (onnxruntime_folder / "ThirdPartyNotices.txt").read_text(encoding="utf-8", errors="replace")
     weights = [f"Weights of {model.name}: {model.license}" for model in models]
     parts = [
         "\n".join(weights),
         "Page (index.html, page.css, page.js, worker.js), tokenizers.min.mjs: Apache License 2.0, below",
         "ONNX Runtime Web (ort.wasm.bundle.min.mjs, ort-wasm-simd-threaded.wasm): MIT License, below",
         tokenizers_license(archives),
-        (onnxruntime_folder / "LICENSE").read_text(encoding="utf-8"),
-        "Third-party software in ONNX Runtime\n\n"
-        + (onnxruntime_folder / "ThirdPartyNotices.txt").read_text(encoding="utf-8", errors="replace"),
+        onnxruntime_license,
+        f"Third-party software in ONNX Runtime\n\n{notices}",
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"

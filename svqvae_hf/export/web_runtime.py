@@ -82,7 +82,7 @@ def download_archives(folder: Path) -> None:
     command = [npm, "pack", "--silent", "--pack-destination", str(folder), *names]
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if run.returncode != 0:
-        last_line = run.stderr.strip().rpartition("\n")[2]
+        _, _, last_line = run.stderr.strip().rpartition("\n")
         raise OSError(
             f"npm could not download the page's runtime: {last_line:.200}. Run `{COMMAND}` elsewhere, and "
             "pass the folder of its two files with --runtime."
@@ -109,10 +109,11 @@ def extract_runtime(archives: Path, folder: Path) -> None:
     for package in PACKAGES:
         with tarfile.open(archives / package.archive) as archive:
             for name in package.files:
-                content = archive.extractfile(name)
-                if content is None:
+                member = archive.extractfile(name)
+                if member is None:
                     raise ValueError(f"`{package.archive}` must have the file `{name}`, but has not.")
-                Path(folder, Path(name).name).write_bytes(content.read())
+                target = folder / Path(name).name
+                target.write_bytes(member.read())
 
 
 def tokenizers_license(archives: Path) -> str:
