@@ -190,18 +190,18 @@ def is_llamagen(source: str | Path) -> bool:
 
 
 def _load_text_components(source: str, text_encoder: str | None, has_captions: bool) -> dict[str, Any]:
-    """Text encoder and its tokenizer, for a model with captions."""
-    if has_captions and text_encoder is None:
-        raise ValueError(
-            f"`{source}` does not name the encoder of its captions. Pass `text_encoder`, or `--text-encoder` to "
-            "`svqvae convert`: LlamaGen's released models need google/flan-t5-xl."
-        )
-    if text_encoder is None:
-        return {}
-    if not has_captions:
+    """Components of the pipeline for captions: the text encoder and its tokenizer; none for a model with classes."""
+    if has_captions:
+        if text_encoder is None:
+            raise ValueError(
+                f"`{source}` does not name the encoder of its captions. Pass `text_encoder`, or `--text-encoder` to "
+                "`svqvae convert`: LlamaGen's released models need google/flan-t5-xl."
+            )
+        encoder, tokenizer = load_text_encoder(text_encoder)
+        return {"text_encoder": encoder, "tokenizer": tokenizer}
+    if text_encoder is not None:
         raise ValueError(f"`{source}` has classes instead of captions, and no text encoder. Leave `text_encoder` out.")
-    encoder, tokenizer = load_text_encoder(text_encoder)
-    return {"text_encoder": encoder, "tokenizer": tokenizer}
+    return {}
 
 
 def _latents_side(vqvae: SVQVAE, image_size: int) -> int:

@@ -45,25 +45,29 @@ def write_repository(
         OSError: If a file cannot be written, or the result differs from the source.
         ValueError: If weights are out of the range of `variant`.
     """
-    source = checkpoint.source
-    rows = describe_source(checkpoint) | card.get("provenance", {})
-    card |= {"base_model": hub_repo(source), "provenance": rows, "standalone": standalone}
-    card_text = converted.make_card(repo_id or out.name, **card)
+    card["provenance"] = describe_source(checkpoint) | card.get("provenance", {})
+    card["base_model"] = hub_repo(checkpoint.source)
+    card_text = converted.make_card(repo_id or out.name, standalone=standalone, **card)
     with new_folder(out) as folder:
         num_tensors = save_and_check(converted, folder, variant)
-        if standalone:
-            if isinstance(converted, DiffusionPipeline):
-                write_blocks(converted.blocks(), folder, repo_id or str(out))
-            else:
-                write_code(folder)
+        is_pipeline = isinstance(converted, DiffusionPipeline)
+        if standalone and is_pipeline:
+            write_blocks(converted.blocks(), folder, repo_id or str(out))
+        elif standalone:
+            write_code(folder)
         (folder / "README.md").write_text(card_text, encoding="utf-8")
-    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-    config = ", ".join(f"{key}={value}" for key, value in checkpoint.config.items())
+    return _summary(checkpoint, out, num_tensors)
+
+
+def _summary(checkpoint: Checkpoint, out: Path, num_tensors: int) -> str:
+    """Source, config and files of a repository, for a terminal."""
+    config_entries = [f"{key}={value}" for key, value in checkpoint.config.items()]
+    files = [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()]
     lines = [
-        f"read     {source} ({checkpoint.format.name}, sha256 {checkpoint.sha256})",
-        f"config   {config}",
+        f"read     {checkpoint.source} ({checkpoint.format.name}, sha256 {checkpoint.sha256})",
+        f"config   {', '.join(config_entries)}",
         f"checked  {num_tensors} tensors and the config, equal after loading again",
-        f"written  {out}: {', '.join(files)}",
+        f"written  {out}: {', '.join(sorted(files))}",
     ]
     return "\n".join(lines)
 
@@ -71,11 +75,13 @@ def write_repository(
 def describe_source(checkpoint: Checkpoint) -> dict[str, str]:
     """Rows about the source for a card. Cards are public, so a local file is named without its folders."""
     is_on_hub = hub_repo(checkpoint.source) is not None
-    source = checkpoint.source if is_on_hub else checkpoint.path.name
-    weights = f"`{source}`, `ema`" if checkpoint.use_ema else f"`{source}`"
+    public_source = checkpoint.source if is_on_hub else checkpoint.path.name
+    source = f"`{public_source}`"
+    if checkpoint.use_ema:
+        source += ", `ema`"
     return {
         "layout": checkpoint.format.title,
-        "source": weights,
+        "source": source,
         "sha256 of the source": f"`{checkpoint.sha256}`",
     }
 
@@ -95,12 +101,19 @@ def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path, vari
         half = _in_half_precision(converted, variant)
         half.save_pretrained(folder, variant=variant)
     loaded = type(converted).from_pretrained(folder, dtype=_dtype(converted))
-    state = _state(converted)
-    state_of_copy = _state(loaded)
-    differing = sorted(key for key, value in state.items() if not _equal(value, state_of_copy.get(key)))
-    if differing:
-        raise OSError(f"What is written must equal the source, but differs in {', '.join(differing)}. Check the disk.")
-    return sum(isinstance(value, torch.Tensor) for value in state.values())
+    state_of_source = _state(converted)
+    state_of_loaded = _state(loaded)
+    differing_names = []
+    num_tensors = 0
+    for name, value in state_of_source.items():
+        if not _are_equal(value, state_of_loaded.get(name)):
+            differing_names.append(name)
+        if isinstance(value, torch.Tensor):
+            num_tensors += 1
+    if differing_names:
+        listed = ", ".join(sorted(differing_names))
+        raise OSError(f"What is written must equal the source, but differs in {listed}. Check the disk.")
+    return num_tensors
 
 
 def _dtype(converted: ModelMixin | DiffusionPipeline) -> Any:
@@ -119,40 +132,50 @@ def _in_half_precision(converted: ModelMixin | DiffusionPipeline, variant: str) 
     half = deepcopy(converted)  # a model loaded from the new folder would store the folder's name in its config
     for name, model in _models(half).items():
         # LlamaGen runs its text encoder in bfloat16, in which it is saved. T5 overflows in float16.
-        model.to(torch.bfloat16 if name == "text_encoder" else VARIANTS[variant])
-        overflowed = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
-        if overflowed:
-            raise ValueError(f"Weights must fit {variant}, but {', '.join(overflowed)} do not. Choose bf16.")
+        dtype = torch.bfloat16 if name == "text_encoder" else VARIANTS[variant]
+        model.to(dtype)
+        overflowed_names = []
+        for weight_name, tensor in model.state_dict().items():
+            if not tensor.isfinite().all():
+                overflowed_names.append(weight_name)
+        if overflowed_names:
+            listed = ", ".join(sorted(overflowed_names))
+            raise ValueError(f"Weights must fit {variant}, but {listed} do not. Choose bf16.")
     return half
 
 
 def _models(converted: ModelMixin | DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """The model, or the models of a pipeline by name."""
+    """The model under an empty name, or the models of a pipeline by their names."""
     if isinstance(converted, torch.nn.Module):
         return {"": converted}
-    return {name: part for name, part in converted.components.items() if isinstance(part, torch.nn.Module)}
+    models = {}
+    for name, component in converted.components.items():
+        if isinstance(component, torch.nn.Module):
+            models[name] = component
+    return models
 
 
 def _state(converted: ModelMixin | DiffusionPipeline) -> dict[str, Any]:
-    """All that outputs depend on, by name: weights, buffers and configs."""
+    """All that outputs depend on, by name: weights, buffers and configs. In a pipeline, names start with the part."""
     parts: dict[str, Any] = _models(converted)
     parts[""] = converted  # a pipeline has a config, too
     state: dict[str, Any] = {}
-    for name, part in parts.items():
-        prefix = f"{name}." if name else ""
+    for part_name, part in parts.items():
+        prefix = f"{part_name}." if part_name else ""
         config = part.config if isinstance(part.config, dict) else part.config.to_dict()
         for key, value in config.items():
             if not key.startswith("_") and key != "architectures":
                 state[prefix + key] = value
         if isinstance(part, torch.nn.Module):
-            for key, tensor in part.state_dict().items():
-                state[prefix + key] = tensor
-            for key, buffer in part.named_buffers():
-                state[prefix + key] = buffer
+            for name, tensor in part.state_dict().items():
+                state[prefix + name] = tensor
+            for name, buffer in part.named_buffers():
+                state[prefix + name] = buffer
     return state
 
 
-def _equal(value: Any, copy: Any) -> bool:
+def _are_equal(value: Any, loaded: Any) -> bool:
+    """Whether a tensor or a config value is the same after loading again."""
     if isinstance(value, torch.Tensor):
-        return value.dtype == copy.dtype and torch.equal(value, copy)
-    return json.dumps(value) == json.dumps(copy)  # tuples become lists
+        return value.dtype == loaded.dtype and torch.equal(value, loaded)
+    return json.dumps(value) == json.dumps(loaded)  # tuples become lists

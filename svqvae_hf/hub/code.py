@@ -36,10 +36,15 @@ def write_code(folder: Path) -> None:
         config = read_json_object(path)
         class_names = _class_names(config, path.name)
         for model_class, auto_classes in AUTO_CLASSES.items():
-            if model_class.__name__ in class_names:
-                module = copy_code(model_class, path.parent)
-                config["auto_map"] = {auto: f"{module}.{name}" for auto, name in auto_classes.items()}
-                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            if model_class.__name__ not in class_names:
+                continue
+            module = copy_code(model_class, path.parent)
+            auto_map = {}
+            for auto_class, name in auto_classes.items():
+                auto_map[auto_class] = f"{module}.{name}"
+            config["auto_map"] = auto_map
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            path.write_text(text, encoding="utf-8")
 
 
 def _class_names(config: Mapping[str, Any], file_name: str) -> list[Any]:

@@ -43,13 +43,15 @@ def model_card(
         "pixel range of the training images": list(config["network_range"]),
         "encoder, decoder": f"{config['base_channels']} channels times {encoder_levels}, {decoder_levels}",
     }
-    calls = []
-    for variant, dtype in (variants or {}).items():
-        calls.append(f'`SVQVAE.from_pretrained({quote(repo_id)}, variant="{variant}", torch_dtype={dtype})`')
-    texts = {"facts": table_rows(facts.items()), "f": f, "variants": " or ".join(calls)}
-    metadata = {"tags": TAGS, "pipeline_tag": "image-to-image"}
-    options = metadata | common
-    return write_card(repo_id, texts, **options)
+    calls_of_variants = []
+    if variants is not None:
+        for variant, dtype in variants.items():
+            arguments = f'{quote(repo_id)}, variant="{variant}", torch_dtype={dtype}'
+            calls_of_variants.append(f"`SVQVAE.from_pretrained({arguments})`")
+    texts = {"facts": table_rows(facts.items()), "f": f, "variants": " or ".join(calls_of_variants)}
+    common.setdefault("tags", TAGS)
+    common.setdefault("pipeline_tag", "image-to-image")
+    return write_card(repo_id, texts, **common)
 
 
 def pipeline_card(pipeline: type, *, repo_id: str, summary: str, call: str, **common: Any) -> str:
@@ -133,8 +135,12 @@ def quote(text: str) -> str:
 
 def table_rows(rows: Iterable[tuple[object, object]]) -> str:
     """Formats rows of a Markdown table with two columns."""
-    return "\n".join(f"| {_table_cell(name)} | {_table_cell(value)} |" for name, value in rows)
+    lines = []
+    for name, value in rows:
+        lines.append(f"| {_table_cell(name)} | {_table_cell(value)} |")
+    return "\n".join(lines)
 
 
 def _table_cell(value: object) -> str:
+    """A value on one line, without characters that would end the cell."""
     return one_line(value).replace("|", r"\|")

@@ -140,17 +140,21 @@ def _card_content(source: str, kind: str) -> bytes | None:
     is_url = "://" in source
     if is_url:
         return Folder(source).read(CARD)
-    folder = Path(source)
-    if not folder.is_dir():
+    if not Path(source).is_dir():
         return None
     content = Folder(source).read(CARD)
-    if content is not None or kind != "model":
-        return content
+    if content is None and kind == "model":
+        return _card_of_whole(Path(source))
+    return content
+
+
+def _card_of_whole(folder: Path) -> bytes | None:
+    """Content of the card of the pipeline or language model that a folder is a part of; `None` if it is no part."""
     parent = folder.absolute().parent
-    is_part_of_model = (parent / "config.json").is_file() or (parent / "model_index.json").is_file()
-    if is_part_of_model:
-        return Folder(parent).read(CARD)  # card of the whole pipeline or language model
-    return None
+    is_part = (parent / "config.json").is_file() or (parent / "model_index.json").is_file()
+    if not is_part:
+        return None
+    return Folder(parent).read(CARD)
 
 
 def _earlier_rows(source: _Source) -> dict[str, str]:
@@ -176,6 +180,7 @@ def _origin_rows(card: RepoCard) -> dict[str, str]:
 
 
 def _without_escapes(cell: str) -> str:
+    """Text of a cell of a Markdown table."""
     return cell.replace(r"\|", "|")
 
 
@@ -197,13 +202,15 @@ def _stated_license(card: RepoCard | None) -> str | None:
     """Licence on a card, `other` if it lists several; `None` if it states none."""
     if card is None:
         return None
-    stated = card.data.get("license")
-    if isinstance(stated, list) and len(stated) > 1:
+    license = card.data.get("license")  # one, or a list
+    if isinstance(license, list) and len(license) > 1:
         return "other"
-    if isinstance(stated, list):
-        stated = stated[0] if stated else None
-    if stated is None or stated == "unknown":
+    if license == []:
         return None
-    if not isinstance(stated, str):
-        raise ValueError(f"the licence of a card must be a text, got {stated!r:.80}.")
-    return stated
+    if isinstance(license, list):
+        license = license[0]
+    if license is None or license == "unknown":
+        return None
+    if not isinstance(license, str):
+        raise ValueError(f"the licence of a card must be a text, got {license!r:.80}.")
+    return license

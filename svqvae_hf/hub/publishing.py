@@ -61,6 +61,7 @@ class CardMixin:
         repo_id = prepare_repo(repo_id, private=private, license=card.get("license"), token=token)
         # A pipeline writes the id of its repository into its code, so it gets the id in place of `True`.
         standalone_option = repo_id if standalone else False
+        is_whole_repository = variant is None and subfolder is None
         with TemporaryDirectory() as root:
             folder = Path(root, subfolder) if subfolder else Path(root)
             self.save_pretrained(
@@ -71,8 +72,8 @@ class CardMixin:
             )
             readme = folder / "README.md"
             readme.unlink(missing_ok=True)
-            is_whole_repository = variant is None and subfolder is None
             if is_whole_repository:
-                readme.write_text(self.make_card(repo_id, standalone=standalone, **card), encoding="utf-8")
+                card_text = self.make_card(repo_id, standalone=standalone, **card)
+                readme.write_text(card_text, encoding="utf-8")
             message = commit_message or f"Upload {type(self).__name__}"
             return push_folder(root, repo_id, message, create_pr=create_pr, token=token)

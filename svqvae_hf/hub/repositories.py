@@ -60,16 +60,20 @@ def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: 
     try:
         return load(source, **options)
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:
-        is_about_files = Path(source).exists() or _lacks_file(error)
-        if is_about_files:  # and the error of the loader says which one
-            raise
+        is_local = Path(source).exists()
+        if is_local or lacks_file(error):
+            raise  # the error says what is wrong
         raise OSError(f"could not load `{source}`: there is no such folder, and {hub_reason(error)}") from error
 
 
-def _lacks_file(error: Exception) -> bool:
-    """Whether the Hub was reached and has the repository, but not a file of it."""
-    hub_is_unreachable = isinstance(error, errors.LocalEntryNotFoundError)  # a subclass of the other one
-    return isinstance(error, errors.EntryNotFoundError) and not hub_is_unreachable
+def lacks_file(error: Exception) -> bool:
+    """Whether an error of `huggingface_hub` says that a repository lacks a file.
+
+    A file that is not in the cache while the Hub does not answer has an error of a subclass, and may exist.
+    """
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return False
+    return isinstance(error, errors.EntryNotFoundError)
 
 
 def download_file(repo_id: str, file: str, source: str | Path, **options: Any) -> Path:

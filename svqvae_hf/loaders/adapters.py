@@ -11,6 +11,7 @@ from safetensors import safe_open
 from svqvae_files.identity import model_file_digest, value_digest, weights_digest
 from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import write_file
+from svqvae_hf.hub.repositories import lacks_file
 from svqvae_hf.loaders.folder_checks import check_files
 
 BASE_FILE = "adapter_base.json"  # peft warns of keys in its own config that it does not know
@@ -38,9 +39,10 @@ def base_digest(base: str | os.PathLike, subfolder: str = "") -> str:
     if not root.is_dir():
         patterns = [os.path.join(subfolder, pattern) for pattern in BASE_PATTERNS]
         root = Path(snapshot_download(os.fspath(base), allow_patterns=patterns))
-    digests = {}
+    folder = root / subfolder
+    digests = {}  # by the names of the files
     for pattern in BASE_PATTERNS:
-        for path in sorted((root / subfolder).glob(pattern)):
+        for path in sorted(folder.glob(pattern)):
             digests[path.name] = model_file_digest(path)
     return value_digest(digests)
 
@@ -71,26 +73,36 @@ def load_adapter(language_model: Any, adapter: str | os.PathLike, base: str | os
     base_file = _find_file(adapter, BASE_FILE)
     if base_file is not None:
         record = read_json_object(base_file)
-        if record.get(DIGEST_KEY) != base_digest(base, subfolder):
-            raise ValueError(
-                f"`{adapter}` must be an adapter of `{base}`, but was made for another model or other weights of it. "
-                "Pass the model that it was trained on."
-            )
-        if record.get(WEIGHTS_KEY) != weights_digest(weights_path):
-            raise ValueError(
-                f"`{weights_path}` must hold the weights that {BASE_FILE} records, but holds others. Restore the "
-                f"file, or delete {BASE_FILE} if you replaced the weights yourself."
-            )
-    adapted = PeftModel.from_pretrained(language_model, adapter)
-    expected_names = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        _check_base(record, adapter, base, subfolder)
+        _check_weights(record, weights_path)
+    model_with_adapter = PeftModel.from_pretrained(language_model, adapter)
+    expected_names = get_peft_model_state_dict(model_with_adapter, save_embedding_layers=False).keys()
     with safe_open(weights_path, "pt") as weights:
-        missing = sorted(expected_names - set(weights.keys()))
-    if missing:
+        missing_names = sorted(expected_names - set(weights.keys()))
+    if missing_names:
         raise ValueError(
-            f"`{weights_path}` must hold all tensors of the adapter, but lacks {len(missing)} of "
-            f"{len(expected_names)}: {missing[0]}, ... Restore the file."
+            f"`{weights_path}` must hold all tensors of the adapter, but lacks {len(missing_names)} of "
+            f"{len(expected_names)}: {missing_names[0]}, ... Restore the file."
         )
-    return adapted
+    return model_with_adapter
+
+
+def _check_base(record: dict[str, Any], adapter: str | os.PathLike, base: str | os.PathLike, subfolder: str) -> None:
+    """Raises ValueError unless the record of an adapter has the digest of this base."""
+    if record.get(DIGEST_KEY) != base_digest(base, subfolder):
+        raise ValueError(
+            f"`{adapter}` must be an adapter of `{base}`, but was made for another model or other weights of it. "
+            "Pass the model that it was trained on."
+        )
+
+
+def _check_weights(record: dict[str, Any], weights_path: Path) -> None:
+    """Raises ValueError unless the record of an adapter has the digest of these weights."""
+    if record.get(WEIGHTS_KEY) != weights_digest(weights_path):
+        raise ValueError(
+            f"`{weights_path}` must hold the weights that {BASE_FILE} records, but holds others. Restore the "
+            f"file, or delete {BASE_FILE} if you replaced the weights yourself."
+        )
 
 
 def _find_file(source: str | os.PathLike, name: str) -> Path | None:
@@ -100,7 +112,7 @@ def _find_file(source: str | os.PathLike, name: str) -> Path | None:
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(os.fspath(source), name))
-    except errors.LocalEntryNotFoundError:  # the Hub does not answer, so the file may exist
-        raise
-    except errors.EntryNotFoundError:
-        return None
+    except errors.EntryNotFoundError as error:
+        if lacks_file(error):
+            return None
+        raise  # the Hub does not answer, so the file may exist

@@ -48,17 +48,17 @@ def read_sizes(
     missing = set()
     misshapen = set()
     sizes = {}
-    for key, (name, axis) in axes.items():
+    for config_key, (name, axis) in axes.items():
         if name not in weights:
             missing.add(name)
             continue
         shape = weights[name].shape
         has_axis = len(shape) > axis
         is_empty = 0 in shape
-        if not has_axis or is_empty:
-            misshapen.add(f"{name} {tuple(shape)}")
+        if has_axis and not is_empty:
+            sizes[config_key] = shape[axis]
         else:
-            sizes[key] = shape[axis]
+            misshapen.add(f"{name} {tuple(shape)}")
     raise_faults(source, {"missing": missing, "misshapen": misshapen})
     return sizes
 

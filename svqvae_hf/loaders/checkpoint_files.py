@@ -115,6 +115,7 @@ def top_level_weights(content: Mapping[str | None, Any]) -> Any:
 
 
 def _load_safetensors(path: Path, source: str | Path) -> dict[str, torch.Tensor]:
+    """Weights of a safetensors file. Raises ValueError if it is damaged."""
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -124,6 +125,7 @@ def _load_safetensors(path: Path, source: str | Path) -> dict[str, torch.Tensor]
 
 
 def _load_pickle(path: Path, source: str | Path) -> Any:
+    """Content of a pickle. Raises ValueError if it is damaged, or holds more than weights and plain values."""
     try:
         return load_pickle(path, SAFE_GLOBALS)
     except OSError:

@@ -58,11 +58,11 @@ class CheckpointFormat:
         """Name in the file of a parameter of this library; the same but for the prefix if no rename fits."""
         for our_pattern, original_pattern in self.renames:
             for level in range(num_levels):
-                ours = our_pattern.format(level=level)
-                if key.startswith(ours):
-                    flipped = num_levels - 1 - level
-                    original = original_pattern.format(level=level, flipped=flipped)
-                    return self.prefix + original + key.removeprefix(ours)
+                our_start = our_pattern.format(level=level)
+                if key.startswith(our_start):
+                    level_from_end = num_levels - 1 - level
+                    original_start = original_pattern.format(level=level, flipped=level_from_end)
+                    return self.prefix + original_start + key.removeprefix(our_start)
         return self.prefix + key
 
 

@@ -58,38 +58,31 @@ def read_checkpoint(
     content = load_checkpoint_file(path, source)
     format = _find_format(content, source)
     all_weights = select_weights(content, content[format.container], source, use_ema=use_ema)
-    weights = {}
-    for key, value in all_weights.items():
-        if not key.startswith(format.training_keys):
-            weights[key] = value
+    weights = _without_training_weights(all_weights, format)
     check_tensors(weights, source)
+    config = _infer_config(format, weights, source) | config
+    expected_shapes = _expected_shapes(model_class, config, source)
     num_levels = count_numbers(weights, format.level_prefix)
-    num_blocks = count_numbers(weights, format.to_original("encoder.conv_blocks.0.res.", num_levels))
-    check_depth(f"`{source}`", {"levels": num_levels, "residual blocks per level": num_blocks})
-    inferred = _infer_config(format, weights, num_levels, source)
-    inferred["num_res_blocks"] = num_blocks
-    config = inferred | config
-    shapes = _expected_shapes(model_class, config, source)
-    original_names = {}  # in the file, by the names in this library
-    original_shapes = {}  # by the names in the file
-    for key, shape in shapes.items():
-        original_name = format.to_original(key, num_levels)
-        original_names[key] = original_name
-        original_shapes[original_name] = shape
-    check_weights(weights, original_shapes, source)
-    state_dict = {key: weights[original_name].float() for key, original_name in original_names.items()}
+    names_in_file = {name: format.to_original(name, num_levels) for name in expected_shapes}
+    shapes_in_file = {names_in_file[name]: shape for name, shape in expected_shapes.items()}
+    check_weights(weights, shapes_in_file, source)
+    state_dict = {}
+    for name, name_in_file in names_in_file.items():
+        state_dict[name] = weights[name_in_file].float()
     return Checkpoint(str(source), path, use_ema, format, config, state_dict)
 
 
 def _check_not_converted(path: Path, source: str | Path) -> None:
     """Raises ValueError if a file lies in the folder of a model that `from_pretrained` loads."""
     config = path.with_name("config.json")
-    if config.is_file() and b'"_class_name"' in config.read_bytes():
+    is_converted = config.is_file() and b'"_class_name"' in config.read_bytes()
+    if is_converted:
         folder = hub_repo(source) or path.parent
         raise ValueError(f"`{source}` is already converted. Load its folder, `{folder}`, with `from_pretrained`.")
 
 
 def _find_format(content: Mapping[str | None, Any], source: str | Path) -> CheckpointFormat:
+    """Format of a file with this content. Raises ValueError for an unknown one, with the keys that were found."""
     for format in CHECKPOINT_FORMATS:
         if format.matches(content):
             return format
@@ -99,20 +92,31 @@ def _find_format(content: Mapping[str | None, Any], source: str | Path) -> Check
             "pipeline of both if it is given the tokenizer by `--tokenizer`; `LlamaGenForCausalLM.from_single_file` "
             "loads it alone."
         )
-    expected = "; ".join(_describe_format(format) for format in CHECKPOINT_FORMATS)
-    keys = sorted(key_text(key) for key in top_level_weights(content))
+    known_formats = [_describe_format(format) for format in CHECKPOINT_FORMATS]
+    keys = [key_text(key) for key in top_level_weights(content)]
     raise ValueError(
-        f"`{source}` must be a checkpoint of a known format, but is not. Looked for {expected}. Found "
-        f"{_describe_keys(keys)}. A transformer is converted by `svqvae convert` with `--tokenizer`."
+        f"`{source}` must be a checkpoint of a known format, but is not. Looked for {'; '.join(known_formats)}. Found "
+        f"{_describe_keys(sorted(keys))}. A transformer is converted by `svqvae convert` with `--tokenizer`."
     )
 
 
+def _without_training_weights(weights: Mapping[str, Any], format: CheckpointFormat) -> dict[str, Any]:
+    """The weights of a file without the ones that only training or other networks need."""
+    model_weights = {}
+    for name, weight in weights.items():
+        if not name.startswith(format.training_keys):
+            model_weights[name] = weight
+    return model_weights
+
+
 def _describe_format(format: CheckpointFormat) -> str:
+    """Words for a format: its name, and the keys that show it."""
     container = "a .safetensors file" if format.container is None else f"`{format.container}`"
     return f"{format.name}: `{format.level_prefix}0.*` in {container}"
 
 
 def _describe_keys(keys: list[str]) -> str:
+    """Words for the keys of a file: the first few of them."""
     if not keys:
         return "no keys"
     listed = ", ".join(keys[:KEYS_SHOWN])
@@ -121,30 +125,33 @@ def _describe_keys(keys: list[str]) -> str:
     return listed
 
 
-def _infer_config(
-    format: CheckpointFormat, weights: Mapping[str, Any], num_levels: int, source: str | Path
-) -> dict[str, Any]:
-    """Reads the config from the shapes of the weights and, where shapes do not tell, from the format."""
+def _infer_config(format: CheckpointFormat, weights: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+    """Reads the config from the names and shapes of the weights and, where these do not tell, from the format."""
+    num_levels = count_numbers(weights, format.level_prefix)
+    num_blocks = count_numbers(weights, format.to_original("encoder.conv_blocks.0.res.", num_levels))
+    check_depth(f"`{source}`", {"levels": num_levels, "residual blocks per level": num_blocks})
     axes = dict(CONFIG_AXES)  # names of weights in this library, and their axes
     for level in range(num_levels):
         for network in ("encoder", "decoder"):
             axes[f"{network} level {level}"] = (f"{network}.conv_blocks.{level}.res.0.conv1.weight", 0)
-    original_axes = {}  # the same with the names in the file
+    axes_in_file = {}  # the same with the names in the file
     for key, (name, axis) in axes.items():
-        original_axes[key] = (format.to_original(name, num_levels), axis)
-    sizes = read_sizes(weights, original_axes, source)
+        axes_in_file[key] = (format.to_original(name, num_levels), axis)
+    sizes = read_sizes(weights, axes_in_file, source)
     config: dict[str, Any] = {key: sizes[key] for key in CONFIG_AXES}
-    encoder_ch_mult = []
-    decoder_ch_mult = []
+    base_channels = sizes["base_channels"]
+    encoder_multipliers = []
+    decoder_multipliers = []
     for level in range(num_levels):
-        encoder_ch_mult.append(sizes[f"encoder level {level}"] // sizes["base_channels"])
-        flipped = num_levels - 1 - level  # the decoder's first level has the lowest resolution
-        decoder_ch_mult.append(sizes[f"decoder level {flipped}"] // sizes["base_channels"])
-    config["encoder_ch_mult"] = tuple(encoder_ch_mult)
-    config["decoder_ch_mult"] = tuple(decoder_ch_mult)
+        encoder_multipliers.append(sizes[f"encoder level {level}"] // base_channels)
+        decoder_multipliers.append(sizes[f"decoder level {level}"] // base_channels)
+    decoder_multipliers.reverse()  # the decoder's first level has the lowest resolution
+    config["encoder_ch_mult"] = tuple(encoder_multipliers)
+    config["decoder_ch_mult"] = tuple(decoder_multipliers)
     config["norm_num_groups"] = NORM_NUM_GROUPS
     config["codebook_l2_norm"] = format.codebook_l2_norm
     config["network_range"] = format.network_range
+    config["num_res_blocks"] = num_blocks
     return config
 
 
@@ -156,6 +163,9 @@ def _expected_shapes(
         with torch.device("meta"):
             model = model_class(**config)
     except ValueError as error:
-        sizes = ", ".join(f"{key} {config[key]} from {weight}" for key, (weight, _) in CONFIG_AXES.items())
-        raise ValueError(f"`{source}` must have the shapes of an SVQVAE, but has {sizes}: {error}") from error
+        sizes = []
+        for key, (weight, _) in CONFIG_AXES.items():
+            sizes.append(f"{key} {config[key]} from {weight}")
+        listed = ", ".join(sizes)
+        raise ValueError(f"`{source}` must have the shapes of an SVQVAE, but has {listed}: {error}") from error
     return {key: tensor.shape for key, tensor in model.state_dict().items()}

@@ -129,19 +129,23 @@ def _read_sizes(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict
     sizes = read_sizes(weights, axes, source)
     condition_rows = sizes.pop("condition_rows")
     condition_channels = sizes.pop("condition_channels")
-    sizes["num_hidden_layers"] = count_numbers(weights, LLAMAGEN.level_prefix)
-    check_depth(f"`{source}`", {"layers": sizes["num_hidden_layers"]})
+    num_layers = count_numbers(weights, LLAMAGEN.level_prefix)
+    check_depth(f"`{source}`", {"layers": num_layers})
+    config: dict[str, Any] = dict(sizes)
+    config["num_hidden_layers"] = num_layers
     if reads_captions:
-        return sizes | {
-            "num_classes": 1,
-            "num_condition_tokens": condition_rows,
-            "caption_dim": condition_channels,
-        }
-    return sizes | {"num_classes": condition_rows - 1, "num_condition_tokens": 1, "caption_dim": None}
+        config["num_classes"] = 1
+        config["num_condition_tokens"] = condition_rows
+        config["caption_dim"] = condition_channels
+    else:
+        config["num_classes"] = condition_rows - 1  # the last row is for no class
+        config["num_condition_tokens"] = 1
+        config["caption_dim"] = None
+    return config
 
 
 def _layout(sizes: Mapping[str, Any]) -> dict[str, FileWeight]:
-    """Weights of a file with these sizes, by their names in it."""
+    """Weights of a file with these sizes, by their names in the file."""
     codes = sizes["codebook_size"]
     hidden = sizes["hidden_size"]
     layout = {  # shapes are (output channels, input channels), or (rows, channels) of an embedding
@@ -149,10 +153,11 @@ def _layout(sizes: Mapping[str, Any]) -> dict[str, FileWeight]:
         "norm.weight": FileWeight((hidden,), ["model.norm.weight"]),
         "output.weight": FileWeight((codes, hidden), ["lm_head.weight"]),
     }
+    layer_layout = _layer_layout(hidden, sizes["intermediate_size"])
     for index in range(sizes["num_hidden_layers"]):
-        for name, weight in _layer_layout(hidden, sizes["intermediate_size"]).items():
-            names = [f"model.layers.{index}.{weight_name}" for weight_name in weight.names]
-            layout[f"layers.{index}.{name}"] = FileWeight(weight.shape, names)
+        for name_in_layer, weight in layer_layout.items():
+            our_names = [f"model.layers.{index}.{our_name}" for our_name in weight.names]
+            layout[f"layers.{index}.{name_in_layer}"] = FileWeight(weight.shape, our_names)
     caption_dim = sizes["caption_dim"]
     if caption_dim is None:
         layout[CLASSES] = FileWeight((sizes["num_classes"] + 1, hidden), [CLASSES])
@@ -165,10 +170,10 @@ def _layout(sizes: Mapping[str, Any]) -> dict[str, FileWeight]:
 
 
 def _layer_layout(hidden: int, inner: int) -> dict[str, FileWeight]:
-    """Weights of a layer, by their names in it."""
-    attention = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"]
+    """Weights of a layer with `hidden` channels, and `inner` ones in its MLP, by their names in the file."""
+    queries_keys_values = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"]
     return {
-        "attention.wqkv.weight": FileWeight((3 * hidden, hidden), attention),
+        "attention.wqkv.weight": FileWeight((3 * hidden, hidden), queries_keys_values),
         "attention.wo.weight": FileWeight((hidden, hidden), ["self_attn.o_proj.weight"]),
         "feed_forward.w1.weight": FileWeight((inner, hidden), ["mlp.gate_proj.weight"]),
         "feed_forward.w3.weight": FileWeight((inner, hidden), ["mlp.up_proj.weight"]),
@@ -184,8 +189,8 @@ def _rename(
     """Moves weights to this library's names, in float32. Emptying `weights` holds each tensor in memory only once."""
     renamed: dict[str, torch.Tensor] = {}
     for file_name, file_weight in layout.items():
-        stacked = weights.pop(file_name).float()
-        parts = stacked.chunk(len(file_weight.names))
+        stacked_weight = weights.pop(file_name).float()
+        parts = stacked_weight.chunk(len(file_weight.names))
         for name, part in zip(file_weight.names, parts, strict=True):
             renamed[name] = part.clone()
     # The rows of classes and of no class follow the codes. With captions nothing reads them.
@@ -199,10 +204,10 @@ def _rename(
 
 def _find_grid_size(angles: Any, condition_tokens: int, grid_size: int | None, source: str | Path) -> int:
     """Rows and columns of ids, from the angles in a file or as they were passed."""
-    has_angles = isinstance(angles, torch.Tensor) and angles.ndim > 0 and angles.shape[0] > condition_tokens
+    has_angles = isinstance(angles, torch.Tensor) and angles.ndim > 0 and len(angles) > condition_tokens
     if has_angles:
-        num_ids = angles.shape[0] - condition_tokens
-        stored_size = math.isqrt(num_ids)
+        num_positions = len(angles)
+        stored_size = math.isqrt(num_positions - condition_tokens)
         if grid_size is not None and grid_size != stored_size:
             raise ValueError(f"`grid_size` must be {stored_size}, as `{ANGLES}` in `{source}` tells, got {grid_size}.")
         return stored_size

@@ -291,12 +291,13 @@ class SVQVAEProcessor(HubMixin, PlainProcessor):
             ValueError: If a file is damaged, or the tokenizer, the chat template or the generation config is not the
                 one that was saved with the processor.
         """
+        source = os.fspath(pretrained_model_name_or_path)
         subfolder = kwargs.get("subfolder") or ""
-        folder = os.path.join(pretrained_model_name_or_path, subfolder)
+        folder = os.path.join(source, subfolder)
         check_files(folder)
         check_files(os.path.join(folder, VQVAE_FOLDER))
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        from_hub(check_parts, pretrained_model_name_or_path, subfolder=subfolder, **hub_options)
+        from_hub(check_parts, source, subfolder=subfolder, **hub_options)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 

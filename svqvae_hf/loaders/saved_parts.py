@@ -14,6 +14,7 @@ from huggingface_hub import errors, hf_hub_download
 from svqvae_files.identity import model_file_digest
 from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import write_file
+from svqvae_hf.hub.repositories import lacks_file
 from svqvae_hf.models.processing_svqvae import PARTS_KEY, VQVAE_FOLDER
 
 CONFIG = "processor_config.json"
@@ -81,7 +82,7 @@ def find_part(source: str | os.PathLike, subfolder: str, name: str, options: dic
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(os.fspath(source), name, subfolder=subfolder or None, **options))
-    except errors.LocalEntryNotFoundError:  # the Hub does not answer, so the file may exist
-        raise
-    except errors.EntryNotFoundError:
-        return None
+    except errors.EntryNotFoundError as error:
+        if lacks_file(error):
+            return None
+        raise  # the Hub does not answer, so the file may exist
