@@ -123,32 +123,36 @@ class GeneratorPage:
     def _steps(self, request: Request) -> Iterator[Step]:
         """Runs the generator in a thread. Yields each step as soon as it is done, and then a step with the result."""
         previews: SimpleQueue[Step | None] = SimpleQueue()  # `None` follows the last preview
-        is_abandoned = Event()
+        has_left = Event()  # the visitor
 
         def show(_: Any, number: int, grid: tuple[int, int], tensors: dict[str, torch.Tensor]) -> None:
-            if is_abandoned.is_set():
+            """Called by the generator after each step, in its thread."""
+            if has_left.is_set():
                 raise CancelledError
-            previews.put(self._preview(number, grid, tensors["ids"]))
+            preview = self._preview(number, grid, tensors["ids"])
+            previews.put(preview)
 
-        title = ""
+        title_of_last_step = ""
         with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(self.generator.draw, request, show)
-            running.add_done_callback(lambda _: previews.put(None))
+            drawing = pool.submit(self.generator.draw, request, show)
+            drawing.add_done_callback(lambda _: previews.put(None))
             try:
                 for preview in iter(previews.get, None):  # until `None`
-                    title = preview.title
+                    title_of_last_step = preview.title
                     yield preview
             finally:
-                is_abandoned.set()  # stops the generator if the visitor has left
-            yield Step(running.result(), title)
+                has_left.set()  # stops the generator if the visitor left before its last step
+            yield Step(drawing.result(), title_of_last_step)
 
     def _preview(self, number: int, grid: tuple[int, int], ids: torch.Tensor) -> Step:
         """Decodes the ids of a scale, or of the first rows of an image with `grid` rows and columns."""
         generator = self.generator
         vqvae = generator.model.vqvae
         rows, columns = grid
-        image = Image.new("RGB", (columns * vqvae.f, rows * vqvae.f), PAPER)
-        (decoded,) = generator.model.image_processor.postprocess(vqvae.decode_tokens(ids))
+        size = (columns * vqvae.f, rows * vqvae.f)  # width and height in pixels
+        image = Image.new("RGB", size, PAPER)
+        sample = vqvae.decode_tokens(ids)
+        (decoded,) = generator.model.image_processor.postprocess(sample)
         image.paste(decoded)  # at the top left
         title = f"{generator.unit.capitalize()} {number + 1} of {generator.total}: {columns} × {rows} tokens"
         return Step(image.resize(generator.size, Image.Resampling.BICUBIC), title)
@@ -223,10 +227,11 @@ def build(page: GeneratorPage) -> gr.Blocks:
 
 
 def _class_choice(page: GeneratorPage) -> gr.Dropdown:
-    first_class = page.classes[0][1]
+    """List of the classes to choose from; hidden without classes."""
+    _, number_of_first_class = page.classes[0]
     return gr.Dropdown(
         page.classes,
-        value=first_class,
+        value=number_of_first_class,
         label="Class",
         info="What the picture shows",
         visible=len(page.generator.class_names) > 0,
@@ -234,6 +239,7 @@ def _class_choice(page: GeneratorPage) -> gr.Dropdown:
 
 
 def _prompt_box(page: GeneratorPage) -> gr.Textbox:
+    """Box for a prompt; hidden if the generator reads none."""
     return gr.Textbox(
         label="Prompt",
         info="What the picture shows, as a caption",
@@ -260,19 +266,20 @@ def _object_list(hints: PromptHints | None) -> None:
     """List of what the generator can draw, if there are hints."""
     if hints is None:
         return
+    objects = html.escape(", ".join(hints.objects))
+    advice = html.escape(hints.advice)
+    backgrounds = html.escape(", ".join(hints.backgrounds))
     with gr.Accordion(f"The {len(hints.objects)} things that it draws", open=False, elem_id="objects"):
-        gr.HTML(
-            f"<p>{html.escape(', '.join(hints.objects))}.</p>"
-            f"<p>{html.escape(hints.advice)} Backgrounds: {html.escape(', '.join(hints.backgrounds))}.</p>",
-            elem_classes="hints",
-        )
+        gr.HTML(f"<p>{objects}.</p><p>{advice} Backgrounds: {backgrounds}.</p>", elem_classes="hints")
 
 
 def _seed_box(page: GeneratorPage) -> gr.Number:
+    """Box for a seed."""
     return gr.Number(0, precision=0, label="Seed", info=page.generator.seed_note, elem_id="seed")
 
 
 def _guidance_slider(page: GeneratorPage) -> gr.Slider:
+    """Slider for the guidance scale; hidden if there are neither classes nor prompts."""
     is_guided = page.generator.reads_prompts or len(page.generator.class_names) > 0
     return gr.Slider(
         1,
@@ -287,6 +294,7 @@ def _guidance_slider(page: GeneratorPage) -> gr.Slider:
 
 
 def _temperature_slider(page: GeneratorPage) -> gr.Slider:
+    """Slider for the temperature; hidden if visitors cannot choose it."""
     temperature = page.generator.temperature
     return gr.Slider(
         0,
@@ -309,8 +317,10 @@ def painted_mask(drawing: dict[str, Any] | None, size: tuple[int, int]) -> Image
     if largest_opacity == 0:
         return None
     # In floats, because the mean of a pixel with a tiny dot of paint would be rounded to 0.
-    means = np.asarray(opacity.convert("F").resize(size, Image.Resampling.BOX))  # (height, width)
-    return Image.fromarray(np.where(means > 0, 255, 0).astype(np.uint8))
+    mean_opacity = opacity.convert("F").resize(size, Image.Resampling.BOX)
+    is_painted = np.asarray(mean_opacity) > 0  # (height, width)
+    mask = np.where(is_painted, 255, 0)
+    return Image.fromarray(mask.astype(np.uint8))
 
 
 def _values(summary: str, image: Image.Image) -> list[Any]:
@@ -337,4 +347,5 @@ def _error_values(message: str) -> list[Any]:
 
 
 def _alert(message: str) -> str:
+    """An error in HTML."""
     return f"<p class='error' role='alert'>{html.escape(message)}</p>"

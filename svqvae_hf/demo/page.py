@@ -211,6 +211,7 @@ def _error_values(message: str) -> list[Any]:
 
 
 def _figures_html(figures: dict[str, str]) -> str:
+    """Figures of a reconstruction in HTML, each with a note that explains it."""
     cells = ""
     for name, value in figures.items():
         cells += f"<div><dt>{name}</dt><dd>{value}</dd><dd class='note'>{FIGURE_NOTES[name]}</dd></div>"

@@ -121,15 +121,14 @@ class PageGenerator(ABC):
         """The request in HTML, for the line above the picture."""
         facts = []
         if self.reads_prompts:
-            facts.append(f"“{html.escape(request.prompt)}”")
+            facts.append(f"“{request.prompt}”")
         elif request.label != NO_CLASS:
-            name = self.class_names[request.label]
-            facts.append(f"class {html.escape(name)}")
-        facts.append(f"seed {int(request.seed or 0)}")
+            facts.append(f"class {self.class_names[request.label]}")
+        seed = int(request.seed or 0)
+        facts.append(f"seed {seed}")
         if self.reads_prompts:
-            for warning in self._prompt_warnings(request.prompt):
-                facts.append(html.escape(warning))
-        return ", ".join(facts)
+            facts += self._prompt_warnings(request.prompt)
+        return html.escape(", ".join(facts))
 
     def _prompt_warnings(self, prompt: str) -> list[str]:
         """Sentences about words that the generator does not know, and things that it cannot draw."""
@@ -169,7 +168,8 @@ class PipelineGenerator(PageGenerator):
         """Draws an image of a class or prompt, or of neither."""
         options = self._condition(request)
         if request.picture is not None:
-            options |= {"image": request.picture, "mask_image": request.mask}
+            options["image"] = request.picture
+            options["mask_image"] = request.mask
         result = self.model(
             generator=request.random_generator(), top_p=TOP_P, callback_on_step_end=callback, **options
         )
@@ -182,6 +182,7 @@ class PipelineGenerator(PageGenerator):
         return super().words_left_out(prompt)
 
     def _condition(self, request: Request) -> dict[str, Any]:
+        """Arguments of the pipeline for the prompt or the class; none without either."""
         if self.reads_prompts:
             return {"prompt": request.prompt, "guidance_scale": request.guidance}
         if request.label != NO_CLASS:

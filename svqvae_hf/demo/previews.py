@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -92,8 +93,9 @@ def draw_codes(model: SVQVAE, codes: torch.Tensor) -> np.ndarray:
 
 
 def _code_grid(model: SVQVAE, ids: torch.Tensor) -> dict[str, Any]:
+    """Data of the page's grid of codes for ids `(height, width)`; see [`ScalePreview`]."""
     height, width = ids.shape
-    codes, cells = ids.unique(return_inverse=True)  # (codes,), and indices into it (height, width)
+    codes, cells = ids.unique(return_inverse=True)  # (codes,), and the index of each id in it, (height, width)
     cell_bytes = cells.numpy().astype("<u4").tobytes()
     return {
         "width": width,
@@ -109,13 +111,13 @@ def _code_grid(model: SVQVAE, ids: torch.Tensor) -> dict[str, Any]:
 def _sheet_url(looks: np.ndarray) -> str:
     """Pictures of shape `(codes, side, side, 3)` on one sheet, as a data URL."""
     num_looks, side = looks.shape[:2]
-    num_rows = -(-num_looks // SHEET_COLUMNS)
+    num_rows = math.ceil(num_looks / SHEET_COLUMNS)
     cells = np.zeros((num_rows * SHEET_COLUMNS, side, side, 3), np.uint8)
     cells[:num_looks] = looks  # cells at the end of the last row stay black
-    grid = cells.reshape(num_rows, SHEET_COLUMNS, side, side, 3)
-    grid = grid.swapaxes(1, 2)  # (rows, side, SHEET_COLUMNS, side, 3)
-    sheet = Image.fromarray(grid.reshape(num_rows * side, SHEET_COLUMNS * side, 3))
-    content = io.BytesIO()
-    sheet.save(content, "png")
-    encoded = base64.b64encode(content.getvalue()).decode()
+    grid = cells.reshape(num_rows, SHEET_COLUMNS, side, side, 3)  # (rows, columns, y, x, 3)
+    pixels = grid.swapaxes(1, 2)  # (rows, y, columns, x, 3)
+    sheet = Image.fromarray(pixels.reshape(num_rows * side, SHEET_COLUMNS * side, 3))
+    file = io.BytesIO()
+    sheet.save(file, "png")
+    encoded = base64.b64encode(file.getvalue()).decode()
     return f"data:image/png;base64,{encoded}"

@@ -145,8 +145,8 @@ def check_context(model: PreTrainedModel, vocabulary: ImageVocabulary) -> None:
     """Raises if the largest image does not fit the context of a model."""
     most_codes = max(rows * columns for rows, columns in vocabulary.grids)
     most_tokens = most_codes + 3  # begin, size and end
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", most_tokens)
-    if most_tokens > context:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and most_tokens > context:
         raise ValueError(
             f"`grids` must fit the context, {context} tokens, but the largest takes {most_tokens}. Pass smaller "
             "`--grids`."
@@ -165,24 +165,30 @@ def _with_images(template: str | dict[str, str] | None) -> str | dict[str, str]:
 @torch.no_grad()
 def _start_rows(model: PreTrainedModel, vocabulary: ImageVocabulary, codebook: torch.Tensor, seed: int) -> None:
     """Sets the new rows to a linear map of the codes, with the mean and the standard deviation of the old rows."""
-    codes = codebook.detach().float().cpu()  # (codes, channels)
-    codes = (codes - codes.mean(0)) / codes.std()
-    num_markers = vocabulary.stop - vocabulary.begin  # begin, end, no condition, sizes
-    generator = torch.Generator().manual_seed(seed)
-    markers = torch.randn(num_markers, codes.shape[1], generator=generator)
-    features = torch.cat([codes, markers])  # (image tokens, channels)
+    features = _features_of_tokens(vocabulary, codebook, seed)  # (image tokens, channels)
     input_layer = model.get_input_embeddings()
     output_layer = model.get_output_embeddings()
     are_tied = input_layer.weight is output_layer.weight
     layers = [output_layer] if are_tied else [input_layer, output_layer]
+    first_token = vocabulary.first_token
     for layer in layers:
-        old_rows = layer.weight[: vocabulary.first_token].float()  # (tokens of the text, hidden)
+        old_rows = layer.weight[:first_token].float()  # (tokens of the text, hidden)
         generator = torch.Generator().manual_seed(seed + 1)  # equal seeds, so that both layers have the same map
         linear_map = torch.randn(features.shape[1], old_rows.shape[1], generator=generator)  # (channels, hidden)
         mapped = features @ linear_map  # (image tokens, hidden)
-        deviation_ratio = old_rows.std(0).mean().cpu() / mapped.std()
-        new_rows = old_rows.mean(0).cpu() + mapped * deviation_ratio
-        layer.weight[vocabulary.first_token : vocabulary.stop] = new_rows.to(layer.weight)
+        gain = old_rows.std(0).mean().cpu() / mapped.std()
+        new_rows = old_rows.mean(0).cpu() + mapped * gain
+        layer.weight[first_token : vocabulary.stop] = new_rows.to(layer.weight)
         bias = getattr(layer, "bias", None)
         if bias is not None:
-            bias[vocabulary.first_token : vocabulary.stop] = bias[: vocabulary.first_token].mean()
+            bias[first_token : vocabulary.stop] = bias[:first_token].mean()
+
+
+def _features_of_tokens(vocabulary: ImageVocabulary, codebook: torch.Tensor, seed: int) -> torch.Tensor:
+    """Vectors `(image tokens, channels)` with a standard deviation of 1: codes, and random ones for other tokens."""
+    codes = codebook.detach().float().cpu()  # (codes, channels)
+    codes = (codes - codes.mean(0)) / codes.std()
+    num_other_tokens = vocabulary.stop - vocabulary.begin  # begin, end, no condition, sizes
+    generator = torch.Generator().manual_seed(seed)
+    other_tokens = torch.randn(num_other_tokens, codes.shape[1], generator=generator)
+    return torch.cat([codes, other_tokens])

@@ -7,7 +7,12 @@ from transformers import LogitsProcessor, PreTrainedConfig
 
 from svqvae_hf.models.image_vocabulary import END, ImageVocabulary
 
-OUTSIDE, SIZE, CODES, LAST = range(4)  # the next token: text or begin, a size, a code, end
+# Kinds of the next token. `next_kind` relies on `OUTSIDE` being 0.
+OUTSIDE = 0  # text or begin
+SIZE = 1
+CODES = 2
+LAST = 3  # end
+NUM_KINDS = 4
 
 
 class ImageGrammar(LogitsProcessor):
@@ -31,17 +36,21 @@ class ImageGrammar(LogitsProcessor):
         vocabulary = ImageVocabulary.from_config(config)
         self.begin = vocabulary.begin
         vocabulary_size = config.get_text_config().vocab_size
-        counts = [rows * columns for rows, columns in vocabulary.grids]
-        longest = max(counts) + 2  # a size, the codes and the end
-        self.kinds = torch.full((len(counts), longest), OUTSIDE)  # (size, number of tokens after the last begin)
+
+        # Kind of the next token, by the size of the image and the number of tokens after its begin
+        code_counts = [rows * columns for rows, columns in vocabulary.grids]
+        longest = max(code_counts) + 2  # a size, the codes and the end
+        self.kinds = torch.full((len(code_counts), longest), OUTSIDE)
         self.kinds[:, 0] = SIZE
-        for size, count in enumerate(counts):
-            self.kinds[size, 1 : count + 1] = CODES
-            self.kinds[size, count + 1] = LAST
-        # For each size token, the index of the first entry of its row in the flattened `kinds`.
+        for size, num_codes in enumerate(code_counts):
+            self.kinds[size, 1 : num_codes + 1] = CODES
+            self.kinds[size, num_codes + 1] = LAST
+        # For each size token, the index of the first entry of its row in the flattened `kinds`
         self.starts = torch.zeros(vocabulary_size, dtype=torch.int64)
         self.starts[vocabulary.first_size : vocabulary.stop] = torch.arange(0, self.kinds.numel(), longest)
-        self.bias = torch.full((4, vocabulary_size), -torch.inf)  # (kind of the next token, token)
+
+        # Bias of each token, by the kind of the next token: 0 if the token is of this kind
+        self.bias = torch.full((NUM_KINDS, vocabulary_size), -torch.inf)
         self.bias[OUTSIDE, : vocabulary.first_token] = 0
         self.bias[OUTSIDE, vocabulary.begin] = 0
         self.bias[SIZE, vocabulary.first_size : vocabulary.stop] = 0
@@ -84,20 +93,28 @@ def grammar_regex(vocabulary: ImageVocabulary, grid: tuple[int, int]) -> str:
         >>> re.fullmatch(pattern, tokenizer.decode(tokens))
     """
     num_digits = vocabulary.names[0].count("0")  # the name of code 0 has only zeros
-    last_number = f"{vocabulary.codebook_size - 1:0{num_digits}}"
-    patterns = []  # which together match all numbers up to the last
+    last_code = vocabulary.codebook_size - 1
+    number = _numbers_regex(f"{last_code:0{num_digits}}")
+    code = rf"<\|image_(?:{number})\|>"
+    rows, columns = grid
+    num_codes = rows * columns
+    return f"(?:{code}){{{num_codes}}}{re.escape(END)}"
+
+
+def _numbers_regex(last_number: str) -> str:
+    """Regular expression of all numbers from 0 to the last one, with as many digits."""
+    num_digits = len(last_number)
+    patterns = []
     for place, digit in enumerate(last_number):
         if digit == "0":
             continue
-        # Numbers that agree with the last one up to this place, and have a smaller digit there.
+        # Numbers that agree with the last one up to this place, and have a smaller digit there
         equal_digits = last_number[:place]
         smaller_digit = rf"[0-{int(digit) - 1}]"
         any_digits = r"\d" * (num_digits - place - 1)
         patterns.append(equal_digits + smaller_digit + any_digits)
     patterns.append(last_number)
-    rows, columns = grid
-    code = rf"<\|image_(?:{'|'.join(patterns)})\|>"
-    return f"(?:{code}){{{rows * columns}}}{re.escape(END)}"
+    return "|".join(patterns)
 
 
 def grammar_lark(vocabulary: ImageVocabulary) -> str:

@@ -94,12 +94,11 @@ class ImageLanguageModel(ImageChats):
         if standalone:
             write_code(Path(folder))
             module = copy_code(ImageLanguagePipeline, folder)
-            config["custom_pipelines"] = {
-                "any-to-any": {
-                    "impl": f"{module}.{ImageLanguagePipeline.__name__}",
-                    "pt": ["AutoModelForCausalLM"],
-                    "type": "multimodal",
-                }
+            pipeline_entry = {
+                "impl": f"{module}.{ImageLanguagePipeline.__name__}",
+                "pt": ["AutoModelForCausalLM"],
+                "type": "multimodal",
             }
+            config["custom_pipelines"] = {"any-to-any": pipeline_entry}
         write_json(path, config)
         record_parts(folder)

@@ -50,14 +50,15 @@ def encode_large(model: SVQVAE, source: Path, tiles: Tiles | None = None) -> Ima
             """Sample `(1, 3, rows, columns)`. Padding repeats the last row and column, as in [`SVQVAE.encode`]."""
             bottom = min(rows.stop, image.height)
             right = min(columns.stop, image.width)
-            pixels = image.read(slice(rows.start, bottom), slice(columns.start, right))
+            pixels = image.read(slice(rows.start, bottom), slice(columns.start, right))  # (rows, columns, 3)
             sample = processor(pixels)["pixel_values"].to(device, model.dtype)
-            missing_rows = rows.stop - bottom
-            missing_columns = columns.stop - right
-            return F.pad(sample, (0, missing_columns, 0, missing_rows), mode="replicate")  # left, right, top, bottom
+            pad_bottom = rows.stop - bottom
+            pad_right = columns.stop - right
+            return F.pad(sample, (0, pad_right, 0, pad_bottom), mode="replicate")
 
         for area, latents in _run_tiles(model, model.encode_window, read, ids.shape, model.f, tiles):
-            ids[area.rows, area.columns] = model.quantize.nearest_ids(latents)[0].to("cpu", ids.dtype)
+            ids_of_area = model.quantize.nearest_ids(latents)[0]  # (rows, columns)
+            ids[area.rows, area.columns] = ids_of_area.to("cpu", ids.dtype)
         return image_tokens(model, [ids.long()], image.height, image.width, [1.0], tiles=tiles)
 
 
@@ -97,11 +98,12 @@ def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path, tiles: Tiles 
         for area, decoded in _run_tiles(model, model.decode_window, read, ids.shape, 1, tiles):
             top = area.rows.start * model.f
             left = area.columns.start * model.f
-            height_inside = tokens.height - top
-            width_inside = tokens.width - left
-            without_padding = decoded[..., :height_inside, :width_inside]  # padding at the end of the image
-            (image,) = processor.postprocess(without_padding)
-            output.write(top, left, np.asarray(image))
+            # The last tiles reach over the padding at the bottom and right of the image.
+            rows_inside = tokens.height - top
+            columns_inside = tokens.width - left
+            inside = decoded[..., :rows_inside, :columns_inside]
+            (tile,) = processor.postprocess(inside)
+            output.write(top, left, np.asarray(tile))
 
 
 def _run_tiles(
@@ -112,12 +114,13 @@ def _run_tiles(
     if hook is not None:
         hook.pre_forward(model)  # loads offloaded weights, as `encode` and `decode` do
     check_tiles(model.f, tiles.tile_size, tiles.overlap)
-    height, width = size  # in latents, as the sides of tiles here
-    latent_tile = tiles.tile_size // model.f
-    latent_overlap = tiles.overlap // model.f
-    tiled = TiledRun(run, read, (height, width), latent_tile, latent_overlap, input_stride)
-    tile_rows = tile_axis(height, tiled.tile, tiled.overlap)
-    tile_columns = tile_axis(width, tiled.tile, tiled.overlap)
-    total = len(tile_rows) * len(tile_columns)
-    results = run_tiles(tiled)
-    return iter(tqdm(results, total=total, unit="tile", leave=False, delay=1, disable=None))
+    # In latents
+    height, width = size
+    tile = tiles.tile_size // model.f
+    overlap = tiles.overlap // model.f
+    tiled_run = TiledRun(run, read, (height, width), tile, overlap, input_stride)
+    tile_rows = tile_axis(height, tile, overlap)
+    tile_columns = tile_axis(width, tile, overlap)
+    num_tiles = len(tile_rows) * len(tile_columns)
+    results = run_tiles(tiled_run)
+    return iter(tqdm(results, total=num_tiles, unit="tile", leave=False, delay=1, disable=None))

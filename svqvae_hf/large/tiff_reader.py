@@ -42,12 +42,14 @@ class LargeImage:
         """Returns pixels `(rows, columns, 3)` in uint8, as `load_image` does."""
         with _named_errors(self.path):
             values = self._values(rows, columns)  # (rows, columns, channels)
-        num_channels = values.shape[2]
-        if values.dtype.itemsize == 2 and num_channels > 1:
-            values = (values >> 8).astype(np.uint8)  # Pillow reads 16-bit colours like this
-        if num_channels == 1:
+        is_grey = values.shape[2] == 1
+        has_16_bits = values.dtype == np.uint16
+        if is_grey:
             values = values[..., 0]  # (rows, columns)
-        return np.asarray(to_rgb(Image.fromarray(values)))
+        elif has_16_bits:
+            values = (values >> 8).astype(np.uint8)  # Pillow reads 16-bit colours like this
+        image = to_rgb(Image.fromarray(values))
+        return np.asarray(image)
 
     def _values(self, rows: slice, columns: slice) -> np.ndarray:
         """Returns stored values. Tiles that the next window needs as well are not decoded again."""
@@ -106,9 +108,13 @@ def _paste(tile: np.ndarray, values: np.ndarray, top: int, left: int) -> None:
     """
     height, width, _ = values.shape
     tile_height, tile_width, num_channels = tile.shape
-    y = slice(max(0, top), min(height, top + tile_height))
-    x = slice(max(0, left), min(width, left + tile_width))
-    values[y, x, :num_channels] = tile[y.start - top : y.stop - top, x.start - left : x.stop - left]
+    # Rows and columns of the window that the tile covers
+    first_row = max(0, top)
+    end_row = min(height, top + tile_height)
+    first_column = max(0, left)
+    end_column = min(width, left + tile_width)
+    part_of_tile = tile[first_row - top : end_row - top, first_column - left : end_column - left]
+    values[first_row:end_row, first_column:end_column, :num_channels] = part_of_tile
 
 
 @contextmanager
@@ -152,6 +158,7 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
+    """Error about a file that is damaged or of another kind, with the reason."""
     return ValueError(f"`{path}` cannot be read as a large image: {error}")
 
 
@@ -167,7 +174,8 @@ def _check_page(path: Path, page: Any) -> None:
         )
     if is_chunk_too_large(page.chunks, page.dtype.itemsize):
         raise ValueError(f"tiles must have at most {MAX_CHUNK_BYTES >> 20} MiB, got {page.chunks}. Use smaller ones.")
-    if not all(isinstance(side, int) and side > 0 for side in page.shape):
+    has_valid_sides = all(isinstance(side, int) and side > 0 for side in page.shape)
+    if not has_valid_sides:
         raise ValueError("its sides must be whole numbers of at least 1.")
     num_tiles = math.prod(page.chunked)  # rows times columns of tiles
     check_segments(page.databytecounts, num_tiles, path.stat().st_size)
@@ -175,23 +183,24 @@ def _check_page(path: Path, page: Any) -> None:
 
 def _is_supported(page: Any) -> bool:
     """Whether a page is grey, RGB or RGBA with 8 or 16 bits, upright and in tiles."""
-    is_jpeg = page.compression == COMPRESSION.JPEG
-    is_grey = page.photometric == PHOTOMETRIC.MINISBLACK
-    is_coloured = page.photometric == PHOTOMETRIC.RGB or (page.photometric == PHOTOMETRIC.YCBCR and is_jpeg)
-    if is_grey:
-        has_fitting_channels = page.samplesperpixel == 1
-    else:
-        has_fitting_channels = is_coloured and page.samplesperpixel > 1
+    num_channels = page.samplesperpixel
+    is_grey = page.photometric == PHOTOMETRIC.MINISBLACK and num_channels == 1
+    is_jpeg = page.compression == COMPRESSION.JPEG and page.photometric == PHOTOMETRIC.YCBCR
+    is_coloured = (page.photometric == PHOTOMETRIC.RGB or is_jpeg) and num_channels > 1
+    has_supported_channels = EXTRA_CHANNELS.get(num_channels) == page.extrasamples
+    has_supported_bits = page.bitspersample in (8, 16) and page.dtype in (np.uint8, np.uint16)
+    is_plane = page.axes in ("YX", "YXS")  # rows and columns, with or without channels
+    is_upright = _orientation(page) == 1
     return (
-        has_fitting_channels
-        and EXTRA_CHANNELS.get(page.samplesperpixel) == page.extrasamples
-        and page.bitspersample in (8, 16)
-        and page.dtype in (np.uint8, np.uint16)
-        and page.axes in ("YX", "YXS")
-        and _orientation(page) == 1
+        (is_grey or is_coloured)
+        and has_supported_channels
+        and has_supported_bits
+        and is_plane
+        and is_upright
         and page.is_tiled
     )
 
 
 def _orientation(page: Any) -> Any:
+    """Orientation of a page as its tag says it; 1 is upright."""
     return page.tags.valueof("Orientation", 1)

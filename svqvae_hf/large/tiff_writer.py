@@ -7,6 +7,7 @@ import numpy as np
 import tifffile
 
 TILE_PX = 256  # side of a tile of the file
+BYTES_PER_PIXEL = 3
 
 
 class TiffWriter:
@@ -40,20 +41,21 @@ class TiffWriter:
         first_tile_column = left // TILE_PX
         end_tile_column = -(-right // TILE_PX)  # rounded up
         for row in range(num_rows):
-            y = top + row
             # The pixels of a row that lie in one tile of the file are contiguous in it.
             for tile_column in range(first_tile_column, end_tile_column):
-                x_start = max(left, tile_column * TILE_PX)
-                x_end = min(right, (tile_column + 1) * TILE_PX)
-                self._seek(y, x_start)
-                pixels_in_tile = pixels[row, x_start - left : x_end - left]  # (columns, 3)
+                left_in_tile = max(left, tile_column * TILE_PX)
+                right_in_tile = min(right, (tile_column + 1) * TILE_PX)
+                pixels_in_tile = pixels[row, left_in_tile - left : right_in_tile - left]  # (columns, 3)
+                self._seek(top + row, left_in_tile)
                 self._file.write(pixels_in_tile.tobytes())
 
-    def _seek(self, y: int, x: int) -> None:
-        """Moves to the position of a pixel in the file."""
-        tile = (y // TILE_PX) * self._tiles_per_row + x // TILE_PX
-        pixel_in_tile = (y % TILE_PX) * TILE_PX + x % TILE_PX
-        self._file.seek(self._offsets[tile] + pixel_in_tile * 3)  # 3 bytes per pixel
+    def _seek(self, row: int, column: int) -> None:
+        """Moves to the position in the file of the pixel at a row and column of the image."""
+        tile_row, row_in_tile = divmod(row, TILE_PX)
+        tile_column, column_in_tile = divmod(column, TILE_PX)
+        tile = tile_row * self._tiles_per_row + tile_column
+        pixel_in_tile = row_in_tile * TILE_PX + column_in_tile
+        self._file.seek(self._offsets[tile] + pixel_in_tile * BYTES_PER_PIXEL)
 
     def __enter__(self) -> Self:
         return self

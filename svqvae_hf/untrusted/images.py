@@ -19,5 +19,7 @@ def check_segments(sizes: Sequence[int], number: int, file_size: int) -> None:
         number (`int`): Number of tiles that the image needs.
         file_size (`int`): Bytes of the file.
     """
-    if len(sizes) < number or min(sizes) < 0 or max(sizes) > file_size:
+    lacks_tiles = len(sizes) < number
+    has_impossible_size = not lacks_tiles and (min(sizes) < 0 or max(sizes) > file_size)
+    if lacks_tiles or has_impossible_size:
         raise ValueError("its tiles are missing, or larger than the file.")

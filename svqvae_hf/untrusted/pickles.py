@@ -45,6 +45,7 @@ def load_pickle(path: Path, safe_globals: Sequence[type] = ()) -> Any:
 def _check_unpacked_size(path: Path) -> None:
     """Raises UnpicklingError for a compressed archive. PyTorch does not compress."""
     with zipfile.ZipFile(path) as archive:
-        num_bytes = sum(entry.file_size for entry in archive.infolist())
-    if num_bytes > path.stat().st_size:
-        raise pickle.UnpicklingError(f"the archive unpacks to {num_bytes} bytes")
+        unpacked_bytes = sum(entry.file_size for entry in archive.infolist())
+    file_bytes = path.stat().st_size
+    if unpacked_bytes > file_bytes:
+        raise pickle.UnpicklingError(f"the archive unpacks to {unpacked_bytes} bytes")

@@ -9,7 +9,7 @@ ARCHIVES = r"(bz2|gzip|lz4|tar|xz|zip|zstd)://.*"  # files inside a file, in fss
 
 
 def confine_row(source: Any, repository: str | None) -> Any:
-    """Marks a row of a Hub set if it names a file outside the set, so that it cannot read the user's own files.
+    """Makes a row of a Hub set unreadable if it names a file outside the set, such as one of the user's own files.
 
     Args:
         source: Image of a row: a mapping with `"bytes"` and `"path"`, or any other value, which names no file.
@@ -20,9 +20,8 @@ def confine_row(source: Any, repository: str | None) -> Any:
     """
     if repository is None or not isinstance(source, Mapping):
         return source
-    if source["bytes"] is not None or source["path"] is None:
-        return source
-    if _is_in_repository(source["path"], repository):
+    names_file = source["bytes"] is None and source["path"] is not None
+    if not names_file or _is_in_repository(source["path"], repository):
         return source
     fault = (
         f"the row must hold an image of its set, but names `{source['path']}`, which is not in the set. Store the set "
@@ -33,9 +32,7 @@ def confine_row(source: Any, repository: str | None) -> Any:
 
 def _is_in_repository(path: str, repository: str) -> bool:
     """Whether a path, such as `zip://a.png::hf://datasets/org/set@main/a.zip`, leads into the repository."""
-    parts = path.split("::")
-    archives = parts[:-1]  # from the innermost to the outermost
-    file = parts[-1]
+    *archives, file = path.split("::")  # archives within each other, and the file that holds them
     match = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", file)
     if match is None:
         return False

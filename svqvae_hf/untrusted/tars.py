@@ -33,6 +33,7 @@ class StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from error
 
     def _proc_member(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
+        """Reads what follows a header, after a check of its size."""
         if self.type in EXTENDED_TYPES and self.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {self.size} bytes at byte {tarfile_.offset}")
         return super()._proc_member(tarfile_)  # type: ignore[misc] # documented there as the place to extend

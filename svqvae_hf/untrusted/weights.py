@@ -14,12 +14,11 @@ def without_attributes(value: Any) -> Any:
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether a tensor stores all its elements. Sparse and expanded tensors let a small file claim a huge shape."""
-    return (
-        tensor.layout == torch.strided
-        and not tensor.is_nested
-        and not tensor.is_meta
-        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
-    )
+    is_plain = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
+    if not is_plain:
+        return False
+    num_bytes = tensor.numel() * tensor.itemsize
+    return tensor.untyped_storage().nbytes() >= num_bytes
 
 
 def key_text(key: Any) -> str:
