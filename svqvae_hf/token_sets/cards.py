@@ -14,6 +14,7 @@ from svqvae_hf.token_sets.settings import TokenSettings
 
 TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = ["svqvae", "image-tokens"]
+NO_LICENCE = "Not stated: ask the authors of the images before you use or share it."
 COLUMNS = {
     "tokens": "ids of all scales, compressed, as the content of a token file",
     "height": "height of the crop in pixels",
@@ -63,25 +64,35 @@ def token_set_card(
         `str`: Text of `README.md`, metadata first.
     """
     command = shlex.join(["svqvae", "decode", repo_id, "--model", settings.model, "--output", "DIR"])
-    facts = {"images, rows": f"{totals['images']}, {totals['rows']}"} | _facts(settings, source_set)
-    meanings = dict(COLUMNS)
-    for index, scale in enumerate(settings.scales):
-        meanings[f"ids_{index}"] = f"ids at scale {scale:g}, row by row"
+    facts = {"images, rows": f"{totals['images']}, {totals['rows']}"}
+    facts |= _facts(settings, source_set)
+    _, _, name = repo_id.rpartition("/")
     card_data = DatasetCardData(license=license or "unknown", tags=TAGS)
     if source_set is not None:
         card_data.source_datasets = [source_set]
     card = DatasetCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
-        name=one_line(repo_id.rpartition("/")[2]),
+        name=one_line(name),
         repo_id=quote(repo_id),
         command=one_line(command),
         plain=settings.context_model is None,
         facts=table_rows(facts.items()),
-        columns=table_rows((f"`{name}`", meanings.get(name, "as in the image set")) for name in columns),
-        licence=one_line(license or "Not stated: ask the authors of the images before you use or share it."),
+        columns=table_rows(_meanings(settings, columns).items()),
+        licence=one_line(license or NO_LICENCE),
     )
     return f"{card}\n"
+
+
+def _meanings(settings: TokenSettings, columns: Iterable[str]) -> dict[str, str]:
+    """What each column holds, by its name in Markdown."""
+    known_meanings = dict(COLUMNS)
+    for index, scale in enumerate(settings.scales):
+        known_meanings[f"ids_{index}"] = f"ids at scale {scale:g}, row by row"
+    meanings = {}
+    for column in columns:
+        meanings[f"`{column}`"] = known_meanings.get(column, "as in the image set")
+    return meanings
 
 
 def _facts(settings: TokenSettings, source_set: str | None) -> dict[str, Any]:
@@ -89,7 +100,7 @@ def _facts(settings: TokenSettings, source_set: str | None) -> dict[str, Any]:
     scales = [f"{scale:g}" for scale in settings.scales]
     crops = settings.crops
     if settings.resolution is not None:
-        crops = f"{settings.crops}, {settings.resolution} pixels"
+        crops += f", {settings.resolution} pixels"
     tiles = "none"
     if settings.tile_size is not None:
         tiles = f"{settings.tile_size} pixels, overlap {settings.overlap}"

@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,17 +66,16 @@ def make_crops(image: Image.Image, crops: str, resolution: int | None) -> list[I
         `list[PIL.Image.Image]`: One crop per name in `CROPS[crops]`, all of one size.
     """
     if resolution is not None:
-        side = resolution
-        if crops == "ten-crop":
-            side = round(TEN_CROP_MARGIN * resolution)
+        side = round(TEN_CROP_MARGIN * resolution) if crops == "ten-crop" else resolution
         image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     images = []
     for name in CROPS[crops]:
+        is_flipped = name.endswith(FLIPPED)
         crop = image
         if resolution is not None:
             position = CROP_POSITIONS[name.removesuffix(FLIPPED)]
             crop = _crop_at(position, image, resolution)
-        if name.endswith(FLIPPED):
+        if is_flipped:
             crop = ImageOps.mirror(crop)
         images.append(crop)
     return images
@@ -121,9 +121,7 @@ def read_crops(
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
         num_workers (`int`): Worker processes; with 0, this process reads.
     """
-    images_per_task = IMAGES_PER_TASK
-    if resolution is None:
-        images_per_task = WHOLE_PER_TASK
+    images_per_task = WHOLE_PER_TASK if resolution is None else IMAGES_PER_TASK
     tasks = DataLoader(
         _CropReader(crops, resolution),
         batch_sampler=_tasks(images, images_per_task),
@@ -141,11 +139,11 @@ def _tasks(images: Iterable[ImageRow], size: int) -> Iterator[list[ImageRow]]:
 
     Only this process iterates over the set. Otherwise each worker would read all of its files.
     """
-    rows = iter(images)
-    task = list(itertools.islice(rows, size))
+    remaining_images = iter(images)
+    task = list(itertools.islice(remaining_images, size))
     while task:
         yield task
-        task = list(itertools.islice(rows, size))
+        task = list(itertools.islice(remaining_images, size))
 
 
 class _CropReader(Dataset):
@@ -159,27 +157,35 @@ class _CropReader(Dataset):
         try:
             image = read_image(row)
         except OSError as error:
-            return CroppedImage(row.key, row.values, None, fault_of(error), unreachable=_is_remote(row))
+            fault = fault_of(error)
+            return CroppedImage(row.key, row.values, crops=None, fault=fault, unreachable=_is_remote(row))
         except ValueError as error:
-            return CroppedImage(row.key, row.values, None, fault_of(error))
-        crops = [np.asarray(crop) for crop in make_crops(image, self.crops, self.resolution)]
-        pixels = np.stack(crops).transpose(0, 3, 1, 2)  # (crops, 3, height, width)
+            return CroppedImage(row.key, row.values, crops=None, fault=fault_of(error))
+        arrays = [np.asarray(crop) for crop in make_crops(image, self.crops, self.resolution)]
+        crops = np.stack(arrays).transpose(0, 3, 1, 2)  # (crops, 3, height, width)
         is_enlarged = self.resolution is not None and min(image.size) < self.resolution
-        return CroppedImage(row.key, row.values, pixels, enlarged=is_enlarged)
+        return CroppedImage(row.key, row.values, crops, enlarged=is_enlarged)
 
 
 def _is_remote(row: ImageRow) -> bool:
+    """Whether an image is at a URL."""
     if not isinstance(row.source, Mapping):
         return False
-    return is_url(row.source["path"] or "")
+    path = row.source["path"]
+    return path is not None and is_url(path)
 
 
 def _start_worker(worker: int) -> None:
-    """Ignores Ctrl-C, which reaches all processes of a terminal, and ends at SIGTERM or with the parent.
-
-    The parent sends SIGTERM to workers that it could not shut down, and then waits for their end. The handler does not
-    call `sys.exit`, because its exception would be raised in the parent as an error of the worker.
-    """
+    """Ignores Ctrl-C, which reaches all processes of a terminal, and ends at SIGTERM or with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, _end_at_once)
     end_with_parent()
+
+
+def _end_at_once(signal_number: int, frame: FrameType | None) -> None:
+    """Ends a worker. The parent sends SIGTERM to workers that it could not shut down, and then waits for their end.
+
+    `sys.exit` would raise an exception, which the loader would pass on to the parent as an error of the worker. By
+    the default handler of SIGTERM, the worker would count as killed, which PyTorch reports as an error, too.
+    """
+    os._exit(0)

@@ -80,13 +80,13 @@ class RowEncoder:
             ValueError: A crop needs more memory than is available.
         """
         first_column = self.settings.id_columns[0]
-        queue: deque[dict[str, Any]] = deque()  # rows in order, complete once they have ids
+        rows: deque[dict[str, Any]] = deque()  # in order, complete once they have ids
         batches: dict[torch.Size, list[Crop]] = defaultdict(list)  # crops that wait, by their shape
         waiting_pixels = 0
         for crop in self._crops(images, record, on_image):
             shape = crop.pixels.shape
             batches[shape].append(crop)
-            queue.append(crop.row)
+            rows.append(crop.row)
             waiting_pixels += crop.num_pixels
             is_full = len(batches[shape]) >= self._crops_of_full_batch(crop)
             if is_full:
@@ -96,10 +96,10 @@ class RowEncoder:
             elif waiting_pixels > WAITING_PIXELS:
                 self._encode_all(batches)
                 waiting_pixels = 0
-            while queue and first_column in queue[0]:
-                yield queue.popleft()
+            while rows and first_column in rows[0]:  # the first row has its ids
+                yield rows.popleft()
         self._encode_all(batches)
-        yield from queue
+        yield from rows
 
     def _crops_of_full_batch(self, crop: Crop) -> int:
         """Number of crops like this one that are encoded together."""
@@ -121,11 +121,12 @@ class RowEncoder:
                 record.skipped.append({"key": image.key, "reason": str(image.fault)})
                 on_image()
                 continue
-            height, width = image.crops.shape[-2:]
+            crops = torch.from_numpy(image.crops)  # (crops, 3, height, width)
+            height, width = crops.shape[-2:]
             values = {}
             if image.values:
                 values = self.features.encode_example(image.values)
-            for name, pixels in zip(names, torch.from_numpy(image.crops), strict=True):
+            for name, pixels in zip(names, crops, strict=True):
                 row = {"height": height, "width": width, "key": image.key, **values}
                 if len(names) > 1:
                     row["crop"] = name
@@ -133,6 +134,7 @@ class RowEncoder:
             on_image()
 
     def _encode_all(self, batches: dict[torch.Size, list[Crop]]) -> None:
+        """Encodes all batches, full or not, and empties them."""
         for batch in batches.values():
             self._encode_batch(batch)
         batches.clear()
@@ -143,27 +145,36 @@ class RowEncoder:
         settings = self.settings
         pixels = torch.stack([crop.pixels for crop in crops])  # (B, 3, height, width), uint8
         tiles = self._tiles(pixels.shape, crops[0].row["key"])
+        sample = self._to_sample(pixels)
+        ids_of_scales = self.model.encode_tokens(sample, settings.scales, settings.scale_from, tiles)  # (B, h, w) each
+        ids_of_scales = [ids.cpu() for ids in ids_of_scales]
+        for number, crop in enumerate(crops):
+            ids_of_crop = [ids[number] for ids in ids_of_scales]  # (h, w) for each scale
+            if self.context_model is None:
+                self._store_ids(crop.row, ids_of_crop)
+            else:
+                self._store_compressed(crop.row, ids_of_crop, tiles)
+
+    def _to_sample(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Converts pixels `(B, 3, height, width)` in uint8 to a sample in `pixel_range`, on the device of the model.
+
+        It computes what the image processor computes, in place to save copies.
+        """
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
-        # These are the sums of the image processor, in place to save copies.
         sample = pixels.to(self.device, non_blocking=True).float()
         sample.div_(255)  # in [0, 1]
         sample.mul_(self.white - self.black)
-        sample.add_(self.black)  # in `pixel_range`
-        encoded = self.model.encode_tokens(sample.to(self.dtype), settings.scales, settings.scale_from, tiles)
-        grids = [grid.cpu() for grid in encoded]  # (B, h, w) for each scale
-        for number, crop in enumerate(crops):
-            ids = [grid[number] for grid in grids]  # (h, w) for each scale
-            if self.context_model is None:
-                self._store_ids(crop.row, ids)
-            else:
-                self._store_compressed(crop.row, ids, tiles)
+        sample.add_(self.black)
+        return sample.to(self.dtype)
 
     def _store_ids(self, row: dict[str, Any], ids: list[torch.Tensor]) -> None:
+        """Adds the ids `(h, w)` of each scale to a row, a column per scale."""
         for column, grid in zip(self.settings.id_columns, ids, strict=True):
             row[column] = grid.flatten().numpy().astype(self.settings.id_dtype)
 
     def _store_compressed(self, row: dict[str, Any], ids: list[torch.Tensor], tiles: Tiles | None) -> None:
+        """Adds the ids `(h, w)` of all scales to a row, compressed, as the content of a token file."""
         settings = self.settings
         tokens = image_tokens(
             self.model, ids, row["height"], row["width"], settings.scales, settings.scale_from, tiles
@@ -171,14 +182,16 @@ class RowEncoder:
         row["tokens"] = token_file_content(tokens, self.context_model)
 
     def _tiles(self, shape: torch.Size, key: str) -> Tiles | None:
-        """Tiles of a batch. Raises if it needs more memory than is available."""
-        if shape not in self.tiles:
-            settings = self.settings
-            count, _, height, width = shape
-            try:
-                self.tiles[shape] = choose_tiles(
-                    self.model, height, width, settings.scales, settings.tile_size, settings.overlap, count
-                )
-            except ValueError as error:
-                raise ValueError(f"`{key}`: {error}") from error
-        return self.tiles[shape]
+        """Tiles of a batch of this shape. Raises, naming an image, if it needs more memory than is available."""
+        if shape in self.tiles:
+            return self.tiles[shape]
+        settings = self.settings
+        count, _, height, width = shape
+        try:
+            tiles = choose_tiles(
+                self.model, height, width, settings.scales, settings.tile_size, settings.overlap, count
+            )
+        except ValueError as error:
+            raise ValueError(f"`{key}`: {error}") from error
+        self.tiles[shape] = tiles
+        return tiles

@@ -127,14 +127,20 @@ def check_sizes(files: Sequence[TokenFile], sizes: Mapping[str, int], place: str
                 f"`{place}/{file.name}` must have {file.size:,} bytes, as the manifest of the set says, but has "
                 f"{size:,}. {REMEDY}"
             )
-    check_foreign(files, sizes, place)
+    check_foreign([file.name for file in files], sizes, place)
 
 
-def check_foreign(files: Sequence[TokenFile], names: Iterable[str], place: str) -> None:
-    """Raises ValueError if there is a Parquet file that the set does not have. `datasets` would read it as rows."""
-    set_names = {file.name for file in files}
-    for name in sorted(names):
-        if name.endswith(".parquet") and name not in set_names:
+def check_foreign(names_of_set: Iterable[str], present_names: Iterable[str], place: str) -> None:
+    """Raises ValueError if there is a Parquet file that the set does not have. `datasets` would read it as rows.
+
+    Args:
+        names_of_set (`Iterable[str]`): Names of the Parquet files of the set.
+        present_names (`Iterable[str]`): Names of the files that are there.
+        place (`str`): Folder or URL of the set.
+    """
+    names_of_set = set(names_of_set)
+    for name in sorted(present_names):
+        if name.endswith(".parquet") and name not in names_of_set:
             raise ValueError(f"`{place}/{name}` must not be there, because the token set has no such file. Move it.")
 
 
@@ -222,12 +228,15 @@ class TokenSet:
         """
         self.check_files()
         paths = [self._path(file) for file in self.files]
+        patterns = [_pattern_of(path) for path in paths]
         with explained_set(self.name, "token"):
-            patterns = {"train": [_pattern_of(path) for path in paths]}
-            builder = datasets.load_dataset_builder("parquet", data_files=patterns, fragment_scan_options=CHECKED)
-        if not os.path.exists(builder.cache_dir):
+            builder = datasets.load_dataset_builder(
+                "parquet", data_files={"train": patterns}, fragment_scan_options=CHECKED
+            )
+        is_copied = os.path.exists(builder.cache_dir)
+        if not is_copied:
             for file in self.files:
-                self.read_file(file)
+                self.read_file(file)  # raises unless it is the file that the manifest names
         with explained_set(self.name, "token"):
             builder.download_and_prepare()
             rows = builder.as_dataset("train")
@@ -242,28 +251,33 @@ class TokenSet:
         return f"{self.name}/{file.name}"
 
     def _open(self, file: TokenFile) -> pq.ParquetFile:
+        """Opens a file. Raises ValueError if it is damaged, or of a set with other settings."""
+        path = f"{self.name}/{file.name}"
         content = self.read_file(file)
         try:
             table = pq.ParquetFile(io.BytesIO(content))
-            settings = (table.schema_arrow.metadata or {}).get(METADATA_KEY.encode())
+            metadata = table.schema_arrow.metadata or {}
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"`{self.name}/{file.name}` must be a Parquet file, but is damaged: {error}.") from error
-        if settings is None or parse_settings(settings, f"{self.name}/{file.name}") != self.settings:
-            raise ValueError(f"`{self.name}/{file.name}` must have the settings of the set, but has others. {REMEDY}")
+            raise ValueError(f"`{path}` must be a Parquet file, but is damaged: {error}.") from error
+        settings = metadata.get(METADATA_KEY.encode())
+        if settings is None or parse_settings(settings, path) != self.settings:
+            raise ValueError(f"`{path}` must have the settings of the set, but has others. {REMEDY}")
         return table
 
     def _read_manifest(self, checksum: str | None) -> list[TokenFile]:
-        name = f"{self.name}/{MANIFEST_FILE}"
+        """Reads the files of all parts from the manifest, whose SHA-256 the settings name."""
+        path = f"{self.name}/{MANIFEST_FILE}"
         content = read_set_file(self.name, MANIFEST_FILE)
         if content is None:
-            raise ValueError(f"`{name}` is missing, which names the files of the set. {REMEDY}")
+            raise ValueError(f"`{path}` is missing, which names the files of the set. {REMEDY}")
         if hashlib.sha256(content).hexdigest() != checksum:
-            raise ValueError(f"`{name}` must be the manifest that {SETTINGS_FILE} names, but has changed. {REMEDY}")
+            raise ValueError(f"`{path}` must be the manifest that {SETTINGS_FILE} names, but has changed. {REMEDY}")
         files: list[TokenFile] = []
         for line in content.splitlines():
-            entry = parse_json_object(line, name)
+            entry = parse_json_object(line, path)
             entry["skipped"] = []  # the manifest has only their number
-            files += PartRecord.from_entry(entry, name).files
+            record = PartRecord.from_entry(entry, path)
+            files += record.files
         return files
 
 

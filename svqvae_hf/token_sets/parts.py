@@ -54,10 +54,11 @@ def describe_state(out: str | os.PathLike) -> dict[str, str]:
         TokenSet(folder.url).check_files()
         return {"parts": f"{num_parts} (complete; finished: {num_parts})"}
     records = read_records(folder, options)
-    missing = [part for part in range(num_parts) if part not in records]
-    facts = {"parts": f"{num_parts} (not complete; finished: {num_parts - len(missing)})"}
-    if missing:
-        facts["missing"] = _ranges(missing)
+    missing_parts = [part for part in range(num_parts) if part not in records]
+    num_finished = num_parts - len(missing_parts)
+    facts = {"parts": f"{num_parts} (not complete; finished: {num_finished})"}
+    if missing_parts:
+        facts["missing"] = _ranges(missing_parts)
     return facts
 
 
@@ -87,17 +88,17 @@ def check_options(folder: Folder, options: Mapping[str, Any]) -> None:
     recorded = read_options(folder)
     if recorded is None:
         raise ValueError(f"`{folder.url}` was deleted while this process worked on it. Run the command again.")
-    for name in {**recorded, **options}:
-        before = recorded.get(name)
-        now = options.get(name)
-        if before == now:
+    all_names = list(dict.fromkeys([*recorded, *options]))
+    for name in all_names:
+        recorded_value = recorded.get(name)
+        value = options.get(name)
+        if recorded_value == value:
             continue
-        reason = "it was made otherwise"
-        if name in OPTIONS_OF_IMAGES:
-            reason = "the images have changed since"
+        reason = "the images have changed since" if name in OPTIONS_OF_IMAGES else "it was made otherwise"
         raise ValueError(
             f"`{folder.url}` must be continued with the same images and options, but {reason}: `{name}` was "
-            f"{before!r:.80} and is now {now!r:.80}. Pass --overwrite to start over, or choose another folder."
+            f"{recorded_value!r:.80} and is now {value!r:.80}. Pass --overwrite to start over, or choose another "
+            "folder."
         )
 
 
@@ -224,20 +225,22 @@ def complete_set(folder: Folder, settings: dict[str, Any], card: Callable[..., s
         ValueError: No image could be read; parts were made with other options; or there is a foreign file.
     """
     options = settings["options"]
+    num_parts = options["parts"]
     totals = read_totals(folder)
     if totals is None:
-        if len(_recorded_parts(folder)) < options["parts"]:
+        if len(_recorded_parts(folder)) < num_parts:
             return None
         records = read_records(folder, options)
-        if len(records) < options["parts"]:  # a file was lost; or another process has just completed the set
+        if len(records) < num_parts:  # a file was lost; or another process has just completed the set
             return read_totals(folder)
         try:
-            totals = _write_set(folder, settings, [records[part] for part in range(options["parts"])], card)
+            records_in_order = [records[part] for part in range(num_parts)]
+            totals = _write_set(folder, settings, records_in_order, card)
         except FileNotFoundError:
+            # Another process may have completed the same set and deleted the temporary files of this one.
             totals = read_totals(folder)
             if totals is None:
                 raise
-            # Another process has completed the same set and deleted the temporary files of this one.
     _delete_temporary_files(folder)
     _delete_records(folder)
     return totals
@@ -246,28 +249,33 @@ def complete_set(folder: Folder, settings: dict[str, Any], card: Callable[..., s
 def _write_set(
     folder: Folder, settings: dict[str, Any], records: Sequence[PartRecord], card: Callable[..., str]
 ) -> dict[str, int]:
-    """Writes what a complete set has besides the files of its parts."""
+    """Writes what a complete set has besides the files of its parts. Returns its totals."""
     files: list[TokenFile] = []
     skipped: list[dict[str, str]] = []
-    lines = []
+    entries = []  # of the manifest, one per part
     for record in records:
         files += record.files
         skipped += record.skipped
-        lines.append(record.to_entry() | {"skipped": len(record.skipped)})
+        entry = record.to_entry()
+        entry["skipped"] = len(record.skipped)
+        entries.append(entry)
     totals = add_up(records)
-    if not totals["rows"]:
+    if totals["rows"] == 0:
         example = ""
         if skipped:
             example = f" The first, `{skipped[0]['key']}`: {skipped[0]['reason']}"
         raise ValueError(f"at least one image must be readable, but none of {totals['images']} is.{example}")
-    check_foreign(files, folder.sizes(DATA), folder.url)
-    manifest = _json_lines(lines)
+    check_foreign([file.name for file in files], folder.sizes(DATA), folder.url)
+    manifest = _json_lines(entries)
     folder.write(MANIFEST_FILE, manifest)
     folder.write(SKIPPED_FILE, _json_lines(skipped))
     folder.write(CARD_FILE, card(totals=totals).encode())
     check_options(folder, settings["options"])  # another process may have started over
-    content = settings | {"totals": totals, MANIFEST_CHECKSUM: hashlib.sha256(manifest).hexdigest()}
-    folder.write(SETTINGS_FILE, f"{json.dumps(content, indent=2)}\n".encode())
+    content = dict(settings)
+    content["totals"] = totals
+    content[MANIFEST_CHECKSUM] = hashlib.sha256(manifest).hexdigest()
+    text = json.dumps(content, indent=2) + "\n"
+    folder.write(SETTINGS_FILE, text.encode())  # last, because it marks the set as complete
     return totals
 
 
@@ -293,22 +301,27 @@ def delete_set(folder: Folder) -> None:
     options = read_options(folder)
     if options is None:
         return
-    shards = []
+    num_parts = options.get("parts", 0)
+    shards = []  # names of the Parquet files of the set
+    subfolders = set()
     for name in folder.sizes(DATA):
         match = SHARD_NAME.fullmatch(name)
-        if match is not None and int(match[1]) < options.get("parts", 0):
+        is_shard_of_set = match is not None and int(match[1]) < num_parts
+        if is_shard_of_set:
             shards.append(name)
-    check_foreign([TokenFile(name, 0, 0, "") for name in shards], folder.sizes(DATA), folder.url)
-    for name in (SETTINGS_FILE, MANIFEST_FILE, SKIPPED_FILE, CARD_FILE, *shards):
+            subfolders.add(os.path.dirname(name))
+    check_foreign(shards, folder.sizes(DATA), folder.url)
+    for name in [SETTINGS_FILE, MANIFEST_FILE, SKIPPED_FILE, CARD_FILE, *shards]:
         folder.delete(name)
     _delete_temporary_files(folder)
     _delete_records(folder)
-    for subfolder in sorted({os.path.dirname(name) for name in shards}):
+    for subfolder in sorted(subfolders):
         folder.delete_empty(subfolder)
     folder.delete_empty(DATA)
 
 
 def _delete_records(folder: Folder) -> None:
+    """Deletes the records of all parts and the options, so that only the settings tell of the set."""
     for part in sorted(_recorded_parts(folder)):
         folder.delete(record_name(part))
     folder.delete(OPTIONS_FILE)
@@ -337,6 +350,7 @@ def _read_object(folder: Folder, name: str) -> dict[str, Any] | None:
 
 
 def _json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Content of a file with a JSON object per line."""
     lines = [f"{json.dumps(row)}\n" for row in rows]
     return "".join(lines).encode()
 
@@ -345,14 +359,14 @@ def _ranges(numbers: Sequence[int]) -> str:
     """Numbers in ascending order, as `--array` of SLURM takes them: `3-5,9`."""
     runs: list[list[int]] = []  # of consecutive numbers
     for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
+        follows_last_run = len(runs) > 0 and number == runs[-1][-1] + 1
+        if follows_last_run:
             runs[-1].append(number)
         else:
             runs.append([number])
     texts = []
     for run in runs:
-        if len(run) == 1:
-            texts.append(f"{run[0]}")
-        else:
-            texts.append(f"{run[0]}-{run[-1]}")
+        first = run[0]
+        last = run[-1]
+        texts.append(str(first) if first == last else f"{first}-{last}")
     return ",".join(texts)

@@ -92,6 +92,7 @@ class TokenSettings(Encoding):
 
 
 def _out_of_range(name: str, value: Any) -> ValueError:
+    """Error about a setting that is out of range."""
     return ValueError(f"`{name}` of a token set is out of range, got {value!r:.80}.")
 
 
@@ -167,14 +168,12 @@ def row_tokens(
         ValueError: A column is missing, or the ids do not match the height and the width.
     """
     if settings.context_model is not None:
-        if not isinstance(row.get("tokens"), bytes):
-            raise ValueError(f"`tokens` of a row must be bytes to match its settings, got {row.get('tokens')!r:.40}.")
-        return decompressed_tokens(read_compressed(row["tokens"]), context_model)
+        return _compressed_tokens(row, context_model)
     names = settings.id_columns
     try:
         height = operator.index(row["height"])
         width = operator.index(row["width"])
-        columns = [np.asarray(row[name]).astype(np.int64, casting="safe") for name in names]
+        flat_ids = [np.asarray(row[name]).astype(np.int64, casting="safe") for name in names]
     except (KeyError, TypeError, ValueError) as error:
         values = [f"{name} = {row.get(name)!r:.40}" for name in ("height", "width", *names)]
         raise ValueError(
@@ -182,14 +181,21 @@ def row_tokens(
             f"{', '.join(values)}. Make the set again with `svqvae tokenize`."
         ) from error
     grids = []
-    for column, scale in zip(columns, settings.scales, strict=True):
-        ids = torch.as_tensor(column)  # (h * w,)
+    for ids, scale in zip(flat_ids, settings.scales, strict=True):
         shape = settings.grid(scale, height, width)
-        count = math.prod(shape)
-        if ids.shape != (count,):
+        num_ids = math.prod(shape)
+        if ids.shape != (num_ids,):
             raise ValueError(
-                f"a row of {height} x {width} pixels has {count} ids at scale {scale:g}, not {ids.numel()}."
+                f"a row of {height} x {width} pixels has {num_ids} ids at scale {scale:g}, not {ids.size}."
             )
-        grids.append(ids.view(shape))  # (h, w)
+        grids.append(torch.as_tensor(ids).view(shape))  # (h, w)
     encoding = {field.name: getattr(settings, field.name) for field in fields(Encoding)}
     return ImageTokens(grids, height, width, **encoding)
+
+
+def _compressed_tokens(row: Mapping[str, Any], context_model: ContextModel | None) -> ImageTokens:
+    """Tokens of a row whose column `tokens` holds a compressed token file."""
+    content = row.get("tokens")
+    if not isinstance(content, bytes):
+        raise ValueError(f"`tokens` of a row must be bytes to match its settings, got {content!r:.40}.")
+    return decompressed_tokens(read_compressed(content), context_model)

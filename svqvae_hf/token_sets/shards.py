@@ -36,10 +36,12 @@ def row_features(settings: TokenSettings, image_features: datasets.Features) -> 
     Raises:
         ValueError: A kept column has the name of another column.
     """
-    ids: Any = datasets.List(datasets.Value(settings.id_dtype))
-    if settings.context_model is not None:
-        ids = datasets.Value("binary")
-    features = datasets.Features(dict.fromkeys(settings.id_columns, ids))
+    id_feature: Any
+    if settings.context_model is None:
+        id_feature = datasets.List(datasets.Value(settings.id_dtype))
+    else:
+        id_feature = datasets.Value("binary")  # compressed
+    features = datasets.Features(dict.fromkeys(settings.id_columns, id_feature))
     features["height"] = datasets.Value("int32")
     features["width"] = datasets.Value("int32")
     features["key"] = datasets.Value("string")
@@ -95,14 +97,15 @@ def write_shards(
     Yields:
         [`WrittenFile`]: Each file, once it is written.
     """
-    schema = features.arrow_schema
-    schema = schema.with_metadata({**schema.metadata, METADATA_KEY.encode(): settings.to_json().encode()})
+    metadata = dict(features.arrow_schema.metadata)
+    metadata[METADATA_KEY.encode()] = settings.to_json().encode()
+    schema = features.arrow_schema.with_metadata(metadata)
     groups = _group_rows(rows, settings)
-    group = next(groups, None)
-    number = 0
+    group = next(groups, None)  # to be written next
+    number = 0  # of the file
     while group is not None:
         name = shard_name(part, number)
-        size = 0
+        size = 0  # before compression
         num_rows = 0
         num_ids = 0
         with folder.new_file(name) as path:
@@ -114,7 +117,8 @@ def write_shards(
                     num_ids += group.num_ids
                     group = next(groups, None)
             identity = output_identity(path)
-        yield WrittenFile(TokenFile(name, num_rows, identity.size, identity.checksum), num_ids)
+        file = TokenFile(name, num_rows, identity.size, identity.checksum)
+        yield WrittenFile(file, num_ids)
         number += 1
 
 

@@ -152,6 +152,7 @@ class TokenizeOptions:
 
 
 def _check_least(name: str, value: int | None, least: int) -> None:
+    """Raises ValueError if a number is given and too small."""
     if value is not None and value < least:
         raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
@@ -169,7 +170,7 @@ def tokenize_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, **opti
             listed.
         out (`str` or `os.PathLike`): Folder to create, or its URL for `fsspec`, such as `s3://bucket/tokens`. It must
             be absent, empty, or a token set that was started with the same options.
-        **options: Fields of [`TokenizeOptions`], of which `model_name` is required.
+        **options: Fields of [`TokenizeOptions`]. `model_name` is required.
 
     Returns:
         [`TokenizeReport`]: Numbers of images, rows and files.
@@ -180,16 +181,14 @@ def tokenize_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, **opti
             set is damaged; no image can be read; or an image needs more memory than is available.
     """
     plan = plan_set(model, images, out, TokenizeOptions(**options))
-    if plan.request.overwrite:
+    request = plan.request
+    if request.overwrite:
         delete_set(plan.folder)
     start_set(plan.folder, plan.options)
-    encoder = RowEncoder(
-        model, plan.settings, images.features, plan.request.batch_size, context_model=plan.request.context_model
-    )
+    encoder = RowEncoder(model, plan.settings, images.features, request.batch_size, request.context_model)
     records = []
-    num_images = None  # of this run, if it is known
-    if len(plan.parts) == plan.num_parts:
-        num_images = images.length
+    makes_all_parts = len(plan.parts) == plan.num_parts
+    num_images = images.length if makes_all_parts else None
     with tqdm(total=num_images, unit="image", disable=None) as bar:
         for part in unfinished_parts(plan.folder, plan.options, plan.parts):
             records.append(make_part(plan, images, encoder, part, bar.update))
@@ -294,22 +293,24 @@ def make_part(
         ValueError: Another process has meanwhile started the set anew with other options; or an image needs more
             memory than is available.
     """
-    shards = images.part(part, plan.num_parts)
-    record = PartRecord(part, value_digest(plan.options), [shard.name for shard in shards])
-    rows = chain.from_iterable(shard.read() for shard in shards)
-    crops = read_crops(rows, plan.request.crops, plan.request.resolution, plan.request.num_workers)
-    encoded = encoder.encode(crops, record, on_image)
+    image_parts = images.part(part, plan.num_parts)
+    names = [image_part.name for image_part in image_parts]
+    record = PartRecord(part, value_digest(plan.options), read=names)
+    # Each step reads what it needs from the step before, so only few images are in memory.
+    image_rows = chain.from_iterable(image_part.read() for image_part in image_parts)
+    cropped_images = read_crops(image_rows, plan.request.crops, plan.request.resolution, plan.request.num_workers)
+    token_rows = encoder.encode(cropped_images, record, on_image)
     try:
-        for written in write_shards(plan.folder, part, encoded, plan.settings, plan.features):
+        for written in write_shards(plan.folder, part, token_rows, plan.settings, plan.features):
             record.files.append(written.file)
             record.rows += written.file.rows
             record.ids += written.num_ids
         check_options(plan.folder, plan.options)
         write_record(plan.folder, record)
     except OSError:
+        # Another process may have made the same part, completed the set and deleted the temporary files of this one.
         if not is_finished(plan.folder, plan.options, part):
             raise
-        # Another process has made the same part, completed the set and deleted the temporary files of this one.
     return record
 
 
@@ -332,13 +333,14 @@ def encoder_digest(model: SVQVAE) -> str:
 
     Models of one name and codebook may differ in them.
     """
-    digest = hashlib.sha256()
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    digest = hashlib.sha256()
     digest.update(value_digest(config).encode())
     for module in (*model.encoder.modules(), *model.quant_conv.modules()):
         with align_module_device(module, "cpu"):  # loads the weights that accelerate has offloaded
             for weight in module.parameters(recurse=False):
-                digest.update(weight.detach().to("cpu", torch.float32).numpy().tobytes())
+                array = weight.detach().to("cpu", torch.float32).numpy()
+                digest.update(array.tobytes())
     return digest.hexdigest()
 
 
@@ -353,12 +355,13 @@ def count_parts(images: ImageSet, num_parts: int | None = None) -> int:
     Raises:
         ValueError: There cannot be so many parts.
     """
+    is_stream = images.rows is None  # whose parts are files
+    if num_parts is None and is_stream:
+        return min(MAX_PARTS, images.max_parts)
     if num_parts is None:
-        if images.rows is None:
-            return min(MAX_PARTS, images.max_parts)
         return min(MAX_PARTS, math.ceil(images.max_parts / IMAGES_PER_PART))
     if not 1 <= num_parts <= images.max_parts:
-        unit = "files" if images.rows is None else "images"
+        unit = "files" if is_stream else "images"
         raise ValueError(f"`num_parts` must be in [1, {images.max_parts}], the number of {unit}, got {num_parts}.")
     return num_parts
 
@@ -391,4 +394,5 @@ def check_out(out: str | os.PathLike) -> Folder:
 
 
 def _has_only_hidden_files(folder: Folder, subfolder: str) -> bool:
+    """Whether all files in a subfolder are hidden, as temporary files are; also if there are none."""
     return all(name.startswith(".") for name in folder.names(subfolder))
