@@ -72,6 +72,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str) -> dict[str, Any]:
+        """Reads `model_index.json` for diffusers."""
         index = super()._dict_from_json_file(json_file)  # content of `model_index.json`
         class_names = index.get("class_names")
         if class_names:

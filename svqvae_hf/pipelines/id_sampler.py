@@ -42,7 +42,7 @@ class ReservedLayer(DynamicLayer):
         return self.keys, self.values
 
     def _reserve(self, states: torch.Tensor) -> torch.Tensor:
-        """Buffer for the first states `(batch, heads, length, head_dim)` and for those of all tokens after them."""
+        """Buffer for the first states `(batch, heads, length, head_dim)` and for the states of all later tokens."""
         batch, heads, length, head_dim = states.shape
         return states.new_empty(batch, heads, length + self.tokens, head_dim)
 
@@ -155,7 +155,7 @@ class IdSampler:
         """Replaces all ids so far, `(batch, rows so far, columns)`. The rows below follow from them."""
         num_rows = ids.shape[1]
         self.ids[:, :num_rows] = ids
-        tokens = self.inputs["input_ids"]  # those of the prompt, then those of the ids
+        tokens = self.inputs["input_ids"]  # of the prompt, then of the sampled ids
         tokens[:, -self.num_sampled_ids :] = self._as_tokens(ids.flatten(1))
         self._empty_cache()
 

@@ -222,7 +222,7 @@ class ImageChats:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids of images, and whether each is kept because its part of the mask is black, `(batch, rows, columns)`.
 
-        `count` is the number of prompts, each of which needs an image and a mask.
+        `count` is the number of prompts. Each needs an image and a mask.
         """
         images = [ImageOps.exif_transpose(image) for image in images]
         masks = [ImageOps.exif_transpose(mask) for mask in masks]

@@ -66,7 +66,7 @@ def say_undrawable(things: Sequence[str]) -> str:
 
 
 def singulars(word: str) -> list[str]:
-    """A word, and nouns of which it may be the plural."""
+    """A word, and nouns that it may be the plural of."""
     forms = [word]
     if word.endswith("ies"):
         forms.append(f"{word[:-3]}y")

@@ -115,7 +115,7 @@ def write_blocks(blocks: type, folder: Path, source: str) -> None:
 def _entry_of_component(name: str, library_and_class: list[str], source: str) -> list[Any]:
     """Entry of a component in a modular index, `[library, class, place]`, as diffusers reads it.
 
-    The first two are None, because the place says of which class the component is.
+    The first two are None, because the place names the class of the component.
     """
     type_hint = AUTO_MODEL if name in MODELS else library_and_class
     place = {
