@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from svqvae_hf import SVQVAE, NextScaleTransformer, SVQVAENextScalePipeline
 from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.loaders.folder_checks import check_vocabulary_file
 from svqvae_hf.pipelines.captions import pad_captions
 from svqvae_hf.pipelines.schedules import Size, describe, make_schedule
 from svqvae_hf.trainer.configs import load_network_config
@@ -258,11 +259,12 @@ def load_tokenizer(options: NextScaleOptions) -> PreTrainedTokenizerBase | None:
     """Tokenizer of the captions, or None without captions.
 
     Raises:
-        ValueError: If it has no token for padding.
+        ValueError: If it has no words, or no token for padding.
     """
     if options.tokenizer_name_or_path is None:
         return None
     tokenizer = from_hub(AutoTokenizer.from_pretrained, options.tokenizer_name_or_path)
+    check_vocabulary_file(options.tokenizer_name_or_path, tokenizer)
     if tokenizer.pad_token is None:
         raise ValueError("`--tokenizer_name_or_path` must have a padding token, but has none. Set its `pad_token`.")
     return tokenizer

@@ -13,7 +13,7 @@ from svqvae_hf.hub.model_cards import table_rows
 from svqvae_hf.hub.origin import STARTED_FROM, Origin, find_origin
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.causal_models import load_causal_model
-from svqvae_hf.loaders.folder_checks import check_files
+from svqvae_hf.loaders.folder_checks import check_files, check_vocabulary_file
 from svqvae_hf.loaders.pretrained_models import SVQVAE, SVQVAEProcessor
 from svqvae_hf.loaders.saved_parts import record_parts
 from svqvae_hf.models.image_vocabulary import CONFIG_KEY, PLACEHOLDER, ImageVocabulary
@@ -91,6 +91,7 @@ def _load_language_model(source: str | Path) -> tuple[PreTrainedModel, PreTraine
             f"`{source}` must be a causal language model of transformers with its tokenizer, but does not load: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    check_vocabulary_file(source, tokenizer)
     return model, tokenizer
 
 

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from svqvae_files.json_files import read_json_object
 from svqvae_files.safetensors_header import read_header
 
@@ -38,3 +40,21 @@ def check_files(folder: str | os.PathLike) -> None:
         for path in sorted(Path(folder).glob(pattern)):
             with path.open("rb") as file:
                 read_header(file, path)
+
+
+def check_vocabulary_file(source: str | os.PathLike, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises unless a folder has a file of its tokenizer's words, without which transformers loads an empty tokenizer.
+
+    Args:
+        source (`str` or `os.PathLike`): Folder of the tokenizer, or a Hub id, of which nothing is checked.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer that was loaded from it.
+
+    Raises:
+        ValueError: The file is missing.
+    """
+    names = list(tokenizer.vocab_files_names.values())  # empty for tokenizers of bytes
+    is_folder = Path(source).is_dir()
+    has_file = any(Path(source, name).is_file() for name in names)
+    if is_folder and names and not has_file:
+        listed = ", ".join(names)
+        raise ValueError(f"`{source}` must hold the words of its tokenizer, but has no {listed}. Restore the file.")

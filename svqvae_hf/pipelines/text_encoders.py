@@ -5,6 +5,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.loaders.folder_checks import check_vocabulary_file
 
 
 def load_text_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -15,7 +16,7 @@ def load_text_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
     Raises:
         OSError: If the text encoder does not exist or cannot be downloaded.
-        ValueError: It is not a T5 encoder.
+        ValueError: It is not a T5 encoder, or its tokenizer has no words.
     """
     load = transformers.T5EncoderModel.from_pretrained  # its import is slow, and only captions need it
     encoder, info = from_hub(load, source, dtype=torch.bfloat16, use_safetensors=True, output_loading_info=True)
@@ -23,4 +24,5 @@ def load_text_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if missing_keys:
         raise ValueError(f"`text_encoder` must be a T5 encoder, but `{source}` lacks {min(missing_keys)}.")
     tokenizer = from_hub(AutoTokenizer.from_pretrained, source)
+    check_vocabulary_file(source, tokenizer)
     return encoder.eval(), tokenizer

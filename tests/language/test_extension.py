@@ -113,3 +113,10 @@ def test_a_cut_image_tokenizer_is_named(tmp_path, saved_model):
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(ValueError, match=f"`{weights}` must be a safetensors file, but is cut"):
         extend_language_model(tmp_path / "lm", tmp_path / "out", tmp_path / "vqvae", [(2, 2)])
+
+
+def test_a_folder_without_the_words_of_its_tokenizer_is_an_error(tmp_path):
+    save_language_model(tmp_path / "lm", "qwen")
+    (tmp_path / "lm" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="lm` must hold the words of its tokenizer, but has no .*tokenizer.json"):
+        extend_language_model(tmp_path / "lm", tmp_path / "out", extended("qwen") / "vqvae", GRIDS)
