@@ -86,7 +86,8 @@ def read_files(root: Path, output: str) -> dict[str, bytes]:
     """Content of all files of an output folder but the records of runs, with `ROOT` for the path of the folders."""
     contents = {}
     for path in sorted((root / output).rglob("*")):
-        if path.is_file() and not path.name.startswith(".svqvae-"):
+        is_record = path.name.startswith(".svqvae-") or path.parent.name == "parts"
+        if path.is_file() and not is_record:
             content = path.read_bytes().replace(str(root).encode(), b"ROOT")
             contents[str(path.relative_to(root / output))] = content
     return contents
