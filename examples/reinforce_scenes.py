@@ -1,0 +1,120 @@
+"""Trains a language model that draws scenes further with GRPO of TRL (`pip install trl`), on grades of its pictures.
+
+The grader of `benchmarks/scenes.py` reads the scene from a picture. Each line of a file of prompts has a prompt and a
+plain caption of its meaning. The share of right pictures of the held-out files is printed before and after.
+
+python examples/reinforce_scenes.py LM OUT benchmarks/scene_prompts_choosing.tsv \
+    --held_out benchmarks/scene_prompts_stranger_1.tsv benchmarks/scene_prompts_stranger_2.tsv
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from svqvae_hf import SVQVAEProcessor
+from svqvae_hf.language.image_language_model import ImageLanguageModel
+from svqvae_hf.pipelines.captions import keep_known_words
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from scenes import BATCH, Grader, Scene, load_objects, read_prompts
+
+
+def make_reward(processor: SVQVAEProcessor, grader: Grader) -> Callable[..., list[float]]:
+    """Makes TRL's reward function: from 0 to 1 for each picture, by the scene that the grader reads from it."""
+    vocabulary = processor.vocabulary
+
+    def scene(completion_ids: Sequence[list[int]], meaning: Sequence[str], **_: Any) -> list[float]:
+        tokens = torch.tensor(completion_ids)  # (batch, rows * columns)
+        ids = tokens.view(-1, *vocabulary.grids[0]) - vocabulary.first_token  # (batch, rows, columns)
+        pictures = processor.decode_images(list(ids))
+        return [grade(grader(picture), caption) for picture, caption in zip(pictures, meaning, strict=True)]
+
+    return scene
+
+
+def grade(scene: Scene, plain_caption: str) -> float:
+    """1 for a scene that fulfils a caption. Otherwise half of the share of words that both have in common."""
+    if scene.means(plain_caption):
+        return 1.0
+    asked = set(plain_caption.split())
+    shares = [0.0]
+    for caption in scene.plain():
+        seen = set(caption.split())
+        shares.append(len(asked & seen) / len(asked | seen))
+    return max(shares) / 2
+
+
+def prompts_of(processor: SVQVAEProcessor, captions: Sequence[str]) -> list[str]:
+    """Prompts that end where the first code of the picture is due."""
+    begun_answer = {"role": "assistant", "content": processor.begin_image(processor.vocabulary.grids[0])}
+    prompts = []
+    for caption in keep_known_words(processor.tokenizer, captions):
+        chat = [{"role": "user", "content": caption}, begun_answer]
+        prompts.append(processor.apply_chat_template(chat, continue_final_message=True))
+    return prompts
+
+
+def print_share(model: ImageLanguageModel, grader: Grader, file: Path) -> None:
+    """Prints the share of the prompts of a file whose picture is right. One picture each, as the model samples."""
+    captions, meanings = read_prompts(file)
+    pictures = []
+    for start in range(0, len(captions), BATCH):
+        pictures += model.draw(captions[start : start + BATCH], generator=torch.Generator().manual_seed(start))
+    right = [grader(picture).means(meaning) for picture, meaning in zip(pictures, meanings, strict=True)]
+    print(f"{file.name}: {sum(right) / len(right):.1%} right", flush=True)
+
+
+def main() -> None:
+    """Grades the model, trains it, saves it and grades it again."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub id of a language model that draws scenes")
+    parser.add_argument("output", help="folder of the trained model")
+    parser.add_argument("prompts", type=Path, help="file of prompts to train on")
+    parser.add_argument("--held_out", type=Path, nargs="*", default=[], help="files of prompts to grade on")
+    parser.add_argument("--steps", type=int, default=26, help="updates (default: 26)")
+    args = parser.parse_args(sys.argv[1:])
+
+    grader = Grader(load_objects())
+    model = ImageLanguageModel.from_pretrained(args.model, dtype="float32")
+    for file in args.held_out:
+        print_share(model, grader, file)
+    vocabulary = model.processor.vocabulary
+    rows, columns = vocabulary.grids[0]
+    text_tokens = [*range(vocabulary.first_token), *range(vocabulary.begin, model.language_model.config.vocab_size)]
+    captions, meanings = read_prompts(args.prompts)
+    config = GRPOConfig(
+        args.output,
+        max_steps=args.steps,
+        learning_rate=3e-5,
+        temperature=0.6,
+        per_device_train_batch_size=64,
+        num_generations=8,  # pictures of a prompt, which are compared with each other
+        max_completion_length=rows * columns,
+        generation_kwargs={"suppress_tokens": text_tokens},
+        gradient_checkpointing=False,
+        use_cpu=not torch.accelerator.is_available(),
+        save_strategy="no",
+    )
+    trainer = GRPOTrainer(
+        model.language_model,
+        reward_funcs=make_reward(model.processor, grader),
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": prompts_of(model.processor, captions), "meaning": meanings}),
+        processing_class=model.tokenizer,
+    )
+    trainer.train()
+    model.language_model.eval()
+    model.save_pretrained(args.output)
+    for file in args.held_out:
+        print_share(model, grader, file)
+
+
+if __name__ == "__main__":
+    main()
