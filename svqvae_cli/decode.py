@@ -168,7 +168,7 @@ def _decode_file(file: InputFile, tokens: Any, model: Any, args: argparse.Namesp
 
 
 def _decode_large_file(
-    file: InputFile, tokens: Any, model: Any, tile_options: dict[str, int | None], work: Run[InputFile]
+    file: InputFile, tokens: Any, model: Any, tile_options: dict[str, Any], work: Run[InputFile]
 ) -> None:
     """Writes the image of a token file as a TIFF file, row of tiles by row of tiles."""
     from svqvae_hf.large.large_images import decode_large
@@ -205,7 +205,7 @@ def _read_compressed(path: Path, model: Any, args: argparse.Namespace) -> Any:
 
 def _tile_options(
     args: argparse.Namespace, stored_tile_size: int | None, stored_overlap: int | None
-) -> dict[str, int | None]:
+) -> dict[str, Any]:
     """Tile size and overlap of the command line, or else the values that a token file stores."""
     tile_size = args.tile_size
     if tile_size is None:

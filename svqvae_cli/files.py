@@ -204,8 +204,7 @@ def check_tiles(source: str | None, tile_size: int | None) -> None:
     if tile_size is None or not config_file.is_file():
         return
     multipliers = read_json_object(config_file).get("encoder_ch_mult")
-    is_damaged = not isinstance(multipliers, list) or not multipliers
-    if is_damaged:  # an error once the model is loaded
+    if not isinstance(multipliers, list) or not multipliers:  # damaged: an error once the model is loaded
         return
     f = 2 ** (len(multipliers) - 1)
     if tile_size < 1 or tile_size % f:

@@ -122,15 +122,13 @@ def read_held_out(options: DiffusionOptions, held_out: HeldOut, numbers: range) 
     policy = CropPolicy([options.resolution], center_crop=True, random_flip=False, resize_range=[1.0, 1.0])
     numbers_of_crops = []
     crops: list[Any] = []
-    labels: list[int] | None = None
-    if options.label_column is not None:
-        labels = []
+    labels: list[int] = []
     for number in numbers:
         row = held_out.rows[number]
         image = read_or_none(row)
         if image is None:
             continue
-        if labels is not None:
+        if options.label_column is not None:
             label = row.values[options.label_column]
             if label is None:
                 continue
@@ -141,6 +139,8 @@ def read_held_out(options: DiffusionOptions, held_out: HeldOut, numbers: range) 
         return HeldOutBatch([], torch.empty(0), None)
     processor = SVQVAEImageProcessor(pixel_range=PIXEL_RANGE)
     sample = processor.preprocess(crops)["pixel_values"]  # (B, 3, side, side)
+    if options.label_column is None:
+        return HeldOutBatch(numbers_of_crops, sample, None)
     return HeldOutBatch(numbers_of_crops, sample, labels)
 
 

@@ -121,7 +121,7 @@ class Part:
         clip_art = self.drawings["clip_art"]
         emoji = self.drawings["emoji"]
         shuffled_emoji = self.artist.random.sample(emoji, len(emoji))
-        pages_of_text = [self.artist.text] * (4 * SHEETS["text"])  # four on a sheet
+        pages_of_text: list[Draw] = [self.artist.text] * (4 * SHEETS["text"])  # four on a sheet
         draw_screen = partial(self.artist.screen, clip_art + emoji)
         self.folder.mkdir(parents=True)
         self._save_squares("clip_art", self._sheets(clip_art, LARGE) + self._sheets(clip_art, SMALL))
