@@ -142,7 +142,7 @@ def test_what_the_tools_of_diffusers_load_after_the_import(tmp_path):
     pipeline.save_pretrained(tmp_path)
     assert isinstance(AutoModel.from_pretrained(str(tmp_path), subfolder="vqvae"), SVQVAE)
     assert isinstance(AutoModel.from_pretrained(str(tmp_path), subfolder="transformer"), NextScaleTransformer)
-    with pytest.raises(ValueError, match="`diffusers` has no class `SVQVAE`"):
+    with pytest.raises((ValueError, AttributeError), match="diffusers`? has no (class|attribute) `?SVQVAE"):
         AutoModel.from_pretrained(DEFAULT_MODEL)
     with pytest.raises(AttributeError, match="diffusers has no attribute SVQVAENextScalePipeline"):
         DiffusionPipeline.from_pretrained(tmp_path)
