@@ -337,7 +337,7 @@ def encoder_digest(model: SVQVAE) -> str:
     digest = hashlib.sha256()
     digest.update(value_digest(config).encode())
     for module in (*model.encoder.modules(), *model.quant_conv.modules()):
-        with align_module_device(module, "cpu"):  # loads the weights that accelerate has offloaded
+        with align_module_device(module):  # loads the weights that accelerate has offloaded
             for weight in module.parameters(recurse=False):
                 array = weight.detach().to("cpu", torch.float32).numpy()
                 digest.update(array.tobytes())
