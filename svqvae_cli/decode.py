@@ -13,7 +13,7 @@ interrupted run.
 
 import argparse
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def _decode_set(args: argparse.Namespace) -> None:
     context_model = None
     if settings.context_model is not None:
         context_model = require_context_model(model, args.model)
-    with prefix_errors(name):
+    with prefix_errors(name), closing(folder):
         check_same_codebook(model, settings)
         print_leftovers(folder.delete_versions_before(source))
         num_written, num_kept = detokenize_set(

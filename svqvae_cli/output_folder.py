@@ -69,6 +69,7 @@ class OutputFolder:
         if not self.overwrite:
             self.record.check_options(self.options)
         self._is_started = False
+        self._lock_descriptor: int | None = None  # of the folder, open while the run is alive
         self._real_path = os.path.realpath(self.path)
         self._relative_folders: dict[Path, str] = {}  # of inputs
         self._made_folders: set[Path] = set()  # of outputs
@@ -154,6 +155,12 @@ class OutputFolder:
             folder.mkdir(parents=True, exist_ok=True)
         self._made_folders.add(folder)
 
+    def close(self) -> None:
+        """Ends the run. The folder no longer counts as used by it."""
+        if self._lock_descriptor is not None:
+            os.close(self._lock_descriptor)
+            self._lock_descriptor = None
+
     def recorded_outputs(self) -> list[Path]:
         """Outputs of all runs."""
         return [self.path / name for name in self.record.outputs]
@@ -180,10 +187,11 @@ class OutputFolder:
         self.record.delete(recorded_names)
 
     def _lock(self) -> None:
-        """Marks the folder as used until this process ends, and deletes temporary files of runs that were killed."""
+        """Marks the folder as used until [`close`], and deletes temporary files of runs that were killed."""
         with explained(self.path, "written"):
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDONLY)  # stays open
+            descriptor = os.open(self.path, os.O_RDONLY)
+        self._lock_descriptor = descriptor
         with suppress(OSError):  # another run uses the folder, or the file system has no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for folder in self._folders_of_unfinished():

@@ -105,6 +105,7 @@ class Run(Generic[Item]):
             SkippedError: Some inputs were skipped.
             ValueError: All inputs were skipped.
         """
+        self.folder.close()
         if kind is None:
             self._end()
             return
