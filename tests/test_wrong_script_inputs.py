@@ -47,6 +47,10 @@ WRONG = {  # words on the command line, and a part of the message
         ("", "the following arguments are required: out"),
         ("out --font nowhere.ttf", "nowhere.ttf"),
     ],
+    "training/bundled/make_first_pictures.py": [
+        ("", "the following arguments are required: out"),
+        ("out --font nowhere.ttf", "nowhere.ttf"),
+    ],
     "training/bundled/make_scene_words.py": [
         ("", "the following arguments are required: out"),
         ("broken.json", "broken.json"),
