@@ -434,7 +434,7 @@ def measure(
     first_quantised_step = run.options.quantize_from
     quantize = first_quantised_step == 0 or steps_done > first_quantised_step
     statistics = ScaleStatistics(objective.codebook.weight.shape[0], by_octave=False)
-    ids_by_scale: list[list[torch.Tensor]] = [[] for _ in scales]  # of each scale, those of each batch
+    ids_by_scale: list[list[torch.Tensor]] = [[] for _ in scales]  # for each scale, the flat ids of each batch
     shown: list[Pair] = []
     for batch in validation_set.batches:
         sample = batch.to(run.accelerator.device)  # (B, 3, side, side)
@@ -446,10 +446,16 @@ def measure(
                 ids_of_scale.append(batch_ids.flatten().cpu())
         if not shown:
             shown = [pair.first(SHOWN_IMAGES) for pair in pairs]
-    all_ids = [torch.empty(0, dtype=torch.int64)]  # no ids, if the batches were not quantised
+    numbers = statistics.summary(run.accelerator.reduce)
+    return Measured(numbers, _flatten(ids_by_scale), shown)
+
+
+def _flatten(ids_by_scale: list[list[torch.Tensor]]) -> torch.Tensor:
+    """All ids, scale by scale, `(n,)`; none if no batch was quantised."""
+    all_ids = [torch.empty(0, dtype=torch.int64)]
     for ids_of_scale in ids_by_scale:
         all_ids += ids_of_scale
-    return Measured(statistics.summary(run.accelerator.reduce), torch.cat(all_ids), shown)
+    return torch.cat(all_ids)
 
 
 def clamp(pair: Pair) -> Pair:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -101,25 +102,33 @@ def write_shards(
     metadata[METADATA_KEY.encode()] = settings.to_json().encode()
     schema = features.arrow_schema.with_metadata(metadata)
     groups = _group_rows(rows, settings)
-    group = next(groups, None)  # to be written next
-    number = 0  # of the file
-    while group is not None:
-        name = shard_name(part, number)
-        size = 0  # before compression
-        num_rows = 0
-        num_ids = 0
+    for file_number, first_group in enumerate(groups):
+        name = shard_name(part, file_number)
         with folder.new_file(name) as path:
-            with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
-                while group is not None and size < SHARD_BYTES:
-                    writer.write_table(pa.Table.from_pylist(group.rows, schema))
-                    size += group.size
-                    num_rows += len(group.rows)
-                    num_ids += group.num_ids
-                    group = next(groups, None)
+            num_rows, num_ids = _write_file(path, schema, first_group, groups)
             identity = output_identity(path)
         file = TokenFile(name, num_rows, identity.size, identity.checksum)
         yield WrittenFile(file, num_ids)
-        number += 1
+
+
+def _write_file(
+    path: Path, schema: pa.Schema, first_group: RowGroup, later_groups: Iterator[RowGroup]
+) -> tuple[int, int]:
+    """Writes a group of rows to a file, and later ones until the file is full. Returns its numbers of rows and ids."""
+    size = 0  # bytes before compression
+    num_rows = 0
+    num_ids = 0
+    group: RowGroup | None = first_group
+    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
+        while group is not None:
+            writer.write_table(pa.Table.from_pylist(group.rows, schema))
+            size += group.size
+            num_rows += len(group.rows)
+            num_ids += group.num_ids
+            if size >= SHARD_BYTES:
+                break
+            group = next(later_groups, None)
+    return num_rows, num_ids
 
 
 def _group_rows(rows: Iterable[dict[str, Any]], settings: TokenSettings) -> Iterator[RowGroup]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-ARCHIVES = r"(bz2|gzip|lz4|tar|xz|zip|zstd)://.*"  # files inside a file, in fsspec's names
+FILE_IN_ARCHIVE = r"(bz2|gzip|lz4|tar|xz|zip|zstd)://.*"  # as fsspec names it, before the name of the archive
 
 
 def confine_row(source: Any, repository: str | None) -> Any:
@@ -31,13 +31,17 @@ def confine_row(source: Any, repository: str | None) -> Any:
 
 
 def _is_in_repository(path: str, repository: str) -> bool:
-    """Whether a path, such as `zip://a.png::hf://datasets/org/set@main/a.zip`, leads into the repository."""
-    *archives, file = path.split("::")  # archives within each other, and the file that holds them
-    match = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", file)
-    if match is None:
+    """Whether a path leads into the repository.
+
+    It may name a file in an archive, or in an archive in an archive, as `zip://a.png::hf://datasets/org/set@main/a.zip`
+    does. The last of its parts is the file of the repository.
+    """
+    parts = path.split("::")
+    repository_file = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", parts[-1])
+    if repository_file is None:
         return False
-    path_in_repository = posixpath.normpath(match[1])
+    path_in_repository = posixpath.normpath(repository_file[1])
     leads_outside = path_in_repository == ".." or path_in_repository.startswith(("../", "/"))
     if leads_outside:
         return False
-    return all(re.fullmatch(ARCHIVES, archive, re.DOTALL) for archive in archives)
+    return all(re.fullmatch(FILE_IN_ARCHIVE, part, re.DOTALL) for part in parts[:-1])
