@@ -20,7 +20,7 @@ web_runtime = Lazy("svqvae_hf.export.web_runtime")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:unknown to the model and left out")]
 
 RUNTIME = ROOT / "outputs" / "web_runtime"  # archives of npm, kept for the next run
-NUM_CAPTIONS = 6
+NUM_CAPTIONS = 20
 SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 PATIENCE = 120_000  # milliseconds: the machine may be busy
 
