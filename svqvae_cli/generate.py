@@ -101,7 +101,6 @@ def _generate(args: argparse.Namespace, work: Run[str], conditions: Mapping[str,
     _check_options(pipeline, args)
     _warn_of_unknown_words(pipeline, args.prompt or [])
     _warn_of_undrawable_things(pipeline, args.prompt or [])
-    _tell_temperature(pipeline, args)
     sampling = _sampling_options(args)
     seeds = {stem: args.seed + number for number, stem in enumerate(work.targets)}
     for stems in _batches(work.files(), args.batch_size):
@@ -112,6 +111,7 @@ def _generate(args: argparse.Namespace, work: Run[str], conditions: Mapping[str,
             with work.attempt(stem):
                 path = work.outputs(stem)[0]
                 save_png(image, path)
+    _tell_temperature(pipeline, args)
 
 
 def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
