@@ -129,7 +129,7 @@ def make_optimizer(reader: Reader) -> MuonAndAdam:
 
 @torch.inference_mode()
 def read(reader: Reader, tokenizer: PreTrainedTokenizerFast, prompts: list[str], meanings: list[str]) -> str:
-    """Percentage of the prompts of which a reader reads the whole scene."""
+    """Percentage of the prompts whose whole scene a reader reads."""
     tokens, mask = make_batch(tokenizer, prompts)
     numbers = [logits.argmax(1) for logits in reader(tokens, mask)]
     answers = torch.stack(numbers, dim=1).tolist()  # (prompts, 4)

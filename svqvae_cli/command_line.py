@@ -106,7 +106,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _first_word(argv: Sequence[str]) -> str | None:
-    """The word in the place of the command; `None` if there is none, or an option stands there."""
+    """The word in the place of the command; `None` if it is missing or an option."""
     if not argv or argv[0].startswith("-"):
         return None
     return argv[0]

@@ -46,7 +46,7 @@ def check_vocabulary_file(source: str | os.PathLike, tokenizer: PreTrainedTokeni
     """Raises unless a folder has a file of its tokenizer's words, without which transformers loads an empty tokenizer.
 
     Args:
-        source (`str` or `os.PathLike`): Folder of the tokenizer, or a Hub id, of which nothing is checked.
+        source (`str` or `os.PathLike`): Folder of the tokenizer. A Hub id is not checked.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer that was loaded from it.
 
     Raises:

@@ -48,7 +48,7 @@ class KnownObjects:
         return any(form in self.things for form in singulars(word))
 
     def length_of_name_at_start(self, words: list[str]) -> int:
-        """Number of words, at the start of a text, that are a known name; 0 if there is none. The longest counts."""
+        """Number of words of the longest known name at the start of a text, or 0."""
         longest = min(LONGEST_NAME, len(words))
         for length in range(longest, 0, -1):
             words_before_last = words[: length - 1]
