@@ -11,13 +11,11 @@ language model, a tokenizer or one of each in the browser.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from svqvae_cli.arguments import Parser, forbid_options, model, path
 from svqvae_cli.errors import require_extra
 from svqvae_cli.files import check_source
-from svqvae_files.file_names import BUNDLED
 from svqvae_files.outputs import check_new_folder
 
 
@@ -54,13 +52,14 @@ def _export_page(args: argparse.Namespace) -> None:
     with require_extra("export", "export"):
         from svqvae_hf.export.web import DrawingModel, PhotographModel, export_page
     from svqvae_cli.loading import load_generator, load_model
+    from svqvae_hf.hub.repositories import public_name
     from svqvae_hf.language.image_language_model import ImageLanguageModel
 
     drawing: DrawingModel | None = None
     photographs: PhotographModel | None = None
     for source in args.models:
         card = _read_metadata(source)
-        name = _public_name(source)
+        name = public_name(source)
         license = str(card.get("license", "not stated"))
         if ImageLanguageModel.is_at(source):
             _check_only_one(drawing, "language model", args.models)
@@ -96,13 +95,3 @@ def _example_prompts(card: dict[str, Any]) -> tuple[str, ...]:
         if "text" in example:
             prompts.append(example["text"])
     return tuple(prompts)
-
-
-def _public_name(source: str) -> str:
-    """Name of a model without the folders of this machine."""
-    for name, folder in BUNDLED.items():
-        if source == folder:
-            return name
-    if Path(source).is_dir():
-        return Path(source).name
-    return source

@@ -5,14 +5,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import errors, hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 from svqvae_files.identity import model_file_digest, value_digest, weights_digest
 from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import write_file
-from svqvae_hf.hub.repositories import lacks_file
 from svqvae_hf.loaders.folder_checks import check_files
+from svqvae_hf.loaders.saved_parts import find_part
 
 BASE_FILE = "adapter_base.json"  # peft warns of keys in its own config that it does not know
 DIGEST_KEY = "base_digest"  # in that file
@@ -67,10 +67,10 @@ def load_adapter(language_model: Any, adapter: str | os.PathLike, base: str | os
     from peft import PeftModel, get_peft_model_state_dict  # installed only with an extra
 
     check_files(adapter)
-    weights_path = _find_file(adapter, WEIGHTS)
+    weights_path = find_part(adapter, "", WEIGHTS, {})
     if weights_path is None:
         raise ValueError(f"`{adapter}` must hold `{WEIGHTS}`, but does not. Restore the file.")
-    base_file = _find_file(adapter, BASE_FILE)
+    base_file = find_part(adapter, "", BASE_FILE, {})
     if base_file is not None:
         record = read_json_object(base_file)
         _check_base(record, adapter, base, subfolder)
@@ -103,16 +103,3 @@ def _check_weights(record: dict[str, Any], weights_path: Path) -> None:
             f"`{weights_path}` must hold the weights that {BASE_FILE} records, but holds others. Restore the "
             f"file, or delete {BASE_FILE} if you replaced the weights yourself."
         )
-
-
-def _find_file(source: str | os.PathLike, name: str) -> Path | None:
-    """Path of a file in a folder or on the Hub; None if it does not exist."""
-    if os.path.isdir(source):
-        path = Path(source, name)
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(os.fspath(source), name))
-    except errors.EntryNotFoundError as error:
-        if lacks_file(error):
-            return None
-        raise  # the Hub does not answer, so the file may exist

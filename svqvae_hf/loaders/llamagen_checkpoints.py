@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, read_sizes, select_weights
-from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
+from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint, top_level_weights
 from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
 from svqvae_hf.models.checks import check_depth
 
@@ -93,7 +93,7 @@ def read_llamagen(
 
 def find_language_model(content: Mapping[str | None, Any]) -> dict[Any, Any] | None:
     """Returns the weights of a language model of LlamaGen from the content of its file, or None for other files."""
-    candidates: list[Any] = [content, content.get(None)]  # a pickle, or all of a safetensors file
+    candidates: list[Any] = [top_level_weights(content)]
     for name in CONTAINERS:
         candidates.append(content.get(name))
     for weights in candidates:

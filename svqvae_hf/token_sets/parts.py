@@ -304,13 +304,14 @@ def delete_set(folder: Folder) -> None:
     num_parts = options.get("parts", 0)
     shards = []  # names of the Parquet files of the set
     subfolders = set()
-    for name in folder.sizes(DATA):
+    present_names = folder.sizes(DATA)
+    for name in present_names:
         match = SHARD_NAME.fullmatch(name)
         is_shard_of_set = match is not None and int(match[1]) < num_parts
         if is_shard_of_set:
             shards.append(name)
             subfolders.add(os.path.dirname(name))
-    check_foreign(shards, folder.sizes(DATA), folder.url)
+    check_foreign(shards, present_names, folder.url)
     for name in [SETTINGS_FILE, MANIFEST_FILE, SKIPPED_FILE, CARD_FILE, *shards]:
         folder.delete(name)
     _delete_temporary_files(folder)
