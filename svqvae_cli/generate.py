@@ -161,10 +161,9 @@ def _tell_temperature(pipeline: Any, args: argparse.Namespace) -> None:
 
 def _warn_of_undrawable_things(pipeline: Any, prompts: list[str]) -> None:
     """Says on stderr which things of captions a language model cannot draw, if it knows."""
-    from svqvae_hf.language.image_language_model import ImageLanguageModel
     from svqvae_hf.pipelines.known_objects import say_undrawable
 
-    if not isinstance(pipeline, ImageLanguageModel):
+    if not hasattr(pipeline, "undrawable"):
         return
     things = pipeline.undrawable(prompts)
     if things:

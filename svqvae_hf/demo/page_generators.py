@@ -112,9 +112,7 @@ class PageGenerator(ABC):
         return unknown_words(self.model.tokenizer, [prompt])
 
     def things_undrawable(self, prompt: str) -> list[str]:
-        """Words of a prompt for things that the generator cannot draw, if it knows."""
-        if isinstance(self.model, ImageLanguageModel):
-            return self.model.undrawable([prompt])
+        """Words of a prompt for things that the generator cannot draw; none if it does not tell."""
         return []
 
     def facts(self, request: Request) -> str:
@@ -225,6 +223,10 @@ class LanguageModelGenerator(PageGenerator):
         self.temperature = model.sampling["temperature"]
         if self.temperature < VARIED_TEMPERATURE:
             self.seed_note = f"At a temperature of {self.temperature:g}, many numbers make the same picture"
+
+    def things_undrawable(self, prompt: str) -> list[str]:
+        """Words of a prompt for things that the model cannot draw, if its `known_objects` tell."""
+        return self.model.undrawable([prompt])
 
     def draw(self, request: Request, callback: Callable[..., None]) -> Image.Image:
         """Draws an image of a prompt, or of none."""

@@ -163,8 +163,7 @@ def write_photograph_graphs(model: SVQVAE, folder: Path) -> str:
 def save_stored_in_float16(graph: onnx.ModelProto, path: Path) -> None:
     """Writes a graph with its weights in float16."""
     store_in_float16(graph)
-    if graph.ByteSize() > MAX_BYTES:
-        check_size(graph.ByteSize())
+    check_size(graph.ByteSize())
     onnx.save(graph, path)
 
 

@@ -107,19 +107,20 @@ def extract_runtime(archives: Path, folder: Path) -> None:
     """Writes the files that the page needs to a new folder."""
     folder.mkdir()
     for package in PACKAGES:
-        with tarfile.open(archives / package.archive) as archive:
-            for name in package.files:
-                member = archive.extractfile(name)
-                if member is None:
-                    raise ValueError(f"`{package.archive}` must have the file `{name}`, but has not.")
-                target = folder / Path(name).name
-                target.write_bytes(member.read())
+        for name in package.files:
+            target = folder / Path(name).name
+            target.write_bytes(read_member(archives / package.archive, name))
 
 
 def tokenizers_license(archives: Path) -> str:
     """Licence text of the library of tokenizers."""
-    with tarfile.open(archives / TOKENIZERS.archive) as archive:
-        content = archive.extractfile("package/LICENSE")
-        if content is None:
-            raise ValueError(f"`{TOKENIZERS.archive}` must have a licence, but has not.")
-        return content.read().decode()
+    return read_member(archives / TOKENIZERS.archive, "package/LICENSE").decode()
+
+
+def read_member(archive_path: Path, name: str) -> bytes:
+    """Content of a file in an archive."""
+    with tarfile.open(archive_path) as archive:
+        member = archive.extractfile(name)
+        if member is None:
+            raise ValueError(f"`{archive_path.name}` must have the file `{name}`, but has not.")
+        return member.read()

@@ -85,7 +85,7 @@ class Scene:
     @property
     def held_out(self) -> bool:
         """Whether the scene shows a held-out pair of objects."""
-        return frozenset(name for _, name in self.objects) in HELD_OUT_PAIRS
+        return frozenset(self.names) in HELD_OUT_PAIRS
 
     @property
     def kind(self) -> str:

@@ -1,7 +1,7 @@
 // Runs the graphs. The page stays responsive, because all of this happens in a worker.
 //
 // It takes { job, kind: "draw" or "photograph", ... } and posts { job, kind, ... } back: "progress" while files load,
-// "row" after each row of a drawing, "encoded" after a photograph's ids, "done", or "error" with a sentence.
+// "row" after each row of a drawing, "done", or "error" with a sentence.
 import * as ort from "./runtime/ort.wasm.bundle.min.mjs";
 import { Tokenizer } from "./runtime/tokenizers.min.mjs";
 
