@@ -16,10 +16,9 @@ from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
 from svqvae_hf.data.selection import Selection
 from svqvae_hf.data.set_errors import explained_set
 from svqvae_hf.data.set_files import METADATA_FILES
-from svqvae_hf.data.tables import check_classes, select_columns
+from svqvae_hf.data.tables import check_classes, is_table, select_columns
 from svqvae_hf.untrusted.set_rows import confine_row
 
-TABLE_SUFFIXES = (".parquet", ".arrow")
 SET_NAME = r"\w[\w.-]*(/[\w.-]+)?"  # on the Hub, also sets without an owner
 
 
@@ -69,7 +68,8 @@ class StreamPart:
             self._check_classes(self.table)
         try:
             shard = self.rows.shard(self.rows.num_shards, self.number)
-            # Batches of one row, because iteration over rows would share them among the workers of a loader.
+            # `iter` over batches of one row yields all rows to each worker of a loader. Iteration over `shard` itself
+            # would share them among the workers.
             for index, batch in enumerate(shard.iter(batch_size=1)):
                 row = {name: values[0] for name, values in batch.items()}
                 image = row.pop(self.image_column)
@@ -79,6 +79,7 @@ class StreamPart:
         except (ValueError, OSError, pa.ArrowException) as error:
             if is_unreachable(error, is_remote=self.repository is not None):
                 raise
+            # The content of the file is damaged. One row stands for what cannot be read, so that it is counted.
             reason = fault_of(error).removesuffix(".")
             other_columns = [name for name in self.rows.features if name != self.image_column]
             yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", other_columns)
@@ -173,18 +174,28 @@ def open_stream(files: RepositoryFiles, name: str, selection: Selection) -> Open
     rows = rows.decode(False)  # otherwise a broken image of a folder on the Hub ends the stream
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     rows = rows.select_columns([image_column, *column_names])
+    parts = _parts_of_stream(rows, image_column, files, name, has_labels=bool(column_names))
+    return OpenedStream(parts, image_column, features, length)
+
+
+def _parts_of_stream(
+    rows: datasets.IterableDataset, image_column: str, files: RepositoryFiles, set_name: str, has_labels: bool
+) -> list[StreamPart]:
+    """A part for each shard of a stream, with the name of the set if it is not known which file the shard is."""
     paths = files.paths()
-    has_shard_per_file = rows.num_shards == len(paths)
+    has_file_per_shard = rows.num_shards == len(paths)
     parts = []
     for number in range(rows.num_shards):
-        part = StreamPart(rows, image_column, files.root, files.builder.repo_id, name, number, table=None)
-        if has_shard_per_file:
+        part_name = set_name
+        table = None
+        if has_file_per_shard:
             path = paths[number]
-            part.name = os.path.basename(path)
-            if column_names and path.endswith(TABLE_SUFFIXES):  # columns of labels or captions
-                part.table = path
-        parts.append(part)
-    return OpenedStream(parts, image_column, features, length)
+            part_name = os.path.basename(path)
+            if has_labels and is_table(path):
+                table = path
+        repository = files.builder.repo_id
+        parts.append(StreamPart(rows, image_column, files.root, repository, part_name, number, table))
+    return parts
 
 
 def _known_length(rows: datasets.IterableDataset, split: str) -> int | None:

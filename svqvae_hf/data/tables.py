@@ -19,6 +19,8 @@ from svqvae_hf.data.set_errors import explained_set
 from svqvae_hf.untrusted.set_rows import confine_row
 
 ARROW_MAGIC = b"ARROW1"  # of the format for files
+PARQUET_SUFFIXES = (".parquet", ".geoparquet", ".gpq")  # `datasets` reads all of them as Parquet
+ARROW_SUFFIX = ".arrow"
 ROWS_AT_A_TIME = 16  # that are in memory together, with their images
 
 
@@ -66,14 +68,15 @@ class TablePart:
 
     def check_schema(self, schema: pa.Schema) -> None:
         """Raises ValueError if a file has other columns than the first one, or other classes."""
-        features = datasets.Features.from_arrow_schema(schema)
+        features_of_file = datasets.Features.from_arrow_schema(schema)
         for name in (self.image_column, *self.features):
-            if name not in features:
+            if name not in features_of_file:
                 raise ValueError(f"all files of a set must have the column `{name}`, but `{self.path}` has none.")
         for name, feature in self.features.items():
-            has_classes = isinstance(feature, datasets.ClassLabel) or isinstance(features[name], datasets.ClassLabel)
-            if has_classes and features[name] != feature:
-                raise _other_classes(self.path, name, features[name], feature)
+            feature_of_file = features_of_file[name]
+            has_classes = isinstance(feature, datasets.ClassLabel) or isinstance(feature_of_file, datasets.ClassLabel)
+            if has_classes and feature_of_file != feature:
+                raise _other_classes(self.path, name, feature_of_file, feature)
 
     def _image_row(self, index: int, row: dict[str, Any]) -> ImageRow:
         """Row of an image, from the row of the file with this index."""
@@ -201,9 +204,14 @@ def _source(value: Any) -> Mapping[str, Any] | None:
     return value
 
 
+def is_table(path: str) -> bool:
+    """Whether a file is Parquet or Arrow, by its name."""
+    return _is_parquet(path) or path.lower().endswith(ARROW_SUFFIX)
+
+
 def _is_parquet(path: str) -> bool:
-    """Whether a file is Parquet, and not Arrow, by its name."""
-    return path.lower().endswith(".parquet")
+    """Whether a file is Parquet, by its name."""
+    return path.lower().endswith(PARQUET_SUFFIXES)
 
 
 def _read_schema(path: str, file: BinaryIO) -> pa.Schema:

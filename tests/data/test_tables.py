@@ -8,6 +8,7 @@ from numbered_images import encode, numbered, write_tar
 
 from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.data.tables import is_table
 
 pytestmark = pytest.mark.usefixtures("cache")
 PLAIN = {"write_page_checksum": True, "write_statistics": False, "compression": "none", "use_dictionary": False}
@@ -47,12 +48,20 @@ dataset_info:
 """
 
 
-def test_files_of_a_repository_with_other_classes_are_an_error(tmp_path):
-    make_rows([0, 1]).to_parquet(tmp_path / "0.parquet")
-    make_rows([2, 3], ["b", "a"]).to_parquet(tmp_path / "1.parquet")
-    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*.parquet'\n---\n")
-    with pytest.raises(ValueError, match="same classes in the same order, but `label` of `.*1.parquet` is Class"):
+@pytest.mark.parametrize("suffix", ["parquet", "gpq", "geoparquet"])
+def test_files_of_a_repository_with_other_classes_are_an_error(tmp_path, suffix):
+    make_rows([0, 1]).to_parquet(tmp_path / f"0.{suffix}")
+    make_rows([2, 3], ["b", "a"]).to_parquet(tmp_path / f"1.{suffix}")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: '*.{suffix}'\n---\n")
+    with pytest.raises(ValueError, match=f"same classes in the same order, but `label` of `.*1.{suffix}` is Class"):
         list(open_images([str(tmp_path)]))
+
+
+def test_suffixes_of_tables_are_read_in_any_case():
+    assert is_table("train.parquet")
+    assert is_table("TRAIN.PARQUET")
+    assert is_table("train.Arrow")
+    assert not is_table("train.jpg")
 
 
 READ = """
