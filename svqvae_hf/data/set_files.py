@@ -13,7 +13,7 @@ from svqvae_files.errors import explained
 from svqvae_files.file_names import ARCHIVE_SUFFIXES
 from svqvae_files.identity import InputIdentity
 from svqvae_files.inputs import expand_braces, is_url, readable, walk_files
-from svqvae_hf.data.splits import choose_folder, choose_shards, choose_split
+from svqvae_hf.data.splits import check_no_split, choose_folder, choose_shards
 from svqvae_hf.data.tar_files import TAR_SUFFIXES
 from svqvae_hf.models.image_files import IMAGE_SUFFIXES
 
@@ -115,17 +115,18 @@ def find_files(names: Sequence[str], split: str | None) -> SetFiles:
     for name in names:
         listings.extend(_list_name(name))
     kind = _kind_of_all(listings)
+    holds_images = kind == "image"  # otherwise shards
     sets = []
     named_files: list[SetFile] = []
     for listing in listings:
         if listing.folder is None:
             named_files += listing.files
-        elif kind == "image":
+        elif holds_images:
             sets.append(_images_of_split(listing, listing.folder, split))
         else:
             sets.append(_shards_of_split(listing, listing.folder, kind, split))
     if named_files:
-        choose_split(names[0], ["train"], split)  # raises for any other split, because these files have none
+        check_no_split(names[0], split)
         sets.append(_named_files(names[0], named_files, kind))
     _check_metadata(sets)
     if len(sets) == 1:
@@ -134,12 +135,11 @@ def find_files(names: Sequence[str], split: str | None) -> SetFiles:
 
 
 def _check_metadata(sets: Sequence[SetFiles]) -> None:
-    """Raises if captions or labels would be ignored."""
+    """Raises if captions or labels would be ignored, because they are read only of one local folder of images."""
     for files in sets:
-        if not files.metadata or files.kind != "image":
-            continue
-        is_read = len(sets) == 1 and not files.is_remote
-        if not is_read:
+        has_captions = files.kind == "image" and files.metadata
+        are_read = len(sets) == 1 and not files.is_remote
+        if has_captions and not are_read:
             raise ValueError(
                 f"`{files.root}` has a metadata file, for images of one local folder. Pass a pattern without it."
             )
@@ -188,17 +188,17 @@ class _Listing:
             self.unread.append(file.path)
 
     def finish(self) -> None:
-        """Warns of images that are left out. Raises FileNotFoundError if the folder has no others."""
-        if self.files and not self.unread:
-            return
+        """Warns of images in formats that are not read. Raises FileNotFoundError if the folder has no others."""
+        advice = "Pass images, shards or a folder of them, or a set on the Hub."
         if self.unread:
             example = readable(self.unread[0])
-            note = f"`{self.name}` has {len(self.unread):,} images in formats that are not read, such as `{example}`."
-        else:
-            note = "Pass images, shards or a folder of them, or a set on the Hub."
+            advice = (
+                f"`{self.name}` has {len(self.unread):,} images in formats that are not read, such as `{example}`."
+            )
         if not self.files:
-            raise FileNotFoundError(f"a set must hold images, but the folder has none: `{self.name}`. {note}")
-        logger.warning(f"{note} They are left out. Convert them to JPEG or PNG to have them read.")
+            raise FileNotFoundError(f"a set must hold images, but the folder has none: `{self.name}`. {advice}")
+        if self.unread:
+            logger.warning(f"{advice} They are left out. Convert them to JPEG or PNG to have them read.")
 
 
 def _list_name(name: str) -> list[_Listing]:
@@ -251,13 +251,15 @@ def _list_url(url: str) -> _Listing:
     folder = None
     with explained(url, "read"):
         file_system, path = _open_file_system(url)
-        if glob.has_magic(path) and not file_system.exists(path):
+        is_pattern = glob.has_magic(path) and not file_system.exists(path)
+        has_suffix_of_file = kind_of(path) is not None  # such as `.jpg`; saves the request that `isdir` makes
+        if is_pattern:
             infos = file_system.glob(path, detail=True)
-        elif kind_of(path) is None and file_system.isdir(path):
+        elif not has_suffix_of_file and file_system.isdir(path):
             folder = file_system.unstrip_protocol(path.rstrip("/"))
             infos = file_system.find(path, detail=True)
         else:
-            infos = _info_of_file(file_system, path)
+            infos = _infos_of_file(file_system, path)
     files = _files_of_infos(file_system, infos)
     if folder is not None:
         return _listing_of_folder(url, folder, files)
@@ -274,8 +276,8 @@ def _open_file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise ValueError(f"`{url}` cannot be reached: {str(error).removesuffix('.')}.") from error
 
 
-def _info_of_file(file_system: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
-    """Facts about a file by its path; empty if there is no such file."""
+def _infos_of_file(file_system: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+    """A mapping from the path of a file to what the file system tells about it; empty if there is no such file."""
     if path.startswith("http"):  # web servers rarely list folders
         return {path: file_system.info(path)}
     # One listing of the folder serves all shards of a set. `info` would take a request for each.
@@ -333,8 +335,8 @@ def _images_of_split(listing: _Listing, folder: str, split: str | None) -> SetFi
         return SetFiles(listing.name, folder, listing.files, folders, "image", listing.metadata)
     root = f"{folder}/{subfolder}"
     for file in listing.metadata:
-        is_above_split = root.startswith(os.path.dirname(file.path) + "/")
-        if is_above_split:
+        folder_of_metadata = os.path.dirname(file.path)
+        if _is_below(root, folder_of_metadata):
             raise ValueError(f"metadata of `{folder}` must lie in the folders of its splits, not above them.")
     images = _files_below(root, listing.files)
     metadata = _files_below(root, listing.metadata)
@@ -360,19 +362,29 @@ def kind_of(name: str) -> str | None:
 
 
 def _kind_of_all(listings: Sequence[_Listing]) -> str:
-    """The kind of all files. A file with an unknown suffix is an image, because only a user can have named it."""
+    """The kind of all files. Raises ValueError if they are of several kinds, or archives."""
     kinds = set()
     for listing in listings:
         for file in listing.files:
-            if file.path.lower().endswith(ARCHIVE_SUFFIXES):
-                raise ValueError(f"`{file.path}` must be unpacked first, because zip files are not read.")
-            kinds.add(kind_of(file.path) or "image")
+            _check_unpacked(file.path)
+            kind = kind_of(file.path)
+            if kind is None:  # The user passed this file itself. Folders are searched for known suffixes only.
+                kind = "image"
+            kinds.add(kind)
     if len(kinds) > 1:
         listed = " and ".join(sorted(_plural(kind) for kind in kinds))
         raise ValueError(
             f"files of a set must be of one kind, but are {listed}. Choose some by a pattern such as `photos/*.jpg`."
         )
     return kinds.pop()
+
+
+def _check_unpacked(path: str) -> None:
+    """Raises ValueError for an archive, other than a tar file."""
+    for suffix in ARCHIVE_SUFFIXES:
+        if path.lower().endswith(suffix):
+            kind = suffix.removeprefix(".")
+            raise ValueError(f"`{path}` must be unpacked first, because {kind} files are not read.")
 
 
 def _plural(kind: str) -> str:
@@ -385,7 +397,12 @@ def _plural(kind: str) -> str:
 
 def _files_below(folder: str, files: Sequence[SetFile]) -> list[SetFile]:
     """Files in a folder and its subfolders."""
-    return [file for file in files if file.path.startswith(f"{folder}/")]
+    return [file for file in files if _is_below(file.path, folder)]
+
+
+def _is_below(path: str, folder: str) -> bool:
+    """Whether a file or folder lies in a folder or in its subfolders."""
+    return path.startswith(f"{folder}/")
 
 
 def _key(root: str, file: SetFile) -> str:

@@ -33,6 +33,16 @@ def choose_split(name: str, splits: Sequence[str], split: str | None, remedy: st
     return split or splits[0]
 
 
+def check_no_split(name: str, split: str | None) -> None:
+    """Raises ValueError if a split is asked for in a set without splits, all of whose images are of `train`.
+
+    Args:
+        name (`str`): Name of the set, for the error.
+        split (`str`, *optional*): Split that is asked for.
+    """
+    choose_split(name, ["train"], split)
+
+
 def choose_folder(folder: str, keys: Iterable[str], split: str | None) -> str:
     """Chooses the subfolder of a split in a folder of images.
 
@@ -52,7 +62,7 @@ def choose_folder(folder: str, keys: Iterable[str], split: str | None) -> str:
     """
     folders = _find_split_folders(keys)
     if not folders.are_splits():
-        choose_split(folder, ["train"], split)
+        check_no_split(folder, split)
         return ""
     listed = ", ".join(folders.paths)
     example = f"{folder}/{folders.paths[0]}"
@@ -113,7 +123,7 @@ def _find_split_folders(keys: Iterable[str]) -> _SplitFolders:
 
 
 def choose_shards(name: str, folder: str, keys: Sequence[str], split: str | None) -> list[str]:
-    """Chooses the shards of a split in a folder of shards, by the first such word in their paths.
+    """Chooses the shards of a split in a folder of shards, by the first word in their paths that stands for a split.
 
     Args:
         name (`str`): Name of the set, for errors.
@@ -136,8 +146,9 @@ def choose_shards(name: str, folder: str, keys: Sequence[str], split: str | None
         else:
             keys_of_split[shard_split].append(key)
     splits = sorted(keys_of_split)
-    if splits in ([], ["train"]):  # then all shards are of the split `train`
-        choose_split(name, ["train"], split)
+    all_are_of_train = splits in ([], ["train"])
+    if all_are_of_train:
+        check_no_split(name, split)
         return list(keys)
     if keys_without_split:
         raise ValueError(
@@ -160,7 +171,7 @@ def split_of_name(name: str) -> str | None:
 
 
 def _split_of_path(key: str) -> str | None:
-    """Split that the first such word in a path stands for."""
+    """Split that a word in a path stands for; the first one, if several words do."""
     for part in key.split("/"):
         split = split_of_name(part)
         if split is not None:

@@ -93,6 +93,14 @@ def test_zip_files_must_be_unpacked_first(tmp_path, prefix):
             open_images([f"{prefix}{tmp_path}/{name}"])
 
 
+@pytest.mark.parametrize("kind", ["rar", "7z"])
+def test_the_error_of_an_archive_names_its_kind(tmp_path, kind):
+    archive = tmp_path / f"packed.{kind.upper()}"
+    archive.touch()
+    with pytest.raises(ValueError, match=rf"packed.{kind.upper()}` must be unpacked first, because {kind} files are"):
+        open_images([str(archive)])
+
+
 @pytest.mark.parametrize("prefix", ["", "file://"])
 def test_results_must_lie_outside_the_set(tmp_path, prefix):
     save(numbered(0), tmp_path / "photos" / "0.png")
