@@ -43,8 +43,8 @@ def copy_images(parts: Sequence[ImagePart], features: datasets.Features, fingerp
     image = {"path": text, "bytes": datasets.Value("binary"), "fault": text}
     columns = datasets.Features({KEY: text, IMAGE: image, **features})
     copy_fingerprint = value_digest([fingerprint, str(columns)])[:16]
-    arguments = {"parts": tuple(parts)}  # of `_rows`
-    rows = datasets.Dataset.from_generator(_rows, columns, gen_kwargs=arguments, fingerprint=copy_fingerprint)
+    arguments_of_rows = {"parts": tuple(parts)}
+    rows = datasets.Dataset.from_generator(_rows, columns, gen_kwargs=arguments_of_rows, fingerprint=copy_fingerprint)
     return CopiedRows(rows)
 
 

@@ -15,7 +15,8 @@ from svqvae_files.inputs import readable
 from svqvae_hf.data.image_rows import ImageRow
 from svqvae_hf.data.metadata import ImageTable
 
-NOT_PART_OF_A_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"  # repository and revision on the Hub, or an archive
+# Starts of paths that keys lack: `hf://datasets/org/set@main/` of a file on the Hub, `zip://` of one in an archive.
+START_BEFORE_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"
 
 
 class ImagePart(Protocol):
@@ -63,10 +64,11 @@ class FileRows(IndexedRows):
         encoded_keys = [os.fsencode(key) for key in keys]
         self.keys = pa.array(encoded_keys, pa.binary())  # small, because it is copied to workers
         self.features = datasets.Features()
+        self.labels: np.ndarray | None = None
         folder_names = [readable(folder) for folder in folders]
         class_names = sorted(set(folder_names))
-        has_classes = class_names != ["."]  # the root itself
-        if has_classes:
+        all_lie_in_root = class_names == ["."]
+        if not all_lie_in_root:
             label_type = datasets.ClassLabel(names=class_names)
             self.labels = np.array(label_type.str2int(folder_names), np.int32)
             self.features["label"] = label_type
@@ -77,7 +79,7 @@ class FileRows(IndexedRows):
     def __getitem__(self, index: int) -> ImageRow:
         key = os.fsdecode(self.keys[index].as_py())
         values = {}
-        if self.features:
+        if self.labels is not None:
             values["label"] = int(self.labels[index])
         return file_row(self.root, key, values)
 
@@ -160,8 +162,9 @@ def row_key(source: Any, root: str, default: str) -> str:
     """
     if not isinstance(source, Mapping) or not source["path"]:
         return default
-    path_in_archive, _, _ = source["path"].partition("::")  # of `path::archive`, or the whole path
-    key = re.sub(NOT_PART_OF_A_KEY, "", path_in_archive)
+    # An image in an archive has a path such as `zip://cats/1.png::/data/photos.zip`. Its key is `cats/1.png`.
+    path, _, _ = source["path"].partition("::")
+    key = re.sub(START_BEFORE_KEY, "", path)
     if os.path.isabs(key):
         return os.path.relpath(key, root)
     return key

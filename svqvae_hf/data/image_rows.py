@@ -3,7 +3,7 @@
 import io
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -11,8 +11,8 @@ from zipfile import BadZipFile
 import fsspec
 from PIL import Image
 
-from svqvae_files.errors import explained
 from svqvae_files.inputs import is_url
+from svqvae_hf.data.opened_files import opened_file
 from svqvae_hf.models.image_files import load_image, to_rgb
 from svqvae_hf.untrusted.tars import MAX_MEMBER_BYTES
 
@@ -34,6 +34,16 @@ class ImageRow(NamedTuple):
     key: str
     source: ImageSource
     values: dict[str, Any]
+
+
+def all_columns(rows: Iterable[Iterable[str]]) -> list[str]:
+    """Names of the columns that rows have, each once, in the order in which the rows name them."""
+    names: list[str] = []
+    for row in rows:
+        for name in row:
+            if name not in names:
+                names.append(name)
+    return names
 
 
 def check_columns(columns: Sequence[str], names: Sequence[str]) -> None:
@@ -72,24 +82,39 @@ def read_image(source: ImageSource | ImageRow) -> Image.Image:
         return to_rgb(source)
     if isinstance(source, str | Path):
         return load_image(source)
-    fields = {} if source is None else source
-    if fields.get("fault"):
-        raise ValueError(fields["fault"])
-    if fields.get("bytes") is not None:
-        content = fields["bytes"]
-    elif fields.get("path") is not None:
-        content = read_bytes(fields["path"])
-    else:
-        raise ValueError("the row must hold an image, with `bytes` or a `path`, but has neither.")
+    if source is None:  # an empty cell of a table
+        source = {}
+    content = _encoded_image(source)
     return load_image(io.BytesIO(content))
 
 
+def _encoded_image(row: Mapping[str, Any]) -> bytes:
+    """Bytes of the image file that an undecoded row of `datasets` holds or names."""
+    if row.get("fault"):  # such as the path of a file outside the set, in a row on the Hub
+        raise ValueError(row["fault"])
+    if row.get("bytes") is not None:
+        return row["bytes"]
+    if row.get("path") is not None:
+        return read_bytes(row["path"])
+    raise ValueError("the row must hold an image, with `bytes` or a `path`, but has neither.")
+
+
 def read_bytes(path: str) -> bytes:
-    """Reads a file of this machine, or at a URL."""
+    """Reads an image file.
+
+    Args:
+        path (`str`): Path on this machine, or URL for `fsspec`. A file in a zip archive has a URL such as
+            `zip://cats/1.png::/data/photos.zip`.
+
+    Raises:
+        OSError: The file cannot be opened.
+        ValueError: It is not a regular file, is too large, or lies in a damaged archive.
+    """
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
         raise ValueError("it must be a file, but is something else.")
     try:
-        content = _read_start(path)
+        # One byte more than an image may have shows that the file is too large.
+        content = _read_at_most(path, MAX_MEMBER_BYTES + 1)
     except (BadZipFile, zlib.error) as error:
         raise ValueError(f"its archive is damaged: {error}.") from error
     if len(content) > MAX_MEMBER_BYTES:
@@ -97,17 +122,14 @@ def read_bytes(path: str) -> bytes:
     return content
 
 
-def _read_start(path: str) -> bytes:
-    """Reads a file up to one byte more than an image may have, which shows that it has more."""
-    num_bytes = MAX_MEMBER_BYTES + 1
-    is_in_local_archive = "::/" in path
-    if not is_url(path):
-        with open(path, "rb") as file:
-            return file.read(num_bytes)
+def _read_at_most(path: str, num_bytes: int) -> bytes:
+    """Reads a file, or its first bytes if it has more."""
+    is_in_local_archive = is_url(path) and "::/" in path
     if is_in_local_archive:
+        # The errors of `opened_file` name the URL, which holds the path of the archive on this machine.
         with fsspec.open(path, "rb") as file:
             return file.read(num_bytes)
-    with explained(path, "read"), fsspec.open(path, "rb") as file:
+    with opened_file(path) as file:
         return file.read(num_bytes)
 
 

@@ -17,7 +17,7 @@ from svqvae_hf.data.image_parts import CaptionedRows, FileRows, FirstRows, Image
 from svqvae_hf.data.image_rows import ImageRow
 from svqvae_hf.data.metadata import read_metadata
 from svqvae_hf.data.repositories import RepositoryFiles, has_configs, is_hub_set, open_stream
-from svqvae_hf.data.selection import Selection
+from svqvae_hf.data.selection import IMAGE_COLUMN, Selection
 from svqvae_hf.data.set_errors import explained_set
 from svqvae_hf.data.set_files import InputFiles, SetFiles, find_files
 from svqvae_hf.data.splits import choose_split
@@ -54,7 +54,7 @@ class ImageSet:
 
     @property
     def rows(self) -> IndexedRows | None:
-        """All images, if there is random access to them."""
+        """All images, if there is random access to them; `None` for a stream."""
         part = self.parts[0]
         if isinstance(part, IndexedRows):
             return part
@@ -68,21 +68,23 @@ class ImageSet:
     @property
     def fingerprint(self) -> str:
         """Digest of the set: all its files, its columns with their types and classes, and the number of images."""
-        columns = [f"images: {self.image_column}", f"first: {self.first_images}"]
+        description = [f"images: {self.image_column}", f"first: {self.first_images}"]
         class_names = []
-        for name, feature in self.features.items():
-            columns.append(f"{name}: {feature}")
+        for column, feature in self.features.items():
+            description.append(f"{column}: {feature}")
             if isinstance(feature, datasets.ClassLabel):
                 class_names += feature.names
-        return set_digest(self.files.inputs(), columns, class_names)
+        return set_digest(self.files.inputs(), description, class_names)
 
     def first(self, count: int) -> "ImageSet":
         """Returns the set of the first images, as one part."""
         if count < 1:
             raise ValueError(f"`max_images` must be at least 1, got {count}.")
-        length = count if self.length is None else min(count, self.length)
+        length = count
+        if self.length is not None:
+            length = min(count, self.length)
         part: ImagePart
-        if self.rows is None:
+        if self.rows is None:  # a stream, which is read from its start and may end before `count`
             part = FirstRows(self, count)
         else:
             part = RowRange(self.rows, 0, length)
@@ -155,7 +157,8 @@ def open_images(
         images = _open_repository(data[0], selection)
     else:
         images = _open_files(data, selection)
-    if copy and images.rows is None:
+    is_stream = images.rows is None
+    if copy and is_stream:
         images = _copy(images, data[0])
     if max_images is not None:
         images = images.first(max_images)
@@ -206,7 +209,7 @@ def _open_files(names: Sequence[str], selection: Selection) -> ImageSet:
 def _open_images(files: SetFiles, selection: Selection) -> ImageSet:
     """Opens image files, whose labels are the names of their folders."""
     rows = FileRows(files.root, files.keys(), files.folders)
-    selection.check_columns(["image", *rows.features])
+    selection.check_columns([IMAGE_COLUMN, *rows.features])
     return ImageSet([rows], rows.features, files, length=len(rows))
 
 
@@ -214,7 +217,7 @@ def _open_captioned_images(files: SetFiles, selection: Selection) -> ImageSet:
     """Opens image files whose captions and labels lie in metadata files."""
     metadata_paths = [file.path for file in files.metadata]
     table = read_metadata(metadata_paths, files.root)
-    selection.check_columns(["image", *table.features])
+    selection.check_columns([IMAGE_COLUMN, *table.features])
     features = datasets.Features()
     for column, feature in table.features.items():
         if selection.keeps(column):
@@ -242,10 +245,13 @@ def _open_repository(name: str, selection: Selection) -> ImageSet:
     """Opens a set on the Hub, or a folder with the files of one."""
     with explained_set(name):
         builder = datasets.load_dataset_builder(name, selection.config)
-        if builder.config.data_files is None:
+        has_only_cached_rows = builder.config.data_files is None
+        if has_only_cached_rows:
             raise OSError("the Hub cannot be reached, and the cache has the rows of the set, but not their files")
     splits = [str(split) for split in builder.config.data_files]
-    files = RepositoryFiles(builder, choose_split(name, splits, selection.split), os.path.abspath(name))
+    split = choose_split(name, splits, selection.split)
+    root = os.path.abspath(name)  # for a folder; the files of a set on the Hub have URLs, which lie in no folder
+    files = RepositoryFiles(builder, split, root)
     files.check_order()
     if files.are_tars:
         return _open_tars(files, selection)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from svqvae_files.errors import explained
 from svqvae_files.json_files import parse_json_object
+from svqvae_hf.data.image_rows import all_columns
 
 FILE_NAME = "file_name"  # column of the images, relative to the folder of the metadata file
 EMPTY = datasets.Value("null")  # type of a column whose cells are all empty
@@ -52,19 +53,20 @@ def read_metadata(files: Sequence[str], root: str) -> ImageTable:
         table = _read_table(file)
         keys += _keys_of_images(table, file, root)
         table = table.drop_columns([FILE_NAME])
-        _add_types(features, table.schema, file)
+        _add_types_to(features, table.schema, file)
         tables.append(table)
     values = pa.concat_tables(tables, promote_options="default")
     for column in values.column_names:
-        if column not in features:
+        is_empty_in_all_files = column not in features
+        if is_empty_in_all_files:
             features[column] = EMPTY
     return ImageTable(keys, values, features)
 
 
-def _add_types(features: datasets.Features, schema: pa.Schema, file: str) -> None:
+def _add_types_to(features: datasets.Features, schema: pa.Schema, file: str) -> None:
     """Adds the types of a file's columns. Raises ValueError if a file before has a column of another type.
 
-    A column of empty cells has no type yet.
+    A column whose cells are all empty in this file is not added, because another file may tell its type.
     """
     for column, feature in datasets.Features.from_arrow_schema(schema).items():
         if feature == EMPTY:
@@ -130,13 +132,8 @@ def _read_json_lines(file: str) -> pa.Table:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 rows.append(parse_json_object(line, f"{file}, line {number}"))
-    names: list[str] = []  # of the columns, in the order in which the rows name them
-    for row in rows:
-        for name in row:
-            if name not in names:
-                names.append(name)
     columns = {}
-    for name in names:
+    for name in all_columns(rows):
         columns[name] = [row.get(name) for row in rows]
     return pa.table(columns)
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from svqvae_hf.data.image_rows import LABEL_COLUMNS, check_columns
 
+IMAGE_COLUMN = "image"  # name of the images in a set of image files, which has no columns of its own
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -34,5 +36,5 @@ class Selection:
 
     def check_image_column(self, set_name: str) -> None:
         """Raises ValueError if a column of images is named for a set of image files, which has no other."""
-        if self.image_column not in (None, "image"):
+        if self.image_column not in (None, IMAGE_COLUMN):
             raise ValueError(f"--image-column is for sets that have columns, but `{set_name}` holds images.")

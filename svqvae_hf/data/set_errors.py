@@ -20,7 +20,10 @@ def explained_set(name: str, kind: str = "image") -> Iterator[None]:
         cause: BaseException = error
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
             cause = error.__cause__
-        reason = " ".join(str(cause).split()).removesuffix(".") or type(error).__name__
+        words_of_reason = str(cause).split()
+        reason = " ".join(words_of_reason).removesuffix(".")
+        if not reason:
+            reason = type(error).__name__
         message = f"the {kind} set `{name}` cannot be opened: {reason}."
         if isinstance(error, OSError):
             raise OSError(message) from error

@@ -7,15 +7,16 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from lzma import LZMAError
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import datasets
 
 from svqvae_files.errors import is_unreachable
 from svqvae_files.inputs import is_url, readable
-from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, fault_of, unreadable
+from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, all_columns, fault_of, unreadable
 from svqvae_hf.data.opened_files import opened_file
 from svqvae_hf.data.selection import Selection
 from svqvae_hf.models.image_files import IMAGE_SUFFIXES
@@ -90,8 +91,10 @@ class TarPart:
         except TAR_ERRORS as error:
             if is_unreachable(error, is_url(self.path)):
                 raise
-            reason = f"the tar file ends early: {fault_of(error).removesuffix('.')}."
-            yield unreadable(self.name, reason, list(self.features))
+            # The file is damaged. One unreadable row stands for all samples after the damage.
+            cause = fault_of(error).removesuffix(".")
+            fault = f"the tar file ends early: {cause}."
+            yield unreadable(self.name, fault, list(self.features))
 
     def _row(self, sample: Sample) -> ImageRow:
         """Row of a sample's image with its labels. A sample that cannot be read becomes an unreadable row."""
@@ -150,8 +153,9 @@ def open_tars(paths: Sequence[str], selection: Selection) -> list[TarPart]:
         ValueError: No file has a sample, or the samples have no image or several, or no such column.
     """
     samples = _first_samples(paths)
-    suffixes = _suffixes(samples)
+    suffixes = all_columns([sample.members for sample in samples])
     _check_images(samples, suffixes, selection.image_column)
+    # A set may have few labels, so that the first samples lack one that is asked for.
     for column in selection.columns:
         if column in LABEL_COLUMNS and column not in suffixes:
             suffixes.append(column)
@@ -161,16 +165,6 @@ def open_tars(paths: Sequence[str], selection: Selection) -> list[TarPart]:
         if selection.keeps(suffix):
             features[suffix] = _feature_of_labels(suffix, samples)
     return [TarPart(path, features, selection) for path in paths]
-
-
-def _suffixes(samples: Sequence[Sample]) -> list[str]:
-    """Suffixes of all members, each once, in their order."""
-    suffixes: list[str] = []
-    for sample in samples:
-        for suffix in sample.members:
-            if suffix not in suffixes:
-                suffixes.append(suffix)
-    return suffixes
 
 
 def _check_images(samples: Sequence[Sample], suffixes: Sequence[str], image_suffix: str | None) -> None:
@@ -230,34 +224,48 @@ def _read_start(path: str) -> _FileStart:
     return start
 
 
+class _Member(NamedTuple):
+    """A member of a tar file that belongs to a sample.
+
+    Args:
+        sample_name (`str`): Path of the member without its suffix.
+        suffix (`str`): Suffix of the member without a dot.
+        header (`tarfile.TarInfo`): Header of the member.
+    """
+
+    sample_name: str
+    suffix: str
+    header: tarfile.TarInfo
+
+
 def _samples(path: str) -> Iterator[Sample]:
     """Yields the samples of a file. Raises ValueError if the members of one do not stand side by side."""
-    sample: Sample | None = None  # whose members are being read
-    sample_names: set[str] = set()
+    names_before: set[str] = set()
     with _opened_tar(path) as tar:
-        for member in _members(tar):
-            match = MEMBER_NAME.fullmatch(readable(member.name))
-            if match is None or not member.isfile():
-                continue
-            name, suffix = match.groups()
-            if sample is not None and sample.name != name:
-                yield sample
-                sample = None
-            if sample is None:
-                if name in sample_names:
+        for name, members in groupby(_members(tar), key=attrgetter("sample_name")):
+            sample = Sample(name)
+            for member in members:
+                if name in names_before:
                     raise ValueError(
-                        f"the members of a sample must stand side by side, but `{name}.{suffix}` in `{path}` does not "
-                        "follow the others of its name. Pack the file again with `tar --sort=name`."
+                        f"the members of a sample must stand side by side, but `{name}.{member.suffix}` in `{path}` "
+                        "does not follow the others of its name. Pack the file again with `tar --sort=name`."
                     )
-                sample_names.add(name)
-                sample = Sample(name)
-            sample.add(suffix.lower(), read_member(tar, member))
-        if sample is not None:
+                sample.add(member.suffix.lower(), read_member(tar, member.header))
+            names_before.add(name)
             yield sample
         check_end(tar)
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
+    """Yields the files with a suffix, which belong to samples. `tar` can read the content of the last one."""
+    for header in _headers(tar):
+        match = MEMBER_NAME.fullmatch(readable(header.name))
+        if match is not None and header.isfile():
+            sample_name, suffix = match.groups()
+            yield _Member(sample_name, suffix, header)
+
+
+def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Yields the header of each member, after which `tar` can read its content."""
     member = tar.next()
     while member is not None:
