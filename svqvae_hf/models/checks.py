@@ -282,7 +282,8 @@ def check_ids(ids: torch.Tensor, config: Mapping[str, Any], shape: Sequence[int]
     Args:
         ids (`torch.Tensor`): Integers, `(batch, h, w)`, or of any shape if `shape` is given.
         config (`Mapping[str, Any]`): Config of the model.
-        shape (`tuple[int, int, int, int]`, *optional*): `(batch, h, w, codebook_embed_dim)`.
+        shape (`tuple[int, int, int, int]`, *optional*): Shape of the codes that the ids stand for,
+            `(batch, h, w, codebook_embed_dim)`. There must be `batch * h * w` ids.
     """
     if not isinstance(ids, torch.Tensor) or ids.dtype not in INTEGERS:
         is_encoder_output = hasattr(ids, "latents")

@@ -87,11 +87,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         `PIL.Image.Image`: Image of mode `"RGB"`.
 
     Raises:
-        ValueError: If a 16-bit or float image has values outside its range, or a TIFF has them signed, in 12 bits or
-            with white as the lowest.
+        ValueError: If a 16-bit or float image has values outside its range. Or if the image is a grey TIFF whose
+            values are signed, have 12 bits, or count from white.
     """
     _check_values(image)
-    _scale_transparent_value(image)
+    _scale_transparent_value(image)  # changes `image.info`, and must come before the image is decoded
     upright = ImageOps.exif_transpose(image)  # a copy
     is_opaque_rgb = upright.mode == "RGB" and not upright.has_transparency_data
     if is_opaque_rgb:
@@ -140,8 +140,8 @@ def _check_values(image: Image.Image) -> None:
 def _scale_transparent_value(image: Image.Image) -> None:
     """Scales the colour that a PNG declares transparent to 8 bits.
 
-    Pillow scales the pixels of the file when it decodes them, but not this colour, so pixels of the colour would not
-    be found. Call this before the image is decoded.
+    The colour is changed in `image.info`. Pillow scales the pixels of the file when it decodes them, but not this
+    colour, so pixels of the colour would not be found. Call this before the image is decoded.
     """
     if image.format != "PNG":
         return
@@ -149,6 +149,7 @@ def _scale_transparent_value(image: Image.Image) -> None:
     decoder_tiles = getattr(image, "tile", [])  # how Pillow will decode the pixels; empty after decoding
     if colour is None or not decoder_tiles:
         return
+    # How the file stores a pixel, by Pillow's name for it, such as "L;4" for grey of 4 bits
     layout_in_file = decoder_tiles[0].args
     if layout_in_file in PNG_GREY_FACTORS and isinstance(colour, int):
         image.info["transparency"] = colour * PNG_GREY_FACTORS[layout_in_file]
@@ -213,6 +214,8 @@ def _put_on_white(image: Image.Image) -> Image.Image:
 def opened_image(file: BinaryIO, name: str, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     """Opens an image file to decode it. Raises one kind of error, because decoders raise almost any kind.
 
+    The caller decodes the image in its `with` block. Errors of that block become ValueErrors, too.
+
     Args:
         file (binary file object): Open file.
         name (`str`): Name of the file for errors.
@@ -231,7 +234,7 @@ def opened_image(file: BinaryIO, name: str, formats: tuple[str, ...]) -> Iterato
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # raised at half the limit
             with Image.open(file, formats=formats) as image:
                 has_run_lengths = any(tile.codec_name == BMP_RUN_LENGTHS for tile in image.tile)
-                if has_run_lengths:
+                if has_run_lengths:  # a few bytes could decode to any size
                     raise UnidentifiedImageError
                 yield image
     except Image.DecompressionBombError as error:

@@ -196,9 +196,9 @@ def _sizes_of_images(sample: torch.Tensor, image_sizes: Sequence[tuple[int, int]
     sizes = []
     for size in image_sizes:
         sides = np.asarray(size)
-        is_integer = sides.dtype.kind in INTEGER_KINDS
-        is_pair = is_integer and sides.shape == (2,)
-        fits_sample = is_pair and (sides >= 1).all() and (sides <= (height, width)).all()
+        is_pair_of_integers = sides.shape == (2,) and sides.dtype.kind in INTEGER_KINDS
+        # Sides that are no pair of integers cannot be compared with the sample.
+        fits_sample = is_pair_of_integers and 1 <= sides[0] <= height and 1 <= sides[1] <= width
         if not fits_sample:
             raise ValueError(
                 f"`image_sizes` must hold integers (height, width) from 1 to the size of the sample, {height} x "

@@ -196,7 +196,7 @@ class ImageVocabulary:
             rows, columns = self._grid_of(tokens[size_position])
             first_code = size_position + 1
             end_position = first_code + rows * columns
-            ids = self._check_codes(tokens, first_code, rows, columns)
+            ids = self._check_codes(tokens, first_code, rows, columns)  # also of an image that is cut off
             if end_position >= len(tokens):
                 return parts  # the sequence ends before the end token of the image
             parts.append(ids.view(rows, columns))

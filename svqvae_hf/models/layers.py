@@ -86,7 +86,15 @@ class TileContext:
     """Values that all tiles of an image share, and the place of the window that a network runs on.
 
     Every tile is normalised alike and attends to the same positions, wherever it lies. [`WindowSample`] gathers these
-    values.
+    values. A window is a core, which counts, and a margin around it, which the network only reads:
+
+        +-----------------+  window
+        |  margin         |
+        |    +-------+    |
+        |    | core  |    |
+        |    +-------+    |
+        |                 |
+        +-----------------+
 
     Args:
         size (`tuple[int, int]`): Height and width of the window, in latents.
@@ -117,17 +125,20 @@ class TileContext:
         return hidden[..., rows, columns]
 
     def crop(self, hidden: torch.Tensor, margin: int) -> tuple[torch.Tensor, Self]:
-        """Crops features to the core and `margin` positions around it. Returns them with their context.
+        """Crops the features of a window to a smaller window: the core and at most `margin` positions around it.
 
-        A compiled graph keeps one size instead.
+        A compiled graph does not crop, because it needs the same size for every tile.
+
+        Returns:
+            `tuple`: The cropped features, and their context, whose size and core are those of the smaller window.
         """
         if torch.compiler.is_compiling():
             return hidden, self
         rows, columns = self._core_in(hidden)
-        core = Area(rows, columns)
-        window = core.widened(margin, hidden.shape[-2:])
-        cropped = hidden[..., window.rows, window.columns]
-        context = replace(self, size=window.size, core=core.within(window))
+        core = Area(rows, columns)  # in positions of `hidden`
+        smaller_window = core.widened(margin, hidden.shape[-2:])
+        cropped = hidden[..., smaller_window.rows, smaller_window.columns]
+        context = replace(self, size=smaller_window.size, core=core.within(smaller_window))
         return fast_layout(cropped), context
 
     def _core_in(self, hidden: torch.Tensor) -> tuple[slice, slice]:
@@ -230,9 +241,14 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(num_groups, num_channels, eps=NORM_EPS)
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
-        """`(batch, channels, h, w)` -> the same shape."""
-        if torch.is_grad_enabled() and hidden.device.type == "cpu":
-            hidden = hidden.contiguous()  # in channels_last the backward pass takes half of a training step on CPU
+        """`(batch, channels, h, w)` -> the same shape.
+
+        With `shared`, the images are normalised by the moments that all tiles share, instead of by their own.
+        """
+        trains_on_cpu = torch.is_grad_enabled() and hidden.device.type == "cpu"
+        if trains_on_cpu:
+            # The backward pass is slow in the memory format channels_last. It would take half of a training step.
+            hidden = hidden.contiguous()
         if shared is None:
             # `F.group_norm` would raise an error for a 1 x 1 image with one value per group.
             return torch.group_norm(hidden, self.num_groups, self.weight, self.bias, self.eps)
@@ -248,7 +264,8 @@ class GroupNorm(nn.GroupNorm):
         bias = self.bias.to(mean.dtype)
         images = len(mean)
         if images == 1 and not torch.is_grad_enabled():
-            # A fused kernel. It has no gradient for the moments.
+            # With one image, each channel has one mean and one variance, as in batch normalisation. The kernel of
+            # batch normalisation computes all of the lines below at once, but without a gradient for the moments.
             return F.batch_norm(hidden, mean[0], variance[0], weight, bias, eps=self.eps)
         scale = weight * torch.rsqrt(variance + self.eps)  # (images, channels)
         shift = bias - mean * scale
@@ -260,23 +277,32 @@ class GroupNorm(nn.GroupNorm):
 
 
 def pad_edges(hidden: torch.Tensor, shared: TileContext | None, before: int = 1) -> torch.Tensor:
-    """Pads windows `(windows, channels, h, w)` by `before` at the top and left and by 1 at the bottom and right.
+    """Pads windows by `before` at the top and left, and by 1 at the bottom and right.
 
     The padding repeats the edge where a window is cut, and is zero at a border of the image, as without tiles.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(windows, channels, h, w)`): Windows.
+        shared ([`TileContext`], *optional*): Says where the windows are cut; by default nowhere.
+        before (`int`, defaults to 1): 0 or 1.
     """
-    padded = F.pad(hidden, (before, 1, before, 1))
+    padded = F.pad(hidden, (before, 1, before, 1))  # (windows, channels, before + h + 1, before + w + 1)
     if shared is None or shared.cuts is None:
         return padded
-    # Each (windows, 1, 1, 1): 1 where the window is cut, 0 at a border of the image
-    top, bottom, left, right = shared.cuts
-    first_rows = padded[..., before : 2 * before, :]
-    padded[..., :before, :] = first_rows * top
-    last_row = padded[..., -2:-1, :]
-    padded[..., -1:, :] = last_row * bottom
-    first_columns = padded[..., before : 2 * before]
-    padded[..., :before] = first_columns * left
+    # Each is (windows, 1, 1, 1): 1 where the window is cut, so that the product with an edge is the edge, and 0 at a
+    # border of the image, so that the product is zero.
+    cut_at_top, cut_at_bottom, cut_at_left, cut_at_right = shared.cuts
+    if before == 1:
+        first_row = padded[..., 1:2, :]  # of the window, below the row of padding
+        padded[..., 0:1, :] = first_row * cut_at_top
+    last_row = padded[..., -2:-1, :]  # of the window, above the row of padding
+    padded[..., -1:, :] = last_row * cut_at_bottom
+    # The columns come last, and take the padding above and below them along, so that the corners are filled, too.
+    if before == 1:
+        first_column = padded[..., 1:2]
+        padded[..., 0:1] = first_column * cut_at_left
     last_column = padded[..., -2:-1]
-    padded[..., -1:] = last_column * right
+    padded[..., -1:] = last_column * cut_at_right
     return padded
 
 
@@ -316,13 +342,19 @@ class RepeatConv2d(nn.Conv2d):
         kernel = self.summed_kernel()
         if shared is None or shared.cuts is None:
             return F.conv_transpose2d(hidden, kernel, self.bias, stride=2, padding=1)
-        padded = pad_edges(hidden, shared)
-        # In a transposed convolution `padding` crops the result. One padded position makes the result two positions
-        # longer on that side, so two more are cropped.
+        padded = pad_edges(hidden, shared)  # by one position on each side
+        # In a transposed convolution, `padding` is the number of positions that are cropped from each side of the
+        # result. Without tiles it is 1. The padded position of a side adds two positions to the result, because the
+        # stride is 2, and both are cropped as well: 1 + 2 = 3.
         return F.conv_transpose2d(padded, kernel, self.bias, stride=2, padding=3)
 
     def summed_kernel(self) -> torch.Tensor:
-        """Kernel of the transposed convolution, `(in_channels, out_channels, 4, 4)`."""
+        """Kernel of the transposed convolution, `(in_channels, out_channels, 4, 4)`.
+
+        Upsampling makes four pixels of each pixel, and each of the four meets the 3 x 3 kernel. The four kernels lie
+        one position apart, and are summed. They are flipped, because a transposed convolution spreads a pixel over
+        its surroundings, where a convolution gathers them.
+        """
         weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         flipped = weight.flip(-2, -1).transpose(0, 1)  # (in_channels, out_channels, 3, 3)
         flipped = fast_layout(flipped)

@@ -160,7 +160,8 @@ def check_merged(name: str, model: Any) -> None:
     """Raises if a model has an adapter of peft beside its weights, which would be saved under names of its own."""
     if not isinstance(model, torch.nn.Module):
         return
-    has_adapter = any(hasattr(module, "base_layer") for module in model.modules())  # peft keeps the layer under it
+    # A layer of peft keeps the layer that it adapts in its attribute `base_layer`.
+    has_adapter = any(hasattr(module, "base_layer") for module in model.modules())
     if has_adapter:
         raise ValueError(
             f"`{name}` must be saved with its adapter merged, but has one beside its weights. Merge it with "

@@ -42,19 +42,22 @@ class LlamaGenRotaryEmbedding(nn.Module):
             position_ids (`torch.Tensor` of shape `(batch, length)`): Positions, condition tokens included.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Cosines and sines `(batch, length, head_dim)`, float32. Their first
-            half has one angle per pair of neighbouring channels: first by row, then by column. Ernie 4.5 reads only
-            this half, so the second one repeats it.
+            `tuple[torch.Tensor, torch.Tensor]`: Cosines and sines `(batch, length, head_dim)`, float32.
         """
+        # Neighbouring channels form a pair, which is rotated by one angle. The angles of the first half of the pairs
+        # follow the row of an id, the angles of the second half follow its column.
         pairs_per_axis = self.config.head_dim // 4
         exponents = torch.arange(pairs_per_axis, device=x.device, dtype=torch.float32) / pairs_per_axis
-        frequencies = 1 / self.config.rope_parameters["rope_theta"] ** exponents  # (head_dim / 4,)
+        frequencies = 1 / self.config.rope_parameters["rope_theta"] ** exponents  # (pairs per axis,)
         positions_in_image = position_ids[..., None] - self.config.num_condition_tokens  # (batch, length, 1)
         rows = positions_in_image // self.config.grid_size
         columns = positions_in_image % self.config.grid_size
-        angles = torch.cat([rows * frequencies, columns * frequencies], dim=-1)  # (batch, length, head_dim / 2)
-        angles = angles.repeat(1, 1, 2)  # (batch, length, head_dim)
-        is_in_image = positions_in_image >= 0
+        angles_by_row = rows * frequencies  # (batch, length, pairs per axis)
+        angles_by_column = columns * frequencies  # (batch, length, pairs per axis)
+        angles = torch.cat([angles_by_row, angles_by_column], dim=-1)  # (batch, length, pairs)
+        # Ernie 4.5 takes one angle per channel, but reads only the first half. The second half may be anything.
+        angles = torch.cat([angles, angles], dim=-1)  # (batch, length, head_dim)
+        is_in_image = positions_in_image >= 0  # False for condition tokens
         return angles.cos() * is_in_image, angles.sin() * is_in_image
 
 
@@ -200,20 +203,30 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
         )
 
     def _mask_positions(
-        self, attention_mask: torch.Tensor | None, prompt_attention_mask: torch.Tensor | None, tokens: int
+        self, attention_mask: torch.Tensor | None, prompt_attention_mask: torch.Tensor | None, num_tokens: int
     ) -> torch.Tensor | None:
-        """Mask of the caption and of the ids after it, `(batch, num_condition_tokens + ids)`. None if all is seen.
+        """Mask of all positions: of the features of the caption, then of the ids.
 
-        `tokens` is the number of tokens: the condition token, which stands for the whole caption, and the ids.
+        Args:
+            attention_mask (`torch.Tensor` of shape `(batch, 1 + ids)`, *optional*): Mask of the tokens: of the
+                condition token, which stands for the whole caption, and of the ids.
+            prompt_attention_mask (`torch.Tensor` of shape `(batch, num_condition_tokens)`, *optional*): Mask of the
+                features of the caption.
+            num_tokens (`int`): Number of tokens, `1 + ids`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, num_condition_tokens + ids)`: 1 for positions that are seen. `None` if
+            there is no mask, because all positions are seen.
         """
+        if attention_mask is None and prompt_attention_mask is None:
+            return None
         if attention_mask is None:
-            if prompt_attention_mask is None:
-                return None
-            num_ids = tokens - 1
+            num_ids = num_tokens - 1
             return F.pad(prompt_attention_mask, (0, num_ids), value=1)  # all ids are seen
         mask_of_condition = attention_mask[:, :1]
         mask_of_ids = attention_mask[:, 1:]
-        if prompt_attention_mask is None:  # all features are seen if the condition token is
+        if prompt_attention_mask is None:
+            # All features are seen if the condition token is seen.
             prompt_attention_mask = mask_of_condition.expand(-1, self.config.num_condition_tokens)
         return torch.cat([prompt_attention_mask, mask_of_ids], dim=1)
 
@@ -243,6 +256,9 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
     ) -> dict[str, Any]:
         """Chooses the arguments of the next call of `forward` in transformers' `generate`.
 
+        `generate` counts tokens. One token, the condition token, stands for a whole caption, but the caption has
+        `num_condition_tokens` positions. So whatever transformers makes with one entry per token is too short here.
+
         Args:
             input_ids (`torch.Tensor` of shape `(batch, length)`): Tokens.
             inputs_embeds (`torch.Tensor`, *optional*): Embeddings of the first tokens, instead of these.
@@ -252,7 +268,7 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if self.config.caption_dim is None:
             return inputs
-        for name in ("attention_mask", "position_ids"):  # they lack the positions of the caption
+        for name in ("attention_mask", "position_ids"):  # both have one entry per token
             inputs.pop(name, None)
         is_first_call = kwargs.get("is_first_iteration")
         reads_all_tokens_again = not kwargs.get("use_cache", True)
@@ -262,7 +278,7 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
             raise ValueError(MISSING_CAPTIONS)
         inputs["prompt_embeds"] = prompt_embeds
         if isinstance(inputs.get("cache"), StaticCache):
-            # transformers made it as long as the tokens, but a caption has more positions than its one token.
+            # This cache is as long as the tokens, too.
             length = self.config.max_position_embeddings
             inputs["cache"] = StaticCache(config=self.config, max_cache_len=length)
         return inputs

@@ -37,10 +37,10 @@ NORM_EPS = 1e-6
 LENGTH_EPS = 1e-12  # as in `F.normalize`
 MLP_RATIO = 4
 POSITION_PERIOD = 10_000  # of the initial positions
-MAX_LOG_FACTOR = math.log(100)  # of queries
+MAX_LOG_LENGTH = math.log(100)  # of queries
 
 # Factors of FlexVAR's initial weights
-INITIAL_QUERY_FACTOR = 4.0
+INITIAL_QUERY_LENGTH = 4.0
 HEAD_GAIN = 0.02
 MODULATION_GAIN = 0.5
 GATE_GAIN = 1e-3
@@ -77,7 +77,9 @@ class Attention(nn.Module, AttentionModuleMixin):
         super().__init__()
         self.num_heads = num_heads
         self.layer = layer
-        self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(INITIAL_QUERY_FACTOR)))
+        # The names of the parameters are FlexVAR's. The shape of `scale_mul_1H11` is (1, heads, 1, 1), as its name
+        # says. Keys have no bias.
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(INITIAL_QUERY_LENGTH)))
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
@@ -87,17 +89,20 @@ class Attention(nn.Module, AttentionModuleMixin):
     def forward(self, hidden: torch.Tensor, lengths: Sequence[int], cache: DynamicCache | None) -> torch.Tensor:
         """`(batch, tokens, width)` -> the same shape. `lengths` are the numbers of tokens of the scales."""
         query, key, value = self.mat_qkv(hidden).chunk(3, dim=-1)
-        query = self._split_heads(query + self.q_bias)
-        key = self._split_heads(key)
-        value = self._split_heads(value + self.v_bias)
-        query_length = self.scale_mul_1H11.float().clamp(max=MAX_LOG_FACTOR).exp()  # (1, heads, 1, 1)
-        query = set_length(query, query_length)
-        key = set_length(key)
+        query = self._split_heads(query + self.q_bias)  # (batch, heads, tokens, head width)
+        key = self._split_heads(key)  # (batch, heads, tokens, head width)
+        value = self._split_heads(value + self.v_bias)  # (batch, heads, tokens, head width)
+        # The model learns the logarithm of the length of the queries of each head. Keys have length one.
+        log_of_query_length = self.scale_mul_1H11.float().clamp(max=MAX_LOG_LENGTH)  # (1, heads, 1, 1)
+        query = set_length(query, log_of_query_length.exp())
+        key = set_length(key, 1.0)
         if cache is not None:
+            # Returns the keys and values of all tokens so far, `(batch, heads, cached tokens + tokens, head width)`.
             key, value = cache.update(key, value, self.layer)
+        # The attention takes the tokens before the heads.
         query = query.transpose(1, 2)  # (batch, tokens, heads, head width)
-        key = key.transpose(1, 2)  # (batch, cached tokens and tokens, heads, head width)
-        value = value.transpose(1, 2)
+        key = key.transpose(1, 2)  # (batch, cached tokens + tokens, heads, head width)
+        value = value.transpose(1, 2)  # (batch, cached tokens + tokens, heads, head width)
         num_cached = key.shape[1] - query.shape[1]
         # A scale sees all tokens up to its own last one, so no mask is needed.
         num_visible = num_cached
@@ -140,12 +145,19 @@ class NextScaleBlock(nn.Module):
     def forward(
         self, hidden: torch.Tensor, condition: torch.Tensor, lengths: Sequence[int], cache: DynamicCache | None
     ) -> torch.Tensor:
-        """`(batch, tokens, width)` -> the same shape. `condition` `(batch, 1, width)` is the embedded class."""
+        """`(batch, tokens, width)` -> the same shape.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(batch, tokens, width)`): Tokens of the scales.
+            condition (`torch.Tensor` of shape `(batch, 1, width)`): Embedded class.
+            lengths (`Sequence[int]`): Numbers of tokens of the scales.
+            cache ([`~transformers.DynamicCache`], *optional*): Keys and values of the scales before.
+        """
         gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(condition).chunk(6, dim=-1)
         attended = self.attn(modulate(hidden, scale1, shift1), lengths, cache)
-        hidden = torch.addcmul(hidden, gate1, attended)
+        hidden = torch.addcmul(hidden, gate1, attended)  # hidden + gate1 * attended
         transformed = self.ffn(modulate(hidden, scale2, shift2))
-        return torch.addcmul(hidden, gate2, transformed)
+        return torch.addcmul(hidden, gate2, transformed)  # hidden + gate2 * transformed
 
 
 class ModulatedNorm(nn.Module):
@@ -308,22 +320,33 @@ class NextScaleTransformer(StrictLoadingMixin):
         return resized.flatten(2).transpose(1, 2)
 
     def _initialise(self) -> None:
-        """Draws the weights as FlexVAR does. The positions of the scales and the factors of queries stay."""
+        """Draws the weights as FlexVAR does, and sets biases to 0.
+
+        The positions of the scales and the lengths of the queries keep the values that they were created with.
+        """
         width = self.pos_start.shape[-1]
         std = math.sqrt(1 / (3 * width))
         for name, parameter in self.named_parameters():
             is_bias = name.endswith("bias")
-            is_drawn = name.endswith("weight") or name in ("pos_start", "text_pos")
+            is_weight = name.endswith("weight") or name in ("pos_start", "text_pos")
             if is_bias:
                 nn.init.zeros_(parameter)
-            elif is_drawn:
+            elif is_weight:
                 gain = initial_gain(name, len(self.blocks))
                 nn.init.trunc_normal_(parameter, std=gain * std)
             modulates_block = name.startswith("blocks.") and name.endswith(MODULATION_WEIGHT)
             if modulates_block:
-                # `NextScaleBlock` computes six vectors of `width` by this weight. The first two are its gates.
-                weight_of_gates = parameter.detach()[: 2 * width]  # (2 * width, width)
-                nn.init.trunc_normal_(weight_of_gates, std=GATE_GAIN * std)
+                draw_gates(parameter, std)
+
+
+def draw_gates(weight: torch.Tensor, std: float) -> None:
+    """Draws again, and far smaller, the rows of a weight `(6 * width, width)` by which a block computes its gates.
+
+    [`NextScaleBlock`] computes six vectors of `width` by the weight. The first two vectors are its gates.
+    """
+    width = weight.shape[1]
+    rows_of_gates = weight.detach()[: 2 * width]  # (2 * width, width)
+    nn.init.trunc_normal_(rows_of_gates, std=GATE_GAIN * std)
 
 
 def initial_gain(name: str, num_blocks: int) -> float:

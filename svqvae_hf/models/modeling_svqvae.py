@@ -110,8 +110,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, in_channels, h, w)` -> `(batch, out_channels, h, w)`."""
-        # Each step reuses the name `residual`, so that Python frees the result of the step before. For the same
-        # reason the shortcut is computed last.
+        # Each step stores its result under the name `residual`, so that Python frees the result of the step before.
+        # The shortcut is computed last, so that it takes no memory during these steps.
         residual = silu(self.norm1(hidden, shared))
         residual = self.conv1(residual, shared)
         residual = silu(self.norm2(residual, shared))
@@ -133,18 +133,20 @@ class AttnBlock(nn.Module, AttentionModuleMixin):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
-        """`(batch, channels, h, w)` -> the same shape."""
-        windows, channels, _, _ = hidden.shape
-        normed = self.norm(hidden, shared)
+        """`(images * windows, channels, h, w)` -> the same shape. Without tiles each image is one window."""
+        all_windows, channels, _, _ = hidden.shape
+        normed = self.norm(hidden, shared)  # (images * windows, channels, h, w)
         if shared is None:
-            key, value = self.keys_and_values(normed, images=windows)
+            key, value = self.keys_and_values(normed, images=all_windows)
         else:
             key, value = shared.keys_and_values(self, normed)
         images = key.shape[0]  # not `len(key)`, which a traced graph would keep as the number of the example
-        query = to_positions(self.q(normed), images)
-        attended = self.processor(query, key, value)  # (images, positions, 1, channels)
-        by_window = attended.reshape(windows, -1, channels).transpose(1, 2)  # (windows, channels, h * w)
-        return hidden + self.proj_out(by_window.reshape(hidden.shape))
+        query = to_positions(self.q(normed), images)  # (images, windows * h * w, 1, channels)
+        # All windows of an image attend to the keys `(images, positions, 1, channels)` of their image.
+        attended = self.processor(query, key, value)  # (images, windows * h * w, 1, channels)
+        by_window = attended.reshape(all_windows, -1, channels)  # (images * windows, h * w, channels)
+        by_window = by_window.transpose(1, 2).reshape(hidden.shape)  # (images * windows, channels, h, w)
+        return hidden + self.proj_out(by_window)
 
     def keys_and_values(self, normed: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `(images, positions, 1, channels)`."""
@@ -305,8 +307,9 @@ class Decoder(nn.Module):
             hidden = block(hidden, shared)
         for level, margin in zip(self.conv_blocks, self.margins, strict=True):
             hidden = level(hidden, shared)
-            is_last_level = margin == 0
+            is_last_level = margin == 0  # see `margins_of_levels`
             if shared is not None and not is_last_level:
+                # Crops to what the later levels read. The new `shared` describes the smaller window.
                 hidden, shared = shared.crop(hidden, margin)
         hidden = self.conv_out(silu(self.norm_out(hidden, shared)), shared)
         if shared is None:
@@ -322,12 +325,14 @@ def margins_of_levels(num_levels: int, num_blocks: int) -> list[int]:
     # Each 3 x 3 convolution reads one position on each side. A residual block has two of them. One more follows the
     # blocks of a level: in its upsampling, or at the end of the decoder.
     margin_of_convolutions = 2 * num_blocks + 1
-    margin = 0  # of the last level
-    margins = [margin]  # from the last level to the first
+    margin_of_next_level = 0  # of the last level, because the loop begins at the level before it
+    margins = [margin_of_next_level]  # from the last level to the first
     for _ in range(num_levels - 1):
-        margin_before_upsampling = margin // 2
-        margin = margin_of_convolutions + margin_before_upsampling
+        # The next level doubles the sides, so its margin is half as long in positions of its input.
+        margin_in_input_of_next_level = margin_of_next_level // 2
+        margin = margin_in_input_of_next_level + margin_of_convolutions
         margins.append(margin)
+        margin_of_next_level = margin
     margins.reverse()
     return margins
 
@@ -688,6 +693,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             `torch.Tensor`: `(batch, out_channels, round(scale * height), round(scale * width))`, at least one pixel
             per side, clamped to `pixel_range` in evaluation mode.
         """
+        # The decoded sample shows the image with the padding that made its sides multiples of f.
         padded_size = [math.ceil(side / self.f) * self.f for side in image_size]
         resized = resize(decoded, scaled_size(padded_size, scale), "bilinear", antialias=True)
         height, width = scaled_size(image_size, scale)

@@ -115,7 +115,8 @@ class SVQVAEProcessor(ProcessorMixin):
     ) -> list[Any]:
         """Loads the vqvae after the tokenizer."""
         arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
-        processor_dict.pop(PARTS_KEY, None)  # describes the files of this folder, not of one that is saved later
+        # The digests of the files in this folder must not become part of the processor, which may be saved elsewhere.
+        processor_dict.pop(PARTS_KEY, None)
         ImageVocabulary.from_config(processor_dict)  # raises if the config has no image tokens
         source = os.fspath(pretrained_model_name_or_path)
         subfolder = kwargs.get("subfolder") or ""
@@ -228,7 +229,8 @@ class SVQVAEProcessor(ProcessorMixin):
             rows, columns = grid
             factor_if_wider = columns / rows / aspect
             factor_if_taller = aspect * rows / columns
-            return max(factor_if_wider, factor_if_taller), -rows
+            factor = max(factor_if_wider, factor_if_taller)
+            return factor, -rows  # negative, so that `min` prefers more rows
 
         return min(self.vocabulary.grids, key=order)
 
@@ -312,7 +314,8 @@ class SVQVAEProcessor(ProcessorMixin):
             return load_image(image)
         if isinstance(image, Image.Image):
             return to_rgb(image)
-        pixels = self.image_processor(image)["pixel_values"]
+        # Any other image is an array or a tensor, which only the image processor can read.
+        pixels = self.image_processor(image)["pixel_values"]  # (1, 3, height, width)
         return self.image_processor.postprocess(pixels)[0]
 
 

@@ -90,9 +90,10 @@ class Codebook(nn.Module):
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
-            if moved.dtype == tensor.dtype:
+            keeps_dtype = moved.dtype == tensor.dtype
+            if keeps_dtype:
                 return moved
-            return tensor.to(moved.device)
+            return tensor.to(moved.device)  # follows to the device alone
 
         return super()._apply(move, recurse)
 
@@ -146,13 +147,16 @@ class VectorQuantizer(nn.Module):
             `tuple`: Quantised latents in the shape and type of `latents`; [`VQLosses`]; and `(None, None, ids)` with
             flat ids `(batch * h * w,)` in int64, as the quantizer of diffusers' `VQModel` returns them.
         """
+        # One row per latent: `flat` and `codes` are (batch * h * w, dim), `ids` is (batch * h * w,).
         flat, ids, codes = self.search(latents)
         losses = VQLosses(
             vq=F.mse_loss(codes, flat.detach()),
             commit=self.commit_loss_beta * F.mse_loss(flat, codes.detach()),
             entropy=self._entropy_loss(flat),
         )
-        quantized = codes.detach() + (flat - flat.detach())  # exactly the codes, because the difference is 0
+        # The straight-through gradient: the values are the codes, and the gradient reaches the latents unchanged.
+        zero_with_gradient = flat - flat.detach()
+        quantized = codes.detach() + zero_with_gradient  # (batch * h * w, dim)
         batch, _, height, width = latents.shape
         quantized = quantized.view(batch, height, width, -1).permute(0, 3, 1, 2)  # (batch, dim, h, w)
         return quantized.to(latents.dtype).contiguous(), losses, (None, None, ids)
@@ -254,4 +258,5 @@ def _mean_over_processes(value: torch.Tensor) -> torch.Tensor:
     mean = value.detach().clone()
     distributed.all_reduce(mean)
     mean /= distributed.get_world_size()
-    return value + (mean - value.detach())
+    difference = mean - value.detach()  # without gradient, so that the sum below has the gradient of `value`
+    return value + difference

@@ -51,7 +51,11 @@ def tile_axis(length: int, tile: int, overlap: int) -> list[tuple[slice, slice]]
 
     Neighbouring windows share at least `2 * overlap`, so each core has at least `overlap` on each inner side. Windows
     are no longer than needed: an axis a little longer than a tile is cut into two windows of little more than half
-    its length.
+    its length. An axis of 10 with tiles of 6 and an overlap of 1 (`#` is the core of a window, `.` its overlap):
+
+        position    0123456789
+        window 0    #####.
+        window 1        .#####
 
     Args:
         length (`int`): Length of the axis, at least 1.
@@ -61,16 +65,18 @@ def tile_axis(length: int, tile: int, overlap: int) -> list[tuple[slice, slice]]
     if length <= tile:
         whole = slice(0, length)
         return [(whole, whole)]
-    # `count` windows whose neighbours share `shared` positions cover `count * window - (count - 1) * shared`
-    # positions, which must be at least `length`.
-    shared = 2 * overlap
-    count = divide_rounding_up(length - shared, tile - shared)
-    window = divide_rounding_up(length + shared * (count - 1), count)
+    shared = 2 * overlap  # fewest positions that neighbouring windows share
+    # Each window covers `window - shared` positions that the windows before it do not cover, and the first window
+    # covers `shared` more. So `count` windows cover the axis if `count * (window - shared)` is at least this:
+    length_to_share_out = length - shared
+    count = divide_rounding_up(length_to_share_out, tile - shared)  # as few windows as possible
+    window = shared + divide_rounding_up(length_to_share_out, count)  # as short as possible
     starts = _spread(length - window, count)
     core_stops = []
     for start, next_start in itertools.pairwise(starts):
         stop = start + window
-        core_stops.append((next_start + stop) // 2)  # in the middle of the positions that both windows have
+        middle_of_shared = (next_start + stop) // 2  # both windows have the positions from `next_start` to `stop`
+        core_stops.append(middle_of_shared)
     core_stops.append(length)
     windows_and_cores = []
     core_start = 0
@@ -92,7 +98,8 @@ def window_origins(size: Sequence[int], side: int, count: int) -> list[tuple[int
     # More rows or columns than these would only repeat what the others cover.
     rows_that_cover = divide_rounding_up(height, side)
     columns_that_cover = divide_rounding_up(width, side)
-    # rows * columns = count and rows / columns = height / width give rows = sqrt(count * height / width).
+    # A grid has the proportions of the image if rows / columns = height / width. Together with
+    # rows * columns = count, this means rows**2 = count * height / width.
     rows_in_proportion = max(1, round((count * height / width) ** 0.5))
     rows = min(rows_in_proportion, rows_that_cover, count)
     columns = min(count // rows, columns_that_cover)
@@ -146,9 +153,14 @@ class TiledRun:
 
 
 def sample_windows(run: TiledRun) -> WindowSample:
-    """Runs a network over a sample of windows of an image, as one batch, and returns what they gathered."""
+    """Runs a network over a sample of windows of an image, as one batch.
+
+    Returns:
+        [`WindowSample`]: The statistics of each norm and the keys and values of each attention in these windows.
+    """
     image_height, image_width = run.size
     side = min(CONTEXT_WINDOW_SIDE, run.tile)
+    # All windows have this height and width, which are smaller than `side` only in a smaller image.
     height = min(side, image_height)
     width = min(side, image_width)
     windows = []
@@ -159,10 +171,13 @@ def sample_windows(run: TiledRun) -> WindowSample:
         cut_sides.append(CutSides.of_window(area, run.size))
     by_image = torch.stack(windows, dim=1)  # (images, windows, channels, height, width)
     images = len(by_image)
-    core = Area(_core_of_window(image_height, side), _core_of_window(image_width, side))
-    cuts = make_cuts(cut_sides * images, by_image)  # the same windows in each image
-    sample = WindowSample((height, width), core, cuts, images=images)
-    run.network(by_image.flatten(0, 1), sample)  # fills the sample
+    batch = by_image.flatten(0, 1)  # all windows of the first image, then all windows of the second, ...
+    cut_sides_of_batch = cut_sides * images  # windows lie at the same places in each image
+    cuts = make_cuts(cut_sides_of_batch, like=batch)
+    core_rows = _core_of_window(image_height, side)
+    core_columns = _core_of_window(image_width, side)
+    sample = WindowSample((height, width), Area(core_rows, core_columns), cuts, images=images)
+    run.network(batch, sample)  # its norms and attentions store their values in the sample; the result is not needed
     return sample
 
 
@@ -180,14 +195,15 @@ def _core_of_window(length: int, side: int) -> slice:
 def run_tiles(run: TiledRun) -> Iterator[tuple[Area, torch.Tensor]]:
     """Runs a network over the tiles of an image of any size. Yields areas in latents, and the results there.
 
-    Only one tile is in memory at a time. An image that fits into one tile shares nothing, as without tiles.
+    Only one tile is in memory at a time. An image that fits into one tile is run as a whole, with its own statistics.
     """
-    if max(run.size) <= run.tile:
+    fits_one_tile = max(run.size) <= run.tile
+    if fits_one_tile:
         whole = Area.of_size(run.size)
         yield whole, run.network(run.read_area(whole))
         return
     height, width = run.size
-    sample = sample_windows(run)
+    sample = sample_windows(run)  # the statistics, keys and values that all tiles share
     for window_rows, core_rows in tile_axis(height, run.tile, run.overlap):
         for window_columns, core_columns in tile_axis(width, run.tile, run.overlap):
             window = Area(window_rows, window_columns)
@@ -281,13 +297,14 @@ class TilingMixin(ModelMixin):
         has_arguments = tile_size is not None or overlap is not None
         if not has_arguments and not self.use_tiling:
             return None
+        tile_size_of_call = self.tile_size if tile_size is None else tile_size
+        check_tiles(self.f, tile_size_of_call, overlap)
+        if overlap is not None:
+            return Tiles(tile_size_of_call, overlap)
         if tile_size is None:
-            check_tiles(self.f, self.tile_size, overlap)
-            return Tiles(self.tile_size, self.overlap if overlap is None else overlap)
-        check_tiles(self.f, tile_size, overlap)
-        if overlap is None:
-            overlap = min(self.overlap, quarter_of_tile(tile_size, self.f))
-        return Tiles(tile_size, overlap)
+            return Tiles(self.tile_size, self.overlap)
+        overlap_of_small_tile = quarter_of_tile(tile_size, self.f)
+        return Tiles(tile_size, min(self.overlap, overlap_of_small_tile))
 
     def _check_tiles(self, tiles: Tiles | tuple[int, int] | None) -> Tiles | None:
         """Tiles of a call, by default those that are enabled. Raises ValueError if they do not fit."""
@@ -334,7 +351,15 @@ class TilingMixin(ModelMixin):
     def _run(
         self, network: RunWindow, source: torch.Tensor, tiles: Tiles | None, *, input_stride: int, output_stride: int
     ) -> torch.Tensor:
-        """Runs a network over a batch: as a whole, image by image if slicing is on, or over tiles of each image."""
+        """Runs a network over a batch: as a whole, image by image if slicing is on, or over tiles of each image.
+
+        Args:
+            network (`Callable`): `encode_window` or `decode_window`.
+            source (`torch.Tensor` of shape `(batch, channels, height, width)`): Padded images, or quantised latents.
+            tiles ([`Tiles`], *optional*): Tile size and overlap in pixels; by default images are not tiled.
+            input_stride (`int`): Rows and columns of `source` per latent: `f` for images, 1 for latents.
+            output_stride (`int`): Rows and columns of the result per latent.
+        """
         if self.use_slicing and len(source) > 1:
             results = []
             for image in source.split(1):
@@ -343,13 +368,14 @@ class TilingMixin(ModelMixin):
             return torch.cat(results)
         if tiles is None:
             return network(source)
-        # In latents
+        # Tiles and sides are counted in latents, so that an image has the same tiles in the encoder and the decoder.
         tile = tiles.tile_size // self.f
         overlap = tiles.overlap // self.f
         longer_side = max(source.shape[-2:]) // input_stride
         if longer_side <= tile:
             return network(source)
         if torch.is_grad_enabled() and self.is_gradient_checkpointing:
+            # The values that tiles share are the statistics of the norms, and the keys and values of the attentions.
             raise ValueError(
                 "Gradient checkpointing must be off for tiles with gradients, because it runs the network again after "
                 "the values that tiles share have changed. Disable gradient checkpointing, tiling or gradients."
