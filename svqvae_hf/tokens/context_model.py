@@ -1,8 +1,10 @@
 """Codes ids with the distributions that a network predicts from the ids around them, in few bits and without loss.
 
 `neighbourhood.py` says what an id is predicted from, `context_network.py` computes the frequencies, and the range
-coder of constriction turns ids and frequencies into bytes. An id is coded in two steps: its group among all groups,
-and then its number among the members of that group.
+coder of constriction turns ids and frequencies into bytes.
+
+The ids are ranked, so that similar codes lie in one group of ranks: `rank = group * num_members + member`. An id is
+coded in two steps: its group among all groups, and then its number among the members of that group.
 """
 
 import hashlib
@@ -52,7 +54,7 @@ class ContextModel:
         self.fingerprint = _fingerprint(tensors, codebook_fingerprint)
         self.order = tensors["order"].astype(np.int64)  # id of each rank
         self.rank = np.argsort(self.order)  # rank of each id
-        self.inputs = code_inputs(tensors["codes"])
+        self.inputs = code_inputs(tensors["codes"])  # inputs that stand for an id, by its number
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, subfolder: str = "", **options: Any) -> "ContextModel":
@@ -87,7 +89,7 @@ class ContextModel:
         write_file(Path(folder, FILE), safetensors.numpy.save(self.tensors, metadata))
 
     def compress(self, ids: np.ndarray, coarse: np.ndarray | None = None) -> bytes:
-        """Codes a grid of ids.
+        """Codes a grid of ids, diagonal by diagonal. Of each diagonal first the groups of its ids, then the members.
 
         Args:
             ids (`np.ndarray` of shape `(h, w)`): Ids.
@@ -101,19 +103,19 @@ class ContextModel:
         if ids.min() < 0 or ids.max() >= num_codes:
             raise ValueError(f"ids must be in [0, {num_codes}), got [{ids.min()}, {ids.max()}].")
         ranks = self.rank[ids.astype(np.int64)]  # (h, w)
-        groups = ranks // self.network.num_members
-        members = ranks % self.network.num_members
+        groups = ranks // self.network.num_members  # (h, w)
+        members = ranks % self.network.num_members  # (h, w)
         padded = pad_ids(ids, outside)
         padded_coarse = None if coarse is None else pad_ids(coarse, outside)
         encoder = constriction.stream.queue.RangeEncoder()
         height, width = ids.shape
-        for rows, columns in diagonals(height, width):
+        for rows, columns in diagonals(height, width):  # both (n,), for the n ids of a diagonal
             inputs = context(self.inputs, padded, padded_coarse, rows, columns)
             hidden = self.network.hidden(inputs)
-            group = groups[rows, columns]  # of each id of the diagonal
+            group = groups[rows, columns]  # (n,)
             group_probabilities = probabilities(self.network.group_logits(hidden))
             encoder.encode(group.astype(np.int32), categorical(), group_probabilities)
-            member = members[rows, columns]
+            member = members[rows, columns]  # (n,)
             member_probabilities = probabilities(self.network.member_logits(hidden, group))
             encoder.encode(member.astype(np.int32), categorical(), member_probabilities)
         words = encoder.get_compressed()
@@ -141,16 +143,16 @@ class ContextModel:
         words = np.frombuffer(content, "<u4").astype(np.uint32)
         decoder = constriction.stream.queue.RangeDecoder(words)
         try:
-            for rows, columns in diagonals(height, width):
+            for rows, columns in diagonals(height, width):  # both (n,), for the n ids of a diagonal
                 inputs = context(self.inputs, padded, padded_coarse, rows, columns)
                 hidden = self.network.hidden(inputs)
                 group_probabilities = probabilities(self.network.group_logits(hidden))
-                group = decoder.decode(categorical(), group_probabilities)
+                group = decoder.decode(categorical(), group_probabilities)  # (n,)
                 member_probabilities = probabilities(self.network.member_logits(hidden, group))
-                member = decoder.decode(categorical(), member_probabilities)
+                member = decoder.decode(categorical(), member_probabilities)  # (n,)
                 rank = group * self.network.num_members + member
                 rank = np.minimum(rank, num_codes - 1)  # damaged content may decode to a member that does not exist
-                padded[rows + MARGIN, columns + MARGIN] = self.order[rank]
+                padded[rows + MARGIN, columns + MARGIN] = self.order[rank]  # ids, by their ranks
         except (AssertionError, IndexError) as error:  # constriction raises the first for content that nobody encoded
             raise ValueError("its coded ids or its context model are damaged.") from error
         return padded[MARGIN:-MARGIN, MARGIN:-MARGIN].copy()
@@ -183,7 +185,7 @@ def find_context_model(source: str | os.PathLike, codebook_fingerprint: str, **o
 
 @cache
 def categorical() -> constriction.stream.model.Categorical:
-    """Family of distributions of the range coder."""
+    """Kind of distribution for the range coder: a probability for each symbol, in one row per coded symbol."""
     return constriction.stream.model.Categorical(perfect=False)
 
 
@@ -216,10 +218,15 @@ def _find_file(source: str | os.PathLike, subfolder: str, options: Mapping[str, 
         raise FileNotFoundError(file) from error
     except OSError as error:
         reason = hub_reason(error)
-    # The Hub does not answer. Both errors are raised outside of `except`: otherwise they would have the Hub's error as
-    # their cause, and commands that find it there would report that the model itself cannot be loaded.
-    cached = try_to_load_from_cache(repository, file, revision=options.get("revision"))
+    # This line is reached only if the Hub does not answer. It is outside of `except`, so that the error is not linked
+    # to the Hub's error. Commands that find the Hub's error report that the model itself cannot be loaded.
+    raise _error_without_hub(repository, file, options.get("revision"), reason)
+
+
+def _error_without_hub(repository: str, file: str, revision: str | None, reason: str) -> OSError:
+    """Error if the Hub does not answer: FileNotFoundError if the cache knows that the repository lacks the file."""
+    cached = try_to_load_from_cache(repository, file, revision=revision)
     is_known_to_be_absent = cached is _CACHED_NO_EXIST  # the Hub said so at an earlier look-up
     if is_known_to_be_absent:
-        raise FileNotFoundError(file)
-    raise OSError(f"whether `{source}` has a context model, `{file}`, cannot be looked up: {reason}")
+        return FileNotFoundError(file)
+    return OSError(f"whether `{repository}` has a context model, `{file}`, cannot be looked up: {reason}")

@@ -15,13 +15,15 @@ import numpy as np
 
 from svqvae_hf.tokens.neighbourhood import LIMIT, divide_rounding_up, num_inputs
 
-EXACT = 2**24  # integers below are exact in float32
-NEVER = -EXACT // 2  # logit of a member that does not exist
+EXACT_LIMIT = 2**24  # float32 holds all integers below this exactly
+NEVER = -EXACT_LIMIT // 2  # logit of a member that does not exist
 LAYERS = ("1", "2", "group", "member", "code")  # ends of the names of their weights and biases
 SHIFTS = {"1": 9, "2": 8, "member": 8}  # bits dropped after each layer
-LOGIT_SHIFT = 5  # bits dropped from logits, which then have 128 steps per nat
+# Logits are natural logarithms, so their unit is the nat. They have 2**LOGIT_SHIFT * STEPS_PER_NAT units per nat.
+LOGIT_SHIFT = 5  # bits dropped from logits, so that STEPS_PER_NAT steps per nat are left
 STEPS_PER_NAT = 128  # of the table of exponentials
 NATS = 16  # that the table covers
+LAST_ENTRY = STEPS_PER_NAT * NATS  # of the table, which is 0
 PEAK = 2**20  # first entry of the table
 TOTAL = 2**16  # sum of the frequencies of a distribution
 
@@ -99,12 +101,13 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     """
     num_rows, num_symbols = logits.shape
     peaks = logits.max(1, keepdims=True)  # (n, 1)
-    steps_below_peak = ((peaks - logits) / 2**LOGIT_SHIFT).astype(np.int64)  # (n, symbols)
-    last_entry = STEPS_PER_NAT * NATS  # of the table, which is 0
-    weights = exponentials()[np.minimum(steps_below_peak, last_entry)]  # (n, symbols)
+    steps_below_peak = ((peaks - logits) / 2**LOGIT_SHIFT).astype(np.int64)  # (n, symbols), in steps of the table
+    entries = np.minimum(steps_below_peak, LAST_ENTRY)  # a logit far below the peak has the last entry, 0
+    weights = exponentials()[entries]  # (n, symbols), integers
     # Every symbol has a frequency of at least 1. The rest of the total is shared by weight, rounded down.
     total_to_share = TOTAL - num_symbols
-    frequencies = 1 + weights * total_to_share // weights.sum(1, keepdims=True)
+    shares = weights * total_to_share // weights.sum(1, keepdims=True)  # (n, symbols), integers
+    frequencies = 1 + shares
     # The likeliest symbol of each row takes what rounding left over.
     left_over = TOTAL - frequencies.sum(1)  # (n,)
     likeliest = logits.argmax(1)  # (n,)
@@ -114,12 +117,15 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 @cache
 def exponentials() -> np.ndarray:
-    """Table of `PEAK * exp(-step / STEPS_PER_NAT)` for each step, rounded down. A 0 follows the last step."""
-    decimals = Context(prec=30)  # of decimal numbers, because `exp` of floats differs between machines
+    """Table of `PEAK * exp(-step / STEPS_PER_NAT)` for each step, rounded down. A 0 follows the last step.
+
+    It is computed with decimal numbers, because `exp` of floats differs between machines.
+    """
+    precision = Context(prec=30)  # digits
     entries = []
-    for step in range(STEPS_PER_NAT * NATS):
-        exponent = Decimal(-step) / STEPS_PER_NAT
-        entries.append(int(PEAK * exponent.exp(decimals)))
+    for step in range(LAST_ENTRY):
+        nats = Decimal(-step) / STEPS_PER_NAT
+        entries.append(int(PEAK * nats.exp(precision)))
     entries.append(0)
     return np.array(entries)
 
@@ -136,9 +142,9 @@ def check_tensors(tensors: Mapping[str, np.ndarray]) -> None:
         raise ValueError("`order` must have each id once, but does not.")
     for layer in LAYERS:
         largest_sum = _largest_sum(tensors, layer)
-        if largest_sum >= EXACT:
+        if largest_sum >= EXACT_LIMIT:
             raise ValueError(
-                f"sums of layer {layer} must stay below {EXACT}, but could reach {largest_sum}. Retrain it."
+                f"sums of layer {layer} must stay below {EXACT_LIMIT}, but could reach {largest_sum}. Retrain it."
             )
 
 
@@ -165,8 +171,11 @@ def _check_shapes(tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _largest_sum(tensors: Mapping[str, np.ndarray], layer: str) -> int:
-    """Largest absolute sum of products of a layer for all inputs in int8, in any order of summation."""
-    largest_input = LIMIT + 1  # of -128 in int8
+    """Largest absolute value that a sum of products of a layer can reach, for any inputs in int8.
+
+    It is the sum of the largest absolute values of the products. No partial sum can exceed it, whatever the order.
+    """
+    largest_input = LIMIT + 1  # the lowest integer of int8 is -128
     weight = np.abs(tensors[f"weight_{layer}"].astype(np.int64))
     bias = np.abs(tensors[f"bias_{layer}"].astype(np.int64))
     # The weight is `(codes, features)` in layer "code", and `(inputs, outputs)` in all other layers.

@@ -85,7 +85,8 @@ class Encoding:
             **further_values: Values that are stored elsewhere, such as the ids.
 
         Raises:
-            ValueError: It has another version, lacks a value, or has one that is out of range.
+            ValueError: It has another version, lacks a value, or has one that is out of range. The message calls the
+                document "it", because callers put the document's name before.
         """
         if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"it must have format version {FORMAT_VERSION}, got {record!r:.80}.")
@@ -100,6 +101,7 @@ class Encoding:
                 missing_names.append(field.name)
         if missing_names:
             raise ValueError(f"it must also have {', '.join(missing_names)}.")
+        # JSON has lists in place of tuples.
         scales = values["scales"]
         if not isinstance(scales, list):
             raise ValueError(f"its scales must be a list, got {scales!r:.80}.")

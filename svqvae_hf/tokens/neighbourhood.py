@@ -59,12 +59,12 @@ def pad_ids(ids: np.ndarray, outside: int) -> np.ndarray:
 
 
 def context(
-    inputs: np.ndarray, padded: np.ndarray, coarse: np.ndarray | None, rows: np.ndarray, columns: np.ndarray
+    table: np.ndarray, padded: np.ndarray, coarse: np.ndarray | None, rows: np.ndarray, columns: np.ndarray
 ) -> np.ndarray:
     """Inputs of the network for some ids of a grid.
 
     Args:
-        inputs (`np.ndarray` of shape `(codes + 1, dim + 1)`): Result of [`code_inputs`].
+        table (`np.ndarray` of shape `(codes + 1, dim + 1)`): Result of [`code_inputs`], a row for each id.
         padded (`np.ndarray`): Ids, padded by [`pad_ids`].
         coarse (`np.ndarray`, *optional*): Coarser ids, padded by [`pad_ids`].
         rows (`np.ndarray` of shape `(n,)`): Rows of the ids.
@@ -75,36 +75,50 @@ def context(
         place, and for the position of the id within the cell of its coarser id. The last two are zeros without coarser
         ids.
     """
-    parts = _inputs_of_neighbours(inputs, padded, rows, columns, NEIGHBOURS)
+    parts = _rows_of_neighbours(table, padded, rows, columns, NEIGHBOURS)
     if coarse is None:
-        num_zeros = len(COARSE_NEIGHBOURS) * inputs.shape[1] + POSITION_INPUTS
+        num_zeros = len(COARSE_NEIGHBOURS) * table.shape[1] + POSITION_INPUTS
         parts.append(np.zeros((len(rows), num_zeros), np.float32))
         return np.hstack(parts)
     height, width = _unpadded_size(padded)
     coarse_height, coarse_width = _unpadded_size(coarse)
-    # Rows and columns of the ids in the coarser grid, in fractions: a cell of that grid has CELL_STEPS steps per side.
+    # Where the ids lie in the coarser grid, in steps: a cell of that grid has CELL_STEPS = 128 steps per side.
+    # Row 4 of 6, for example, lies at 4 * 2 * 128 // 6 = 170 steps of a coarser grid with 2 rows. That is in the
+    # coarser row 170 // 128 = 1, and there 170 % 128 = 42 steps below the top of the cell.
     row_steps = rows * coarse_height * CELL_STEPS // height  # (n,)
     column_steps = columns * coarse_width * CELL_STEPS // width  # (n,)
     coarse_rows = row_steps // CELL_STEPS
     coarse_columns = column_steps // CELL_STEPS
-    parts += _inputs_of_neighbours(inputs, coarse, coarse_rows, coarse_columns, COARSE_NEIGHBOURS)
+    parts += _rows_of_neighbours(table, coarse, coarse_rows, coarse_columns, COARSE_NEIGHBOURS)
     steps = np.stack([row_steps, column_steps], axis=1)  # (n, POSITION_INPUTS)
-    parts.append(steps.astype(np.float32) % CELL_STEPS)  # position within the cell
+    steps_within_cell = steps % CELL_STEPS
+    parts.append(steps_within_cell.astype(np.float32))
     return np.hstack(parts)
 
 
-def _inputs_of_neighbours(
-    inputs: np.ndarray,
+def _rows_of_neighbours(
+    table: np.ndarray,
     padded: np.ndarray,
     rows: np.ndarray,
     columns: np.ndarray,
     offsets: Sequence[tuple[int, int]],
 ) -> list[np.ndarray]:
-    """Inputs `(n, dim + 1)` for the ids at each offset (down, right) from places `(n,)` in a padded grid of ids."""
+    """Looks up the neighbours of some ids in the table of [`code_inputs`].
+
+    Args:
+        table (`np.ndarray` of shape `(codes + 1, dim + 1)`): A row for each id.
+        padded (`np.ndarray`): Ids, padded by [`pad_ids`].
+        rows (`np.ndarray` of shape `(n,)`): Rows of the ids, without the padding.
+        columns (`np.ndarray` of shape `(n,)`): Columns of the ids, without the padding.
+        offsets (`Sequence[tuple[int, int]]`): Places (down, right) of the neighbours, seen from an id.
+
+    Returns:
+        `list[np.ndarray]`: For each offset, the rows `(n, dim + 1)` of the table for the neighbours there.
+    """
     parts = []
     for down, right in offsets:
-        neighbours = padded[rows + MARGIN + down, columns + MARGIN + right]  # (n,)
-        parts.append(inputs[neighbours])
+        neighbours = padded[rows + MARGIN + down, columns + MARGIN + right]  # ids, (n,)
+        parts.append(table[neighbours])
     return parts
 
 
@@ -115,13 +129,22 @@ def _unpadded_size(padded: np.ndarray) -> tuple[int, int]:
 
 
 def diagonals(height: int, width: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields rows and columns of the ids of each diagonal in the order of coding, in parts of at most `AT_ONCE`."""
+    """Yields rows and columns of the ids of each diagonal in the order of coding, in parts of at most `AT_ONCE`.
+
+    The diagonal of an id is `column + SLOPE * row`. In a grid of 3 x 5 these are the numbers of the diagonals:
+
+        0 1 2 3 4
+        2 3 4 5 6
+        4 5 6 7 8
+    """
     last_column = width - 1
     num_diagonals = width + SLOPE * (height - 1)
     for diagonal in range(num_diagonals):
-        # The column in a row is `diagonal - SLOPE * row`. It must lie in [0, last_column].
+        # In a row, the column is `diagonal - SLOPE * row`. It is at most `last_column` from the first row on, and at
+        # least 0 until the last row.
         first_row = max(0, divide_rounding_up(diagonal - last_column, SLOPE))
-        end_row = min(height, diagonal // SLOPE + 1)
+        last_row = min(height - 1, diagonal // SLOPE)
+        end_row = last_row + 1
         for start in range(first_row, end_row, AT_ONCE):
             stop = min(start + AT_ONCE, end_row)
             rows = np.arange(start, stop)

@@ -9,7 +9,7 @@ from conftest import ROOT
 from context_models import make_context_model, pattern
 
 from svqvae_hf.tokens.context_model import FILE, ContextModel, find_context_model
-from svqvae_hf.tokens.context_network import EXACT, probabilities
+from svqvae_hf.tokens.context_network import EXACT_LIMIT, probabilities
 from svqvae_hf.tokens.neighbourhood import NEIGHBOURS, diagonals
 
 SHAPE = 9, 13
@@ -109,12 +109,12 @@ def test_bytes_do_not_depend_on_the_instructions_of_the_processor():
 def test_the_largest_sums_are_exact():
     model = make_context_model()
     weight = np.where(model.tensors["weight_1"] < 0, -128, 127).astype(np.int8)
-    bias = (EXACT - 1 - 128 * abs(weight.astype(np.int64)).sum(0)).astype(np.int32)
+    bias = (EXACT_LIMIT - 1 - 128 * abs(weight.astype(np.int64)).sum(0)).astype(np.int32)
     ContextModel(model.tensors | {"weight_1": weight, "bias_1": bias}, model.codebook_fingerprint)
     products = np.abs(weight.T.astype(np.float32)) * 128  # of inputs of -128 or 128
     for order in (slice(None), slice(None, None, -1)):
         summed = products[:, order].cumsum(1, dtype=np.float32)[:, -1] + bias.astype(np.float32)
-        assert np.array_equal(summed, np.full(len(bias), EXACT - 1))
+        assert np.array_equal(summed, np.full(len(bias), EXACT_LIMIT - 1))
     bias[0] += 1
     with pytest.raises(ValueError, match="sums of layer 1 must stay below 16777216, but could reach 16777216"):
         ContextModel(model.tensors | {"weight_1": weight, "bias_1": bias}, model.codebook_fingerprint)
