@@ -101,8 +101,9 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
                 f"the pipeline of `{source}` must be an {cls.__name__}, but is {index['_class_name']}. Load it with "
                 "that class."
             )
-        holds_code = "_blocks_class_name" in index
-        if holds_code:
+        holds_code_of_models = "_blocks_class_name" in index  # written by `save_pretrained(..., standalone=True)`
+        if holds_code_of_models:
+            # diffusers would run that code. Here the classes of this package load the components instead.
             arguments = load_arguments(cls, source, index, **kwargs)
             pipeline = cls(**arguments)
         elif os.path.isdir(source):
@@ -123,8 +124,9 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             save_directory (`str` or `os.PathLike`): Folder to write to.
             *args: Further arguments of [`~diffusers.DiffusionPipeline.save_pretrained`].
             standalone (`bool` or `str`, defaults to `False`): Also write the code of the models, so that diffusers'
-                `ModularPipeline` loads the folder where this package is not installed. For a folder that you will
-                upload yourself, its `org/name` on the Hub. To upload all, use `push_to_hub(..., standalone=True)`.
+                `ModularPipeline` loads the folder where this package is not installed. The index of the folder then
+                names the place of the components. With `True` the place is the folder. If you will upload the folder
+                yourself, pass `"org/name"`, its name on the Hub. `push_to_hub(..., standalone=True)` does both.
             **kwargs: Further arguments of [`~diffusers.DiffusionPipeline.save_pretrained`].
 
         Raises:
@@ -134,17 +136,19 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             check_merged(name, component)
         super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
         folder = Path(save_directory)
-        load_from = str(folder)
-        title = folder.absolute().name
-        if isinstance(standalone, str) and standalone:
-            repo_id = standalone
-            load_from = repo_id
-            title = repo_id
-        if standalone:
-            write_blocks(self.blocks(), folder, load_from)
+        writes_code = bool(standalone)
+        names_repository = isinstance(standalone, str) and writes_code
+        if names_repository:
+            place_of_components = str(standalone)  # `org/name` on the Hub
+            title = str(standalone)
+        else:
+            place_of_components = str(folder)
+            title = folder.absolute().name
+        if writes_code:
+            write_blocks(self.blocks(), folder, place_of_components)
         card = folder / "README.md"
         if not card.exists():
-            text = self.make_card(title, standalone=bool(standalone))
+            text = self.make_card(title, standalone=writes_code)
             card.write_text(text, encoding="utf-8")
 
     def make_card(self, repo_id: str, **options: Any) -> str:

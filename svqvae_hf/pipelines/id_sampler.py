@@ -138,7 +138,10 @@ class IdSampler:
         return self.ids[:, : row + 1]
 
     def _append(self, ids: torch.Tensor) -> None:
-        """Adds sampled ids `(batch,)` to the arguments of the model's next call."""
+        """Adds sampled ids `(batch,)` to the arguments of the model's next call.
+
+        The model has a row per image, or two with guidance, which both get the id of their image.
+        """
         inputs = self.inputs
         new_tokens = self._as_tokens(ids)[:, None]  # (rows of the model, 1)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], new_tokens], dim=1)
@@ -160,14 +163,18 @@ class IdSampler:
         self._empty_cache()
 
     def _next_logits(self) -> torch.Tensor:
-        """Predicts the next id of each image: float32 logits `(batch, codes)`, with guidance while it lasts."""
-        if self.guide is not None and self.num_sampled_ids == self.num_guided_ids:
-            self._drop_unconditional_rows()
+        """Predicts the next id of each image: float32 logits `(batch, codes)`.
+
+        The first `num_guided_ids` ids are guided, if there is a `guide`. Then the model has two rows per image.
+        """
+        guidance_ends = self.guide is not None and self.num_sampled_ids == self.num_guided_ids
+        if guidance_ends:
+            self._drop_unconditional_rows()  # from now on the model has one row per image
             self.guide = None
         logits = self._run_model()  # (rows of the model, tokens)
-        logits_of_codes = logits[:, self.codes.start : self.codes.stop].float()
+        logits_of_codes = logits[:, self.codes.start : self.codes.stop].float()  # (rows of the model, codes)
         if self.guide is None:
-            return logits_of_codes
+            return logits_of_codes  # (batch, codes)
         return self.guide(logits_of_codes)  # (2 * batch, codes) -> (batch, codes)
 
     def _run_model(self) -> torch.Tensor:

@@ -38,7 +38,8 @@ class KnownObjects:
                 position += num_known_words
                 continue
             word = words[position]
-            if self.is_thing(word) and not names_purpose(words[:position]) and word not in undrawable:
+            need_not_be_drawn = names_purpose(words[:position])  # as "soup" in "carrots for the soup"
+            if self.is_thing(word) and not need_not_be_drawn and word not in undrawable:
                 undrawable.append(word)
             position += 1
         return undrawable

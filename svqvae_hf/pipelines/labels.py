@@ -31,10 +31,12 @@ def encode_labels(class_labels: Labels | None, num_classes: int, class_names: Se
         raise ValueError("`class_labels` must be left out, because the model has no classes.")
     if isinstance(class_labels, str):
         class_labels = [class_labels]
-    numbers: Any = class_labels
+    numbers: Any
     if isinstance(class_labels, list | tuple):
         names = [] if class_names is None else list(class_names)
         numbers = [_number_of_class(label, names, num_classes) for label in class_labels]
+    else:
+        numbers = class_labels  # a single number, or an array or a tensor of numbers
     labels = torch.as_tensor(numbers).reshape(-1)  # (labels,)
     if labels.numel() == 0:
         raise ValueError(f"`class_labels` must be in [0, {num_classes}), got {class_labels!r}.")

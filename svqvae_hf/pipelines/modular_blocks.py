@@ -70,6 +70,7 @@ class BlockList(SequentialPipelineBlocks):
     def save_config(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Saves the config, and the code of blocks that were loaded with `trust_remote_code=True`."""
         super().save_config(save_directory, *args, **kwargs)
+        # diffusers copies the code of a repository to a package named `diffusers_modules`, and imports it from there.
         was_loaded_from_repository = "diffusers_modules" in __name__
         if not was_loaded_from_repository:
             return

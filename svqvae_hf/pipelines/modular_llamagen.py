@@ -33,13 +33,16 @@ def condition_inputs(
     if "prompt_embeds" in inputs:
         batch, _, _ = inputs["prompt_embeds"].shape
         labels = labels.new_zeros(batch)  # models with captions have one class
+    # The tokens of the model are the codes, then the classes, then the token for no condition.
     condition_tokens = config.codebook_size + labels
     inputs["input_ids"] = condition_tokens[:, None]  # (batch, 1)
     if not guided:
         return inputs
     for name, values in inputs.items():
         inputs[name] = torch.cat([values, values])  # (2 * batch, ...)
-    inputs["input_ids"][len(labels) :] = config.unconditional_token
+    # The second half of the rows has no condition.
+    batch = len(labels)
+    inputs["input_ids"][batch:] = config.unconditional_token
     return inputs
 
 
@@ -66,15 +69,22 @@ class CaptionStep(Step):
     ]
 
     def run(self, components: Any, values: Any) -> None:
-        """Sets features, their mask and the label of the one class, "with its caption"."""
+        """Sets the features of the captions, their mask, and one label per image.
+
+        Models with captions have one class, 0, for all images that have a caption.
+        """
         prompts = [values.prompt] if isinstance(values.prompt, str) else values.prompt
         length = components.language_model.config.num_condition_tokens
+        # Features are (captions, length, caption_dim), and their mask is (captions, length).
         features, mask = encode_captions(
             components.text_encoder, components.tokenizer, prompts, length, device=components._execution_device
         )
-        values.prompt_embeds = features.repeat_interleave(values.num_images_per_prompt, dim=0)
-        values.prompt_attention_mask = mask.repeat_interleave(values.num_images_per_prompt, dim=0)
-        values.labels = torch.zeros_like(values.prompt_attention_mask[:, 0])
+        features_of_images = features.repeat_interleave(values.num_images_per_prompt, dim=0)  # (images, ...)
+        mask_of_images = mask.repeat_interleave(values.num_images_per_prompt, dim=0)  # (images, length)
+        values.prompt_embeds = features_of_images
+        values.prompt_attention_mask = mask_of_images
+        num_images = len(mask_of_images)
+        values.labels = mask_of_images.new_zeros(num_images)  # (images,)
 
 
 class SampleIdsStep(Step):

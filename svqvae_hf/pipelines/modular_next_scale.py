@@ -109,7 +109,7 @@ class SampleScalesStep(Step):
     intermediate_outputs = [OutputParam(**IDS)]
 
     def run(self, components: Any, values: Any) -> None:
-        """Sets `ids`."""
+        """Sets `ids` to the ids of the last scale."""
         schedule = values.schedule or components.config["schedule"]
         sizes = fit_schedule(schedule, tuple(schedule[-1]))
         guided = is_guided(components.guider)
@@ -117,13 +117,15 @@ class SampleScalesStep(Step):
             components.transformer, components.vqvae, values.labels, values.text, values.pad_token, guided=guided
         )
         for step, size in enumerate(sizes):
-            logits = predictor.next_logits(size)  # (images, tokens, codes), with guidance twice as many rows
+            # Logits are (images, tokens, codes), and with guidance (2 * images, tokens, codes).
+            logits = predictor.next_logits(size)
             if guided:
                 logits = guide_step(components.guider, logits, step, len(sizes))
             check_finite(logits.amax(-1), components.transformer, "transformer")
             flat_ids = sample(logits, values.temperature, values.top_k, values.top_p, values.generator)
-            values.ids = flat_ids.unflatten(1, size)  # (images, tokens) -> (images, h, w)
-            predictor.add(values.ids)
+            ids = flat_ids.unflatten(1, size)  # (images, tokens) -> (images, h, w)
+            predictor.add(ids)
+        values.ids = ids
 
 
 class NextScaleBlocks(BlockList):

@@ -1,7 +1,7 @@
 """Pipeline that samples images from a LlamaGen model, id by id."""
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -164,28 +164,18 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         if not is_fraction:
             raise ValueError(f"`guidance_stop` must be a fraction in [0, 1], got {guidance_stop}.")
         self._interrupt = False
-        rows, columns = self.grid
-        config = self.language_model.config
-        # The condition of each image: a class or a caption
+        # The condition of each image is a class or a caption.
         captions = self._encode_captions(class_labels, prompt, prompt_embeds, prompt_attention_mask)
         if captions:
-            class_labels = [0] * len(captions["prompt_embeds"])  # the one class, "with its caption"
+            class_labels = [0] * len(captions["prompt_embeds"])  # models with captions have one class, 0
         labels = self._encode_labels(class_labels, num_images=1, guidance_scale=guidance_scale)
         labels = labels.repeat_interleave(num_images_per_prompt)  # (images,)
         for name, values in captions.items():
             captions[name] = values.repeat_interleave(num_images_per_prompt, dim=0)  # (images, ...)
         check_generators(generator, len(labels))
-        is_guided = guidance_scale != 1
-        guidance = partial(guide, guidance_scale=guidance_scale) if is_guided else None
-        sampler = IdSampler(
-            self.language_model,
-            condition_inputs(config, labels, captions, guided=is_guided),
-            self.grid,
-            range(config.codebook_size),
-            partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator),
-            guide=guidance,
-            guided_ids=round(guidance_stop * rows * columns),
-        )
+        sample_ids = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        sampler = self._sampler(labels, captions, sample_ids, guidance_scale, guidance_stop)
+        rows, columns = self.grid
         for row in self.progress_bar(range(rows)):
             if self.interrupt:
                 break
@@ -195,6 +185,37 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
                 sampler.replace(replaced)
         size = (rows * self.vqvae.f, columns * self.vqvae.f)
         return self._output(sampler.ids, size, output_type, return_dict)
+
+    def _sampler(
+        self,
+        labels: torch.Tensor,
+        captions: dict[str, torch.Tensor],
+        sample_ids: Callable[[torch.Tensor], torch.Tensor],
+        guidance_scale: float,
+        guidance_stop: float,
+    ) -> IdSampler:
+        """Sampler of the ids of all images.
+
+        Args:
+            labels (`torch.Tensor` of shape `(images,)`): Classes.
+            captions (`dict[str, torch.Tensor]`): Features of captions and their mask; empty for a model with classes.
+            sample_ids (`Callable`): Samples ids `(images,)` from logits `(images, codes)`.
+            guidance_scale (`float`): Scale of classifier-free guidance; 1 for none.
+            guidance_stop (`float`): Fraction of the ids after which guidance ends.
+        """
+        config = self.language_model.config
+        rows, columns = self.grid
+        is_guided = guidance_scale != 1
+        guidance = partial(guide, guidance_scale=guidance_scale) if is_guided else None
+        return IdSampler(
+            self.language_model,
+            condition_inputs(config, labels, captions, guided=is_guided),
+            self.grid,
+            codes=range(config.codebook_size),
+            sample=sample_ids,
+            guide=guidance,
+            guided_ids=round(guidance_stop * rows * columns),
+        )
 
     def encode_prompt(self, prompt: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Encodes captions to the features that the language model reads.

@@ -31,9 +31,18 @@ from svqvae_hf.pipelines.sampling import (
     guide,
     sample,
 )
-from svqvae_hf.pipelines.schedules import Scale, Size, describe, fit_schedule, guidance_per_step, make_schedule
+from svqvae_hf.pipelines.schedules import (
+    Scale,
+    Size,
+    describe,
+    fit_schedule,
+    guidance_per_step,
+    make_schedule,
+    size_of_scale,
+)
 
 DEFAULT_STEPS = 10
+SQUARE = (1, 1)  # a size with the aspect ratio of a square
 
 
 class SVQVAENextScalePipeline(GeneratorPipeline):
@@ -198,17 +207,14 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             scales_to_edit = self._encode_images_to_edit(image, mask_image, sizes, height, width)
             num_images_to_edit = len(scales_to_edit[0].ids)
         labels, text = self._encode_conditions(class_labels, prompt, num_images_to_edit, guidance_scale)
-        labels = labels.repeat_interleave(num_images_per_prompt)  # (images,)
-        if text is not None:
-            text = text.repeat_interleave(num_images_per_prompt, dim=0)  # (images, max_text_length)
-        check_generators(generator, len(labels))
+        num_images = len(labels) * num_images_per_prompt
+        check_generators(generator, num_images)
         is_guided = guidance_scale != 1
-        pad_token = 0 if self.tokenizer is None else self.tokenizer.pad_token_id
-        predictor = ScalePredictor(self.transformer, self.vqvae, labels, text, pad_token, guided=is_guided)
+        predictor = self._predictor(labels, text, num_images_per_prompt, guided=is_guided)
         for step, size in enumerate(self.progress_bar(sizes)):
-            logits = predictor.next_logits(size)  # (images, tokens, codes)
+            logits = predictor.next_logits(size)  # (images, tokens, codes), with guidance (2 * images, ...)
             if is_guided:
-                logits = guide(logits, guidance_scales[step])
+                logits = guide(logits, guidance_scales[step])  # (images, tokens, codes)
             check_finite(logits.amax(-1), self.transformer, "transformer")
             if step in greedy_scales:
                 flat_ids = sample(logits, temperature, top_k=1, top_p=1.0, generator=generator)
@@ -222,6 +228,24 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
                 break
             predictor.add(ids)
         return self._output(ids, (height, width), output_type, return_dict)
+
+    def _predictor(
+        self, labels: torch.Tensor, text: torch.Tensor | None, num_images_per_prompt: int, *, guided: bool
+    ) -> ScalePredictor:
+        """Transformer that predicts the scales of the images, some for each label and caption.
+
+        Args:
+            labels (`torch.Tensor` of shape `(conditions,)`): Classes.
+            text (`torch.Tensor` of shape `(conditions, max_text_length)`, *optional*): Tokens of captions.
+            num_images_per_prompt (`int`): Images per class or caption.
+            guided (`bool`): Whether to predict without the class or the caption as well.
+        """
+        labels_of_images = labels.repeat_interleave(num_images_per_prompt)  # (images,)
+        text_of_images = None
+        if text is not None:
+            text_of_images = text.repeat_interleave(num_images_per_prompt, dim=0)  # (images, max_text_length)
+        pad_token = 0 if self.tokenizer is None else self.tokenizer.pad_token_id
+        return ScalePredictor(self.transformer, self.vqvae, labels_of_images, text_of_images, pad_token, guided=guided)
 
     def _encode_conditions(
         self,
@@ -238,29 +262,14 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             if prompt is not None:
                 raise ValueError("`prompt` needs a transformer that reads captions. Leave it out.")
             return self._encode_labels(class_labels, num_images_to_edit, guidance_scale), None
-        text = self._encode_prompts(prompt, num_images_to_edit, guidance_scale)
-        # The captions are guided, so labels need not be there for guidance.
-        labels = self._encode_labels(class_labels, len(text), guidance_scale=1)
-        return labels, text
-
-    def _encode_prompts(
-        self, prompt: str | list[str] | None, num_images_to_edit: int, guidance_scale: float
-    ) -> torch.Tensor:
-        """Tokens `(prompts, max_text_length)`. Without a prompt, they are padding for each image to edit."""
         if prompt is None and guidance_scale != 1:
             raise ValueError(f"`guidance_scale` = {guidance_scale} needs `prompt`. Pass it, or leave it at 1.")
-        if prompt is None:
-            prompts = [""] * num_images_to_edit
-        elif isinstance(prompt, str):
-            prompts = [prompt]
-        else:
-            prompts = check_prompts(prompt)
-        if num_images_to_edit not in (1, len(prompts)):
-            raise ValueError(
-                f"`image` must be one image or one per prompt, got {num_images_to_edit} for {len(prompts)} prompts."
-            )
+        prompts = prompts_of_images(prompt, num_images_to_edit)
         length = self.transformer.config["max_text_length"]
-        return pad_captions(self.tokenizer, prompts, length).to(self._execution_device)
+        text = pad_captions(self.tokenizer, prompts, length).to(self._execution_device)
+        # `_encode_labels` demands classes if there is guidance. Here it must not, because the captions are guided.
+        labels = self._encode_labels(class_labels, len(text), guidance_scale=1)
+        return labels, text
 
     def _image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width of the images in pixels, by default as in training."""
@@ -310,15 +319,18 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         num_images = len(batch["image_sizes"])
         check_images_to_edit((image_height, image_width), num_images, masks, (height, width))
         sample = batch["pixel_values"].to(self._execution_device, self.vqvae.dtype)
+        # As in training, an image is encoded at about the size of a scale, and its latents are resized to exactly
+        # that size. They may differ by a row or a column, because the encoder keeps the aspect ratio of the image.
         image_grid = grid_shape(image_height, image_width, self.vqvae.f, 1.0)
         scales = [max(size) / max(image_grid) for size in sizes]
         latents = self.vqvae.encode_scales(sample, scales, self.config["scale_from"])
-        padded_masks = pad_to_multiple(masks, self.vqvae.f)
+        padded_masks = pad_to_multiple(masks, self.vqvae.f)  # (masks, 1, padded height, padded width)
         scales_to_edit = []
         for latents_of_scale, size in zip(latents, sizes, strict=True):
-            resized = resize(latents_of_scale.float(), size, "area")  # as in training
+            resized = resize(latents_of_scale.float(), size, "area")  # (images, codebook_embed_dim, h, w)
             ids = self.vqvae.quantize.nearest_ids(resized)  # (images, h, w)
-            has_white = F.adaptive_max_pool2d(padded_masks, size)[:, 0] > 0  # (masks, h, w)
+            whitest_pixels = F.adaptive_max_pool2d(padded_masks, size)[:, 0]  # of the place of each id, (masks, h, w)
+            has_white = whitest_pixels > 0
             is_kept = has_white.logical_not().to(ids.device)
             scales_to_edit.append(ScaleToEdit(ids, is_kept))
         return scales_to_edit
@@ -396,11 +408,9 @@ def schedule_of_training(schedule: Sequence[Scale] | None, vqvae: SVQVAE) -> lis
         side = vqvae.config["sample_size"] // vqvae.f  # in ids
         return default_schedule(max(1, side))
     if not schedule:
-        return fit_schedule(schedule, (1, 1))  # raises, because the schedule is empty
-    last = schedule[-1]
-    if isinstance(last, int):
-        return fit_schedule(schedule, (last, last))
-    return fit_schedule(schedule, (last[0], last[-1]))
+        raise ValueError("`schedule` must have at least one scale, got none. Leave it out for ten scales.")
+    last_size = size_of_scale(schedule[-1], SQUARE)
+    return fit_schedule(schedule, last_size)
 
 
 def check_greedy_scales(greedy_scales: Sequence[int], sizes: Sequence[Size]) -> None:
@@ -410,6 +420,22 @@ def check_greedy_scales(greedy_scales: Sequence[int], sizes: Sequence[Size]) -> 
         raise ValueError(
             f"`greedy_scales` must be steps in [0, {len(sizes)}) of {describe(sizes)}, got {list(greedy_scales)}."
         )
+
+
+def prompts_of_images(prompt: str | list[str] | None, num_images_to_edit: int) -> list[str]:
+    """Captions of the images as a list. By default they are empty, one for each image to edit.
+
+    Raises:
+        ValueError: The captions are not texts, or the images to edit are neither one nor one per caption.
+    """
+    if prompt is None:
+        return [""] * num_images_to_edit
+    prompts = [prompt] if isinstance(prompt, str) else check_prompts(prompt)
+    if num_images_to_edit not in (1, len(prompts)):
+        raise ValueError(
+            f"`image` must be one image or one per prompt, got {num_images_to_edit} for {len(prompts)} prompts."
+        )
+    return prompts
 
 
 def check_prompts(prompts: Any) -> list[str]:

@@ -100,13 +100,16 @@ def write_blocks(blocks: type, folder: Path, source: str) -> None:
     index = read_json_object(path_of_index)
     modular_index: dict[str, Any] = {"_blocks_class_name": blocks.__name__, "_class_name": "ModularPipeline"}
     for name, value in index.items():
+        # A component is a pair, library and class, with a folder of its name. The pair of a missing one is empty.
         is_component = isinstance(value, list) and (folder / name).is_dir()
         is_missing_component = value == [None, None]
         is_private = name.startswith("_")
         if is_component:
             modular_index[name] = _entry_of_component(name, value, source)
-        elif not is_missing_component and not is_private:
-            modular_index[name] = value
+        elif is_missing_component or is_private:
+            continue
+        else:
+            modular_index[name] = value  # a value of the pipeline's config
     write_json(folder / "modular_config.json", {"auto_map": {"ModularPipelineBlocks": class_of_blocks}})
     write_json(folder / ModularIndex.config_name, modular_index)
     path_of_index.unlink()
@@ -158,36 +161,51 @@ def load_arguments(cls: Callable[..., Any], source: str, index: dict[str, Any], 
 def _load_component(source: str, name: str, entry: Any, options: Mapping[str, Any]) -> Any:
     """Loads a component of a repository with code, by its entry in the index of the modular pipeline.
 
+    Args:
+        source (`str`): Folder, or `org/name` on the Hub.
+        name (`str`): Name of the component and of its folder in the source, such as `tokenizer`.
+        entry: Entry, as [`_entry_of_component`] makes it.
+        options (`Mapping[str, Any]`): Arguments of `from_pretrained`.
+
     Raises:
         ValueError: The entry is broken, or weights are missing or unexpected.
     """
     type_hint = _type_hint(entry)
     if type_hint is None:
         raise ValueError(f"the index of `{source}` must say where `{name}` lies, got {entry!r:.80}.")
-    if name in MODELS:
-        component_class: Any = MODELS[name]
-    else:
-        class_name = str(type_hint[-1])
-        component_class = getattr(transformers, class_name, None)
+    component_class = _class_of_component(name, type_hint)
     if component_class is None:
         raise ValueError(f"the index of `{source}` names an unknown class of `{name}`, {type_hint!r:.80}.")
     is_model = hasattr(component_class, "forward")
     if not is_model:
+        # A tokenizer takes the options of the Hub, but no options of a model, such as `dtype`.
         return component_class.from_pretrained(source, subfolder=name, **hub_options(options))
     model, info = component_class.from_pretrained(source, subfolder=name, output_loading_info=True, **options)
     check_weights(f"{source}/{name}", info)
     return model
 
 
+def _class_of_component(name: str, type_hint: list[Any]) -> Any:
+    """Class that loads a component: of this package, or of transformers by its name; None for an unknown name."""
+    if name in MODELS:
+        return MODELS[name]
+    class_name = str(type_hint[-1])  # the library and the class, such as `["transformers", "T5EncoderModel"]`
+    return getattr(transformers, class_name, None)
+
+
 def _type_hint(entry: Any) -> list[Any] | None:
-    """Library and class in an entry of a modular index, `[library, class, place]`; None for a broken entry."""
+    """Library and class in an entry of a modular index, such as `["transformers", "T5EncoderModel"]`.
+
+    The entry is `[library, class, place]`, see [`_entry_of_component`]. The hint is in the place. None for a broken
+    entry.
+    """
     if not isinstance(entry, list) or not entry:
         return None
     place = entry[-1]
     if not isinstance(place, dict):
         return None
     type_hint = place.get("type_hint")
-    if not isinstance(type_hint, list):
+    if not isinstance(type_hint, list) or not type_hint:
         return None
     return type_hint
 

@@ -42,7 +42,8 @@ def check_outputs(num_images_per_prompt: int, output_type: str, tensor_inputs: S
         raise_range("num_images_per_prompt", num_images_per_prompt, "at least 1")
     if output_type not in OUTPUT_TYPES:
         raise_range("output_type", output_type, f"one of {', '.join(OUTPUT_TYPES)}")
-    if not set(tensor_inputs) <= {"ids"}:
+    unknown_tensors = set(tensor_inputs) - {"ids"}
+    if unknown_tensors:
         raise_range("callback_on_step_end_tensor_inputs", list(tensor_inputs), "among ['ids']")
 
 

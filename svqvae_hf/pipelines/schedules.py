@@ -30,9 +30,9 @@ def make_schedule(size: Size, steps: int) -> list[Size]:
         raise ValueError(f"`num_inference_steps` must be an integer, got {steps!r}.")
     if not 1 <= steps <= longest:
         raise ValueError(f"`num_inference_steps` must be in [1, {longest}] for {describe([size])} ids, got {steps}.")
-    factor = _largest_factor(longest, steps)
+    factor = _largest_factor(longest, steps)  # with which the last side reaches `longest`
     sides = [_rounded_side(side) for side in _grow(factor, steps)]
-    sides[-1] = longest
+    sides[-1] = longest  # which the last side may miss by a rounding error
     return fit_schedule(sides, size)
 
 
@@ -71,7 +71,7 @@ def fit_schedule(schedule: Sequence[Scale], size: Size) -> list[Size]:
         ValueError: An entry is not one or two integers above 0, a scale is not larger than the one before, or the last
             is not `size`.
     """
-    sizes = [_size_of_scale(entry, size) for entry in schedule]
+    sizes = [size_of_scale(entry, size) for entry in schedule]
     for size_before, next_size in itertools.pairwise(sizes):
         height_before, width_before = size_before
         height, width = next_size
@@ -85,8 +85,12 @@ def fit_schedule(schedule: Sequence[Scale], size: Size) -> list[Size]:
     return sizes
 
 
-def _size_of_scale(entry: Any, size: Size) -> Size:
-    """Height and width of an entry of a schedule: a pair, or the longer side of a scale that is shaped like `size`."""
+def size_of_scale(entry: Any, size: Size) -> Size:
+    """Height and width of an entry of a schedule: a pair, or the longer side of a scale that is shaped like `size`.
+
+    Raises:
+        ValueError: The entry is not one or two integers above 0.
+    """
     sides = list(entry) if isinstance(entry, list | tuple) else [entry]
     are_positive_integers = all(type(side) is int and side > 0 for side in sides)
     if len(sides) not in (1, 2) or not are_positive_integers:
@@ -110,9 +114,9 @@ def guidance_per_step(guidance_scale: float, mode: str, sizes: Sequence[Size], t
 
     Args:
         guidance_scale (`float`): Guidance scale; 1 means none. A rising schedule of one step is not guided.
-        mode (`str`): `"constant"`, or `"rising"`: by equal steps from 1 to `guidance_scale` at the last scale, or at
-            the tenth if there are more, after which it rises further. Scales larger than in training have
-            `guidance_scale` itself.
+        mode (`str`): `"constant"` for `guidance_scale` at each step, or `"rising"`: for a `guidance_scale` of 5, five
+            steps have 1, 2, 3, 4 and 5. If there are more than ten, the tenth has `guidance_scale`, and later steps
+            have more. Scales larger than in training have `guidance_scale` itself.
         sizes (list of `(height, width)`): Schedule.
         trained (`tuple[int, int]`): Largest scale in training.
 
@@ -123,11 +127,15 @@ def guidance_per_step(guidance_scale: float, mode: str, sizes: Sequence[Size], t
         raise ValueError(f"`guidance_mode` must be one of {', '.join(GUIDANCE_MODES)}, got {mode!r}.")
     if mode == "constant":
         return [guidance_scale] * len(sizes)
-    num_rises = max(1, min(len(sizes) - 1, RISING_STEPS))  # from the first step to the one with `guidance_scale`
+    # Guidance rises from 1 at the first step to `guidance_scale` at the last step, or at an earlier one.
+    last_step = len(sizes) - 1
+    num_rises = min(last_step, RISING_STEPS)
+    num_rises = max(1, num_rises)  # for a single step, which is not guided, to avoid a division by zero
     rise_per_step = (guidance_scale - 1) / num_rises
     scales = []
     for step, size in enumerate(sizes):
-        if max(size) > max(trained):
+        is_larger_than_in_training = max(size) > max(trained)
+        if is_larger_than_in_training:
             scales.append(guidance_scale)
         else:
             scales.append(1 + rise_per_step * step)

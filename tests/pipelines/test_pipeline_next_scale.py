@@ -109,6 +109,19 @@ def test_a_foreign_codebook_is_one_error(pipeline, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ([], "must have at least one scale"),
+        ([1, []], "must hold sides or pairs"),
+        ([1, "4"], "must hold sides or pairs"),
+    ],
+)
+def test_a_broken_schedule_of_training_is_refused(schedule, message):
+    with pytest.raises(ValueError, match=message):
+        SVQVAENextScalePipeline(make_tiny(), make_transformer(), schedule=schedule)
+
+
+@pytest.mark.parametrize(
     ("arguments", "sizes"),
     [
         ({"height": 15, "width": 13}, [(1, 1), (2, 2), (3, 3), (4, 4)]),
@@ -195,7 +208,10 @@ def test_an_index_that_is_no_object_is_named(pipeline, tmp_path, content):
         SVQVAENextScalePipeline.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("entry", [None, [], [None, None, {}], [None, None, {"type_hint": ["a", "b"]}]])
+@pytest.mark.parametrize(
+    "entry",
+    [None, [], [None, None, {}], [None, None, {"type_hint": []}], [None, None, {"type_hint": ["a", "b"]}]],
+)
 def test_a_broken_component_of_a_modular_index_is_named(pipeline, tmp_path, entry):
     pipeline.save_pretrained(tmp_path, standalone=True)
     path = tmp_path / "modular_model_index.json"
