@@ -67,10 +67,10 @@ def load_adapter(language_model: Any, adapter: str | os.PathLike, base: str | os
     from peft import PeftModel, get_peft_model_state_dict  # installed only with an extra
 
     check_files(adapter)
-    weights_path = find_part(adapter, "", WEIGHTS, {})
+    weights_path = find_part(adapter, subfolder="", name=WEIGHTS, options={})
     if weights_path is None:
         raise ValueError(f"`{adapter}` must hold `{WEIGHTS}`, but does not. Restore the file.")
-    base_file = find_part(adapter, "", BASE_FILE, {})
+    base_file = find_part(adapter, subfolder="", name=BASE_FILE, options={})
     if base_file is not None:
         record = read_json_object(base_file)
         _check_base(record, adapter, base, subfolder)

@@ -14,6 +14,7 @@ from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.folder_checks import check_files
 from svqvae_hf.models.loading import check_weights
 
+MAX_REASON = 300  # characters of an original message
 DAMAGE_ERRORS = (AttributeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError, TypeError)
 
 
@@ -39,13 +40,18 @@ def load_causal_model(source: str | os.PathLike, **options: Any) -> PreTrainedMo
 
 @contextmanager
 def misfit_explained(source: str | os.PathLike) -> Iterator[None]:
-    """Makes one line of the errors that transformers raises if weights do not fit a config at all."""
+    """Names the source in the errors that transformers raises if weights do not fit a config at all.
+
+    Raises:
+        ValueError: One line, with the start of the original message.
+    """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # a RuntimeError that says nothing about the files
         raise
     except DAMAGE_ERRORS as error:
-        reason = " ".join(str(error).split())  # in one line
+        message = " ".join(str(error).split())  # the message of transformers has several lines
+        reason = message[:MAX_REASON]
         raise ValueError(
-            f"`{os.fspath(source)}` cannot be loaded, because its files are damaged: {reason:.300}."
+            f"`{os.fspath(source)}` cannot be loaded, because its files are damaged: {reason}."
         ) from error

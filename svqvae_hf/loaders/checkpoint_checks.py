@@ -15,11 +15,27 @@ WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def select_weights(
     content: Mapping[Any, Any], weights: Any, source: str | Path, *, use_ema: bool = False
 ) -> dict[str, Any]:
-    """Weights of a file, or its EMA weights, by name, and without attributes that a pickle may give to tensors."""
+    """Weights of a file by name, without attributes that a pickle may give to tensors.
+
+    Args:
+        content (`Mapping`): Content of the file.
+        weights: Part of the content that should hold the weights.
+        source (`str` or `Path`): Name of the file in errors.
+        use_ema (`bool`, defaults to `False`): Take the averaged weights of the file instead.
+
+    Raises:
+        ValueError: The file does not hold these weights.
+    """
     if use_ema:
         weights = content.get(EMA)
-    if not isinstance(weights, Mapping):
-        raise ValueError(f"`{source}` must hold averaged weights (`{EMA}`) for `use_ema`, but has none. Leave it out.")
+        if not isinstance(weights, Mapping):
+            raise ValueError(
+                f"`{source}` must hold averaged weights (`{EMA}`) for `use_ema`, but has none. Leave it out."
+            )
+    elif not isinstance(weights, Mapping):
+        raise ValueError(
+            f"`{source}` must hold weights by their names, but holds a {type(weights).__name__}. Download it again."
+        )
     return {key_text(key): without_attributes(value) for key, value in weights.items()}
 
 

@@ -18,7 +18,7 @@ from svqvae_hf.untrusted.weights import key_text
 NORM_NUM_GROUPS = 32  # in all formats
 KEYS_SHOWN = 5  # of a file in an error
 
-# Config values that are sizes of weights, with their axes.
+# Config values that are sizes of weights, each with the name of the weight in this library and the axis.
 CONFIG_AXES = {
     "in_channels": ("encoder.conv_in.weight", 1),
     "out_channels": ("decoder.conv_out.weight", 0),
@@ -57,19 +57,44 @@ def read_checkpoint(
     _check_not_converted(path, source)
     content = load_checkpoint_file(path, source)
     format = _find_format(content, source)
-    all_weights = select_weights(content, content[format.container], source, use_ema=use_ema)
-    weights = _without_training_weights(all_weights, format)
+    stored_weights = content[format.container]  # the part of the content that holds the weights
+    all_weights = select_weights(content, stored_weights, source, use_ema=use_ema)
+    weights = _without_training_weights(all_weights, format)  # by the names in the file
     check_tensors(weights, source)
     config = _infer_config(format, weights, source) | config
-    expected_shapes = _expected_shapes(model_class, config, source)
+    expected_shapes = _expected_shapes(model_class, config, source)  # by the names in this library
+    state_dict = _rename_and_check(weights, expected_shapes, format, source)
+    return Checkpoint(str(source), path, use_ema, format, config, state_dict)
+
+
+def _rename_and_check(
+    weights: Mapping[str, torch.Tensor],
+    expected_shapes: Mapping[str, torch.Size],
+    format: CheckpointFormat,
+    source: str | Path,
+) -> dict[str, torch.Tensor]:
+    """Weights by their names in this library, in float32.
+
+    Args:
+        weights (`Mapping[str, torch.Tensor]`): Weights by their names in the file.
+        expected_shapes (`Mapping[str, torch.Size]`): Shapes of all weights by their names in this library.
+        format ([`CheckpointFormat`]): Format of the file.
+        source (`str` or `Path`): Name of the file in errors.
+
+    Raises:
+        ValueError: The file does not hold exactly these weights, in these shapes.
+    """
     num_levels = count_numbers(weights, format.level_prefix)
-    names_in_file = {name: format.to_original(name, num_levels) for name in expected_shapes}
-    shapes_in_file = {names_in_file[name]: shape for name, shape in expected_shapes.items()}
+    shapes_in_file = {}  # by the names in the file, so that errors name what is in the file
+    for name, shape in expected_shapes.items():
+        name_in_file = format.to_original(name, num_levels)
+        shapes_in_file[name_in_file] = shape
     check_weights(weights, shapes_in_file, source)
     state_dict = {}
-    for name, name_in_file in names_in_file.items():
+    for name in expected_shapes:
+        name_in_file = format.to_original(name, num_levels)
         state_dict[name] = weights[name_in_file].float()
-    return Checkpoint(str(source), path, use_ema, format, config, state_dict)
+    return state_dict
 
 
 def _check_not_converted(path: Path, source: str | Path) -> None:
@@ -130,21 +155,20 @@ def _infer_config(format: CheckpointFormat, weights: Mapping[str, Any], source: 
     num_levels = count_numbers(weights, format.level_prefix)
     num_blocks = count_numbers(weights, format.to_original("encoder.conv_blocks.0.res.", num_levels))
     check_depth(f"`{source}`", {"levels": num_levels, "residual blocks per level": num_blocks})
-    axes = dict(CONFIG_AXES)  # names of weights in this library, and their axes
-    for level in range(num_levels):
-        for network in ("encoder", "decoder"):
-            axes[f"{network} level {level}"] = (f"{network}.conv_blocks.{level}.res.0.conv1.weight", 0)
-    axes_in_file = {}  # the same with the names in the file
-    for key, (name, axis) in axes.items():
+    axes_of_widths = _axes_of_widths("encoder", num_levels) | _axes_of_widths("decoder", num_levels)
+    axes_in_file = {}  # the axes of all sizes, with the names of the weights in the file
+    for key, (name, axis) in (CONFIG_AXES | axes_of_widths).items():
         axes_in_file[key] = (format.to_original(name, num_levels), axis)
-    sizes = read_sizes(weights, axes_in_file, source)
+    sizes = read_sizes(weights, axes_in_file, source)  # all at once, so that one error names all faulty weights
     config: dict[str, Any] = {key: sizes[key] for key in CONFIG_AXES}
     base_channels = sizes["base_channels"]
     encoder_multipliers = []
     decoder_multipliers = []
     for level in range(num_levels):
-        encoder_multipliers.append(sizes[f"encoder level {level}"] // base_channels)
-        decoder_multipliers.append(sizes[f"decoder level {level}"] // base_channels)
+        encoder_width = sizes[_key_of_width("encoder", level)]
+        decoder_width = sizes[_key_of_width("decoder", level)]
+        encoder_multipliers.append(encoder_width // base_channels)
+        decoder_multipliers.append(decoder_width // base_channels)
     decoder_multipliers.reverse()  # the decoder's first level has the lowest resolution
     config["encoder_ch_mult"] = tuple(encoder_multipliers)
     config["decoder_ch_mult"] = tuple(decoder_multipliers)
@@ -155,17 +179,34 @@ def _infer_config(format: CheckpointFormat, weights: Mapping[str, Any], source: 
     return config
 
 
+def _key_of_width(network: str, level: int) -> str:
+    """Key of the number of channels of a level, such as `encoder level 0`, beside the keys of `CONFIG_AXES`."""
+    return f"{network} level {level}"
+
+
+def _axes_of_widths(network: str, num_levels: int) -> dict[str, tuple[str, int]]:
+    """For each level of a network, the weight and the axis that have its number of channels, as in `CONFIG_AXES`."""
+    axes = {}
+    for level in range(num_levels):
+        axes[_key_of_width(network, level)] = (f"{network}.conv_blocks.{level}.res.0.conv1.weight", 0)
+    return axes
+
+
 def _expected_shapes(
     model_class: type[nn.Module], config: Mapping[str, Any], source: str | Path
 ) -> dict[str, torch.Size]:
-    """Shapes of the weights of a model with this config."""
+    """Shapes of the weights of a model with this config, by their names.
+
+    Raises:
+        ValueError: There is no model with this config. The message names the weights that the sizes come from.
+    """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # the weights take no memory
             model = model_class(**config)
     except ValueError as error:
-        sizes = []
-        for key, (weight, _) in CONFIG_AXES.items():
-            sizes.append(f"{key} {config[key]} from {weight}")
+        sizes = []  # such as "in_channels 3 from encoder.conv_in.weight"
+        for key, (name_of_weight, _) in CONFIG_AXES.items():
+            sizes.append(f"{key} {config[key]} from {name_of_weight}")
         listed = ", ".join(sizes)
         raise ValueError(f"`{source}` must have the shapes of an SVQVAE, but has {listed}: {error}") from error
-    return {key: tensor.shape for key, tensor in model.state_dict().items()}
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}

@@ -15,7 +15,7 @@ from svqvae_hf.models.checks import check_depth
 
 LLAMAGEN = CheckpointFormat("llamagen-transformer", "LlamaGen's language model", None, level_prefix="layers.")
 EMBEDDING = "tok_embeddings.weight"  # every such checkpoint has it
-EMBEDDED = "model.embed_tokens.weight"  # with the rows of classes, which lie apart in the file
+EMBEDDED = "model.embed_tokens.weight"  # in this library, with the rows of classes, which lie apart in the file
 CLASSES = "cls_embedding.embedding_table.weight"
 CAPTION = "cls_embedding.uncond_embedding"
 ANGLES = "freqs_cis"  # a row for each position of a sequence, in files of older code
@@ -40,7 +40,8 @@ class FileWeight:
 
     Args:
         shape (`tuple[int, ...]`): Its shape.
-        names (`list[str]`): Its name here, or the names of the weights that it stacks along its rows.
+        names (`list[str]`): Its name in this library. If the weight stacks several weights of this library along its
+            rows, as queries, keys and values are stacked, the names of all of them in this order.
     """
 
     shape: tuple[int, ...]
@@ -78,12 +79,13 @@ def read_llamagen(
             f"its top level or in {', '.join(CONTAINERS)}. Load a tokenizer with `SVQVAE.from_single_file`."
         )
     weights = select_weights(content, stored_weights, source, use_ema=use_ema)
+    # The angles are no weights, so none of the checks is for them. They only tell the number of positions.
     angles = weights.pop(ANGLES, None)
     check_tensors(weights, source)
     sizes = _read_sizes(weights, source)
     layout = _layout(sizes)
-    shapes = {name: torch.Size(weight.shape) for name, weight in layout.items()}
-    check_weights(weights, shapes, source)
+    expected_shapes = {name: torch.Size(file_weight.shape) for name, file_weight in layout.items()}
+    check_weights(weights, expected_shapes, source)
     config = dict(sizes)
     config["grid_size"] = _find_grid_size(angles, sizes["num_condition_tokens"], grid_size, source)
     config["num_attention_heads"] = num_attention_heads or _find_heads(sizes, source)
@@ -118,8 +120,9 @@ def _find_heads(sizes: Mapping[str, Any], source: str | Path) -> int:
 def _read_sizes(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict[str, Any]:
     """Config values that are sizes of weights."""
     reads_captions = CAPTION in weights
+    # A row per position of a caption, or a row per class
     condition = CAPTION if reads_captions else CLASSES
-    axes = {
+    axes = {  # for each size, the name of a weight and the axis that has the size
         "codebook_size": (EMBEDDING, 0),
         "hidden_size": (EMBEDDING, 1),
         "intermediate_size": ("layers.0.feed_forward.w1.weight", 0),
@@ -127,12 +130,16 @@ def _read_sizes(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict
         "condition_channels": (condition, 1),
     }
     sizes = read_sizes(weights, axes, source)
-    condition_rows = sizes.pop("condition_rows")
-    condition_channels = sizes.pop("condition_channels")
     num_layers = count_numbers(weights, LLAMAGEN.level_prefix)
     check_depth(f"`{source}`", {"layers": num_layers})
-    config: dict[str, Any] = dict(sizes)
-    config["num_hidden_layers"] = num_layers
+    config: dict[str, Any] = {
+        "codebook_size": sizes["codebook_size"],
+        "hidden_size": sizes["hidden_size"],
+        "intermediate_size": sizes["intermediate_size"],
+        "num_hidden_layers": num_layers,
+    }
+    condition_rows = sizes["condition_rows"]
+    condition_channels = sizes["condition_channels"]
     if reads_captions:
         config["num_classes"] = 1
         config["num_condition_tokens"] = condition_rows
@@ -186,27 +193,36 @@ def _layer_layout(hidden: int, inner: int) -> dict[str, FileWeight]:
 def _rename(
     weights: dict[str, torch.Tensor], layout: Mapping[str, FileWeight], num_classes: int
 ) -> dict[str, torch.Tensor]:
-    """Moves weights to this library's names, in float32. Emptying `weights` holds each tensor in memory only once."""
+    """Moves weights to this library's names, in float32.
+
+    Each weight is removed from `weights` before it is copied, so that memory holds no weight twice for long.
+    """
     renamed: dict[str, torch.Tensor] = {}
     for file_name, file_weight in layout.items():
         stacked_weight = weights.pop(file_name).float()
         parts = stacked_weight.chunk(len(file_weight.names))
         for name, part in zip(file_weight.names, parts, strict=True):
             renamed[name] = part.clone()
-    # The rows of classes and of no class follow the codes. With captions nothing reads them.
-    codes = renamed[EMBEDDED]
-    classes = renamed.pop(CLASSES, None)
+    # The file has one embedding for the codes and another one for the classes. Here the rows of the classes, and of
+    # the token for no condition, follow the rows of the codes in one embedding.
+    codes = renamed[EMBEDDED]  # (codes, hidden)
+    classes = renamed.pop(CLASSES, None)  # (classes + 1, hidden)
     if classes is None:
+        # A model with captions reads features in place of these rows, so they may be zeros.
         classes = codes.new_zeros(num_classes + 1, codes.shape[1])
     renamed[EMBEDDED] = torch.cat([codes, classes])
     return renamed
 
 
 def _find_grid_size(angles: Any, condition_tokens: int, grid_size: int | None, source: str | Path) -> int:
-    """Rows and columns of ids, from the angles in a file or as they were passed."""
-    has_angles = isinstance(angles, torch.Tensor) and angles.ndim > 0 and len(angles) > condition_tokens
-    if has_angles:
-        num_positions = len(angles)
+    """Rows and columns of ids, from the angles in a file or as they were passed.
+
+    `angles` is what the file holds in their place: None, or any value that a pickle can hold.
+    """
+    has_rows = isinstance(angles, torch.Tensor) and angles.ndim > 0
+    has_angles_of_ids = has_rows and len(angles) > condition_tokens
+    if has_angles_of_ids:
+        num_positions = len(angles)  # of the condition tokens, then of the ids
         stored_size = math.isqrt(num_positions - condition_tokens)
         if grid_size is not None and grid_size != stored_size:
             raise ValueError(f"`grid_size` must be {stored_size}, as `{ANGLES}` in `{source}` tells, got {grid_size}.")

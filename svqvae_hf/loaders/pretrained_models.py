@@ -187,7 +187,9 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
         source = os.fspath(pretrained_model_name_or_path)
         check_files(os.path.join(source, kwargs.get("subfolder") or ""))
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["ignore_mismatched_sizes"] = True  # `check_weights` lists them in one line
+        # transformers must not raise for wrong shapes, because `check_weights` below raises one error of one line that
+        # lists missing, unexpected and misshapen weights.
+        kwargs["ignore_mismatched_sizes"] = True
         with misfit_explained(source):
             model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         check_weights(source, info)
@@ -199,8 +201,11 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, standalone: bool = False, **kwargs: Any
     ) -> None:
-        """Saves the model. `standalone=True` also writes its code."""
-        # Names the code in the repository that the model was loaded from, which is not copied.
+        """Saves the model. `standalone=True` also writes its code.
+
+        The decorator shows the arguments of transformers' method, to which all others are forwarded.
+        """
+        # `auto_map` names the code in the repository that the model was loaded from. That code is not copied.
         self.config.__dict__.pop("auto_map", None)
         super().save_pretrained(save_directory, *args, **kwargs)
         if standalone:
@@ -268,7 +273,7 @@ class SVQVAEImageProcessor(HubMixin, image_processing_svqvae.SVQVAEImageProcesso
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Saves the config."""
-        # Names the code in the repository that the processor was loaded from, which is not copied.
+        # `auto_map` names the code in the repository that the processor was loaded from. That code is not copied.
         self.__dict__.pop("auto_map", None)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -294,9 +299,10 @@ class SVQVAEProcessor(HubMixin, PlainProcessor):
         source = os.fspath(pretrained_model_name_or_path)
         subfolder = kwargs.get("subfolder") or ""
         folder = os.path.join(source, subfolder)
-        check_files(folder)
+        check_files(folder)  # checks nothing if the source is on the Hub
         check_files(os.path.join(folder, VQVAE_FOLDER))
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        # Calls `check_parts`, which may download, and explains the errors of the Hub.
         from_hub(check_parts, source, subfolder=subfolder, **hub_options)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
