@@ -169,16 +169,20 @@ def _start_rows(model: PreTrainedModel, vocabulary: ImageVocabulary, codebook: t
     features = _features_of_tokens(vocabulary, codebook, seed)  # (image tokens, channels)
     input_layer = model.get_input_embeddings()
     output_layer = model.get_output_embeddings()
-    are_tied = input_layer.weight is output_layer.weight
-    layers = [output_layer] if are_tied else [input_layer, output_layer]
+    layers = [input_layer, output_layer]
+    have_one_weight = input_layer.weight is output_layer.weight
+    if have_one_weight:
+        layers = [output_layer]
     first_token = vocabulary.first_token
     for layer in layers:
         old_rows = layer.weight[:first_token].float()  # (tokens of the text, hidden)
         generator = torch.Generator().manual_seed(seed + 1)  # equal seeds, so that both layers have the same map
         linear_map = torch.randn(features.shape[1], old_rows.shape[1], generator=generator)  # (channels, hidden)
         mapped = features @ linear_map  # (image tokens, hidden)
-        gain = old_rows.std(0).mean().cpu() / mapped.std()
-        new_rows = old_rows.mean(0).cpu() + mapped * gain
+        mean_of_old_rows = old_rows.mean(0).cpu()  # (hidden,)
+        std_of_old_rows = old_rows.std(0).mean().cpu()  # one number, the mean over the channels
+        gain = std_of_old_rows / mapped.std()
+        new_rows = mean_of_old_rows + mapped * gain  # (image tokens, hidden)
         layer.weight[first_token : vocabulary.stop] = new_rows.to(layer.weight)
         bias = getattr(layer, "bias", None)
         if bias is not None:

@@ -1,6 +1,7 @@
 """The grammar of images among text: as a logits processor for generation, and in the syntax of servers."""
 
 import re
+from collections.abc import Sequence
 
 import torch
 from transformers import LogitsProcessor, PreTrainedConfig
@@ -36,20 +37,14 @@ class ImageGrammar(LogitsProcessor):
         vocabulary = ImageVocabulary.from_config(config)
         self.begin = vocabulary.begin
         vocabulary_size = config.get_text_config().vocab_size
+        self.kinds = kinds_in_images(vocabulary.grids)  # (sizes, longest)
+        # For each token that is a size, its row in `kinds`
+        num_sizes = len(vocabulary.grids)
+        self.row_of_size = torch.zeros(vocabulary_size, dtype=torch.int64)
+        self.row_of_size[vocabulary.first_size : vocabulary.stop] = torch.arange(num_sizes)
 
-        # Kind of the next token, by the size of the image and the number of tokens after its begin
-        code_counts = [rows * columns for rows, columns in vocabulary.grids]
-        longest = max(code_counts) + 2  # a size, the codes and the end
-        self.kinds = torch.full((len(code_counts), longest), OUTSIDE)
-        self.kinds[:, 0] = SIZE
-        for size, num_codes in enumerate(code_counts):
-            self.kinds[size, 1 : num_codes + 1] = CODES
-            self.kinds[size, num_codes + 1] = LAST
-        # For each size token, the index of the first entry of its row in the flattened `kinds`
-        self.starts = torch.zeros(vocabulary_size, dtype=torch.int64)
-        self.starts[vocabulary.first_size : vocabulary.stop] = torch.arange(0, self.kinds.numel(), longest)
-
-        # Bias of each token, by the kind of the next token: 0 if the token is of this kind
+        # Bias of each token, by the kind of the next token: 0 if the token is of this kind, else minus infinity. The
+        # tokens are, in this order: text, codes from `first_token`, begin, end, no condition, sizes from `first_size`.
         self.bias = torch.full((NUM_KINDS, vocabulary_size), -torch.inf)
         self.bias[OUTSIDE, : vocabulary.first_token] = 0
         self.bias[OUTSIDE, vocabulary.begin] = 0
@@ -62,20 +57,24 @@ class ImageGrammar(LogitsProcessor):
         self._move(input_ids.device)
         longest = self.kinds.shape[1]
         newest_tokens = input_ids[:, -longest:]  # (batch, longest); an image that began before them is complete
-        newest_first = newest_tokens.flip(1)
-        # Whether an image has begun, and how many tokens follow its begin. Both are (batch, 1).
-        has_begun, num_after_begin = (newest_first == self.begin).max(1, keepdim=True)
-        size_place = (num_after_begin - 1).clamp_min(0)  # the token after the begin, which is the size
-        size_token = newest_first.gather(1, size_place)  # (batch, 1)
-        first_entry = self.starts.take(size_token)  # 0 if there is no size yet
-        kind = self.kinds.take(first_entry + num_after_begin)
+        newest_first = newest_tokens.flip(1)  # (batch, longest); the last token has index 0
+        # `max` returns whether there is a begin, and the index of the newest one, which is also the number of tokens
+        # after it. Both are (batch, 1).
+        is_begin = newest_first == self.begin
+        has_begun, num_after_begin = is_begin.max(dim=1, keepdim=True)
+        # The size comes after the begin, so its index is lower by one. If there is no size yet, any token will do,
+        # because all rows of `kinds` have the same first entry.
+        index_of_size = (num_after_begin - 1).clamp_min(0)
+        size_token = newest_first.gather(1, index_of_size)  # (batch, 1)
+        row = self.row_of_size[size_token]  # (batch, 1); 0 for a token that is no size
+        kind = self.kinds[row, num_after_begin]  # (batch, 1)
         return kind * has_begun  # `OUTSIDE`, which is 0, if no image has begun
 
     def _move(self, device: torch.device) -> None:
         """Moves the tables to the device of the tokens."""
         self.kinds = self.kinds.to(device)
         self.bias = self.bias.to(device)
-        self.starts = self.starts.to(device)
+        self.row_of_size = self.row_of_size.to(device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Sets the logits `(batch, vocab_size)` of the forbidden tokens to minus infinity."""
@@ -83,30 +82,61 @@ class ImageGrammar(LogitsProcessor):
         return scores + self.bias.index_select(0, kind)
 
 
+def kinds_in_images(grids: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Kind of the next token, by the size of the image and by the number of tokens after its begin.
+
+    The row of a grid of 1 x 2, for example, says that after the begin alone comes the size, and so on:
+
+        tokens after the begin      0      1      2     3
+        kind of the next token   SIZE  CODES  CODES  LAST
+
+    Args:
+        grids (`Sequence[tuple[int, int]]`): Rows and columns of codes of each size.
+
+    Returns:
+        `torch.Tensor` of shape `(sizes, longest)`: Kinds in int64, with `OUTSIDE` after the end of shorter images.
+    """
+    code_counts = [rows * columns for rows, columns in grids]
+    longest = max(code_counts) + 2  # a size, the codes and the end
+    kinds = torch.full((len(code_counts), longest), OUTSIDE)
+    kinds[:, 0] = SIZE
+    for size, num_codes in enumerate(code_counts):
+        kinds[size, 1 : num_codes + 1] = CODES
+        kinds[size, num_codes + 1] = LAST
+    return kinds
+
+
 def grammar_regex(vocabulary: ImageVocabulary, grid: tuple[int, int]) -> str:
     """Regular expression of the answer to a prompt that ends with `processor.begin_image(grid)`: codes and the end.
 
-    Servers with structured output take it. It matches one image and no text.
+    Servers with structured output take it. It matches one image and no text. For 20 codes and a grid of 16 x 16, it is
+    `(?:<\\|image_(?:000[0-0]\\d|0001[0-8]|00019)\\|>){256}<\\|image_end\\|>`.
 
     Example:
         >>> pattern = grammar_regex(processor.vocabulary, (16, 16))
         >>> re.fullmatch(pattern, tokenizer.decode(tokens))
     """
-    num_digits = vocabulary.names[0].count("0")  # the name of code 0 has only zeros
+    name_of_first_code = vocabulary.names[0]  # such as "<|image_00000|>"
+    num_digits = name_of_first_code.count("0")
     last_code = vocabulary.codebook_size - 1
-    number = _numbers_regex(f"{last_code:0{num_digits}}")
+    last_number = str(last_code).zfill(num_digits)  # such as "00019"
+    number = _numbers_regex(last_number)
     code = rf"<\|image_(?:{number})\|>"
     rows, columns = grid
-    num_codes = rows * columns
-    return f"(?:{code}){{{num_codes}}}{re.escape(END)}"
+    repetitions = "{" + str(rows * columns) + "}"  # such as "{256}"
+    end = re.escape(END)
+    return f"(?:{code}){repetitions}{end}"
 
 
 def _numbers_regex(last_number: str) -> str:
-    """Regular expression of all numbers from 0 to the last one, with as many digits."""
+    r"""Regular expression of all numbers from 0 to the last one, with as many digits.
+
+    Up to 305, for example, it is `[0-2]\d\d|30[0-4]|305`.
+    """
     num_digits = len(last_number)
     patterns = []
     for place, digit in enumerate(last_number):
-        if digit == "0":
+        if digit == "0":  # no digit is smaller
             continue
         # Numbers that agree with the last one up to this place, and have a smaller digit there
         equal_digits = last_number[:place]
@@ -120,14 +150,24 @@ def _numbers_regex(last_number: str) -> str:
 def grammar_lark(vocabulary: ImageVocabulary) -> str:
     """Grammar in the syntax of llguidance, which names tokens by their ids.
 
-    llguidance keeps special tokens apart from the text, so that a regular expression cannot match them.
+    llguidance keeps special tokens apart from the text, so that a regular expression cannot match them. `<[5]>` is the
+    token with the id 5. For codes from 50 to 99 and images of 2 x 2 and 4 x 4 codes, the grammar is:
+
+        start: (TEXT | image)*
+        image: <[100]> (<[103]> <[50-99]>{4} | <[104]> <[50-99]>{16}) <[101]>
+        TEXT: /(.|\\n)+/
     """
-    code = f"<[{vocabulary.first_token}-{vocabulary.begin - 1}]>"
+    last_code = vocabulary.begin - 1
+    code = f"<[{vocabulary.first_token}-{last_code}]>"
     images = []
     for rows, columns in vocabulary.grids:
-        size = f"<[{vocabulary.size_token((rows, columns))}]>"
-        images.append(f"{size} {code}{{{rows * columns}}}")
+        size_token = vocabulary.size_token((rows, columns))
+        repetitions = "{" + str(rows * columns) + "}"
+        images.append(f"<[{size_token}]> {code}{repetitions}")
     any_image = " | ".join(images)
-    return (
-        f"start: (TEXT | image)*\nimage: <[{vocabulary.begin}]> ({any_image}) <[{vocabulary.end}]>\nTEXT: /(.|\\n)+/\n"
-    )
+    lines = [
+        "start: (TEXT | image)*",
+        f"image: <[{vocabulary.begin}]> ({any_image}) <[{vocabulary.end}]>",
+        r"TEXT: /(.|\n)+/",
+    ]
+    return "\n".join(lines) + "\n"

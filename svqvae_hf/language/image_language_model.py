@@ -36,11 +36,11 @@ class ImageLanguageModel(ImageChats):
 
     @staticmethod
     def is_at(source: str | os.PathLike) -> bool:
-        """Whether a folder or Hub id holds a language model with image tokens.
+        """Whether a folder or Hub id holds a language model with image tokens. False if its config cannot be loaded.
 
         Raises:
-            OSError: Its config cannot be read.
-            ValueError: Its config is damaged.
+            OSError: The config in a folder cannot be read.
+            ValueError: The config is damaged.
         """
         path = Path(source, CONFIG)
         if path.is_file():
@@ -49,13 +49,18 @@ class ImageLanguageModel(ImageChats):
             return False
         try:
             config, _ = from_hub(PreTrainedConfig.get_config_dict, source)
-        except OSError:
+        except OSError:  # there is no such repository, or the Hub does not answer
             return False
         return CONFIG_KEY in config
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, **options: Any) -> Self:
-        """Loads both from a folder or Hub id, with options of transformers' method for the language model.
+        """Loads a language model and its processor from a folder or Hub id.
+
+        Args:
+            source (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
+            **options: Options of transformers' method for the language model. The options of the Hub among them, such
+                as `revision`, are also used for the other files.
 
         Raises:
             OSError: If the files do not exist, or the Hub does not answer and the cache has no complete copy.
@@ -72,7 +77,7 @@ class ImageLanguageModel(ImageChats):
         return cls(language_model, processor, known_objects)
 
     def save_pretrained(self, folder: str | os.PathLike, *, standalone: bool = False) -> None:
-        """Saves both, and the known objects if the model has any.
+        """Saves the language model and its processor, and the known objects if the model has any.
 
         Args:
             folder (`str` or `os.PathLike`): Folder to write to.

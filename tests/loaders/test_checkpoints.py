@@ -11,6 +11,7 @@ from conftest import SHARED
 from safetensors.torch import load_file, save_file
 
 from svqvae_hf import SVQVAE
+from svqvae_hf.loaders.checkpoint_checks import select_weights
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.quantizer import flatten_latents
 
@@ -108,6 +109,12 @@ def test_averaged_weights_only_with_use_ema(golden_dir, tmp_path):
         assert torch.equal(bias, content[part]["quant_conv.bias"])
     with pytest.raises(ValueError, match="must hold averaged weights"):
         read_checkpoint(golden_dir / "flexvar_tiny.pth", SVQVAE, use_ema=True)
+
+
+def test_weights_without_names_are_an_error():
+    content = {None: [1, 2]}
+    with pytest.raises(ValueError, match="`file.pth` must hold weights by their names, but holds a list"):
+        select_weights(content, content[None], "file.pth")
 
 
 @pytest.mark.parametrize("dtype", [{}, {"torch_dtype": torch.bfloat16}])
