@@ -107,10 +107,10 @@ def kinds_in_images(grids: Sequence[tuple[int, int]]) -> torch.Tensor:
 
 
 def grammar_regex(vocabulary: ImageVocabulary, grid: tuple[int, int]) -> str:
-    """Regular expression of the answer to a prompt that ends with `processor.begin_image(grid)`: codes and the end.
+    r"""Regular expression of the answer to a prompt that ends with `processor.begin_image(grid)`: codes and the end.
 
     Servers with structured output take it. It matches one image and no text. For 20 codes and a grid of 16 x 16, it is
-    `(?:<\\|image_(?:000[0-0]\\d|0001[0-8]|00019)\\|>){256}<\\|image_end\\|>`.
+    `(?:<\|image_(?:000[0-0]\d|0001[0-8]|00019)\|>){256}<\|image_end\|>`.
 
     Example:
         >>> pattern = grammar_regex(processor.vocabulary, (16, 16))
@@ -148,14 +148,14 @@ def _numbers_regex(last_number: str) -> str:
 
 
 def grammar_lark(vocabulary: ImageVocabulary) -> str:
-    """Grammar in the syntax of llguidance, which names tokens by their ids.
+    r"""Grammar in the syntax of llguidance, which names tokens by their ids.
 
     llguidance keeps special tokens apart from the text, so that a regular expression cannot match them. `<[5]>` is the
     token with the id 5. For codes from 50 to 99 and images of 2 x 2 and 4 x 4 codes, the grammar is:
 
         start: (TEXT | image)*
         image: <[100]> (<[103]> <[50-99]>{4} | <[104]> <[50-99]>{16}) <[101]>
-        TEXT: /(.|\\n)+/
+        TEXT: /(.|\n)+/
     """
     last_code = vocabulary.begin - 1
     code = f"<[{vocabulary.first_token}-{last_code}]>"
