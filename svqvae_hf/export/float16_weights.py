@@ -21,11 +21,14 @@ def store_in_float16(graph: onnx.ModelProto) -> None:
         values = numpy_helper.to_array(weight)
         if values.size < MIN_SIZE or not fits_float16(values):
             continue
+        # The nodes of the graph read the weight by its name, which the result of the cast takes over. The stored
+        # weight has another name.
         name = weight.name
         stored_name = f"{name}_float16"
         stored_weight = numpy_helper.from_array(values.astype(np.float16), stored_name)
-        weight.CopyFrom(stored_weight)
-        casts.append(onnx.helper.make_node("Cast", [stored_name], [name], to=onnx.TensorProto.FLOAT))
+        weight.CopyFrom(stored_weight)  # replaces the weight in the graph
+        cast = onnx.helper.make_node("Cast", inputs=[stored_name], outputs=[name], to=onnx.TensorProto.FLOAT)
+        casts.append(cast)
     nodes = casts + list(graph.graph.node)  # the casts first, because the other nodes read their results
     graph.graph.ClearField("node")
     graph.graph.node.extend(nodes)

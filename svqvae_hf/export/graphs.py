@@ -38,17 +38,19 @@ class EncoderGraph(nn.Module):
         height, width = sample.shape[-2:]
         rows = (height + self.f - 1) // self.f
         columns = (width + self.f - 1) // self.f
-        # Pad by the most that any size needs, then crop: the padding of one size is not a constant of the graph.
+        # The sides must become multiples of f. How much padding that takes depends on the image, but the padding of a
+        # graph is a constant. So the graph pads by the most that any image needs, and crops what is too much.
         sample = F.pad(sample, (0, self.f - 1, 0, self.f - 1), mode="replicate")
         sample = sample[..., : rows * self.f, : columns * self.f]
 
         hidden = self.encoder(map_range(sample, self.pixel_range, self.network_range))
         latents = self.quant_conv(hidden)
         latents = latents.permute(0, 2, 3, 1)  # (batch, rows, columns, codebook_embed_dim)
+        # The nearest code has the highest score, see `find_nearest` in `quantizer.py`.
         if self.l2_norm:
-            scores = F.normalize(latents, dim=-1) @ self.codes
+            scores = F.normalize(latents, dim=-1) @ self.codes  # (batch, rows, columns, codebook_size)
         else:
-            scores = latents @ self.codes - self.half_squares
+            scores = latents @ self.codes - self.half_squares  # (batch, rows, columns, codebook_size)
         return scores.argmax(-1)
 
 
@@ -109,15 +111,29 @@ def coarse_noise(model: SVQVAE, grid: tuple[int, int, int]) -> torch.Tensor:
 
 
 def trace_graph(graph: nn.Module, example: torch.Tensor, dynamic: Sequence[int]) -> ExportedProgram:
-    """Traces a graph with an example input, some of whose dimensions are dynamic."""
-    shape_of_example = dict.fromkeys(dynamic, Dim.DYNAMIC)  # by dimension
-    program = torch.export.export(graph, (example,), dynamic_shapes=(shape_of_example,), strict=False)
+    """Traces a graph with an example input, some of whose dimensions are dynamic.
+
+    Args:
+        graph (`torch.nn.Module`): Network with one input.
+        example (`torch.Tensor`): Input of the network.
+        dynamic (`Sequence[int]`): Dimensions of the input that may have any length.
+    """
+    dynamic_dims = dict.fromkeys(dynamic, Dim.DYNAMIC)
+    program = torch.export.export(graph, (example,), dynamic_shapes=(dynamic_dims,), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # holds paths of this machine
-    # The tracer demands at least two images, rows and columns of ids, although the graph works for one of each.
-    # `compare_graphs` runs it on one.
+    _allow_lengths_of_one(program)
+    return program
+
+
+def _allow_lengths_of_one(program: ExportedProgram) -> None:
+    """Lets dynamic dimensions have a length of one.
+
+    The tracer demands at least two images, rows and columns of ids, although the graph works for one of each.
+    `compare_graphs` runs it on one. The demand is written twice: in code that checks the input, and as a range of each
+    dynamic dimension.
+    """
     program._guards_code = []
     for symbol, allowed_range in program.range_constraints.items():
         range_class = type(allowed_range)
         program.range_constraints[symbol] = range_class(1, allowed_range.upper)
-    return program

@@ -52,17 +52,17 @@ def to_onnx(program: ExportedProgram, inputs: list[str], outputs: list[str]) -> 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)  # torch warns about its own code
         converted = torch.onnx.export(program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False)
-    graph = cast(torch.onnx.ONNXProgram, converted).model_proto
-    for node in graph.graph.node:
+    model = cast(torch.onnx.ONNXProgram, converted).model_proto
+    for node in model.graph.node:
         node.ClearField("metadata_props")  # stack traces
         node.ClearField("doc_string")
-    inputs_and_outputs = list(graph.graph.input) + list(graph.graph.output)
+    inputs_and_outputs = list(model.graph.input) + list(model.graph.output)
     for value in inputs_and_outputs:
         value.ClearField("metadata_props")
-    graph.graph.ClearField("value_info")  # refers to dimensions by the exporter's numbers
-    graph.graph.ClearField("metadata_props")
-    graph.ClearField("metadata_props")
-    return graph
+    model.graph.ClearField("value_info")  # refers to dimensions by the exporter's numbers
+    model.graph.ClearField("metadata_props")
+    model.ClearField("metadata_props")
+    return model
 
 
 def name_dims(value: onnx.ValueInfoProto, names: tuple[str, ...]) -> None:

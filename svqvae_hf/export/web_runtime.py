@@ -47,14 +47,15 @@ COMMAND = f"npm pack {ONNXRUNTIME.name} {TOKENIZERS.name}"
 
 @contextmanager
 def runtime_archives(folder: Path | None) -> Iterator[Path]:
-    """Yields a folder with the archives of both packages, checked.
+    """Yields a folder with the archives of all `PACKAGES`, whose digests are checked.
 
     Args:
-        folder (`Path`, *optional*): Folder that already has them. By default npm downloads them.
+        folder (`Path`, *optional*): Folder that already has the archives. By default npm downloads them to a temporary
+            folder.
 
     Raises:
-        OSError: npm does not download them.
-        ValueError: An archive is not there, or is another one.
+        OSError: npm does not download the archives.
+        ValueError: An archive is missing, or its digest differs from the digest that npm published.
     """
     if folder is not None:
         check_archives(folder)
