@@ -15,7 +15,11 @@ SPARE_SCALE = 0.5  # of random weights that the start does not use
 
 
 class ChannelLayout:
-    """What each channel of a feature map holds: constants, two per group of the norms, or image content.
+    """What each channel of a feature map holds: a constant, or image content.
+
+    A norm divides each group of channels by the group's standard deviation. Two channels of each group hold the
+    constants +B and -B, which are so large that they decide this standard deviation. So a norm divides any image by
+    nearly the same number, and its weight can undo that.
 
     Args:
         channels (`int`): Number of channels.
@@ -45,10 +49,12 @@ class ChannelLayout:
                 self.content.append(channel)
         self.constant = self.positive + self.negative
 
-        # The norm divides by the standard deviation of a group. Content has a variance of about 1.
+        # Two of the channels of a group hold +B and -B, which adds 2 * B**2 / channels_per_group to its variance. B is
+        # chosen so that they add NORM_RATIO.
         self.constant_value = math.sqrt(NORM_RATIO * channels_per_group / 2)
         variance_of_constants = 2 * self.constant_value**2 / channels_per_group
-        self.norm_weight = math.sqrt(1 + variance_of_constants)
+        variance_of_content = 1  # about
+        self.norm_weight = math.sqrt(variance_of_content + variance_of_constants)  # standard deviation of the group
 
 
 Layouts = dict[int, ChannelLayout]  # by number of channels

@@ -14,6 +14,8 @@ POSITIONS = 40_000  # at most, in a regression
 class Components:
     """Linear features of images at unit variance, and the convolution that computes them.
 
+    The convolution reads pixels or the features of a finer resolution.
+
     Args:
         weight (`torch.Tensor` of shape `(components, channels, k, k)`): Weight of the convolution.
         bias (`torch.Tensor` of shape `(components,)`): Bias of the convolution.
@@ -29,19 +31,26 @@ class Components:
 
 
 def colour_components(pixels: torch.Tensor) -> Components:
-    """Brightness and two colour differences of images `(batch, 3, height, width)`, by a 1 x 1 convolution."""
+    """Brightness and two colour differences of images `(batch, 3, height, width)`, by a 1 x 1 convolution.
+
+    Each colour is a direction in the space of red, green and blue, scaled to mean 0 and variance 1.
+    """
     directions = F.normalize(pixels.new_tensor(COLOURS), dim=1)  # (3, 3)
     mixed = torch.einsum("ij,bjhw->bihw", directions, pixels)  # (B, 3, H, W)
     means = mixed.mean((0, 2, 3))  # (3,)
     stds = mixed.std((0, 2, 3))  # (3,)
+    features = (mixed - means[:, None, None]) / stds[:, None, None]
+    # The same as one linear map of the pixels: (directions @ pixels - means) / stds = weight @ pixels + bias
     weight = directions / stds[:, None]  # (3, 3)
     bias = -means / stds
-    features = (mixed - means[:, None, None]) / stds[:, None, None]
-    return Components(weight[:, :, None, None], bias, stds, features)
+    kernel = weight[:, :, None, None]  # (3, 3, 1, 1)
+    return Components(kernel, bias, stds, features)
 
 
 def principal_components(inputs: Components, max_components: int) -> Components:
-    """Principal components of 2 x 2 neighbours, in the order of their variance in pixels.
+    """Principal components of 2 x 2 neighbours, from the largest variance to the smallest.
+
+    The variance is the one that a component has in pixels. Features themselves have unit variance.
 
     Args:
         inputs ([`Components`]): Features `(batch, channels, h, w)` of the resolution above.
@@ -50,13 +59,16 @@ def principal_components(inputs: Components, max_components: int) -> Components:
     Returns:
         `Components`: Components `(batch, components, h / 2, w / 2)`, by a 2 x 2 convolution of stride 2.
     """
-    # The features have unit variance. Their variances in pixels decide which components are the largest.
+    # Undoes the division that gave each feature unit variance.
     input_stds = inputs.stds[:, None, None]  # (channels, 1, 1)
-    patches = F.unfold(inputs.features * input_stds, 2, stride=2)  # (B, channels * 4, patches)
+    unscaled_features = inputs.features * input_stds  # (B, channels, h, w)
+    patches = F.unfold(unscaled_features, 2, stride=2)  # (B, channels * 4, patches)
     samples = patches.transpose(1, 2).flatten(0, 1)  # (B * patches, channels * 4)
     variances, directions = _leading_eigenvectors(samples.T.cov(), max_components)
-    largest_std = variances[0].sqrt()
-    stds = variances.clamp(min=0).sqrt().clamp(min=SMALLEST_STD * largest_std)  # (components,)
+    stds = variances.clamp(min=0).sqrt()  # (components,); rounding can make a small variance negative
+    # The projection divides by the standard deviations, so that a tiny one would enlarge noise.
+    smallest_std = SMALLEST_STD * variances[0].sqrt()
+    stds = stds.clamp(min=smallest_std)
 
     # Projects samples on the directions, and scales each component to mean 0 and variance 1.
     projection = (directions / stds).T  # (components, channels * 4)
@@ -88,6 +100,9 @@ class Fit:
 def regress(inputs: torch.Tensor, targets: torch.Tensor, ridge: float, border: int) -> Fit:
     """Ridge regression of targets on 3 x 3 neighbours, by normal equations in float64.
 
+    With the neighbours of each position as a row of X, and its targets as a row of Y, the solution W of
+    (X^T X + penalty) W = X^T Y is the weight of a convolution.
+
     Args:
         inputs (`torch.Tensor` of shape `(batch, channels, h, w)`): Inputs.
         targets (`torch.Tensor` of shape `(batch, targets, h, w)`): Targets.
@@ -97,10 +112,10 @@ def regress(inputs: torch.Tensor, targets: torch.Tensor, ridge: float, border: i
     largest_border = (min(inputs.shape[-2:]) - 1) // 2  # leaves at least one row and one column
     border = min(border, largest_border)
     generator = torch.Generator().manual_seed(0)
-    positions_per_image = POSITIONS // len(inputs) + 1  # at most
+    max_positions_per_image = POSITIONS // len(inputs) + 1
     num_columns = 9 * inputs.shape[1] + 1  # neighbours, and a column of ones for the bias
-    gram = inputs.new_zeros(num_columns, num_columns, dtype=torch.float64)
-    products = inputs.new_zeros(num_columns, targets.shape[1], dtype=torch.float64)
+    gram = inputs.new_zeros(num_columns, num_columns, dtype=torch.float64)  # X^T X
+    products = inputs.new_zeros(num_columns, targets.shape[1], dtype=torch.float64)  # X^T Y
     # One image at a time, because neighbours take nine times the memory.
     for image, target in zip(inputs, targets, strict=True):
         neighbours = F.unfold(image[None], 3, padding=1)[0]  # (channels * 9, h * w)
@@ -108,12 +123,12 @@ def regress(inputs: torch.Tensor, targets: torch.Tensor, ridge: float, border: i
         input_rows = _inner_positions(neighbours, border)  # (positions, channels * 9)
         target_rows = _inner_positions(target, border)  # (positions, targets)
         order = torch.randperm(len(target_rows), generator=generator)
-        chosen = order[:positions_per_image].to(target_rows.device)
-        columns = F.pad(input_rows[chosen], (0, 1), value=1.0).double()  # (chosen, columns)
-        gram += columns.T @ columns
-        products += columns.T @ target_rows[chosen].double()
+        chosen = order[:max_positions_per_image].to(target_rows.device)
+        rows = F.pad(input_rows[chosen], (0, 1), value=1.0).double()  # (chosen, columns), with the column of ones
+        gram += rows.T @ rows
+        products += rows.T @ target_rows[chosen].double()
     penalty = ridge * gram.diagonal().mean() * torch.ones_like(gram[0])  # (columns,)
-    penalty[-1] = 0  # the bias is free
+    penalty[-1] = 0  # only weights are kept small, not the bias
     solution = torch.linalg.solve(gram + penalty.diag(), products).to(inputs.dtype)  # (columns, targets)
     weight = solution[:-1].T.unflatten(1, (-1, 3, 3)).contiguous()  # (targets, channels, 3, 3)
     return Fit(weight, bias=solution[-1])

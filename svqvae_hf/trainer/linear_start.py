@@ -15,6 +15,7 @@ Spare channels keep random weights at a reduced scale, so that they can learn.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,9 +62,11 @@ def start_linear(vqvae: SVQVAE, sample: torch.Tensor) -> None:
     pixels_per_image = sample.shape[-2] * sample.shape[-1]
     num_images = max(1, PIXELS // pixels_per_image)
     pixels = map_range(sample[:num_images], vqvae.config["pixel_range"], vqvae.config["network_range"])
-    _neutralise(vqvae, layouts)
-    features_of_levels = _start_encoder(vqvae, layouts, pixels)
-    _start_decoder(vqvae, layouts, pixels, features_of_levels)
+    _write_constants_everywhere(vqvae, layouts)
+    _neutralise_norms(vqvae, layouts)
+    _silence_branches(vqvae, layouts)
+    features_of_levels = _fit_encoder(vqvae, layouts, pixels)
+    _fit_decoder(vqvae, layouts, pixels, features_of_levels)
 
 
 def _check_config(vqvae: SVQVAE, layouts: Layouts) -> None:
@@ -88,32 +91,52 @@ def _unmet_requirement(vqvae: SVQVAE, layouts: Layouts) -> str | None:
     if config["z_channels"] < latent_channels:
         return "`z_channels` of at least `codebook_embed_dim`"
 
-    # The last activations of encoder and decoder need two channels, x and -x, for each value x that they pass on.
-    encoder_content = layouts[vqvae.encoder.conv_out.in_channels].content
-    decoder_content = layouts[vqvae.decoder.conv_out.in_channels].content
-    if len(encoder_content) < 2 * latent_channels or len(decoder_content) < 2 * num_colours:
+    # The last activations of encoder and decoder need two channels, x and -x, for each value x that they pass on. Only
+    # channels that hold no constant can do this.
+    last_encoder_layout = layouts[vqvae.encoder.conv_out.in_channels]
+    last_decoder_layout = layouts[vqvae.decoder.conv_out.in_channels]
+    encoder_is_too_narrow = len(last_encoder_layout.content) < 2 * latent_channels
+    decoder_is_too_narrow = len(last_decoder_layout.content) < 2 * num_colours
+    if encoder_is_too_narrow or decoder_is_too_narrow:
         return "more channels per group of a norm"
     return None
 
 
-def _neutralise(vqvae: SVQVAE, layouts: Layouts) -> None:
-    """Makes norms almost a fixed scale, and residual branches and attention silent."""
+# Constants, norms, and residual branches
+
+
+def _write_constants_everywhere(vqvae: SVQVAE, layouts: Layouts) -> None:
+    """Lets each convolution of the main path write the constants of its feature map.
+
+    The main path is what is left of the network if residual branches and attention add nothing: the first
+    convolutions, the changes of resolution, and the shortcuts of blocks that change the number of channels.
+    """
     write_constants(vqvae.encoder.conv_in, layouts)
     write_constants(vqvae.decoder.conv_in, layouts)
+    for module in vqvae.modules():
+        if isinstance(module, RepeatConv2d):  # doubles the resolution
+            write_constants(module, layouts)
+        elif isinstance(module, Downsample):
+            write_constants(module.conv, layouts)
+        elif isinstance(module, ResnetBlock) and module.nin_shortcut is not None:
+            write_constants(module.nin_shortcut, layouts)
+
+
+def _neutralise_norms(vqvae: SVQVAE, layouts: Layouts) -> None:
+    """Lets norms pass content on at almost its own scale, and zeros in place of constants."""
     for module in vqvae.modules():
         if isinstance(module, GroupNorm):
             layout = layouts[module.num_channels]
             module.weight.fill_(layout.norm_weight)
             module.weight[layout.constant] = 0
-        elif isinstance(module, RepeatConv2d):
-            write_constants(module, layouts)
-        elif isinstance(module, Downsample):
-            write_constants(module.conv, layouts)
-        elif isinstance(module, ResnetBlock):
-            set_constants(module.conv1, layouts)
+
+
+def _silence_branches(vqvae: SVQVAE, layouts: Layouts) -> None:
+    """Lets residual branches and attention add zeros."""
+    for module in vqvae.modules():
+        if isinstance(module, ResnetBlock):
+            set_constants(module.conv1, layouts)  # for the norm inside the branch
             silence(module.conv2)
-            if module.nin_shortcut is not None:
-                write_constants(module.nin_shortcut, layouts)
         elif isinstance(module, AttnBlock):
             silence(module.proj_out)
 
@@ -121,34 +144,34 @@ def _neutralise(vqvae: SVQVAE, layouts: Layouts) -> None:
 # Encoder
 
 
-def _start_encoder(vqvae: SVQVAE, layouts: Layouts, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """Sets the encoder. Returns its features at each resolution, at unit variance, full resolution first."""
+def _fit_encoder(vqvae: SVQVAE, layouts: Layouts, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """Lets the encoder compute principal components, level by level.
+
+    Returns:
+        `list[torch.Tensor]`: Components `(batch, components, h, w)` of each resolution at unit variance, full
+            resolution first.
+    """
     encoder: Any = vqvae.encoder
     levels = list(encoder.conv_blocks)
-    levels_with_downsample = levels[:-1]
     last_level = levels[-1]
-    num_last_channels = len(layouts[encoder.conv_out.in_channels].content)
+    levels_with_downsample = levels[:-1]
     components = colour_components(pixels)
-    _start_colours(encoder.conv_in, layouts, components)
+    _write_colours(encoder.conv_in, layouts, components)
     features_of_levels = [components.features]
-    for index, level in enumerate(levels_with_downsample):
-        copy_content(level.res[0].nin_shortcut, layouts, count=len(components.stds))
-        downsample = level.downsample.conv
-        content = layouts[downsample.out_channels].content
-        max_components = len(content)
-        is_before_last_level = index == len(levels_with_downsample) - 1
-        if is_before_last_level:  # the last level holds each component twice, as x and as -x
+    for level in levels_with_downsample:
+        max_components = len(layouts[level.downsample.conv.out_channels].content)
+        if level is levels_with_downsample[-1]:
+            # The last level, which follows, holds each component twice, as x and as -x.
+            num_last_channels = len(layouts[encoder.conv_out.in_channels].content)
             max_components = min(max_components, num_last_channels // 2)
-        components = principal_components(components, max_components)
-        kernel = F.pad(components.weight, (0, 1, 0, 1))  # 2 x 2 to 3 x 3
-        set_rows(downsample, content, content, kernel, components.bias)
+        components = _fit_level(level, layouts, components, max_components)
         features_of_levels.append(components.features)
     copy_content_and_negative(last_level.res[0].nin_shortcut, layouts, count=len(components.stds))
-    _start_latents(vqvae, layouts, components.stds)
+    _write_latents(vqvae, layouts, components.stds)
     return features_of_levels
 
 
-def _start_colours(conv_in: Convolution, layouts: Layouts, colours: Components) -> None:
+def _write_colours(conv_in: Convolution, layouts: Layouts, colours: Components) -> None:
     """Lets the first convolution compute brightness and two colour differences, by the centre of its kernel."""
     outputs = layouts[conv_in.out_channels].content[: len(COLOURS)]
     conv_in.weight[outputs] = 0
@@ -156,11 +179,38 @@ def _start_colours(conv_in: Convolution, layouts: Layouts, colours: Components) 
     conv_in.bias[outputs] = colours.bias
 
 
-def _start_latents(vqvae: SVQVAE, layouts: Layouts, stds: torch.Tensor) -> None:
+def _fit_level(level: Any, layouts: Layouts, components: Components, max_components: int) -> Components:
+    """Lets a level of the encoder compute the components of the next resolution.
+
+    Args:
+        level (`ResolutionBlock`): The level. Its residual blocks pass its components on to its strided convolution.
+        layouts (`dict[int, ChannelLayout]`): Layouts.
+        components ([`Components`]): Components of its own resolution.
+        max_components (`int`): Maximum number of components of the next resolution.
+
+    Returns:
+        [`Components`]: Components of the next resolution.
+    """
+    copy_content(level.res[0].nin_shortcut, layouts, count=len(components.stds))
+    next_components = principal_components(components, max_components)
+    downsample = level.downsample.conv
+    content = layouts[downsample.out_channels].content  # of its input and output, which have equally many channels
+    kernel = F.pad(next_components.weight, (0, 1, 0, 1))  # 2 x 2 to 3 x 3, by a row and a column of zeros
+    set_rows(downsample, output_channels=content, input_channels=content, weight=kernel, bias=next_components.bias)
+    return next_components
+
+
+def _write_latents(vqvae: SVQVAE, layouts: Layouts, stds: torch.Tensor) -> None:
     """Lets the last convolution of the encoder write the leading components to the channels of the latents.
 
-    It reads each component x from two channels, after an activation: as silu(x) and silu(-x), and their difference is
-    x. `stds` `(components,)` are the standard deviations of the components in pixels.
+    The activation silu stands before this convolution. It has silu(x) - silu(-x) = x, so the convolution reads each
+    component x from two channels, which held x and -x before the activation.
+
+    Args:
+        vqvae ([`SVQVAE`]): The model.
+        layouts (`dict[int, ChannelLayout]`): Layouts.
+        stds (`torch.Tensor` of shape `(components,)`): Standard deviation of each component in pixels. The latents get
+            their proportions.
     """
     conv_out: Any = vqvae.encoder.conv_out
     latent_channels = vqvae.config["codebook_embed_dim"]
@@ -174,10 +224,10 @@ def _start_latents(vqvae: SVQVAE, layouts: Layouts, stds: torch.Tensor) -> None:
         conv_out.bias[0] = 1.0
         first_latent = 1
 
-    content = layouts[conv_out.in_channels].content
     num_components = len(stds)
+    content = layouts[conv_out.in_channels].content
     positive_channels = content[:num_components]  # hold x of each component
-    negative_channels = content[num_components:]  # hold -x of each component
+    negative_channels = content[num_components : 2 * num_components]  # hold -x of each component
     gains = stds / stds[0]
     num_latents = min(num_components, latent_channels - first_latent)
     for component in range(num_latents):
@@ -190,87 +240,123 @@ def _start_latents(vqvae: SVQVAE, layouts: Layouts, stds: torch.Tensor) -> None:
 # Decoder
 
 
-def _start_decoder(
+@dataclass
+class _Hidden:
+    """Feature map inside the decoder.
+
+    Args:
+        values (`torch.Tensor` of shape `(batch, channels, h, w)`): All channels.
+        num_features (`int`): Number of features, which the first content channels hold.
+    """
+
+    values: torch.Tensor
+    num_features: int
+
+
+def _fit_decoder(
     vqvae: SVQVAE, layouts: Layouts, pixels: torch.Tensor, features_of_levels: Sequence[torch.Tensor]
 ) -> None:
-    """Sets the decoder: each convolution is regressed on the encoder's features one resolution up."""
+    """Fits the convolutions of the decoder, level by level, to the encoder's features one resolution up."""
     decoder: Any = vqvae.decoder
+    levels = list(decoder.conv_blocks)
+    levels_with_upsample = levels[:-1]
     latents = vqvae.quant_conv(vqvae.encoder(pixels))  # (B, C, h, w)
     if vqvae.config["codebook_l2_norm"]:
         latents = F.normalize(latents, dim=1)
-    coarsest_features = features_of_levels[-1]
-    num_features = _start_first_layer(vqvae, layouts, latents, coarsest_features)
-    hidden = decoder.conv_in(vqvae.post_quant_conv(latents))
-
-    finer_features = list(features_of_levels[:-1])  # full resolution first
+    hidden = _fit_first_layer(vqvae, layouts, latents, features_of_levels[-1])
     border = BORDER_OF_LATENTS
-    for level in decoder.conv_blocks:
-        shortcut = level.res[0].nin_shortcut
-        if shortcut is not None:
-            num_features = copy_content(shortcut, layouts, num_features)
-            hidden = shortcut(hidden)
-        if level.upsample is None:
-            continue
-        border = 2 * border
-        target = finer_features.pop()
-        is_full_resolution = not finer_features
-        if is_full_resolution:  # the last activation needs each feature as x and as -x
-            target = torch.cat([target, -target], dim=1)
-        num_features = _start_upsample(level.upsample.conv, layouts, hidden, num_features, target, border)
-        hidden = level.upsample(hidden)
-    _start_last_layer(decoder, layouts, hidden, pixels)
+    targets = _targets_of_levels(features_of_levels)
+    for level, target in zip(levels_with_upsample, targets, strict=True):
+        hidden = _pass_shortcut(level, layouts, hidden)
+        border = 2 * border  # as many positions of the finer resolution
+        hidden = _fit_upsample(level.upsample, layouts, hidden, target, border)
+    hidden = _pass_shortcut(levels[-1], layouts, hidden)
+    _fit_last_layer(decoder, layouts, hidden, pixels, border)
 
 
-def _start_first_layer(vqvae: SVQVAE, layouts: Layouts, latents: torch.Tensor, features: torch.Tensor) -> int:
-    """Lets the decoder's first convolution restore the encoder's last features. Returns their number."""
+def _targets_of_levels(features_of_levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Features that each level of the decoder restores when it doubles the resolution, from coarse to fine.
+
+    At full resolution, each feature is there as x and as -x, because the last activation needs both.
+
+    Args:
+        features_of_levels (`Sequence[torch.Tensor]`): Features of the encoder, full resolution first.
+    """
+    full_features = features_of_levels[0]  # (B, features, H, W)
+    full_target = torch.cat([full_features, -full_features], dim=1)  # (B, 2 * features, H, W)
+    targets = [full_target]
+    targets += features_of_levels[1:-1]  # without the coarsest, which the first layer restores
+    targets.reverse()
+    return targets
+
+
+def _fit_first_layer(vqvae: SVQVAE, layouts: Layouts, latents: torch.Tensor, features: torch.Tensor) -> _Hidden:
+    """Lets the decoder's first convolution restore the encoder's last features, and returns its output.
+
+    Args:
+        vqvae ([`SVQVAE`]): The model.
+        layouts (`dict[int, ChannelLayout]`): Layouts.
+        latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Latents.
+        features (`torch.Tensor` of shape `(batch, features, h, w)`): Last features of the encoder.
+    """
     conv_in: Any = vqvae.decoder.conv_in
     latent_channels = vqvae.config["codebook_embed_dim"]
     pass_on(vqvae.post_quant_conv, latent_channels)
     content = layouts[conv_in.out_channels].content
     means = latents.mean((0, 2, 3))  # (C,)
-    centred = latents - means[:, None, None]
+    centred = latents - means[:, None, None]  # so that the zeros of the padding are the mean
     fit = regress(centred, features[:, : len(content)], LATENT_RIDGE, border=1)
-    # The convolution reads latents that are not centred, so its bias takes their means off.
-    bias = fit.bias - fit.weight.sum((2, 3)) @ means
+    # The fitted convolution reads centred latents, but the decoder's reads the latents themselves. Its bias makes up
+    # for this: weight * (latents - means) + bias = weight * latents + (bias - weight * means).
+    weight_of_means = fit.weight.sum((2, 3))  # (features, C)
+    bias = fit.bias - weight_of_means @ means
     set_rows(conv_in, content, range(latent_channels), fit.weight, bias)
-    return len(fit.weight)
+    return _Hidden(conv_in(vqvae.post_quant_conv(latents)), num_features=len(fit.weight))
 
 
-def _start_upsample(
-    layer: Convolution,
-    layouts: Layouts,
-    hidden: torch.Tensor,
-    num_features: int,
-    target: torch.Tensor,
-    border: int,
-) -> int:
-    """Lets the convolution after an enlargement restore the features of the finer resolution.
+def _pass_shortcut(level: Any, layouts: Layouts, hidden: _Hidden) -> _Hidden:
+    """Lets the residual blocks of a level pass its features on, and returns their output."""
+    shortcut = level.res[0].nin_shortcut
+    if shortcut is None:  # the blocks add zeros, and change nothing
+        return hidden
+    num_features = copy_content(shortcut, layouts, hidden.num_features)
+    return _Hidden(shortcut(hidden.values), num_features)
+
+
+def _fit_upsample(upsample: Any, layouts: Layouts, hidden: _Hidden, target: torch.Tensor, border: int) -> _Hidden:
+    """Lets the convolution after an enlargement restore the features of the finer resolution, and returns its output.
 
     Args:
-        layer (`nn.Conv2d`): The convolution.
+        upsample (`Upsample`): The enlargement, with its convolution.
         layouts (`dict[int, ChannelLayout]`): Layouts.
-        hidden (`torch.Tensor` of shape `(batch, channels, h, w)`): Input of the enlargement.
-        num_features (`int`): Features that its first content channels hold.
+        hidden (`_Hidden` of shape `(batch, channels, h, w)`): Its input.
         target (`torch.Tensor` of shape `(batch, features, 2 * h, 2 * w)`): Features of the encoder.
-        border (`int`): Rows and columns at each side that depend on padding.
-
-    Returns:
-        `int`: Number of features that are restored.
+        border (`int`): Rows and columns at each side of the target that depend on padding.
     """
-    content = layouts[hidden.shape[1]].content
-    features = hidden[:, content[:num_features]]
+    convolution = upsample.conv
+    content = layouts[convolution.out_channels].content  # of its input and output, which have equally many channels
+    features = hidden.values[:, content[: hidden.num_features]]  # (B, features, h, w)
     enlarged = features.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)  # (B, features, 2 * h, 2 * w)
-    fit = regress(enlarged, target[:, : len(content)], RIDGE, border)
-    set_rows(layer, content, content, fit.weight, fit.bias)
-    return len(fit.weight)
+    restored = target[:, : len(content)]  # no more features than there are channels for them
+    fit = regress(enlarged, restored, RIDGE, border)
+    set_rows(convolution, output_channels=content, input_channels=content, weight=fit.weight, bias=fit.bias)
+    return _Hidden(upsample(hidden.values), num_features=len(fit.weight))
 
 
-def _start_last_layer(decoder: Any, layouts: Layouts, hidden: torch.Tensor, pixels: torch.Tensor) -> None:
-    """Lets the decoder's last convolution restore the pixels from its last features `(batch, channels, h, w)`."""
-    num_channels = 2 * len(COLOURS)  # each feature as x and as -x
+def _fit_last_layer(decoder: Any, layouts: Layouts, hidden: _Hidden, pixels: torch.Tensor, border: int) -> None:
+    """Lets the decoder's last convolution restore the pixels from the colours, which it reads as x and as -x.
+
+    Args:
+        decoder (`nn.Module`): The decoder.
+        layouts (`dict[int, ChannelLayout]`): Layouts.
+        hidden (`_Hidden` of shape `(batch, channels, height, width)`): Last features of the decoder.
+        pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Images.
+        border (`int`): Rows and columns at each side that depend on padding.
+    """
+    num_channels = 2 * len(COLOURS)
     content = layouts[decoder.conv_out.in_channels].content[:num_channels]
-    activated = F.silu(decoder.norm_out(hidden))[:, content]  # (B, 6, H, W)
-    fit = regress(activated, pixels, RIDGE, border=2 ** len(decoder.conv_blocks))
+    activated = F.silu(decoder.norm_out(hidden.values))  # (B, channels, H, W)
+    fit = regress(activated[:, content], pixels, RIDGE, border)
     decoder.conv_out.weight.zero_()
     decoder.conv_out.weight[:, content] = fit.weight
     decoder.conv_out.bias.copy_(fit.bias)
