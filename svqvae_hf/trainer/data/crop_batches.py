@@ -89,7 +89,9 @@ class CropCutter:
         self.processor = SVQVAEImageProcessor(pixel_range=self.pixel_range)
 
     def cut_batch(self, batch: int, images_for: Callable[[int], Iterator[ImageRow]]) -> CropBatch:
-        """Cuts the crops of this process in a batch. The crops of a step are numbered.
+        """Cuts the crops of this process in a batch.
+
+        A step has `share.batches` batches. All crops of a step, of all batches and processes, are numbered from 0.
 
         Args:
             batch (`int`): Number of the batch in the run.
@@ -103,7 +105,8 @@ class CropCutter:
         crops_per_largest = int(self.crops_per_largest[step])
         crops: list[_Crop] = []
         skipped: list[tuple[str, str]] = []
-        for crop_number in self.share.numbers(batch, crops_per_largest):
+        crop_numbers = self.share.numbers(batch, crops_per_largest)  # of this process in this batch
+        for crop_number in crop_numbers:
             if self._is_of_mixed_set(step, crop_number):
                 images = self._images_of_mixed_set(step, crop_number)
             else:
@@ -152,11 +155,11 @@ class CropCutter:
                 return self._cut(image, side, seed)
             except _SkippedError as error:
                 skipped.append((image.key, str(error)))
-        key, reason = skipped[-1]
+        key, reason = skipped[-1]  # of the last of `MAX_IN_A_ROW` images, because `images` has no end
         raise ValueError(f"{MAX_IN_A_ROW} images in a row are not readable, the last one `{key}`: {reason}")
 
     def _cut(self, row: ImageRow, side: int, seed: tuple[int, ...]) -> _Crop:
-        """Cuts a crop, or draws a synthetic one in its place.
+        """Cuts a crop, or draws a synthetic one in its place, for which the image is not read.
 
         Raises:
             _SkippedError: The image cannot be read, or has no label.
@@ -166,14 +169,15 @@ class CropCutter:
             label = row.values[self.label_column]
         rng = np.random.default_rng((SYNTHETIC, *seed))
         is_synthetic = rng.random() < self.policy.synthetic_fraction
-        if is_synthetic:
+        if is_synthetic:  # such runs have no labels, so none is missing
             crop = synthetic_crop(side, rng)
             return _Crop(self._pixels(crop), label, is_enlarged=False)
         try:
             image = read_image(row)
         except (OSError, ValueError) as error:
             raise _SkippedError(fault_of(error)) from error
-        if self.label_column is not None and label is None:
+        lacks_label = self.label_column is not None and label is None
+        if lacks_label:
             raise _SkippedError("it has no label.")
         cropped_image = self.policy.cut(image, side, seed)
         is_enlarged = min(image.size) < side

@@ -33,20 +33,22 @@ class CropRows(Dataset[CropBatch]):
     cutter: CropCutter
 
     def __getitem__(self, batch: int) -> CropBatch:
-        """Cuts a batch, in any process."""
+        """Cuts a batch, in any process.
+
+        The images of all epochs stand in one random order, and each crop takes one position in it. With 4 crops per
+        step, step 0 has the positions 0 to 3, and step 1 has the positions 4 to 7. If the image at position 5 is
+        unreadable, the one at position 9 replaces it, then the one at 13, and so on.
+        """
         cutter = self.cutter
         share = cutter.share
         step = batch // share.batches
-        # All crops of the run take positions in the order of the rows, step by step.
         first_position = int(cutter.crops_per_largest_before[step]) * share.step_size
         crops_of_step = int(cutter.crops_per_largest[step]) * share.step_size
 
         def images_for(crop_number: int) -> Iterator[ImageRow]:
-            """Yields the image of a crop of the step, and then images that may replace it.
-
-            They are the images of this crop number in the following steps, as if each had as many crops as this one.
-            """
-            for position in itertools.count(first_position + crop_number, crops_of_step):
+            """Yields the image of a crop of the step, and then images that may replace it, without an end."""
+            positions = itertools.count(start=first_position + crop_number, step=crops_of_step)
+            for position in positions:
                 row = row_at(position, len(self.rows), cutter.seed)
                 yield self.rows[row]
 
@@ -82,22 +84,30 @@ class CropLoader(OrderedLoader):
         self.num_workers = num_workers
         self.shuffle_buffer = shuffle_buffer
         self.places = [Place()] * max(1, num_workers)  # of the readers of a stream, one per worker
-        if self.rows is not None:
-            num_images = len(self.rows)
-            settings = {"seed": cutter.seed, "number of images": num_images}
-            super().__init__(cutter.share, f"{num_images:,} images", settings)
-            return
-        num_shards = len(images.parts)
-        num_processes = cutter.share.num_processes
-        num_readers = len(self.places)
-        settings = {
-            "seed": cutter.seed,
-            "number of processes": num_processes,
-            "number of workers": num_readers,
-            "shuffle buffer": shuffle_buffer,
-            "number of shards": num_shards,
+        if self.rows is None:
+            self._check_shards()
+            contents = f"images of {len(images.parts):,} shards"
+            settings = self._stream_settings()
+        else:
+            contents = f"{len(self.rows):,} images"
+            settings = {"seed": cutter.seed, "number of images": len(self.rows)}
+        super().__init__(cutter.share, contents, settings)
+
+    def _stream_settings(self) -> dict[str, int]:
+        """Settings that decide, with the step, which samples of a stream it holds."""
+        return {
+            "seed": self.cutter.seed,
+            "number of processes": self.cutter.share.num_processes,
+            "number of workers": len(self.places),
+            "shuffle buffer": self.shuffle_buffer,
+            "number of shards": len(self.images.parts),
         }
-        super().__init__(cutter.share, f"images of {num_shards:,} shards", settings)
+
+    def _check_shards(self) -> None:
+        """Raises ValueError if a stream has fewer shards than there are workers of all processes."""
+        num_shards = len(self.images.parts)
+        num_processes = self.cutter.share.num_processes
+        num_readers = len(self.places)
         if num_shards < num_processes * num_readers:
             raise ValueError(
                 f"A stream must have a shard per worker, but has {num_shards} for `--dataloader_num_workers` "
@@ -114,14 +124,18 @@ class CropLoader(OrderedLoader):
         last_batch = self.cutter.num_steps * self.share.batches
         batches = range(self.batch, last_batch)
         if self.rows is None:
-            yield from self._stream(batches)
-            return
-        for crops in self._load(CropRows(self.rows, self.cutter), batches):
+            yield from self._batches_of_stream(batches)
+        else:
+            yield from self._batches_of_rows(self.rows, batches)
+
+    def _batches_of_rows(self, rows: IndexedRows, batches: range) -> Iterator[CropBatch]:
+        """Yields batches of a set with random access, and counts them."""
+        for crops in self._load(CropRows(rows, self.cutter), batches):
             self.batch += 1
             yield crops
 
-    def _stream(self, batches: range) -> Iterator[CropBatch]:
-        """Yields batches of a stream, and remembers the place of the reader that cut each."""
+    def _batches_of_stream(self, batches: range) -> Iterator[CropBatch]:
+        """Yields batches of a stream, counts them, and remembers the place of the reader that cut each."""
         stream = CropStream(self.images.parts, self.cutter, batches, list(self.places), self.shuffle_buffer)
         for place, crops in self._load(stream, None):
             reader = self.batch % len(self.places)

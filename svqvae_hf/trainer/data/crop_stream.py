@@ -32,6 +32,10 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
     A reader reads its share of the shards of an epoch in a random order. It fills a buffer with images, shuffles and
     empties it, so that it can continue at its place exactly. It then reads the current shard again from its beginning.
 
+    The readers of a process take turns, also after a resume. With three readers, reader 0 cuts the batches 0, 3, 6 and
+    so on, reader 1 cuts 1, 4, 7, and reader 2 cuts 2, 5, 8. PyTorch takes the first batch from worker 0. So if the run
+    resumes at batch 4, worker 0 is reader 1.
+
     Args:
         shards (`Sequence[ImagePart]`): Shards of the set.
         cutter ([`CropCutter`]): Cuts the batches.
@@ -48,26 +52,30 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
     place: Place = field(init=False)  # of the reader of this process
 
     def __iter__(self) -> Iterator[tuple[Place, CropBatch]]:
-        """Yields the batches of this worker. Readers take turns, also after a resume."""
+        """Yields the batches of this worker."""
         worker = get_worker_info()
         worker_number = 0 if worker is None else worker.id
         num_readers = len(self.places)  # of this process
         first_batch = self.batches.start + worker_number
-        # Reader `batch % num_readers` cuts a batch. A run may resume at any batch, so worker 0 need not be reader 0.
         reader = first_batch % num_readers
         self.place = self.places[reader]
-        share = self.cutter.share
-        reader_of_all = share.process * num_readers + reader
-        num_readers_of_all = share.num_processes * num_readers
-        images = self._read(reader_of_all, num_readers_of_all)
+        images = self._images_of_reader(reader)
 
         def next_images(crop_number: int) -> Iterator[ImageRow]:
             """The next images of the stream, whichever crop of the step they are for."""
             return images
 
-        for batch in range(first_batch, self.batches.stop, num_readers):
+        batches_of_reader = range(first_batch, self.batches.stop, num_readers)
+        for batch in batches_of_reader:
             crops = self.cutter.cut_batch(batch, next_images)
             yield self.place, crops
+
+    def _images_of_reader(self, reader: int) -> Iterator[ImageRow]:
+        """Yields images of a reader of this process from `place` on, without an end, and moves `place`."""
+        share = self.cutter.share
+        readers_per_process = len(self.places)
+        reader_of_all_processes = share.process * readers_per_process + reader
+        return self._read(reader_of_all_processes, share.num_processes * readers_per_process)
 
     def _read(self, reader: int, num_readers: int) -> Iterator[ImageRow]:
         """Yields images from `place` on, without an end, and moves `place`.
@@ -81,24 +89,33 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
             order = row_order(len(self.shards), self.cutter.seed, epoch)
             shards_of_reader = [self.shards[shard] for shard in order[reader::num_readers]]
             unread_images = self._unread(shards_of_reader)
-            buffer = list(islice(unread_images, self.buffer_size))
-            while buffer:
+            for buffer in self._buffers(unread_images):
                 yield from self._shuffled(buffer, reader)
                 last_image = buffer[-1]
                 self.place = Place(epoch, last_image.shard, last_image.row)
-                buffer = list(islice(unread_images, self.buffer_size))
-            start_of_epoch = Place(epoch)
-            if self.place == start_of_epoch:
+            has_read_nothing = self.place == Place(epoch)  # each image moves the place away from the epoch's start
+            if has_read_nothing:
                 raise ValueError("Each shard of a stream must hold images, but some hold none. Remove them.")
             self.place = Place(epoch + 1)
 
+    def _buffers(self, images: "Iterator[_ReadImage]") -> "Iterator[list[_ReadImage]]":
+        """Yields images in lists of `buffer_size`. The last list may be shorter."""
+        while True:
+            buffer = list(islice(images, self.buffer_size))
+            if not buffer:
+                return
+            yield buffer
+
     def _shuffled(self, buffer: "Sequence[_ReadImage]", reader: int) -> Iterator[ImageRow]:
-        """Yields the images of a buffer in a random order, from the place on."""
+        """Yields the images of a buffer in a random order, without those that were used before a resume.
+
+        The seed depends on where the buffer starts, so a resumed run has the same order.
+        """
         start = self.place
         seed = (SHUFFLE, self.cutter.seed, reader, start.epoch, start.shard, start.row)
         order = np.random.default_rng(seed).permutation(len(buffer))
         for num_used in range(start.used, len(buffer)):
-            self.place = start._replace(used=num_used + 1)
+            self.place = start._replace(used=num_used + 1)  # counts the image that is yielded next
             position = order[num_used]
             yield buffer[position].image
 

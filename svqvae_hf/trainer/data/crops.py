@@ -49,7 +49,8 @@ class CropPolicy:
         rng = np.random.default_rng(seed)
         low, high = self.resize_range
         factor = rng.uniform(low, high)
-        random_position = rng.random(2).tolist()  # drawn also if it is not used, because the flip is drawn after it
+        # The position is drawn even for centre crops, so that both kinds of crops have the same flips.
+        random_position = rng.random(2).tolist()
         is_flipped = self.random_flip and rng.random() < 0.5
         position = CENTRE if self.center_crop else random_position
         crop = _crop(image, side, factor, position)
@@ -89,15 +90,27 @@ def _crop(image: Image.Image, side: int, factor: float, position: Sequence[float
 
     An image that would not hold the crop then is shrunk less, or enlarged.
     """
-    x, y = position
     # Side, in pixels of the image, of the square that becomes the crop
     square_side = min(side / factor, image.width, image.height)
-    needs_no_resizing = square_side == side
-    if needs_no_resizing:  # so the crop starts at a whole pixel
-        first_column = math.floor(x * (image.width - side + 1))
-        first_row = math.floor(y * (image.height - side + 1))
-        return image.crop((first_column, first_row, first_column + side, first_row + side))
-    left = x * (image.width - square_side)
-    top = y * (image.height - square_side)
-    square = (left, top, left + square_side, top + square_side)
+    if square_side == side:
+        return _crop_whole_pixels(image, side, position)
+    return _crop_resized(image, side, square_side, position)
+
+
+def _crop_whole_pixels(image: Image.Image, side: int, position: Sequence[float]) -> Image.Image:
+    """Cuts a square without resizing it. All whole pixels at which it can start are equally likely."""
+    x, y = position
+    num_columns = image.width - side + 1  # at which the square can start
+    num_rows = image.height - side + 1
+    first_column = math.floor(x * num_columns)
+    first_row = math.floor(y * num_rows)
+    return image.crop((first_column, first_row, first_column + side, first_row + side))
+
+
+def _crop_resized(image: Image.Image, side: int, square_side: float, position: Sequence[float]) -> Image.Image:
+    """Cuts a square of `square_side` pixels, which may start within a pixel, and resizes it to `side`."""
+    x, y = position
+    first_column = x * (image.width - square_side)
+    first_row = y * (image.height - square_side)
+    square = (first_column, first_row, first_column + square_side, first_row + square_side)
     return image.resize((side, side), Image.Resampling.BICUBIC, box=square)

@@ -97,14 +97,15 @@ def _find_shared_key(held_out: TokenSet, trained: TokenSet) -> str | None:
     rows = trained.load()
     held_out_rows = held_out.load()
     keys = rows.data.column("key")
-    is_shared = pc.is_in(keys, value_set=pc.unique(held_out_rows.data.column("key")))  # (rows,)
-    numbers = np.flatnonzero(is_shared.to_numpy())
-    if len(numbers) == 0:
+    held_out_keys = pc.unique(held_out_rows.data.column("key"))
+    is_shared = pc.is_in(keys, value_set=held_out_keys)  # (rows,)
+    row_numbers = np.flatnonzero(is_shared.to_numpy())  # rows of training whose key the other set has, too
+    if len(row_numbers) == 0:
         return None
-    if _are_of_same_files(held_out, trained):
-        return keys[int(numbers[0])].as_py()
+    if _are_of_same_files(held_out, trained):  # then a key names the same file in both
+        return keys[int(row_numbers[0])].as_py()
     held_out_images = set(_images(held_out_rows, held_out.settings))
-    for image in _images(rows.select(numbers), trained.settings):
+    for image in _images(rows.select(row_numbers), trained.settings):
         if image in held_out_images:
             return image.key
     return None

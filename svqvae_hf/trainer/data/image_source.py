@@ -100,6 +100,7 @@ class ImageSource:
             resize_range=options.resize_range,
             synthetic_fraction=self.synthetic_fraction,
         )
+        # How this process shares each step with the others: as the options say, but with the stated number of batches.
         share = replace(Share.of(options, self.accelerator), batches=batches_per_step)
         cutter = CropCutter(
             policy=policy,

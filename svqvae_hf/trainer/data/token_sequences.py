@@ -75,25 +75,25 @@ class TokenSource:
             self.num_classes = self._count_classes(label_column)
         if caption_column is not None:
             check_captions(self.rows, caption_column)
-            self.num_classes = 1
-        self.id_columns: list[str] = []
-        self.grids: list[tuple[int, int]] = []
-        self._find_scales()
+            self.num_classes = 1  # the class "with its caption"
+        scales_from_coarse = np.argsort(self.settings.scales).tolist()  # numbers of the scales, in the settings
+        self.id_columns = [f"ids_{scale_number}" for scale_number in scales_from_coarse]
+        self.grids = self._grids_of_scales(scales_from_coarse)
         columns = list(self.id_columns)
         for column in (label_column, caption_column):
             if column is not None:
                 columns.append(column)
         self.tables = self.rows.select_columns(columns).with_format("arrow")
 
-    def _find_scales(self) -> None:
-        """Sets the column of ids and the grid of each scale, from coarse to fine, for images of one size."""
+    def _grids_of_scales(self, scale_numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """Shapes `(rows, columns)` of the ids of some scales. Raises ValueError if images have several sizes."""
         height = self._only_value("height")
         width = self._only_value("width")
-        scales = self.settings.scales
-        coarse_to_fine = np.argsort(scales)  # the columns may be in another order
-        for index in coarse_to_fine:
-            self.id_columns.append(f"ids_{index}")
-            self.grids.append(grid_shape(height, width, self.settings.f, scales[index]))
+        grids = []
+        for scale_number in scale_numbers:
+            scale = self.settings.scales[scale_number]
+            grids.append(grid_shape(height, width, self.settings.f, scale))
+        return grids
 
     def batch(self, rows: Sequence[int]) -> TokenBatch:
         """Ids of some rows."""
@@ -125,7 +125,9 @@ class TokenSource:
 
     def _only_value(self, column: str) -> int:
         """The value that a column has in all rows. Raises ValueError if it has several."""
-        least, most = pc.min_max(self.rows.data.column(column)).as_py().values()
+        values = self.rows.data.column(column)
+        least = pc.min(values).as_py()
+        most = pc.max(values).as_py()
         if least != most:
             raise ValueError(
                 f"All rows of the token set must be of one size, but it has {column}s from {least} to {most}. "
@@ -141,28 +143,34 @@ class TokenSource:
         return None
 
     def _count_classes(self, column: str) -> int:
-        """Number of classes: of the names of a column of classes, or up to the largest integer of a column."""
+        """Number of classes of a column. If it has integers without names, they are the classes 0 to the largest."""
         feature = self.rows.features.get(column)
-        has_names = isinstance(feature, datasets.ClassLabel)
-        has_integers = isinstance(feature, datasets.Value) and "int" in feature.dtype
-        if has_names or has_integers:
-            labels = self.rows.data.column(column)
-            least, most = pc.min_max(labels).as_py().values()
-            are_classes = labels.null_count == 0 and least >= 0
-            if are_classes and has_names:
-                return feature.num_classes
-            if are_classes:
-                return most + 1
-        raise ValueError(
-            f"`--label_column` must hold a class, or an integer of at least 0, in each row, but {column!r} holds "
-            f"{feature}, or has empty rows. The columns are {', '.join(self.rows.features)}."
-        )
+        if not holds_classes(self.rows, column):
+            raise ValueError(
+                f"`--label_column` must hold a class, or an integer of at least 0, in each row, but {column!r} holds "
+                f"{feature}, or has empty rows. The columns are {', '.join(self.rows.features)}."
+            )
+        if isinstance(feature, datasets.ClassLabel):
+            return feature.num_classes
+        largest_class = pc.max(self.rows.data.column(column)).as_py()
+        return largest_class + 1
+
+
+def holds_classes(rows: datasets.Dataset, column: str) -> bool:
+    """Whether each row has a class, or an integer of at least 0, in a column."""
+    feature = rows.features.get(column)
+    has_names = isinstance(feature, datasets.ClassLabel)
+    has_integers = isinstance(feature, datasets.Value) and "int" in feature.dtype
+    if not has_names and not has_integers:
+        return False
+    labels = rows.data.column(column)
+    return labels.null_count == 0 and pc.min(labels).as_py() >= 0
 
 
 def check_captions(rows: datasets.Dataset, column: str) -> None:
     """Raises unless a column holds a caption, or a list of them, in each row."""
     feature = rows.features.get(column)
-    holds_lists = hasattr(feature, "feature")  # the type of their items
+    holds_lists = hasattr(feature, "feature")  # types of lists have their items' type as this attribute
     text_feature = feature.feature if holds_lists else feature
     holds_texts = isinstance(text_feature, datasets.Value) and text_feature.dtype in ("string", "large_string")
     if not holds_texts:
