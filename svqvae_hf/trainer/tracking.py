@@ -54,7 +54,9 @@ class ScaleStatistics:
             with torch.no_grad():
                 psnr_of_images = psnr(pair.output, pair.target, data_range=1.0)  # (B,)
             self._psnr_of_batches[scale].append(psnr_of_images.clamp(max=MAX_PSNR))
-        for scale, ids_of_scale in zip(counted_scales, ids, strict=False):
+        if not ids:  # nothing was quantised
+            return
+        for scale, ids_of_scale in zip(counted_scales, ids, strict=True):
             counts = count_codes(ids_of_scale, self.codebook_size)
             if scale in self._code_counts:
                 counts = self._code_counts[scale] + counts

@@ -33,22 +33,32 @@ def causal_loss(latents: torch.Tensor, mean: Mean = mean_of_one_process) -> torc
         mean (`Callable`, *optional*): Averages a tensor over all processes; not needed for one process.
 
     Returns:
-        `torch.Tensor`: Scalar in float32, at least `log(FLOOR)`, and `-log(codebook_embed_dim)` without any relation.
+        `torch.Tensor`: Scalar in float32, at least `log(FLOOR)`. If earlier latents say nothing about a latent, it is
+            predicted as 0. The squared error is then the mean square of the values of a unit vector,
+            `1 / codebook_embed_dim`, and the loss is about `-log(codebook_embed_dim)`.
     """
-    _, _, height, width = latents.shape
     with torch.autocast(latents.device.type, enabled=False):
         latents = F.normalize(latents.float(), dim=1)
-        padded = F.pad(latents, (1, 1, 1, 0))  # (B, C, h + 1, w + 2)
-        neighbours = []
-        for row, column in NEIGHBOURS:
-            top = 1 + row
-            left = 1 + column
-            neighbours.append(padded[..., top : top + height, left : left + width])
-        inputs = _flatten(torch.cat(neighbours, dim=1))  # (B * h * w, 4 * C)
+        neighbours = _neighbours(latents)  # (B, 4 * C, h, w)
+        inputs = _flatten(neighbours)  # (B * h * w, 4 * C)
         targets = _flatten(latents)  # (B * h * w, C)
         predictions = inputs @ _best_coefficients(inputs, targets, mean)  # (B * h * w, C)
         squared_errors = (predictions - targets).square().mean(1)  # (B * h * w,)
         return (squared_errors + FLOOR).log().mean()
+
+
+def _neighbours(latents: torch.Tensor) -> torch.Tensor:
+    """The four earlier neighbours of each latent, `(batch, 4 * channels, h, w)`, with zeros beyond the border."""
+    height, width = latents.shape[-2:]
+    # One column more at each side and one row more at the top, which the offsets of `NEIGHBOURS` reach
+    padded = F.pad(latents, (1, 1, 1, 0))  # (B, C, h + 1, w + 2)
+    shifted_latents = []
+    for row_offset, column_offset in NEIGHBOURS:
+        first_row = 1 + row_offset
+        first_column = 1 + column_offset
+        shifted = padded[..., first_row : first_row + height, first_column : first_column + width]  # (B, C, h, w)
+        shifted_latents.append(shifted)
+    return torch.cat(shifted_latents, dim=1)
 
 
 @torch.no_grad()
@@ -60,9 +70,9 @@ def _best_coefficients(inputs: torch.Tensor, targets: torch.Tensor, mean: Mean) 
     dim = targets.shape[1]
     inputs_and_targets = torch.cat([inputs, targets], dim=1)  # (n, 5 * C)
     products = mean(inputs.T @ inputs_and_targets / len(inputs))  # (4 * C, 5 * C)
-    products.diagonal().add_(RIDGE / dim)
     input_products = products[:, :-dim]  # (4 * C, 4 * C)
     target_products = products[:, -dim:]  # (4 * C, C)
+    input_products.diagonal().add_(RIDGE / dim)  # 1 / dim is the mean square of a value of a unit vector
     return torch.linalg.solve(input_products, target_products)
 
 

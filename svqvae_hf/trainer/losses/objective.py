@@ -105,16 +105,17 @@ class PerceptualLoss:
 class CodebookLosses:
     """Losses of the quantizer, means over the latents of all scales."""
 
-    names = ("vq", "commitment", "entropy")
+    names = ("vq", "commitment", "entropy")  # in the order in which the quantizer returns them
 
     def __call__(self, output: SVQVAEOutput) -> list[Term]:
         """Computes the losses of an output of the model that was quantised."""
-        fractions = fractions_of_latents(output)
-        losses_by_scale = output.losses or []
+        weights_of_scales = fractions_of_latents(output)
+        losses_of_scales = output.losses or []  # for each scale, one value per name
         terms = []
         for index, name in enumerate(self.names):
-            values = [losses[index] for losses in losses_by_scale]
-            terms.append(Term(name, 1.0, weighted_sum(fractions, values)))
+            values = [losses[index] for losses in losses_of_scales]
+            mean_over_latents = weighted_sum(weights_of_scales, values)
+            terms.append(Term(name, 1.0, mean_over_latents))
         return terms
 
 
@@ -150,7 +151,7 @@ class AdversarialLoss:
     def __init__(self, weight: float, last_layer_weight: torch.Tensor, mean: Mean):
         self.weight = weight
         self.last_layer_weight = last_layer_weight
-        self.mean = mean
+        self.mean_over_processes = mean
         self.discriminator = PatchDiscriminator()
 
     def __call__(self, pairs: Sequence[Pair], reconstruction_loss: torch.Tensor) -> Term:
@@ -162,7 +163,7 @@ class AdversarialLoss:
             weights.append(pair.weight)
             losses.append(hinge_generator_loss(fake_logits))
         loss = weighted_sum(weights, losses)
-        ratio = adaptive_weight(reconstruction_loss, loss, self.last_layer_weight, self.mean)
+        ratio = adaptive_weight(reconstruction_loss, loss, self.last_layer_weight, self.mean_over_processes)
         return Term("adversarial", self.weight * ratio, loss)
 
     def discriminator_loss(self, pairs: Sequence[Pair], discriminator: nn.Module) -> tuple[torch.Tensor, Numbers]:
