@@ -29,12 +29,13 @@ class Validations:
     def __init__(self, network: nn.Module, keep_best: bool, measured: list[Any]):
         self.network = network
         self.keep_best = keep_best
-        self.measured = [keep_best, *measured]
+        # What must be equal in a resumed run, so that its validations can be compared with earlier ones.
+        self.measured: list[Any] = [keep_best, *measured]
         self.first: Numbers = {}
         self.chosen: Numbers = {}
-        self.ids: dict[str, torch.Tensor] = {}  # of the first validation that quantised
+        self.ids: dict[str, torch.Tensor] = {}  # of each set, in the first validation that quantised
         self.step = 0
-        self.score = float("-inf")
+        self.score = float("-inf")  # of the chosen validation, with `keep_best`
         self.weights: dict[str, torch.Tensor] = {}
 
     @property
@@ -62,23 +63,22 @@ class Validations:
             self.step = steps_done
             self.chosen = numbers
             return
+        # Without quantisation, reconstructions are better than they can be with it, and say nothing about the result.
+        was_quantised = has_ids(ids)
         score = total_psnr(numbers)
-        is_best = score > self.score
-        if is_best and has_ids(ids):
+        if was_quantised and score > self.score:
             self.score = score
             self.step = steps_done
             self.chosen = numbers
             self.weights = {name: value.cpu().clone() for name, value in self.network.state_dict().items()}
 
     def _add_ids_kept(self, numbers: Numbers, ids: Mapping[str, torch.Tensor]) -> None:
-        """Adds the fraction of the ids `(n,)` of each set that are as in the first validation that quantised."""
+        """Adds the fraction of the ids of each set that have not changed since the first validation that quantised."""
+        if not has_ids(ids):
+            return
         for name, current_ids in ids.items():
-            first_ids = self.ids.get(name)
-            if first_ids is None or len(current_ids) == 0:
-                continue
-            if len(first_ids) == len(current_ids):
-                is_kept = current_ids == first_ids  # (n,)
-                numbers[name]["ids_kept"] = is_kept.float().mean().item()
+            is_kept = current_ids == self.ids[name]  # (n,)
+            numbers[name]["ids_kept"] = is_kept.float().mean().item()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run remembers."""
