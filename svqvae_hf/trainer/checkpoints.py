@@ -139,14 +139,15 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None, steps: int) -> P
     """
     newest = max(_checkpoints(output_dir), key=checkpoint_step, default=None)
     if wanted is None:
-        _check_without_checkpoints(output_dir, newest)
+        _check_no_checkpoint(output_dir, newest)
         return None
     checkpoint = newest if wanted == "latest" else _find_named(output_dir, wanted)
     if checkpoint is None:
         return None
     steps_done = checkpoint_step(checkpoint)
-    # With newer checkpoints, `latest` would find one of the old run, and `--save_total_limit` would delete new ones.
-    if newest is not None and steps_done < checkpoint_step(newest):
+    # Checkpoints of more steps, which an earlier run left, would count as newer than those of this run. So `latest`
+    # would resume the earlier run, and `--save_total_limit` would delete the checkpoints of this one.
+    if newest is not None and checkpoint_step(newest) > steps_done:
         raise ValueError(
             f"A run resumed from {checkpoint.name} needs an `--output_dir` without newer checkpoints, but "
             f"`{output_dir}` has {newest.name}. Move the newer ones away, or choose another folder and name "
@@ -165,7 +166,7 @@ def check_unchanged(output_dir: Path, checkpoint: Path | None, checkpoint_now: P
         )
 
 
-def _check_without_checkpoints(output_dir: str | Path, newest: Path | None) -> None:
+def _check_no_checkpoint(output_dir: str | Path, newest: Path | None) -> None:
     """Raises ValueError if the folder of a new run has a checkpoint."""
     if newest is not None:
         raise ValueError(
@@ -230,9 +231,10 @@ def compare_with_checkpoint(checkpoint: Path, recorded: RunIdentity, identity: R
             other parts.
     """
     check_sources(checkpoint, recorded.models, identity.models)
-    check_sources(checkpoint, _trained_on(recorded.sets), _trained_on(identity.sets))
+    check_sources(checkpoint, _training_sets(recorded), _training_sets(identity))
     for name in changed_names(recorded.order, identity.order):
         check_same(name, recorded.order.get(name), identity.order.get(name))
+    # As the checkpoint records options: without those that do not change the result, and as JSON holds them.
     options = identity.to_record()["options"]
     changes = []
     for name in changed_names(recorded.options, options):
@@ -244,9 +246,9 @@ def compare_with_checkpoint(checkpoint: Path, recorded: RunIdentity, identity: R
     return changes
 
 
-def _trained_on(sets: Mapping[str, str]) -> dict[str, str]:
-    """Sets that are trained on, and not only measured."""
-    return {name: digest for name, digest in sets.items() if not name.startswith(VALIDATION)}
+def _training_sets(identity: RunIdentity) -> dict[str, str]:
+    """Digests of the sets that a run is trained on, without those that are only measured."""
+    return {name: digest for name, digest in identity.sets.items() if not name.startswith(VALIDATION)}
 
 
 # Saving

@@ -26,7 +26,7 @@ def read_config(source: str) -> dict[str, Any]:
     if path.is_dir():
         path = path / CONFIG_FILE
     elif not path.exists():
-        path = download_file(source, CONFIG_FILE, source)
+        path = download_file(repo_id=source, file=CONFIG_FILE, source=source)
     with explained(path, "read"):
         return read_json_object(path)
 
@@ -48,6 +48,7 @@ def load_network_config(source: str, network_class: Any) -> dict[str, Any]:
     if class_name != expected_class:
         raise ValueError(f"The `_class_name` of `{source}` must be {expected_class}, but is {class_name}.")
     allowed_keys = list(inspect.signature(network_class.__init__).parameters)
+    # Saved configs of an SVQVAE also hold values that follow from its parameters, such as `latent_channels`.
     allowed_keys += getattr(network_class, "derived_config", ())
     check_keys(source, config, allowed_keys)
     return config

@@ -10,7 +10,8 @@ from svqvae_files.outputs import delete_temporary
 class FolderLock:
     """Lock on an existing folder. It leaves no file, and ends with the process at the latest.
 
-    Temporary files in the folder are deleted, because only runs that were killed can have left them.
+    Once the lock is held, temporary files in the folder are deleted. No other run can be writing them then, so a run
+    that was killed has left them.
 
     Args:
         folder (`Path`): Folder of a run.

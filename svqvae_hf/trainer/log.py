@@ -86,8 +86,8 @@ class Log:
             self.numbers[name].append(value.detach())
         self.amounts.update(amounts)
 
-    def write_training(self, steps_done: int, numbers: Mapping[str, float]) -> None:
-        """Logs what was added since the last call, over all processes, together with more numbers.
+    def write_training(self, steps_done: int, further_numbers: Mapping[str, float]) -> None:
+        """Logs what was added since the last call, over all processes, together with further numbers.
 
         All processes must have added the same names.
         """
@@ -95,7 +95,7 @@ class Log:
         for name, values in self.numbers.items():
             mean_of_process = torch.stack(values).mean()
             line[f"train/{name}"] = self.accelerator.reduce(mean_of_process, "mean").item()
-        for name, value in numbers.items():
+        for name, value in further_numbers.items():
             line[f"train/{name}"] = value
         seconds = time.monotonic() - self.last_time
         for name, amount in self.amounts.items():

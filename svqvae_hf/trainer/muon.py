@@ -64,7 +64,7 @@ def muon_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, A
         if layer is not None:
             token_tables.add(id(layer.weight))
     matrices: list[nn.Parameter] = []
-    others: dict[int, nn.Parameter] = {}  # by identity, because the head may share the embeddings' weight
+    other_weights: dict[int, nn.Parameter] = {}  # by identity, because the head may share the embeddings' weight
     for module in model.modules():
         for weight in module.parameters(recurse=False):
             if not weight.requires_grad:
@@ -73,7 +73,7 @@ def muon_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, A
             if is_layer_matrix and id(weight) not in token_tables:
                 matrices.append(weight)
             else:
-                others[id(weight)] = weight
+                other_weights[id(weight)] = weight
     decayed_group = {"params": matrices, "weight_decay": weight_decay}
-    other_group = {"params": list(others.values()), "weight_decay": 0.0}
+    other_group = {"params": list(other_weights.values()), "weight_decay": 0.0}
     return [decayed_group, other_group]

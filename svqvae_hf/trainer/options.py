@@ -253,17 +253,24 @@ def read_options(options_classes: Sequence[type], arguments: Sequence[str]) -> t
         words = file_flags(config_file) + words[1:]  # the last of equal flags counts
     parser = OptionParser(options_classes, prog=script_name(), allow_abbrev=False)
     parser.check_names(words)
-    _, unused = parser.parse_known_args(words)
-    if unused:
-        raise ValueError(f"`{unused[0]}` must follow an option that takes it, but the one before has all its values.")
+    _check_no_stray_value(parser, words)
     parsed = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     for options in parsed:
-        _find_bundled_models(options)
+        _replace_bundled_names(options)
     return tuple(parsed)
 
 
-def _find_bundled_models(options: Any) -> None:
-    """Replaces names of models that come with the package by their folders."""
+def _check_no_stray_value(parser: "OptionParser", words: Sequence[str]) -> None:
+    """Raises ValueError for a value that belongs to no option, such as the second one in `--max_steps 1 2`."""
+    _, stray_values = parser.parse_known_args(words)
+    if stray_values:
+        raise ValueError(
+            f"`{stray_values[0]}` must follow an option that takes it, but the one before has all its values."
+        )
+
+
+def _replace_bundled_names(options: Any) -> None:
+    """Replaces names of models that come with the package by their folders, such as `bundled`."""
     for name, value in vars(options).items():
         if name.endswith("_name_or_path") and value is not None:
             setattr(options, name, find_bundled(value))
@@ -302,7 +309,11 @@ class OptionParser(HfArgumentParser):
 
 
 def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Type of an option that the value `none` unsets. Other values are converted as before."""
+    """Type of an option that the value `none` unsets. Other values are converted as before.
+
+    It has the name of the type, which argparse shows in errors. `updated=()` is for types such as `int`, because
+    `wraps` would otherwise copy the attributes of the class as well.
+    """
 
     @wraps(convert, updated=())
     def convert_or_none(text: str) -> Any:

@@ -27,8 +27,8 @@ PARTIAL_RESULT = "result.partial"  # holds a result while it is saved; the next 
 # Options that name what a result is made from
 SET_OPTIONS = ("token_set", "dataset_name", "train_data_dir", "mix_data_dir")
 BASE_OPTIONS = ("pretrained_model_name_or_path", "model_name_or_path", "pipeline_name_or_path")  # are trained further
-CONFIG_OPTION = "model_config_name_or_path"  # a new network has no weights of its own
-MODEL_SUFFIX = "_name_or_path"
+CONFIG_OPTION = "model_config_name_or_path"  # names no weights, so a result has nothing from it
+MODEL_SUFFIX = "_name_or_path"  # of all options that name models: bases and frozen parts of the result
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -55,13 +55,16 @@ class Result:
         self.push_to_hub = push_to_hub
         self.output_dir = Path(options.output_dir)
         self.name = options.hub_model_id or self.output_dir.absolute().name
-        if not is_main:
-            return
-        if push_to_hub:
+        if is_main and push_to_hub:  # only the main process uses the name
             is_private = True if options.hub_private_repo else None  # with `None`, the Hub's settings decide
             self.name = prepare_repo(self.name, private=is_private, license=origin.license)
+        if is_main:
+            self._write_options()
+
+    def _write_options(self) -> None:
+        """Writes `train_config.yaml` into the output folder."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        options_text = yaml.safe_dump(identity.options, sort_keys=False)
+        options_text = yaml.safe_dump(self.identity.options, sort_keys=False)
         write_file(self.output_dir / OPTIONS_FILE, options_text.encode())
 
     def publish(self, save_pretrained: Callable[..., Any], card: str) -> None:
@@ -113,16 +116,17 @@ def find_sources(options: Any) -> Origin:
     sets = {}
     models = {}
     for option, value in vars(options).items():
-        names_part = option.endswith(MODEL_SUFFIX) and option != CONFIG_OPTION  # of the result, such as `vqvae`
         if option in SET_OPTIONS:
-            sets[option.replace("_", " ")] = value
-        elif value is None:
+            title = option.replace("_", " ")  # such as "token set"
+            sets[title] = value
+        if value is None or option == CONFIG_OPTION:
             continue
-        elif option in BASE_OPTIONS:
+        if option in BASE_OPTIONS:
             models[STARTED_FROM] = value
-        elif names_part:
+        elif option.endswith(MODEL_SUFFIX):
             part = option.removesuffix(MODEL_SUFFIX)
-            models[part.replace("_", " ")] = value
+            title = part.replace("_", " ")  # such as "text encoder"
+            models[title] = value
     return find_origin(models, sets, options.license)
 
 
@@ -198,7 +202,8 @@ def _check_same_options(output_dir: Path, finished: RunIdentity, identity: RunId
 def move_files(source: Path, target: Path) -> list[str]:
     """Moves all files below a folder to the same paths below another one, weights before their config.
 
-    The files get the permissions of the target folder, because safetensors makes files that only their owner can read.
+    A folder with a config passes for a model, so the weights must be there first. The files get the permissions of the
+    target folder, because safetensors makes files that only their owner can read.
 
     Returns:
         `list[str]`: Paths of the files relative to either folder.
@@ -206,7 +211,8 @@ def move_files(source: Path, target: Path) -> list[str]:
     files = [path for path in source.rglob("*") if path.is_file()]
     permissions = target.stat().st_mode & 0o666  # without the right to execute
     moved = []
-    for file in sorted(files, reverse=True):  # "model.safetensors" before "config.json"
+    weights_first = sorted(files, reverse=True)  # "model.safetensors" before "config.json"
+    for file in weights_first:
         relative_path = file.relative_to(source)
         new_path = target / relative_path
         new_path.parent.mkdir(parents=True, exist_ok=True)

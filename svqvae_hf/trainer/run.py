@@ -193,7 +193,7 @@ def make_accelerator(options: RunOptions) -> Accelerator:
 
 
 def run_training(train: Callable[[Run[Options]], None], options: Options) -> None:
-    """Calls the training function of a script, and then ends the trackers.
+    """Calls the training function of a script. After a success, it ends the trackers. At last, it unlocks the folder.
 
     Raises:
         SystemExit: If the folder holds the result of this very run.
@@ -211,14 +211,21 @@ def run_training(train: Callable[[Run[Options]], None], options: Options) -> Non
 
 def run_script(train: Callable[[Run[Options]], None], options_class: type[Options]) -> None:
     """Calls the training function of a script with the options of the command line."""
-    has_default_handler = signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    if has_default_handler:
-        # Ctrl-C outside of the loop ends the process at once, as SIGTERM does. An exception would wait for the workers
-        # of loaders, which ignore both signals.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _end_at_ctrl_c()
     try:
         with one_line_errors():
             run_training(train, *read_options([options_class], sys.argv[1:]))
     finally:
         for worker in multiprocessing.active_children():  # after an error; Python would wait for them forever
             worker.kill()
+
+
+def _end_at_ctrl_c() -> None:
+    """Lets Ctrl-C end the process at once, as SIGTERM does, while no training step is running.
+
+    By default, Ctrl-C raises KeyboardInterrupt, and Python then waits for the workers of loaders. They ignore Ctrl-C,
+    so it would wait forever. During the steps, [`Checkpoints`] handles both signals itself.
+    """
+    has_default_handler = signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    if has_default_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -113,14 +113,16 @@ class TrainOptions(ImageOptions):
 
     def _scale_faults(self) -> Iterator[str]:
         """Yields an error message for each fault in the scales."""
-        are_in_range = all(0 < scale < math.inf for scale in self.scales + self.validation_scales)
-        if not are_in_range or not self.validation_scales:
+        all_scales = self.scales + self.validation_scales
+        are_positive_and_finite = all(0 < scale < math.inf for scale in all_scales)
+        if not are_positive_and_finite or not self.validation_scales:
             yield "`--validation_scales` must not be empty, and they and `--scales` must be finite and more than 0."
         if self.scales and 1 not in self.scales:
             yield f"`--scales` must contain 1, but are {self.scales}."
         if self.token_budget is not None:
             has_fixed_scales = bool(self.scales)
-            if has_fixed_scales or self.token_budget < 1:
+            excludes_full_scale = self.token_budget < 1  # the unit is the number of tokens of the full scale
+            if has_fixed_scales or excludes_full_scale:
                 yield "`--token_budget` must be at least 1, the full scale, and not be used with `--scales`."
         if self.scale_probabilities and not self._are_probabilities():
             yield (

@@ -49,7 +49,8 @@ class Weights:
         self.ema = None
         if use_ema:
             self.ema = EMAModel(network.parameters(), decay=options.ema_decay)
-        self.groups = hyperparameters(lr_scheduler)  # of this run, before a checkpoint is loaded
+        # Loading a checkpoint replaces hyperparameters by older ones. `load_state_dict` sets them to these again.
+        self.groups = hyperparameters(lr_scheduler)
         self.lr = float(lr_scheduler.get_last_lr()[0])
         self.skipped = 0  # steps in a row
 
@@ -69,7 +70,8 @@ class Weights:
         self.accelerator.unscale_gradients(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
         is_finite = norm.isfinite()
-        has_scaler = self.accelerator.scaler is not None  # skips the update itself, and then lowers its scale
+        # In fp16, a scaler skips the update itself, and must see the gradients to lower its scale.
+        has_scaler = self.accelerator.scaler is not None
         if is_finite or has_scaler:
             self.optimizer.step()
         self.lr_scheduler.step()
