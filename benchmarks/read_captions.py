@@ -27,7 +27,7 @@ from make_scene_words import make_tokenizer
 from make_scenes import FOUR, GROUNDS, OBJECTS, THREE, TWO, Scene
 from scene_captions import PLAIN, VOICES, CaptionWriter, Recipe
 
-from svqvae_hf.trainer.muon import MuonAndAdam
+from svqvae_hf.trainer.muon import MuonAndAdam, muon_groups
 
 SLOTS = {"small": ("small",), "large": ("large",), "two": TWO, "three": THREE, "four": FOUR}
 SLOTS |= {kind: tuple(kind.split()) for kind in PLAIN if " " in kind}
@@ -118,13 +118,10 @@ def train(writer: CaptionWriter, tokenizer: PreTrainedTokenizerFast, steps: int)
 
 def make_optimizer(reader: Reader) -> MuonAndAdam:
     """Muon for the matrices of the layers, and Adam for all other weights."""
-    matrices = []
-    for weight in reader.layers.layers.parameters():
-        if weight.ndim == 2:
-            matrices.append(weight)
-    ids_of_matrices = {id(matrix) for matrix in matrices}
-    other_weights = [weight for weight in reader.parameters() if id(weight) not in ids_of_matrices]
-    return MuonAndAdam([{"params": matrices}, {"params": other_weights}], lr=3e-3, betas=(0.9, 0.95))
+    matrix_group, other_group = muon_groups(reader.layers, weight_decay=0.1)
+    other_group["params"] += [*reader.words.parameters(), reader.questions, *reader.heads.parameters()]
+    other_group["weight_decay"] = 0.01  # as when the percentages in the docs were measured
+    return MuonAndAdam([matrix_group, other_group], lr=3e-3, betas=(0.9, 0.95))
 
 
 @torch.inference_mode()
