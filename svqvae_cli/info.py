@@ -15,7 +15,7 @@ from typing import Any
 from svqvae_cli.arguments import Parser, path_or_url
 from svqvae_cli.errors import one_line
 from svqvae_cli.files import check_source
-from svqvae_files.file_names import IMAGE_SUFFIXES, REPO_ID, TOKEN_SET_FILE
+from svqvae_files.file_names import IMAGE_SUFFIXES, REPO_ID, STARTED_TOKEN_SET_FILE, TOKEN_SET_FILE
 from svqvae_files.inputs import find_bundled, is_url
 from svqvae_files.json_files import read_json_object
 
@@ -51,14 +51,14 @@ def _facts(source: str) -> dict[str, Any]:
         return _file_facts(path)
     if re.fullmatch(f"{REPO_ID}:.+", source):
         return _checkpoint_facts(source)
-    check_source(source)
+    check_source(source)  # raises unless it is a name on the Hub
     return _model_facts(source)
 
 
 def _folder_facts(path: Path) -> dict[str, Any]:
     """Facts about a folder with a token set, an adapter, a model or a pipeline."""
     is_token_set = (path / TOKEN_SET_FILE).is_file()
-    is_started_token_set = (path / "parts" / "options.json").is_file()
+    is_started_token_set = (path / STARTED_TOKEN_SET_FILE).is_file()
     if is_token_set or is_started_token_set:
         return _set_facts(str(path))
     if (path / ADAPTER_FILE).is_file():
@@ -143,12 +143,9 @@ def _set_facts(source: str) -> dict[str, Any]:
     folder = Folder(source)
     parts = describe_state(source)  # raises if a file is missing, cut or foreign
     facts: dict[str, Any] = {"kind": "token set"}
-    is_complete = folder.read(TOKEN_SET_FILE) is not None
-    if not is_complete:
-        return facts | parts
     totals = read_totals(folder)
-    if totals is None:  # the settings lack them
-        totals = {}
+    if totals is None:  # the set is not complete
+        return facts | parts
     facts["rows"] = totals.get("rows")
     facts["ids"] = totals.get("ids")
     facts["Parquet files"] = totals.get("files")

@@ -12,5 +12,6 @@ ARCHIVE_SUFFIXES = (".zip", ".rar", ".7z")  # which must be unpacked first
 TIFF_SUFFIXES = (".tif", ".tiff")
 TOKEN_SUFFIXES = (".safetensors", ".svqz")  # of plain and of compressed token files
 TOKEN_SET_FILE = "svqvae_tokens.json"  # settings of a token set, in its folder
+STARTED_TOKEN_SET_FILE = "parts/options.json"  # options of a token set until it is complete, in its folder
 
 REPO_ID = r"\w[\w.-]*/\w[\w.-]*"  # regular expression of `org/name` on the Hub

@@ -65,20 +65,26 @@ def make_crops(image: Image.Image, crops: str, resolution: int | None) -> list[I
     Returns:
         `list[PIL.Image.Image]`: One crop per name in `CROPS[crops]`, all of one size.
     """
-    if resolution is not None:
-        side = round(TEN_CROP_MARGIN * resolution) if crops == "ten-crop" else resolution
-        image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+    names = CROPS[crops]
+    if resolution is None:
+        return [_flip_if_named(image, name) for name in names]
+    side = resolution
+    if crops == "ten-crop":
+        side = round(TEN_CROP_MARGIN * resolution)
+    square = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     images = []
-    for name in CROPS[crops]:
-        is_flipped = name.endswith(FLIPPED)
-        crop = image
-        if resolution is not None:
-            position = CROP_POSITIONS[name.removesuffix(FLIPPED)]
-            crop = _crop_at(position, image, resolution)
-        if is_flipped:
-            crop = ImageOps.mirror(crop)
-        images.append(crop)
+    for name in names:
+        position = CROP_POSITIONS[name.removesuffix(FLIPPED)]
+        crop = _crop_at(position, square, resolution)
+        images.append(_flip_if_named(crop, name))
     return images
+
+
+def _flip_if_named(image: Image.Image, name: str) -> Image.Image:
+    """Flips an image if the name of the crop says so, such as `centre-flipped`."""
+    if name.endswith(FLIPPED):
+        return ImageOps.mirror(image)
+    return image
 
 
 def _crop_at(position: tuple[float, float], image: Image.Image, side: int) -> Image.Image:

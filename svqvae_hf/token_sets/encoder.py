@@ -80,8 +80,10 @@ class RowEncoder:
             ValueError: A crop needs more memory than is available.
         """
         first_column = self.settings.id_columns[0]
-        rows: deque[dict[str, Any]] = deque()  # in order, complete once they have ids
-        batches: dict[torch.Size, list[Crop]] = defaultdict(list)  # crops that wait, by their shape
+        # Each crop waits in the batch of its shape, and its row waits in `rows` for the rows before it. The crop and
+        # `rows` hold the same dictionary, so `_encode_batch`, which adds the ids to it, completes a row of `rows`.
+        rows: deque[dict[str, Any]] = deque()
+        batches: dict[torch.Size, list[Crop]] = defaultdict(list)
         waiting_pixels = 0
         for crop in self._crops(images, record, on_image):
             shape = crop.pixels.shape
@@ -96,7 +98,7 @@ class RowEncoder:
             elif waiting_pixels > WAITING_PIXELS:
                 self._encode_all(batches)
                 waiting_pixels = 0
-            while rows and first_column in rows[0]:  # the first row has its ids
+            while rows and first_column in rows[0]:  # the first row has got its ids
                 yield rows.popleft()
         self._encode_all(batches)
         yield from rows

@@ -30,7 +30,7 @@ from svqvae_hf.tokens.token_files import METADATA_KEY
 DATA = "data"
 MANIFEST_FILE = "manifest.jsonl"
 MANIFEST_CHECKSUM = "manifest"  # key in the settings
-CHECKED = ParquetFragmentScanOptions(page_checksum_verification=True)
+VERIFY_CHECKSUMS = ParquetFragmentScanOptions(page_checksum_verification=True)
 ROWS_AT_A_TIME = 256
 REMEDY = "Copy the set again, or make it again with `svqvae tokenize --overwrite`."
 
@@ -231,12 +231,14 @@ class TokenSet:
         patterns = [_pattern_of(path) for path in paths]
         with explained_set(self.name, "token"):
             builder = datasets.load_dataset_builder(
-                "parquet", data_files={"train": patterns}, fragment_scan_options=CHECKED
+                "parquet", data_files={"train": patterns}, fragment_scan_options=VERIFY_CHECKSUMS
             )
         is_copied = os.path.exists(builder.cache_dir)
         if not is_copied:
+            # `read_file` compares each file with the manifest. A wrong file must not get into the cache, from which
+            # later calls take the rows without reading the files again.
             for file in self.files:
-                self.read_file(file)  # raises unless it is the file that the manifest names
+                self.read_file(file)
         with explained_set(self.name, "token"):
             builder.download_and_prepare()
             rows = builder.as_dataset("train")
@@ -275,7 +277,7 @@ class TokenSet:
         files: list[TokenFile] = []
         for line in content.splitlines():
             entry = parse_json_object(line, path)
-            entry["skipped"] = []  # the manifest has only their number
+            entry["skipped"] = []  # the manifest has only the number of skipped images, and a record lists them
             record = PartRecord.from_entry(entry, path)
             files += record.files
         return files

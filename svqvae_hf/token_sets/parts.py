@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from svqvae_files.file_names import STARTED_TOKEN_SET_FILE
 from svqvae_files.folders import Folder
 from svqvae_files.identity import value_digest
 from svqvae_files.json_files import parse_json_object
@@ -26,8 +27,8 @@ from svqvae_hf.token_sets.manifest import (
 )
 from svqvae_hf.token_sets.settings import SETTINGS_FILE
 
-RECORDS = "parts"
-OPTIONS_FILE = f"{RECORDS}/options.json"
+OPTIONS_FILE = STARTED_TOKEN_SET_FILE
+RECORDS = os.path.dirname(OPTIONS_FILE)
 SKIPPED_FILE = "skipped.jsonl"
 CARD_FILE = "README.md"
 OPTIONS_OF_IMAGES = ("images", "image_set", "image_files")  # their number, and digests of the set and of its files
@@ -67,7 +68,9 @@ def describe_state(out: str | os.PathLike) -> dict[str, str]:
 
 def read_options(folder: Folder) -> dict[str, Any] | None:
     """Reads the options that a token set was started with; `None` if there is no token set."""
-    options = _read_object(folder, OPTIONS_FILE)  # first, because it is deleted after the settings are written
+    # A process that completes the set writes the settings and then deletes the file of options. So at any moment, the
+    # options are in one of the two files, and the file of options must be read first.
+    options = _read_object(folder, OPTIONS_FILE)
     if options is not None:
         return options
     settings = _read_object(folder, SETTINGS_FILE)
@@ -231,19 +234,28 @@ def complete_set(folder: Folder, settings: dict[str, Any], card: Callable[..., s
         if len(_recorded_parts(folder)) < num_parts:
             return None
         records = read_records(folder, options)
-        if len(records) < num_parts:  # a file was lost; or another process has just completed the set
+        if len(records) < num_parts:
+            # A part has lost a file. Or another process has just completed the set, and is deleting the records.
             return read_totals(folder)
-        try:
-            records_in_order = [records[part] for part in range(num_parts)]
-            totals = _write_set(folder, settings, records_in_order, card)
-        except FileNotFoundError:
-            # Another process may have completed the same set and deleted the temporary files of this one.
-            totals = read_totals(folder)
-            if totals is None:
-                raise
+        records_in_order = [records[part] for part in range(num_parts)]
+        totals = _write_set_or_read_totals(folder, settings, records_in_order, card)
     _delete_temporary_files(folder)
     _delete_records(folder)
     return totals
+
+
+def _write_set_or_read_totals(
+    folder: Folder, settings: dict[str, Any], records: Sequence[PartRecord], card: Callable[..., str]
+) -> dict[str, int]:
+    """Completes a set by the records of all its parts, unless another process does so first. Returns its totals."""
+    try:
+        return _write_set(folder, settings, records, card)
+    except FileNotFoundError:
+        # The process that was first has deleted the temporary files of this one.
+        totals = read_totals(folder)
+        if totals is None:
+            raise
+        return totals
 
 
 def _write_set(
@@ -261,22 +273,29 @@ def _write_set(
         entries.append(entry)
     totals = add_up(records)
     if totals["rows"] == 0:
-        example = ""
-        if skipped:
-            example = f" The first, `{skipped[0]['key']}`: {skipped[0]['reason']}"
-        raise ValueError(f"at least one image must be readable, but none of {totals['images']} is.{example}")
+        raise _no_readable_image(totals["images"], skipped)
     check_foreign([file.name for file in files], folder.sizes(DATA), folder.url)
     manifest = _json_lines(entries)
     folder.write(MANIFEST_FILE, manifest)
     folder.write(SKIPPED_FILE, _json_lines(skipped))
     folder.write(CARD_FILE, card(totals=totals).encode())
-    check_options(folder, settings["options"])  # another process may have started over
+    # Another process may have deleted the set meanwhile, and started one with other options in the same folder.
+    check_options(folder, settings["options"])
     content = dict(settings)
     content["totals"] = totals
     content[MANIFEST_CHECKSUM] = hashlib.sha256(manifest).hexdigest()
     text = json.dumps(content, indent=2) + "\n"
     folder.write(SETTINGS_FILE, text.encode())  # last, because it marks the set as complete
     return totals
+
+
+def _no_readable_image(num_images: int, skipped: Sequence[Mapping[str, str]]) -> ValueError:
+    """Error for a set whose images were all skipped. It names the first one."""
+    example = ""
+    if skipped:
+        first_image = skipped[0]
+        example = f" The first, `{first_image['key']}`: {first_image['reason']}"
+    return ValueError(f"at least one image must be readable, but none of {num_images} is.{example}")
 
 
 def add_up(records: Sequence[PartRecord]) -> dict[str, int]:

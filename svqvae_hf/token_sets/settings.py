@@ -51,15 +51,15 @@ class TokenSettings(Encoding):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_whole(self.crops):
-            check_integers({"resolution": self.resolution})
         if not isinstance(self.model, str):
             raise _out_of_range("model", self.model)
         if len(self.scales) == 0:
             raise _out_of_range("scales", self.scales)
         if self.crops not in tuple(CROPS):
             raise _out_of_range("crops", self.crops)
-        if self.resolution is not None and is_whole(self.crops):
+        if not is_whole(self.crops):
+            check_integers({"resolution": self.resolution})
+        if is_whole(self.crops) and self.resolution is not None:
             raise _out_of_range("resolution", self.resolution)
         if self.context_model is not None and not FINGERPRINT.fullmatch(str(self.context_model)):
             raise _out_of_range("context_model", self.context_model)
@@ -175,7 +175,10 @@ def row_tokens(
         width = operator.index(row["width"])
         flat_ids = [np.asarray(row[name]).astype(np.int64, casting="safe") for name in names]
     except (KeyError, TypeError, ValueError) as error:
-        values = [f"{name} = {row.get(name)!r:.40}" for name in ("height", "width", *names)]
+        values = []
+        for name in ("height", "width", *names):
+            value = repr(row.get(name))
+            values.append(f"{name} = {value:.40}")  # the first 40 characters
         raise ValueError(
             f"a row must have integers as height, width, {', '.join(names)} to match its settings, but has "
             f"{', '.join(values)}. Make the set again with `svqvae tokenize`."

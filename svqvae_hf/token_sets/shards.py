@@ -102,6 +102,8 @@ def write_shards(
     metadata[METADATA_KEY.encode()] = settings.to_json().encode()
     schema = features.arrow_schema.with_metadata(metadata)
     groups = _group_rows(rows, settings)
+    # Each turn starts a file with the next group. `_write_file` takes further groups from `groups`, so that the next
+    # turn goes on after them.
     for file_number, first_group in enumerate(groups):
         name = shard_name(part, file_number)
         with folder.new_file(name) as path:

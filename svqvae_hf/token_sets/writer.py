@@ -141,14 +141,18 @@ class TokenizeOptions:
         _check_least("resolution", self.resolution, 1)
         if self.crops not in CROPS:
             raise ValueError(f"`crops` must be one of {', '.join(CROPS)}, got {self.crops!r}.")
-        fault = (
-            f"`resolution` must be the side of the crops in pixels, got {self.resolution} for `crops` {self.crops!r}."
-        )
         if self.resolution is None and not is_whole(self.crops):
-            raise ValueError(f"{fault} Pass it, or choose other crops.")
+            raise self._resolution_error("Pass it, or choose other crops.")
         if self.resolution is not None and is_whole(self.crops):
-            raise ValueError(f"{fault} Leave it out, or choose other crops.")
+            raise self._resolution_error("Leave it out, or choose other crops.")
         scale_endings(self.scales)  # raises if two scales would name the same file when the set is decoded
+
+    def _resolution_error(self, advice: str) -> ValueError:
+        """Error for a resolution that does not go with the crops."""
+        return ValueError(
+            f"`resolution` must be the side of the crops in pixels, got {self.resolution} for `crops` {self.crops!r}. "
+            f"{advice}"
+        )
 
 
 def _check_least(name: str, value: int | None, least: int) -> None:
@@ -195,12 +199,13 @@ def tokenize_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, **opti
     totals = finish_set(plan)
     is_complete = totals is not None
     if totals is None:
-        totals = add_up(records)
+        totals = add_up(records)  # of this run
+    num_made = len(records)  # the other parts were finished before
     return TokenizeReport(
         out=plan.folder.url,
         complete=is_complete,
         parts=plan.num_parts,
-        resumed=len(plan.parts) - len(records),
+        resumed=len(plan.parts) - num_made,
         **totals,
     )
 
@@ -381,14 +386,17 @@ def check_out(out: str | os.PathLike) -> Folder:
     """
     folder = Folder(out)
     names = folder.names("")
-    if names and read_options(folder) is not None:
+    is_token_set = len(names) > 0 and read_options(folder) is not None
+    if is_token_set:
         return folder
-    is_being_started = names == {RECORDS} and _has_only_hidden_files(folder, RECORDS)  # by another process
+    # Another process that starts a set at this moment has made a subfolder, in which it writes a temporary file.
+    is_being_started = names == {RECORDS} and _has_only_hidden_files(folder, RECORDS)
     if is_being_started:
         return folder
     if folder.is_local:
         check_new_folder(Path(folder.url.removeprefix("file://")))
-    elif names:
+        return folder
+    if names:
         raise ValueError(f"`{folder.url}` must be a new or empty folder, but it is not empty. Choose another.")
     return folder
 
