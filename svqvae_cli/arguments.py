@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
     def add_encoding(self) -> None:
         """Adds everything about encoding image files: files, scales, model and tiles."""
         self.add_images()
-        self.add_scales([1.0])
+        self.add_scales(default=[1.0])
         self.add_model()
         self.add_tiles()
 

@@ -101,7 +101,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown_words = parser.parse_known_args(argv)
     if unknown_words:
         shown = " ".join(unknown_words)
-        args.parser.error(f"unrecognized arguments: {shown}")  # names the command's own help
+        parser_of_command = args.parser  # its error names the help of the command
+        parser_of_command.error(f"unrecognized arguments: {shown}")
     return args
 
 

@@ -37,7 +37,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_files(help, not_empty)
     parser.add_model()
-    parser.add_tiles("as encoded", "as encoded")
+    parser.add_tiles(tile_size="as encoded", overlap="as encoded")
     parser.option("--max-images", positive, "N", "stop after N rows of a token set (default: all)")
     parser.add_large()
 
@@ -103,7 +103,8 @@ def _source_of_set(name: str, folder: OutputFolder) -> Source:
             contents.append(None)
         else:
             contents.append(content.decode(errors="replace"))
-    identity = InputIdentity("", 0, value_digest(contents))
+    # The set as a whole is not a file in a folder, so it has no name there and no size. The digest identifies it.
+    identity = InputIdentity(name="", size=0, version=value_digest(contents))
     if Path(name).exists():
         return folder.source(Path(name), identity)
     return Source(name, identity)
@@ -136,7 +137,7 @@ def _decode_files(args: argparse.Namespace) -> None:
 
 def _targets(file: InputFile, args: argparse.Namespace) -> list[Path]:
     """Paths of the images of a token file; none if the file cannot be read."""
-    if args.large:
+    if args.large:  # such an image has one scale
         return [file.target(args.output, LARGE_ENDING)]
 
     from svqvae_files.outputs import scale_endings
@@ -195,6 +196,8 @@ def _read_compressed(path: Path, model: Any, args: argparse.Namespace) -> Any:
 
     record = load_compressed(path).record  # sizes and scales, without the ids
     tile_options = _tile_options(args, record["tile_size"], record["overlap"])
+    # The tiles are chosen again when the image is decoded. Here they are only checked: both calls raise if the tiles
+    # do not fit.
     with prefix_errors(path):
         if args.large:
             model.tiles_of_call(**tile_options)

@@ -13,6 +13,7 @@ On several GPUs:
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def add_arguments(parser: Parser) -> None:
     parser.option("--beside", model, "OTHER", "also measure further models and image files", nargs="*")
     help = "resize the shorter side and crop the centre (default: images as they are)"
     parser.option("--resolution", int, "PIXELS", help)
-    parser.add_scales([1.0, 0.5, 0.25])
+    parser.add_scales(default=[1.0, 0.5, 0.25])
     help = (
         "image files to compare with: jpeg, webp, avif, or no value (default: all three, if tokenizers are compared)"
     )
@@ -54,15 +55,11 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measures models or generated images on an image set, and writes numbers and a table."""
     _check(args)
-    with require_extra("evaluate", "eval"):
+    with require_extra("evaluate", extra="eval"):
         from svqvae_hf.data.image_sets import open_images
         from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
-    from accelerate import PartialState
 
-    from svqvae_cli.loading import find_device
-
-    uses_cpu = find_device(args.device).type == "cpu"
-    state = PartialState(cpu=uses_cpu)
+    state = _start_process(args)
     if args.device is None:
         args.device = _device_of_process(state.device)
     networks: dict[str, Any] = {"lpips": None, "inception": None}
@@ -78,9 +75,26 @@ def run(args: argparse.Namespace) -> None:
     if state.is_main_process:
         _write(args, report)
     state.destroy_process_group()
-    if state.num_processes == 1:  # a launcher would take the exit code for skipped images for a crash
-        num_read = report.settings["images"] + report.settings.get("generated_images", 0)
-        check_none_skipped(len(report.skipped), len(report.skipped) + num_read)
+    is_launched = state.num_processes > 1
+    if not is_launched:  # a launcher would take the exit code for skipped images for a crash
+        _check_none_skipped(report)
+
+
+def _start_process(args: argparse.Namespace) -> Any:
+    """Starts accelerate in this process, which may be one of several. Returns its state."""
+    from accelerate import PartialState
+
+    from svqvae_cli.loading import find_device
+
+    uses_cpu = find_device(args.device).type == "cpu"
+    return PartialState(cpu=uses_cpu)
+
+
+def _check_none_skipped(report: Any) -> None:
+    """Raises SkippedError, which sets the exit code, if images of a report were skipped."""
+    num_skipped = len(report.skipped)
+    num_read = report.settings["images"] + report.settings.get("generated_images", 0)
+    check_none_skipped(num_skipped, num_read + num_skipped)
 
 
 def _device_of_process(device: Any) -> str:
@@ -156,21 +170,27 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -
             tokenizers += load_tokenizers(source, args.device, title=title, **options)
     if "SVQVAE" not in class_names:
         forbid_options(args, "is for SVQVAEs", *OPTIONS_OF_SVQVAES)
-    is_comparison = args.beside is not None or args.codecs is not None or class_names != ["SVQVAE"]
-    if is_comparison:
-        codec_names = CODEC_NAMES if args.codecs is None else args.codecs
-        tokenizers += _codec_tokenizers(codec_names)
+    measures_one_svqvae = class_names == ["SVQVAE"] and args.beside is None and args.codecs is None
+    if not measures_one_svqvae:
+        tokenizers += _codec_tokenizers(args.codecs)
     report = evaluate(
-        tokenizers, images, own_size=not is_comparison, resolution=args.resolution, device=args.device, **networks
+        tokenizers,
+        images,
+        own_size=measures_one_svqvae,
+        resolution=args.resolution,
+        device=args.device,
+        **networks,
     )
     report.settings |= {"models": titles, **options}
     return report
 
 
-def _codec_tokenizers(names: Sequence[str]) -> list[Any]:
-    """Image files at several qualities, which are compared with tokenizers."""
+def _codec_tokenizers(names: Sequence[str] | None) -> list[Any]:
+    """Image files at several qualities, which are compared with tokenizers; of all codecs if no names are given."""
     from svqvae_hf.evaluation.codecs import CODECS, QUALITIES, CodecTokenizer
 
+    if names is None:
+        names = CODEC_NAMES
     tokenizers = []
     for codec in CODECS:
         if codec.lower() in names:
@@ -184,27 +204,50 @@ def _evaluate_generated(args: argparse.Namespace, networks: dict[str, Any]) -> A
     from svqvae_cli.loading import load_model
     from svqvae_hf.data.image_sets import open_images
     from svqvae_hf.evaluation.generated import TokenizerFeatures, compare_generated
-    from svqvae_hf.evaluation.reference_batch import ReferenceBatch
 
-    statistics = {}  # of the set, by the title of the network, if a reference batch holds them
-    resolution = args.resolution
-    is_reference_batch = len(args.data) == 1 and args.data[0].endswith(REFERENCE_SUFFIX)
-    if is_reference_batch:
-        forbid_options(args, "is not for a reference batch", "resolution", *image_set_options(args))
-        batch = ReferenceBatch(Path(args.data[0]))
-        statistics[FID_NETWORK] = batch.statistics
-        resolution = batch.side
-        images: Any = batch
-    else:
-        images = open_images(args.data, keep_labels=False, results=args.output, **image_set_options(args))
-    bundled = TokenizerFeatures(load_model(None, args.device, "float32"))
-    features = {bundled.title: bundled}
+    reference = _open_reference(args)
+    bundled_features = TokenizerFeatures(load_model(None, args.device, "float32"))
+    feature_networks = {bundled_features.title: bundled_features}
     if networks["inception"] is not None:
-        features[FID_NETWORK] = networks["inception"].to(args.device)
+        feature_networks[FID_NETWORK] = networks["inception"].to(args.device)
     generated_files = find_inputs([args.generated], IMAGE_SUFFIXES, args.output)
     generated_images = open_images([os.fspath(file.path) for file in generated_files])
     report = compare_generated(
-        generated_images, images, features, resolution=resolution, statistics=statistics, device=args.device
+        generated_images,
+        reference.images,
+        feature_networks,
+        resolution=reference.resolution,
+        statistics=reference.statistics,
+        device=args.device,
     )
     report.settings["generated"] = args.generated
     return report
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What generated images are compared with.
+
+    Args:
+        images: An image set, or the images of a reference batch.
+        resolution (`int`, *optional*): Side in pixels to which all images are resized.
+        statistics (`dict[str, Any]`): Statistics of features that a reference batch holds, by the name of the network.
+    """
+
+    images: Any
+    resolution: int | None
+    statistics: dict[str, Any]
+
+
+def _open_reference(args: argparse.Namespace) -> _Reference:
+    """Opens DATA: an image set, or a reference batch of published evaluations."""
+    from svqvae_hf.data.image_sets import open_images
+    from svqvae_hf.evaluation.reference_batch import ReferenceBatch
+
+    is_reference_batch = len(args.data) == 1 and args.data[0].endswith(REFERENCE_SUFFIX)
+    if not is_reference_batch:
+        images = open_images(args.data, keep_labels=False, results=args.output, **image_set_options(args))
+        return _Reference(images, args.resolution, statistics={})
+    forbid_options(args, "is not for a reference batch", "resolution", *image_set_options(args))
+    batch = ReferenceBatch(Path(args.data[0]))
+    return _Reference(batch, batch.side, statistics={FID_NETWORK: batch.statistics})

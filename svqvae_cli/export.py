@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     forbid_options(args, "applies to --web alone", "runtime")
     if len(args.models) > 1:
         raise ValueError(f"MODEL must be one tokenizer without --web, got {len(args.models)}. Export them one by one.")
-    with require_extra("export", "export"):
+    with require_extra("export", extra="export"):
         from svqvae_hf.export.export import export_graphs
     from svqvae_cli.loading import load_model
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _export_page(args: argparse.Namespace) -> None:
     """Writes a page with a language model, a tokenizer or both."""
-    with require_extra("export", "export"):
+    with require_extra("export", extra="export"):
         from svqvae_hf.export.web import DrawingModel, PhotographModel, export_page
     from svqvae_cli.loading import load_generator, load_model
     from svqvae_hf.hub.repositories import public_name

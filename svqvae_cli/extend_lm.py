@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_cli.loading import explain_loading, load_model
     from svqvae_hf.language.extension import extend_language_model
 
-    load_model(args.vqvae, "cpu", "float32")  # an error about it would name the language model otherwise
+    # Checks that the tokenizer can be loaded. Otherwise its error would be raised below, and name the language model.
+    load_model(args.vqvae, "cpu", "float32")
     with explain_loading(args.lm):
         vocabulary = extend_language_model(args.lm, args.output, args.vqvae, args.grids, args.seed, args.license)
     grids = ", ".join(f"{rows} x {columns}" for rows, columns in vocabulary.grids)

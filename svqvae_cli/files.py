@@ -48,10 +48,15 @@ class InputFile:
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A file that an input of the command line stands for, with its path below the folder in which it was found."""
+    """A file that an input of the command line stands for.
+
+    Args:
+        path (`Path`): The file.
+        relative_path (`Path`): Path below the folder in which the file was found, or its file name.
+    """
 
     path: Path
-    name: Path
+    relative_path: Path
 
 
 def find_images(args: argparse.Namespace, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[InputFile]:
@@ -74,19 +79,21 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path |
     Raises:
         ValueError: A pattern matches no file, or is the output folder.
     """
-    files: dict[Path, FoundFile] = {}  # by their paths without links to folders
+    files: dict[Path, FoundFile] = {}
     for pattern in patterns:
         for file in _find(pattern, suffixes, output):
-            real_path = file.path.parent.resolve() / file.path.name  # a link to another input counts as a file
-            files.setdefault(real_path, file)
-    num_files_of_stem = Counter(file.name.with_suffix("") for file in files.values())
+            # Two patterns may find a file by two paths through links to folders, and it is listed once. A link to a
+            # file is listed beside the file, because its folder and name are others.
+            real_folder = file.path.parent.resolve()
+            files.setdefault(real_folder / file.path.name, file)
+    num_files_of_stem = Counter(file.relative_path.with_suffix("") for file in files.values())
     inputs = []
     for file in files.values():
-        stem = file.name.with_suffix("")
+        stem = file.relative_path.with_suffix("")
         target_name = stem
         if num_files_of_stem[stem] > 1:  # `a.png` and `a.jpg`
-            target_name = file.name
-        inputs.append(InputFile(file.path, file.name, target_name))
+            target_name = file.relative_path
+        inputs.append(InputFile(file.path, file.relative_path, target_name))
     return inputs
 
 
@@ -105,7 +112,7 @@ def _find(pattern: str, suffixes: Sequence[str], output: Path | None) -> list[Fo
 
 
 def _find_in_folder(folder: Path, suffixes: Sequence[str], output: Path | None) -> list[FoundFile]:
-    """Files of a folder that is an input of the command line, and must have some."""
+    """Files of a folder that is an input of the command line. Raises ValueError if it has none with the suffixes."""
     if _is_same(folder, output):
         raise ValueError(f"--output must not be an input folder, got `{output}`. Choose another.")
     files = search_folder(folder, suffixes, output)

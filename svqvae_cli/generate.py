@@ -76,8 +76,8 @@ def _condition_names(args: argparse.Namespace) -> list[str]:
     for label in args.class_labels:
         stem = "class_" + re.sub(r"\W+", "-", label).strip("-")
         name = stem
-        number = len(names)
-        while name in names:  # C# and C++ would both be `class_C`
+        number = len(names)  # position of the class on the command line
+        while name in names:  # C# and C++ would both be `class_C`, so the second one has its position in its name
             name = f"{stem}-{number}"
             number += 1
         names.append(name)
@@ -133,11 +133,11 @@ def _batches(stems: Iterator[str], size: int) -> Iterator[list[str]]:
 
 
 def _warn_of_unknown_words(pipeline: Any, prompts: list[str]) -> None:
-    """Says on stderr which words of captions a tokenizer of whole words leaves out. T5 reads any word."""
+    """Says on stderr which words of captions a generator leaves out, because its tokenizer knows whole words alone."""
     from svqvae_hf.pipelines.captions import keep_known_words, say_unknown, unknown_words
 
-    has_text_encoder = hasattr(pipeline, "text_encoder")  # T5
-    if not prompts or pipeline.tokenizer is None or has_text_encoder:
+    reads_any_word = hasattr(pipeline, "text_encoder")  # such as T5, which cuts words in pieces
+    if not prompts or pipeline.tokenizer is None or reads_any_word:
         return
     if keep_known_words(pipeline.tokenizer, prompts) != prompts:
         message = say_unknown(unknown_words(pipeline.tokenizer, prompts))
@@ -197,7 +197,8 @@ def _foreign_option_error(option: str, pipeline: Any, args: argparse.Namespace) 
 
 def _sample(pipeline: Any, args: argparse.Namespace, conditions: list[int], **sampling: Any) -> list[Any]:
     """Samples an image for each condition, which is the number of a class or caption on the command line."""
-    if hasattr(pipeline, "draw"):
+    is_language_model = hasattr(pipeline, "draw")
+    if is_language_model:
         prompts: list[str | None] = [None] * len(conditions)
         if args.prompt:
             prompts = [args.prompt[condition] for condition in conditions]

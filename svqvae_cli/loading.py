@@ -74,7 +74,10 @@ def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **opt
 
 @functools.lru_cache(maxsize=1)
 def require_context_model(model: SVQVAE, source: str | None) -> ContextModel:
-    """Context model of an SVQVAE, which compresses its ids. See [`load_model`] for `source`."""
+    """Context model of an SVQVAE, which compresses its ids. See [`load_model`] for `source`.
+
+    A command calls it for each file with the one model that it has loaded, so the last result is kept.
+    """
     context_model = find_context_model(source or DEFAULT_MODEL, model.codebook_fingerprint())
     if context_model is None:
         raise ValueError(
@@ -145,7 +148,8 @@ def _merge_adapter(pipeline: Any, adapter: str, base: str) -> None:
     has_language_model = hasattr(pipeline, "language_model")
     if not has_language_model:
         raise ValueError(f"--adapter does not apply to --model, whose class is {class_name}. Leave it out.")
-    subfolder = ""  # of `base`, with the language model
+    # A pipeline has its language model in a subfolder. Otherwise, `base` is the folder of a language model itself.
+    subfolder = ""
     if class_name in PIPELINES:
         subfolder = "language_model"
     try:

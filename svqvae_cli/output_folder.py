@@ -117,14 +117,15 @@ class OutputFolder:
                 "again."
             )
         recorded_source = self._recorded_source(name)
-        if recorded_source.input == source.input:
+        is_same_input = recorded_source.input == source.input  # by its name, size and version, in whichever folder
+        if is_same_input:
             return True
         if recorded_source.folder != source.folder:
             raise ValueError(
                 f"`{output}` was made from another input, `{self._path_of(recorded_source)}`. Pass --overwrite to "
                 "replace it, or use another --output."
             )
-        return False  # the input has changed since
+        return False  # the input has changed since, or another one of its folder has the same output
 
     def begin(self, outputs: Sequence[Path], source: Source, all_outputs: Iterable[Path]) -> None:
         """Records that outputs are about to be written. The first call starts the run.
@@ -175,9 +176,11 @@ class OutputFolder:
             self.record.start(self.options)
             return
         earlier_options = self.record.options
-        if earlier_options is not None and earlier_options != self.options:
-            self.record.start_over(self.options)
+        options_differ = earlier_options is not None and earlier_options != self.options
+        if options_differ:
+            self.record.start_over(self.options)  # deletes all recorded outputs, because none has these options
             return
+        # Outputs of other inputs, which this run does not make again, have the same options and stay.
         self.record.start(self.options)
         recorded_names = []
         for output in all_outputs:
@@ -192,10 +195,14 @@ class OutputFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDONLY)
         self._lock_descriptor = descriptor
-        with suppress(OSError):  # another run uses the folder, or the file system has no locks
+        # Only one process can have an exclusive lock, and only while no other one has a shared lock. So with it, no
+        # other run uses the folder, and all temporary files are left from runs that were killed. Without it, because
+        # another run uses the folder or the file system has no locks, they stay.
+        with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for folder in self._folders_of_unfinished():
                 delete_temporary(folder.glob("*.tmp"))
+        # Many runs can have a shared lock. It tells later runs that this one uses the folder.
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_SH)
 
@@ -220,9 +227,10 @@ class OutputFolder:
         current_names = set()
         paths_of_inputs = set()
         for source, outputs in outputs_by_source.items():
+            if outputs:
+                paths_of_inputs.add(self._path_of(source))
             for output in outputs:
                 current_names.add(self._name(output))
-                paths_of_inputs.add(self._path_of(source))
         leftovers = []
         for name in self.record.outputs:
             if name in current_names:

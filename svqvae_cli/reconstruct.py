@@ -87,25 +87,26 @@ class _Table:
         for name in names:
             self.width = max(self.width, len(one_line(str(name))))
         self.codebook_size = codebook_size
-        self.figures: list[Sequence[Any]] = []  # of each image, at each scale
+        self.figures_of_images: list[Sequence[Any]] = []  # per image, its figures at each scale
 
     def add(self, name: Path, figures: Sequence[Any]) -> None:
-        """Prints the rows of an image, one per scale."""
+        """Prints the rows of an image, one for its figures at each scale."""
         from svqvae_hf.evaluation.reconstruction_table import table_header
 
-        if not self.figures:
+        if not self.figures_of_images:
             tqdm.write(table_header(self.width))
-        self.figures.append(figures)
+        self.figures_of_images.append(figures)
         label = one_line(str(name))
         for figures_at_scale in figures:
             self._print_row(label, [figures_at_scale])
 
     def print_totals(self) -> None:
         """Prints a row per scale about all images, if there are several."""
-        if len(self.figures) < 2:
+        num_images = len(self.figures_of_images)
+        if num_images < 2:
             return
-        label = f"{len(self.figures):,} images"
-        for figures_at_scale in zip(*self.figures, strict=True):  # of all images at one scale
+        label = f"{num_images:,} images"
+        for figures_at_scale in zip(*self.figures_of_images, strict=True):  # of all images at one scale
             self._print_row(label, figures_at_scale)
 
     def _print_row(self, label: str, figures: Sequence[Any]) -> None:

@@ -29,7 +29,8 @@ class Run(Generic[Item]):
 
     Args:
         args (`argparse.Namespace`): Parsed command line.
-        targets (`Mapping[Item, Sequence[Path]]`): Output files of each input.
+        targets (`Mapping[Item, Sequence[Path]]`): Output files of each input. An input, or item, is an [`InputFile`]
+            or a text, such as a caption.
         noun (`str`): Plural noun for the output files.
         default_model (`str`, defaults to the small bundled model): Model of the command if `--model` is left out.
 
@@ -48,7 +49,7 @@ class Run(Generic[Item]):
         check_output(args.output)
         self.targets = targets
         self.noun = noun
-        self._check_clashes()
+        self._check_clashes()  # of the outputs in `targets`
         self.folder = OutputFolder(args, default_model)
         self.sources: dict[Item, Source] = {}
         for item in targets:
@@ -143,7 +144,7 @@ class Run(Generic[Item]):
 
     @contextmanager
     def attempt(self, item: Item, *errors: type[Exception]) -> Iterator[None]:
-        """Records that the outputs of an input are finished at the end of the block, which writes them.
+        """Runs a block that writes the outputs of an input, and then records that they are finished.
 
         Skips the input if the block raises one of the errors, or runs out of memory. The only input of a run is not
         skipped: its error is raised.
@@ -164,12 +165,12 @@ class Run(Generic[Item]):
         """Skips an input if the block raises one of these errors, or runs out of memory."""
         try:
             yield
-        except RecordError:  # about the whole run: another one has started in the folder
+        except RecordError:  # is a ValueError, but about the whole run: another run has started in the folder
             raise
         except errors as error:
             self._skip(error, str(error))
         except (MemoryError, RuntimeError) as error:
-            from svqvae_hf.tokens.image_tokens import OUT_OF_MEMORY, is_out_of_memory
+            from svqvae_hf.tokens.image_tokens import OUT_OF_MEMORY, is_out_of_memory  # imports torch, which is slow
 
             if not is_out_of_memory(error):
                 raise

@@ -31,7 +31,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_image_set()
     parser.add_model()
     parser.option("--output", path_or_url, "OUT", "folder or URL to write to", required=True)
-    parser.add_scales([1.0])
+    parser.add_scales(default=[1.0])
     parser.option("--sides", positive, "IDS", "scales of square crops by their sides in ids", nargs="+")
     parser.add_compress()
     parser.choice("--crops", CROPS, "crops of an image that become rows (default: whole)", "whole")
@@ -148,14 +148,15 @@ def _read_process() -> Process:
     rank = _read_variable("RANK")
     world_size = _read_variable("WORLD_SIZE")
     local_rank = _read_variable("LOCAL_RANK")
-    if rank is None and world_size in (None, 1):
-        return Process(False, 0, 1, local_rank)
+    is_alone = rank is None and world_size in (None, 1)
+    if is_alone:
+        return Process(is_launched=False, rank=0, world_size=1, local_rank=local_rank)
     if rank is None or world_size is None or rank >= world_size:
         raise ValueError(
             "the environment variables RANK and WORLD_SIZE must be the number of this process and the number of "
             f"processes, got {rank} and {world_size}. Start with `accelerate launch`, or unset both."
         )
-    return Process(True, rank, world_size, local_rank)
+    return Process(is_launched=True, rank=rank, world_size=world_size, local_rank=local_rank)
 
 
 def _read_variable(name: str) -> int | None:
