@@ -48,7 +48,8 @@ def is_unreachable(error: Exception, is_remote: bool) -> bool:
 def explained(name: str | os.PathLike, done: str) -> Iterator[None]:
     """Makes an `OSError` of one line from the errors of file systems, which are of many types.
 
-    The error of a file that was read while another one was written stays as it is, and the other way round.
+    Blocks may be nested: one that writes a file may read another file in a block inside it. The error of the inner
+    block stays as it is, because it names the file that is at fault.
 
     Args:
         name (`str` or `os.PathLike`): Path or URL.
@@ -61,9 +62,9 @@ def explained(name: str | os.PathLike, done: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        is_of_files = isinstance(error, OSError) or type(error).__module__.startswith(LIBRARIES)
-        is_of_another_file = isinstance(error, ExplainedError) and error.done != done
-        if not is_of_files or is_of_another_file:
+        is_of_file_system = isinstance(error, OSError) or type(error).__module__.startswith(LIBRARIES)
+        is_of_inner_block = isinstance(error, ExplainedError) and error.done != done
+        if is_of_inner_block or not is_of_file_system:
             raise
         reason = _reason(error).removesuffix(".")
         explained_error = os_error(f"`{name}` cannot be {done}: {reason}.", error)

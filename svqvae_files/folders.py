@@ -123,6 +123,7 @@ class Folder:
 
 def _move_unless_exists(temporary: Path, path: Path) -> None:
     """Gives a temporary file its name, unless there is a file of this name."""
+    # A hard link is made in one step, and only if the name is free. So one of several processes succeeds.
     try:
         os.link(temporary, path)
     except FileExistsError:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from svqvae_files.file_names import BUNDLED
 
+NUMBERS_IN_BRACES = r"\{(?P<first>\d+)\.\.(?P<last>\d+)\}"  # such as {00..07}
+WORDS_IN_BRACES = r"\{(?P<words>[^{}]*,[^{}]*)\}"  # such as {a,b}
 LOCAL_SCHEMES = ("file", "local", "memory")  # of URLs without a bucket or a server
 
 
@@ -105,14 +107,16 @@ def printable(text: str) -> str:
 
 def expand_braces(pattern: str) -> list[str]:
     """Expands braces as a shell does: `{00..07}` to numbers of equal width, and `{a,b}` to each of its words."""
-    braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    braces = re.search(f"{NUMBERS_IN_BRACES}|{WORDS_IN_BRACES}", pattern)
     if braces is None:
         return [pattern]
-    first, last, words = braces.groups()
-    if words:
-        options = words.split(",")
+    if braces["words"] is not None:
+        options = braces["words"].split(",")
     else:
-        options = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+        first = int(braces["first"])
+        last = int(braces["last"])
+        width = len(braces["first"])
+        options = [str(number).zfill(width) for number in range(first, last + 1)]
     if not options:
         raise ValueError(f"`{braces[0]}` in `{pattern}` must count upwards.")
     patterns = []

@@ -187,7 +187,7 @@ class RunRecord:
             _write_all(file, b"".join(lines))
         for entry, line in zip(entries, lines, strict=True):
             self._apply(entry)
-            self._count(line)
+            self._note_as_read(line)
 
     def _read(self, file: FileIO) -> None:
         """Reads the lines that were appended since the last call, by this run or by another one."""
@@ -197,7 +197,7 @@ class RunRecord:
         lines.pop()  # empty, or a part of a line if the run that wrote it was killed
         for line in lines:
             self._parse(line)
-            self._count(line + b"\n")
+            self._note_as_read(line + b"\n")
 
     def _check_first_line(self, file: FileIO) -> None:
         """Raises RecordError if a run with other options has replaced the lines that were read."""
@@ -205,8 +205,8 @@ class RunRecord:
         if file.read(len(self._first_line)) != self._first_line:
             raise RecordError(f"`{self.path.parent}` was emptied by a run with --overwrite. Use another --output.")
 
-    def _count(self, line: bytes) -> None:
-        """Notes that a line was read."""
+    def _note_as_read(self, line: bytes) -> None:
+        """Notes that the state holds a line, so that [`_read`] goes on after it."""
         if self._bytes_read == 0:
             self._first_line = line
         self._bytes_read += len(line)
