@@ -78,14 +78,14 @@ def compare_generated(
     Source: precision and recall by 3 nearest neighbours, arXiv 1904.06991; the Fréchet distance, arXiv 1706.08500.
     """
     processes = PartialState(cpu=torch.device(device).type == "cpu")
-    side = resolution  # if `None`, the first generated image sets it
+    side = resolution  # if `None`, `measure` takes it from the first generated image
     if side is None and processes.num_processes > 1:
         raise ValueError("`resolution` (`--resolution`) must be given on several processes.")
 
     def measure(image: Image.Image, index: int, name: str) -> dict[str, Any]:
-        """Features of an image from each network, by its title."""
+        """Features of an image from each network, by its title. `measure_images` also passes an index and a name."""
         nonlocal side
-        if side is None:
+        if side is None:  # at the first image
             side = min(image.size)
         square = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
         pixels = to_tensor(square, device)  # (1, 3, side, side)

@@ -61,7 +61,9 @@ class Meter:
         self.own_size = own_size
         self.lpips = lpips
         self.device = device
-        codebook_size = tokenizer.codebook_size or 0  # None if its codes are not ids
+        codebook_size = tokenizer.codebook_size
+        if codebook_size is None:  # the codes of the tokenizer are not ids, so there is nothing to count
+            codebook_size = 0
         self.code_counts = torch.zeros(codebook_size, dtype=torch.int64)
         self.fid = None
         if inception is not None:
@@ -85,7 +87,7 @@ class Meter:
         reconstruction_pixels = to_tensor(reconstruction, self.device)
         reference_pixels = to_tensor(reference, self.device)
         values |= image_metrics(reconstruction_pixels, reference_pixels, self.lpips)
-        if self.own_size:
+        if self.own_size:  # the metrics above compare at the size of the reconstruction, and this one at full size
             enlarged = resize_image(reconstruction, image.size)
             values["psnr_full_size"] = metrics.psnr(to_tensor(enlarged), to_tensor(image)).item()
         return MeasuredImage(values, occurrences, reconstruction, reference)
@@ -108,7 +110,7 @@ class Meter:
         """
         row: dict[str, Any] = {"title": self.tokenizer.title}
         for metric in MEANS:
-            row[metric] = mean(values.get(metric) for values in results)
+            row[metric] = mean(values.get(metric) for values in results)  # of the images that have the metric
         row["rfid"] = None
         if self.fid is not None and len(results) > 1:  # a single image has no covariance
             row["rfid"] = self.fid.compute().item()
@@ -137,13 +139,12 @@ class Meter:
         codebook_size = len(self.code_counts)
         if ids is None:
             return torch.zeros_like(self.code_counts)
-        counts = metrics.count_codes(ids.cpu(), codebook_size)  # one entry more for each id beyond the codebook
-        largest_id = len(counts) - 1
+        largest_id = int(ids.max())
         if largest_id >= codebook_size:
             raise ValueError(
                 f"`encode` of {self.tokenizer.title} must return ids under {codebook_size}, got {largest_id}."
             )
-        return counts
+        return metrics.count_codes(ids.cpu(), codebook_size)
 
     def _codebook_values(self) -> dict[str, float | None]:
         """Usage and perplexity of the codebook over the images of all processes; None without a codebook."""

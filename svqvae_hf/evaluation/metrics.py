@@ -41,10 +41,11 @@ def ssim(sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     num_positions = height - SSIM_SIDE + 1  # rows of window positions
     border = SSIM_SIDE // 2
     total = torch.zeros(len(sample), device=sample.device)  # (batch,)
-    # In bands of positions, to bound the memory
+    # In bands of positions, to bound the memory. The window at position p covers the rows p to p + 10 of pixels.
     for start in range(0, num_positions, SSIM_BAND):
         stop = min(start + SSIM_BAND, num_positions)
-        pixel_rows = slice(start, stop + SSIM_SIDE - 1)  # under the windows of the band
+        last_position = stop - 1
+        pixel_rows = slice(start, last_position + SSIM_SIDE)  # all rows under the windows of the band
         _, similarity = structural_similarity_index_measure(
             sample[..., pixel_rows, :].float(),
             target[..., pixel_rows, :].float(),
@@ -52,8 +53,9 @@ def ssim(sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             data_range=255.0,
             reduction="none",
             return_full_image=True,
-        )  # (batch, channels, height, width)
-        inside = similarity[..., border:-border, border:-border]  # without windows that reach beyond the images
+        )  # (batch, channels, rows, width), a value for the window around each pixel
+        # Without the pixels near the border, whose windows reach beyond the image, a value per position is left.
+        inside = similarity[..., border:-border, border:-border]  # (batch, channels, stop - start, width - 10)
         mean_of_band = inside.mean((1, 2, 3))  # (batch,)
         total += mean_of_band * (stop - start)
     return total / num_positions

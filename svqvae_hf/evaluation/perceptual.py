@@ -178,8 +178,8 @@ def _read_weights(path: Path, network: str) -> Mapping[str, torch.Tensor]:
     """Reads the tensors of a .safetensors file or a pickle. Whether they belong to the network is checked later."""
     if not path.is_file():
         raise FileNotFoundError(f"The weights of {network} must be a file, but `{path}` is not one.")
-    content = load_checkpoint_file(path, path)
-    entries = select_weights(content, top_level_weights(content), path)
+    content = load_checkpoint_file(path, source=path)
+    entries = select_weights(content, top_level_weights(content), source=path)
     weights = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
     check_tensors(weights, path)
     return weights

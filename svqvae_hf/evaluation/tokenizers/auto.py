@@ -88,20 +88,19 @@ def class_name(source: str) -> str:
     """
     location = _locate(source)
     folder = Path(location.repository)
-    advice = ""  # starts with a space
-    if folder.is_dir():
+    lacks_config = folder.is_dir() and not (folder / "config.json").is_file()
+    if lacks_config:
         advice = _folder_advice(folder)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"`{source}` must be the folder of a model, but has no config.json.{advice}")
+        raise ValueError(f"`{source}` must be the folder of a model, but has no config.json.{advice}")
     config = from_hub(SVQVAE.load_config, location.repository, **location.options)
     named_class = None
     if isinstance(config, dict):
         named_class = config.get("_class_name", config.get("model_type"))
+    # Compared one by one, because a damaged config may hold a list, which `named_class in CLASSES` cannot look up.
     for supported_class in CLASSES:
-        if named_class == supported_class:  # a damaged config may name a list, which cannot be looked up in a dict
+        if named_class == supported_class:
             return supported_class
-    if not advice:
-        advice = " Convert an original checkpoint with `svqvae convert`, or write an adapter."
+    advice = _class_advice(folder)
     name = str(named_class or "no class")
     raise ValueError(f"the config.json of `{source}` must name one of {', '.join(CLASSES)}, got {name:.80}.{advice}")
 
@@ -124,12 +123,15 @@ def tokenizer_titles(sources: Sequence[str]) -> list[str]:
 
 
 def _full_name(source: str) -> tuple[str, ...]:
-    """A name that may be published, or all parts of a local path."""
+    """Parts of a name, from which [`_shortest_end`] takes the last ones.
+
+    A local path has its folders as parts. A name that may be published has one part, so that it stays whole.
+    """
     name = public_name(source)
     is_bundled = name in BUNDLED and Path(source).resolve() == Path(BUNDLED[name]).resolve()
     if is_bundled:
         return (name,)
-    is_subfolder_on_hub = len(_locate(source).options) > 0
+    is_subfolder_on_hub = "subfolder" in _locate(source).options
     if is_hub_id(source) or is_subfolder_on_hub:
         return (source,)
     return Path(source).absolute().parts
@@ -164,6 +166,16 @@ def _load_model(model_class: Any, source: str, location: _Location) -> Any:
             f"another shape, among them {min(names)}."
         )
     return model
+
+
+def _class_advice(folder: Path) -> str:
+    """Advice for a model of a class that is not supported, in a folder or on the Hub. Begins with a space."""
+    advice = ""
+    if folder.is_dir():
+        advice = _folder_advice(folder)
+    if not advice:
+        advice = " Convert an original checkpoint with `svqvae convert`, or write an adapter."
+    return advice
 
 
 def _folder_advice(folder: Path) -> str:

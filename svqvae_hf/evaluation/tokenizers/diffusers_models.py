@@ -75,12 +75,12 @@ class VQModelTokenizer:
         return flat_ids.view(1, height, width)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Image from the entries of the codebook."""
+        """Image `(1, 3, height, width)` from ids `(1, h, w)`."""
         config = self.model.config
         code_channels = config.vq_embed_dim or config.latent_channels
         batch, height, width = codes.shape
         shape = (batch, height, width, code_channels)
-        quantized = self.model.quantize.get_codebook_entry(codes.flatten(), shape)  # (1, code_channels, h, w)
+        quantized = self.model.quantize.get_codebook_entry(codes.flatten(), shape)  # (batch, code_channels, h, w)
         latents = self.model.post_quant_conv(quantized)
         if config.norm_type == "spatial":  # the norms of such a decoder also read the quantized latents
             decoded = self.model.decoder(latents, quantized)
