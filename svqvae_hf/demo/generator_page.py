@@ -123,25 +123,28 @@ class GeneratorPage:
     def _steps(self, request: Request) -> Iterator[Step]:
         """Runs the generator in a thread. Yields each step as soon as it is done, and then a step with the result."""
         previews: SimpleQueue[Step | None] = SimpleQueue()  # `None` follows the last preview
-        has_left = Event()  # the visitor
+        visitor_has_left = Event()
 
         def show(_: Any, number: int, grid: tuple[int, int], tensors: dict[str, torch.Tensor]) -> None:
             """Called by the generator after each step, in its thread."""
-            if has_left.is_set():
-                raise CancelledError
+            if visitor_has_left.is_set():
+                raise CancelledError  # ends the thread
             preview = self._preview(number, grid, tensors["ids"])
             previews.put(preview)
 
         title_of_last_step = ""
         with ThreadPoolExecutor(1) as pool:
             drawing = pool.submit(self.generator.draw, request, show)
-            drawing.add_done_callback(lambda _: previews.put(None))
+            drawing.add_done_callback(lambda _: previews.put(None))  # also after an error in the thread
             try:
-                for preview in iter(previews.get, None):  # until `None`
+                preview = previews.get()  # waits for the thread
+                while preview is not None:
                     title_of_last_step = preview.title
                     yield preview
+                    preview = previews.get()
             finally:
-                has_left.set()  # stops the generator if the visitor left before its last step
+                # If the visitor leaves, gradio closes this iterator at its `yield`. The generator must stop, too.
+                visitor_has_left.set()
             yield Step(drawing.result(), title_of_last_step)
 
     def _preview(self, number: int, grid: tuple[int, int], ids: torch.Tensor) -> Step:

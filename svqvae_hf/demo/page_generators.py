@@ -154,7 +154,7 @@ class PipelineGenerator(PageGenerator):
 
     @property
     def class_names(self) -> list[str]:
-        """Names in its config, otherwise numbers."""
+        """Names of the classes in the config of the pipeline, or their numbers if it has no names."""
         if self.reads_prompts:
             return []
         names = self.model.config["class_names"]
@@ -193,7 +193,7 @@ class RowPipelineGenerator(PipelineGenerator):
 
     def __init__(self, pipeline: Any):
         rows, _ = pipeline.grid
-        super().__init__(pipeline, pipeline.grid, rows)
+        super().__init__(pipeline, pipeline.grid, total=rows)  # a step per row
 
 
 class ScalePipelineGenerator(PipelineGenerator):
@@ -205,7 +205,8 @@ class ScalePipelineGenerator(PipelineGenerator):
 
     def __init__(self, pipeline: SVQVAENextScalePipeline):
         schedule = pipeline.trained_schedule
-        super().__init__(pipeline, schedule[-1], len(schedule))
+        largest_grid = schedule[-1]
+        super().__init__(pipeline, largest_grid, total=len(schedule))  # a step per scale
 
 
 class LanguageModelGenerator(PageGenerator):
@@ -218,7 +219,7 @@ class LanguageModelGenerator(PageGenerator):
     def __init__(self, model: ImageLanguageModel):
         grid = model.processor.vocabulary.grids[0]
         rows, _ = grid
-        super().__init__(model, grid, rows)
+        super().__init__(model, grid, total=rows)  # a step per row
         self.guidance = model.sampling["guidance_scale"]
         self.temperature = model.sampling["temperature"]
         if self.temperature < VARIED_TEMPERATURE:

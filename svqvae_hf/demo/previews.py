@@ -95,14 +95,15 @@ def draw_codes(model: SVQVAE, codes: torch.Tensor) -> np.ndarray:
 def _code_grid(model: SVQVAE, ids: torch.Tensor) -> dict[str, Any]:
     """Data of the page's grid of codes for ids `(height, width)`; see [`ScalePreview`]."""
     height, width = ids.shape
-    codes, cells = ids.unique(return_inverse=True)  # (codes,), and the index of each id in it, (height, width)
+    codes, cells = ids.unique(return_inverse=True)  # the distinct ids (codes,), and an index in them per cell
+    pictures = draw_codes(model, codes)  # (codes, f, f, 3)
     cell_bytes = cells.numpy().astype("<u4").tobytes()
     return {
         "width": width,
         "height": height,
         "codes": codes.tolist(),
         "cells": base64.b64encode(cell_bytes).decode(),
-        "looks": _sheet_url(draw_codes(model, codes)),
+        "looks": _sheet_url(pictures),
         "columns": SHEET_COLUMNS,
         "look_px": model.f,
     }
