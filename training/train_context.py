@@ -15,6 +15,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -67,34 +68,33 @@ class ContextNetwork(nn.Module):
     def __init__(self, codes: torch.Tensor, counts: torch.Tensor, hidden: int, features: int):
         super().__init__()
         num_codes, dim = codes.shape
-        wanted_groups = 2 ** round(math.log2(num_codes) / 2)
-        self.members = math.ceil(num_codes / wanted_groups)
-        groups = math.ceil(num_codes / self.members)
-        order = torch.from_numpy(order_codes(codes.numpy(), self.members))
+        self.group_size = choose_group_size(num_codes)
+        num_groups = math.ceil(num_codes / self.group_size)
+        order = torch.from_numpy(order_codes(codes.numpy(), self.group_size))
         self.register_buffer("codes", (codes * LIMIT).round())
         self.register_buffer("order", order)
         self.register_buffer("rank", order.argsort())
         self.weight_1 = random_weight(num_inputs(dim), hidden)
         self.weight_2 = random_weight(hidden, hidden)
-        self.weight_group = random_weight(hidden, groups)
+        self.weight_group = random_weight(hidden, num_groups)
         self.weight_member = random_weight(hidden, features)
-        self.weight_code = nn.Parameter(0.25 * codes[order] @ torch.randn(dim, features))
-        num_missing = groups * self.members - num_codes  # members that the last group lacks
-        frequencies = F.pad(counts[order] + SMOOTHING, (0, num_missing)).view(groups, -1)  # (groups, members)
-        group_frequencies = frequencies.sum(1, keepdim=True)  # (groups, 1)
-        member_fractions = frequencies / group_frequencies  # (groups, members)
+        # Projects codes to the features at random, so that similar codes start with similar weights.
+        projection = torch.randn(dim, features)
+        self.weight_code = nn.Parameter(0.25 * codes[order] @ projection)  # (codes, features)
         self.bias_1 = nn.Parameter(torch.zeros(hidden))
         self.bias_2 = nn.Parameter(torch.zeros(hidden))
-        self.bias_member = nn.Parameter(0.1 * torch.randn(groups, features))
-        self.bias_group = nn.Parameter((group_frequencies[:, 0] / frequencies.sum()).log())
-        self.bias_code = nn.Parameter(member_fractions.flatten()[:num_codes].log())
+        self.bias_member = nn.Parameter(0.1 * torch.randn(num_groups, features))
+        # With the logarithms of frequencies as logits, a softmax returns the frequencies.
+        frequencies = group_frequencies(counts[order], self.group_size)
+        self.bias_group = nn.Parameter(frequencies.of_groups.log())
+        self.bias_code = nn.Parameter(frequencies.within_groups.log())
 
     def forward(self, inputs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Bits of ids `(n,)` given their inputs `(n, inputs)`, which [`context`] makes."""
         rank = self.rank[ids]  # (n,)
-        group = rank // self.members  # number of the group
-        member = rank % self.members  # number within the group
-        group_logits, member_logits = self.logits(inputs, group)
+        group = rank // self.group_size  # number of the group
+        member = rank % self.group_size  # number within the group
+        group_logits, member_logits = self.logits(inputs, group)  # integers: `NAT` of them are one nat
         group_nats = F.cross_entropy(group_logits / NAT, group, reduction="none")
         member_nats = F.cross_entropy(member_logits / NAT, member, reduction="none")
         return (group_nats + member_nats) / math.log(2)
@@ -110,18 +110,13 @@ class ContextNetwork(nn.Module):
 
     def member_logits(self, features: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
         """Integer logits `(n, members)` of the members of groups `(n,)`, from features `(n, features)`."""
-        groups = len(self.bias_member)
-        num_missing = groups * self.members - len(self.rank)  # members that the last group lacks
-        table = F.pad(self.weight("weight_code"), (0, 0, 0, num_missing))
-        table = table.unflatten(0, (groups, self.members))  # (groups, members, features)
-        bias = F.pad(self.bias("bias_code"), (0, num_missing), value=NEVER)
-        bias = bias.unflatten(0, (groups, self.members))  # (groups, members)
-        # Ids of a group are multiplied by its part of the table together, which is much faster than a table per id.
-        slot = number_within_group(group, groups)  # (n,)
-        sorted_features = features.new_zeros(groups, int(slot.max()) + 1, features.shape[1])
-        sorted_features = sorted_features.index_put((group, slot), features)  # (groups, slots, features)
-        logits = sorted_features @ table.transpose(1, 2) + bias[:, None]  # (groups, slots, members)
-        return logits[group, slot]
+        num_groups = len(self.bias_member)
+        num_missing = num_groups * self.group_size - len(self.rank)  # members that the last group lacks
+        padded_weight = F.pad(self.weight("weight_code"), (0, 0, 0, num_missing))  # with rows of zeros
+        padded_bias = F.pad(self.bias("bias_code"), (0, num_missing), value=NEVER)  # so that they are never predicted
+        weight_of_groups = padded_weight.unflatten(0, (num_groups, self.group_size))  # (groups, members, features)
+        bias_of_groups = padded_bias.unflatten(0, (num_groups, self.group_size))  # (groups, members)
+        return linear_by_group(features, group, weight_of_groups, bias_of_groups)
 
     def weight(self, name: str) -> torch.Tensor:
         """Weights of a layer as integers in [-`LIMIT`, `LIMIT`]."""
@@ -156,9 +151,67 @@ def random_weight(inputs: int, outputs: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(inputs, outputs) * math.sqrt(2 / inputs))
 
 
-def number_within_group(group: torch.Tensor, groups: int) -> torch.Tensor:
+def choose_group_size(num_codes: int) -> int:
+    """Number of codes in a group, so that there are about as many groups as codes in each."""
+    num_groups = 2 ** round(math.log2(num_codes) / 2)  # the power of two nearest to the square root
+    return math.ceil(num_codes / num_groups)
+
+
+@dataclass
+class Frequencies:
+    """Frequencies of codes, by groups.
+
+    Args:
+        of_groups (`torch.Tensor` of shape `(groups,)`): Fraction of all ids that belong to each group.
+        within_groups (`torch.Tensor` of shape `(codes,)`): Fraction of the ids of a group that each code has, in the
+            order of the groups.
+    """
+
+    of_groups: torch.Tensor
+    within_groups: torch.Tensor
+
+
+def group_frequencies(counts: torch.Tensor, group_size: int) -> Frequencies:
+    """Frequencies of codes from their occurrences `(codes,)`, which are in the order of the groups."""
+    num_codes = len(counts)
+    num_groups = math.ceil(num_codes / group_size)
+    num_missing = num_groups * group_size - num_codes  # members that the last group lacks
+    padded_counts = F.pad(counts + SMOOTHING, (0, num_missing))
+    counts_by_group = padded_counts.view(num_groups, group_size)  # (groups, members)
+    group_counts = counts_by_group.sum(1, keepdim=True)  # (groups, 1)
+    of_groups = group_counts[:, 0] / counts_by_group.sum()  # (groups,)
+    within_groups = (counts_by_group / group_counts).flatten()[:num_codes]  # (codes,)
+    return Frequencies(of_groups, within_groups)
+
+
+def linear_by_group(
+    features: torch.Tensor, group: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """Applies to the features of each id the linear layer of its group.
+
+    All ids of a group are multiplied by its weight together, which is much faster than a weight per id.
+
+    Args:
+        features (`torch.Tensor` of shape `(n, features)`): Features of the ids.
+        group (`torch.Tensor` of shape `(n,)`): Number of the group of each id.
+        weight (`torch.Tensor` of shape `(groups, members, features)`): Weight of each group.
+        bias (`torch.Tensor` of shape `(groups, members)`): Bias of each group.
+
+    Returns:
+        `torch.Tensor` of shape `(n, members)`.
+    """
+    num_groups = len(weight)
+    position = number_within_group(group, num_groups)  # (n,): 0 for the first id of a group, 1 for the second
+    max_ids_of_group = int(position.max()) + 1
+    features_by_group = features.new_zeros(num_groups, max_ids_of_group, features.shape[1])
+    features_by_group = features_by_group.index_put((group, position), features)  # (groups, max_ids, features)
+    outputs = features_by_group @ weight.transpose(1, 2) + bias[:, None]  # (groups, max_ids, members)
+    return outputs[group, position]
+
+
+def number_within_group(group: torch.Tensor, num_groups: int) -> torch.Tensor:
     """How many earlier ids have the same group, for each id `(n,)`."""
-    counts = F.one_hot(group, groups).cumsum(0)  # (n, groups): ids of each group so far
+    counts = F.one_hot(group, num_groups).cumsum(0)  # (n, groups): ids of each group so far
     count_of_own_group = counts.gather(1, group[:, None])[:, 0]  # (n,), at least 1
     return count_of_own_group - 1
 
@@ -168,25 +221,25 @@ def straight_through(values: torch.Tensor, rounding: Callable[[torch.Tensor], to
     return values + (rounding(values) - values).detach()
 
 
-def order_codes(codes: np.ndarray, members: int) -> np.ndarray:
-    """Orders codes so that each run of `members` holds similar ones, by halving along principal components."""
-    runs = halve_codes(codes, np.arange(len(codes)), members)
-    return np.concatenate(runs)
+def order_codes(codes: np.ndarray, group_size: int) -> np.ndarray:
+    """Orders codes so that each group holds similar ones, by halving along principal components."""
+    groups = halve_codes(codes, np.arange(len(codes)), group_size)
+    return np.concatenate(groups)
 
 
-def halve_codes(codes: np.ndarray, ids: np.ndarray, members: int) -> list[np.ndarray]:
-    """Divides ids into runs of `members` similar codes. Only the last run may be shorter."""
-    num_runs = math.ceil(len(ids) / members)
-    if num_runs <= 1:
+def halve_codes(codes: np.ndarray, ids: np.ndarray, group_size: int) -> list[np.ndarray]:
+    """Divides ids into groups of `group_size` similar codes. Only the last group may be smaller."""
+    num_groups = math.ceil(len(ids) / group_size)
+    if num_groups <= 1:
         return [ids]
     centred = codes[ids] - codes[ids].mean(0)  # (ids, dim)
     vectors = np.linalg.eigh(centred.T @ centred)[1]
     direction = vectors[:, -1]  # of the largest variance
     order = np.argsort(centred @ direction, kind="stable")
     sorted_ids = ids[order]
-    middle = num_runs // 2 * members  # a whole number of runs
-    first_half = halve_codes(codes, sorted_ids[:middle], members)
-    second_half = halve_codes(codes, sorted_ids[middle:], members)
+    middle = num_groups // 2 * group_size  # a whole number of groups
+    first_half = halve_codes(codes, sorted_ids[:middle], group_size)
+    second_half = halve_codes(codes, sorted_ids[middle:], group_size)
     return first_half + second_half
 
 
@@ -225,14 +278,15 @@ def draw_batches(pyramids: list[Pyramid], codes: np.ndarray, seed: int) -> Itera
         for number in random.integers(len(pyramids), size=GRIDS):
             pyramid = pyramids[number]
             level = draw_level(random, len(pyramid))
-            coarse = None
+            padded_ids = pyramid[level]
+            padded_coarse_ids = None
             if level > 0 and random.random() < COARSE_SHARE:
-                coarse = pyramid[level - 1]
-            ids = unpad(pyramid[level])  # (h, w)
+                padded_coarse_ids = pyramid[level - 1]
+            ids = unpad(padded_ids)  # (h, w)
             height, width = ids.shape
             rows = random.integers(height, size=IDS_PER_GRID)
             columns = random.integers(width, size=IDS_PER_GRID)
-            inputs.append(context(inputs_of_codes, pyramid[level], coarse, rows, columns))
+            inputs.append(context(inputs_of_codes, padded_ids, padded_coarse_ids, rows, columns))
             targets.append(ids[rows, columns])
         batch_inputs = torch.from_numpy(np.concatenate(inputs))
         batch_targets = torch.from_numpy(np.concatenate(targets))

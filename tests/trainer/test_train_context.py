@@ -39,7 +39,7 @@ def test_the_network_computes_the_integers_of_the_context_model():
 
 def test_codes_of_a_group_are_similar():
     codes = make_codes(1000).numpy()
-    order = train_context.order_codes(codes, members=32)
+    order = train_context.order_codes(codes, group_size=32)
     assert sorted(order) == list(range(1000))
     assert np.mean([codes[order[i : i + 32]].var(0).sum() for i in range(0, 1000, 32)]) < 0.6 * codes.var(0).sum()
 
