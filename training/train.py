@@ -3,46 +3,42 @@
 With several GPUs: `accelerate launch training/train.py ...`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast
+from svqvae_validation import (
+    describe_validations,
+    digests_of,
+    open_validation_sets,
+    remember_validations,
+    validate,
+)
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from svqvae_files.identity import value_digest
 from svqvae_hf import SVQVAE
-from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.metrics import count_codes
 from svqvae_hf.hub.model_cards import model_card
 from svqvae_hf.hub.repositories import is_hub_id
 from svqvae_hf.models.modeling_svqvae import SVQVAEOutput
 from svqvae_hf.models.quantizer import flatten_latents
 from svqvae_hf.trainer.codebook import CodebookAverage, DeadCodeReset, forget_codes, initialise_codebook
-from svqvae_hf.trainer.data.crops import centre_crops
-from svqvae_hf.trainer.data.held_out import check_held_out
 from svqvae_hf.trainer.data.image_source import ImageSource
-from svqvae_hf.trainer.identity import image_set_digests
 from svqvae_hf.trainer.linear_start import start_linear
 from svqvae_hf.trainer.losses.objective import Objective, Pair
 from svqvae_hf.trainer.model import load_model, save_model, step_scales
 from svqvae_hf.trainer.optimization import loss_scale, rescale_gradients
-from svqvae_hf.trainer.options import about_split
 from svqvae_hf.trainer.publishing import Result, provenance
 from svqvae_hf.trainer.run import Run, run_script
-from svqvae_hf.trainer.tracking import ScaleStatistics, log_images, progress, rows_of_images
+from svqvae_hf.trainer.tracking import ScaleStatistics, progress
 from svqvae_hf.trainer.train_options import TrainOptions
-from svqvae_hf.trainer.validations import Validations
 from svqvae_hf.trainer.weights import Weights
 
 SCRIPT = "training/train.py"
-SHOWN_IMAGES = 4
 START_BATCHES = 16
 RESET_BATCHES = 16  # batches of fresh crops whose latents replace dead codes; one step has too few different crops
 KERNEL_NDIM = 4  # only weights of convolutions decay, so no code does
@@ -183,6 +179,7 @@ class Adversary:
         self.objective = objective
         self.discriminator = discriminator
         num_steps = run.options.max_steps - run.options.adversarial_start
+        # Only makes the optimizer. `update` trains.
         self.weights = run.train(
             discriminator, DISCRIMINATOR_LEARNING_RATE, num_steps=num_steps, decayed_ndim=KERNEL_NDIM, use_ema=False
         )
@@ -225,6 +222,7 @@ class Codes:
         self.images = images
         self.weights = weights
         self.accelerator = images.accelerator
+        # `codebook_decay` is meant per step, but the average is updated after each batch of a step.
         decay_per_batch = options.codebook_decay ** (1 / options.gradient_accumulation_steps)
         self.codebook_average = CodebookAverage(vqvae.quantize, decay_per_batch).to(vqvae.device)
         self.dead_code_reset = DeadCodeReset(vqvae.quantize.size).to(vqvae.device)
@@ -246,9 +244,10 @@ class Codes:
         if not moves_codes:
             return
         ids = ids_of_all_scales(output)  # (n,)
-        latents = [flatten_latents(scale_latents.detach()) for scale_latents in output.latents or []]
+        latents_of_scales = [flatten_latents(scale_latents.detach()) for scale_latents in output.latents or []]
+        latents = torch.cat(latents_of_scales)  # (n, codebook_embed_dim)
         mean_over_processes = partial(self.accelerator.reduce, reduction="mean")
-        self.codebook_average.update(self.quantizer, torch.cat(latents), ids, mean_over_processes)  # (n, dim), (n,)
+        self.codebook_average.update(self.quantizer, latents, ids, mean_over_processes)
 
     def replace_dead(self, output: SVQVAEOutput, step: int) -> dict[str, torch.Tensor]:
         """Counts the codes of a batch. In some steps, replaces the codes that no batch has used since the last time.
@@ -267,9 +266,13 @@ class Codes:
         is_due = (step + 1) % options.dead_code_reset_steps == 0
         if not is_last_batch_of_step or not is_due:
             return {}
-        fresh_latents = self._latents(self._fresh_crops(RESET_BATCHES, step))  # (n, codebook_embed_dim)
+        fresh_crops = self._fresh_crops(RESET_BATCHES, step)
+        fresh_latents = self._latents(fresh_crops)  # (n, codebook_embed_dim)
         latents_per_batch = len(fresh_latents) // RESET_BATCHES
-        replaced_ids = self.dead_code_reset.reset(self.quantizer, fresh_latents, latents_per_batch, options.seed, step)
+        # Replaces the codes whose count is 0, and then sets all counts to 0.
+        replaced_ids = self.dead_code_reset.reset(
+            self.quantizer, fresh_latents, limit=latents_per_batch, seed=options.seed, step=step
+        )
         self._restart_state(replaced_ids)
         num_replaced = torch.tensor(float(len(replaced_ids)), device=self.accelerator.device)
         return {"reset_codes": num_replaced}
@@ -280,7 +283,11 @@ class Codes:
         return self.images.fresh_crops(sides, num_batches, step)
 
     def _latents(self, crops: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Latents of crops of all processes, `(n, codebook_embed_dim)`, in the order that one process would have."""
+        """Latents of crops of all processes, `(n, codebook_embed_dim)`, in the order that one process would have.
+
+        The processes take turns. Of two processes, the first one has the crops 0, 2 and 4, and the second one 1, 3 and
+        5. Gathering joins them to 0, 2, 4, 1, 3, 5, and transposing brings them back to 0, 1, 2, 3, 4, 5.
+        """
         num_processes = self.accelerator.num_processes
         all_latents = []
         self.vqvae.eval()  # without dropout
@@ -305,177 +312,6 @@ def ids_of_all_scales(output: SVQVAEOutput) -> torch.Tensor:
     """Ids `(n,)` of all scales of a batch."""
     ids = [scale_ids.flatten() for scale_ids in output.ids or []]
     return torch.cat(ids)
-
-
-# Validation
-
-
-@dataclass
-class ValidationSet:
-    """Images of one `--validation_data_dir`.
-
-    Args:
-        name (`str`): Name in the log: `validation`, `validation_2`, ...
-        batches (`Sequence[torch.Tensor]`): Centre crops `(B, 3, side, side)` of its first images.
-        digest (`str`): Digest of the whole set.
-    """
-
-    name: str
-    batches: Sequence[torch.Tensor]
-    digest: str
-
-    @property
-    def num_images(self) -> int:
-        """Number of crops."""
-        return sum(len(batch) for batch in self.batches)
-
-
-def open_validation_sets(options: TrainOptions, images: ImageSource) -> list[ValidationSet]:
-    """Opens the set of each `--validation_data_dir`.
-
-    Raises:
-        ValueError: If an image of a set is trained on.
-    """
-    sets = []
-    for number, folder in enumerate(options.validation_data_dir, 1):
-        with about_split("validation_split"):
-            held_out = open_images([folder], split=options.validation_split, keep_labels=False)
-        for training_set in (images.images, images.mixed):
-            check_held_out(held_out, training_set)
-        crops = centre_crops(held_out, options.num_validation_images, options.resolution, images.pixel_range)
-        name = "validation"
-        if number > 1:
-            name = f"validation_{number}"
-        batches = crops.split(options.per_device_train_batch_size)
-        sets.append(ValidationSet(name, batches, held_out.fingerprint))
-    return sets
-
-
-def digests_of(images: ImageSource, validation_sets: Sequence[ValidationSet]) -> dict[str, str]:
-    """Digests of all sets of a run, by the option that names each."""
-    digests = image_set_digests(images)
-    if validation_sets:
-        validation_digests = [validation_set.digest for validation_set in validation_sets]
-        digests["validation_data_dir"] = value_digest(validation_digests)
-    return digests
-
-
-def remember_validations(
-    options: TrainOptions, vqvae: SVQVAE, validation_sets: Sequence[ValidationSet]
-) -> Validations:
-    """Memory of a run's validations. A resumed run must measure the same sets at the same scales."""
-    measured: list[Any] = []
-    for validation_set in validation_sets:
-        measured.append((validation_set.name, validation_set.num_images, validation_set.digest))
-    measured.append(options.validation_scales)
-    return Validations(vqvae, options.load_best_model_at_end, measured)
-
-
-def validate(
-    run: Run[TrainOptions],
-    weights: Weights,
-    objective: Objective,
-    sets: Sequence[ValidationSet],
-    validations: Validations,
-    steps_done: int,
-) -> None:
-    """Measures each set, remembers and logs the numbers, and logs a picture of the first set's first images."""
-    measured = {}  # by the names of the sets
-    with weights.evaluating():
-        for validation_set in sets:
-            measured[validation_set.name] = measure(run, weights, objective, validation_set, steps_done)
-        numbers = {name: measurement.numbers for name, measurement in measured.items()}
-        ids = {name: measurement.ids for name, measurement in measured.items()}
-        validations.add(steps_done, numbers, ids)
-    for set_name, measurement in measured.items():
-        logged = {f"{set_name}/{number_name}": value for number_name, value in measurement.numbers.items()}
-        run.log.write(steps_done, logged)
-    if run.accelerator.is_main_process:
-        first_set = sets[0]
-        log_reconstructions(run, measured[first_set.name].shown, steps_done)
-
-
-def log_reconstructions(run: Run[TrainOptions], shown: list[Pair], steps_done: int) -> None:
-    """Logs a picture with a row per image: the image, and its reconstruction at each scale.
-
-    Args:
-        run ([`Run`]): The run.
-        shown (`list[Pair]`): Images and their reconstructions, at each scale.
-        steps_done (`int`): Steps before the validation.
-    """
-    columns = ["image"]
-    for scale in run.options.validation_scales:
-        columns.append(f"x{scale:g}")
-    num_rows = len(shown[0].target)
-    folder = Path(run.options.output_dir, "samples")
-    log_images(run.accelerator, rows_of_images(shown), columns * num_rows, len(columns), folder, steps_done)
-
-
-@dataclass
-class Measured:
-    """Measurement of one validation set.
-
-    Args:
-        numbers (`dict[str, float]`): Statistics of each scale, by name.
-        ids (`torch.Tensor` of shape `(n,)`): All ids, scale by scale, so that their order does not depend on batches.
-        shown (`list[Pair]`): The first images at each scale.
-    """
-
-    numbers: dict[str, float]
-    ids: torch.Tensor
-    shown: list[Pair]
-
-
-def measure(
-    run: Run[TrainOptions], weights: Weights, objective: Objective, validation_set: ValidationSet, steps_done: int
-) -> Measured:
-    """Reconstructs the images of a validation set at each scale, and compares them."""
-    scales = run.options.validation_scales
-    first_quantised_step = run.options.quantize_from
-    quantize = first_quantised_step == 0 or steps_done > first_quantised_step
-    statistics = ScaleStatistics(objective.codebook.weight.shape[0], by_octave=False)
-    ids_by_scale: list[list[torch.Tensor]] = [[] for _ in scales]  # for each scale, the flat ids of each batch
-    shown: list[Pair] = []
-    for batch in validation_set.batches:
-        sample = batch.to(run.accelerator.device)  # (B, 3, side, side)
-        output = weights.model(sample, scales, scale_from="latents", force_not_quantize=not quantize)
-        pairs = [clamp(pair) for pair in objective.pairs(sample, output)]
-        statistics.add(scales, pairs, output.ids or [])
-        if output.ids:  # empty if the batch was not quantised
-            for ids_of_scale, batch_ids in zip(ids_by_scale, output.ids, strict=True):
-                ids_of_scale.append(batch_ids.flatten().cpu())
-        if not shown:
-            shown = [pair.first(SHOWN_IMAGES) for pair in pairs]
-    numbers = statistics.summary(run.accelerator.reduce)
-    return Measured(numbers, _flatten(ids_by_scale), shown)
-
-
-def _flatten(ids_by_scale: list[list[torch.Tensor]]) -> torch.Tensor:
-    """All ids, scale by scale, `(n,)`; none if no batch was quantised."""
-    all_ids = [torch.empty(0, dtype=torch.int64)]
-    for ids_of_scale in ids_by_scale:
-        all_ids += ids_of_scale
-    return torch.cat(all_ids)
-
-
-def clamp(pair: Pair) -> Pair:
-    """A pair whose reconstruction is limited to the range of pixels."""
-    return pair._replace(output=pair.output.clamp(0, 1))
-
-
-def describe_validations(validation_set: ValidationSet, validations: Validations) -> str:
-    """Numbers of a set in the validation that was chosen and in the first one, as text for the card."""
-    chosen = list_numbers(validations.chosen[validation_set.name])
-    first = list_numbers(validations.first[validation_set.name])
-    return (
-        f"{validation_set.num_images} images, centre crops: {chosen} after step {validations.step:,}; "
-        f"{first} in the first validation"
-    )
-
-
-def list_numbers(numbers: dict[str, float]) -> str:
-    """Numbers with their names, separated by commas."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
 
 
 def make_card(options: TrainOptions, result: Result, vqvae: SVQVAE, rows: dict[str, str]) -> str:

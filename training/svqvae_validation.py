@@ -1,0 +1,205 @@
+"""Validation of an SVQVAE: opens the sets, measures their reconstructions, and logs numbers and pictures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svqvae_files.identity import value_digest
+from svqvae_hf import SVQVAE
+from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.trainer.data.crops import centre_crops
+from svqvae_hf.trainer.data.held_out import check_held_out
+from svqvae_hf.trainer.data.image_source import ImageSource
+from svqvae_hf.trainer.identity import image_set_digests
+from svqvae_hf.trainer.losses.objective import Objective, Pair
+from svqvae_hf.trainer.options import about_split
+from svqvae_hf.trainer.run import Run
+from svqvae_hf.trainer.tracking import ScaleStatistics, log_images, rows_of_images
+from svqvae_hf.trainer.train_options import TrainOptions
+from svqvae_hf.trainer.validations import Validations
+from svqvae_hf.trainer.weights import Weights
+
+SHOWN_IMAGES = 4
+
+
+@dataclass
+class ValidationSet:
+    """Images of one `--validation_data_dir`.
+
+    Args:
+        name (`str`): Name in the log: `validation`, `validation_2`, ...
+        batches (`Sequence[torch.Tensor]`): Centre crops `(B, 3, side, side)` of its first images.
+        digest (`str`): Digest of the whole set.
+    """
+
+    name: str
+    batches: Sequence[torch.Tensor]
+    digest: str
+
+    @property
+    def num_images(self) -> int:
+        """Number of crops."""
+        return sum(len(batch) for batch in self.batches)
+
+
+def open_validation_sets(options: TrainOptions, images: ImageSource) -> list[ValidationSet]:
+    """Opens the set of each `--validation_data_dir`.
+
+    Raises:
+        ValueError: If an image of a set is trained on.
+    """
+    sets = []
+    for number, folder in enumerate(options.validation_data_dir, 1):
+        with about_split("validation_split"):
+            held_out = open_images([folder], split=options.validation_split, keep_labels=False)
+        for training_set in (images.images, images.mixed):
+            check_held_out(held_out, training_set)
+        crops = centre_crops(held_out, options.num_validation_images, options.resolution, images.pixel_range)
+        name = "validation"
+        if number > 1:
+            name = f"validation_{number}"
+        batches = crops.split(options.per_device_train_batch_size)
+        sets.append(ValidationSet(name, batches, held_out.fingerprint))
+    return sets
+
+
+def digests_of(images: ImageSource, validation_sets: Sequence[ValidationSet]) -> dict[str, str]:
+    """Digests of all sets of a run, by the option that names each."""
+    digests = image_set_digests(images)
+    if validation_sets:
+        validation_digests = [validation_set.digest for validation_set in validation_sets]
+        digests["validation_data_dir"] = value_digest(validation_digests)
+    return digests
+
+
+def remember_validations(
+    options: TrainOptions, vqvae: SVQVAE, validation_sets: Sequence[ValidationSet]
+) -> Validations:
+    """Memory of a run's validations. A resumed run must measure the same sets at the same scales."""
+    measured: list[Any] = []
+    for validation_set in validation_sets:
+        measured.append((validation_set.name, validation_set.num_images, validation_set.digest))
+    measured.append(options.validation_scales)
+    return Validations(vqvae, options.load_best_model_at_end, measured)
+
+
+def validate(
+    run: Run[TrainOptions],
+    weights: Weights,
+    objective: Objective,
+    sets: Sequence[ValidationSet],
+    validations: Validations,
+    steps_done: int,
+) -> None:
+    """Measures each set, remembers and logs the numbers, and logs a picture of the first set's first images."""
+    measured = {}  # by the names of the sets
+    with weights.evaluating():
+        for validation_set in sets:
+            measured[validation_set.name] = measure(run, weights, objective, validation_set, steps_done)
+        numbers = {name: measurement.numbers for name, measurement in measured.items()}
+        ids = {name: measurement.ids for name, measurement in measured.items()}
+        validations.add(steps_done, numbers, ids)
+    for set_name, measurement in measured.items():
+        logged = {f"{set_name}/{number_name}": value for number_name, value in measurement.numbers.items()}
+        run.log.write(steps_done, logged)
+    if run.accelerator.is_main_process:
+        first_set = sets[0]
+        log_reconstructions(run, measured[first_set.name].shown, steps_done)
+
+
+def log_reconstructions(run: Run[TrainOptions], shown: list[Pair], steps_done: int) -> None:
+    """Logs a picture with a row per image: the image, and its reconstruction at each scale.
+
+    Args:
+        run ([`Run`]): The run.
+        shown (`list[Pair]`): Images and their reconstructions, at each scale.
+        steps_done (`int`): Steps before the validation.
+    """
+    columns = ["image"]
+    for scale in run.options.validation_scales:
+        columns.append(f"x{scale:g}")
+    num_rows = len(shown[0].target)
+    folder = Path(run.options.output_dir, "samples")
+    log_images(run.accelerator, rows_of_images(shown), columns * num_rows, len(columns), folder, steps_done)
+
+
+@dataclass
+class Measured:
+    """Measurement of one validation set.
+
+    Args:
+        numbers (`dict[str, float]`): Statistics of each scale, by name.
+        ids (`torch.Tensor` of shape `(n,)`): All ids, scale by scale, so that their order does not depend on batches.
+        shown (`list[Pair]`): The first images at each scale.
+    """
+
+    numbers: dict[str, float]
+    ids: torch.Tensor
+    shown: list[Pair]
+
+
+def measure(
+    run: Run[TrainOptions], weights: Weights, objective: Objective, validation_set: ValidationSet, steps_done: int
+) -> Measured:
+    """Reconstructs the images of a validation set at each scale, and compares them."""
+    scales = run.options.validation_scales
+    quantize = quantises_after(steps_done, run.options)
+    statistics = ScaleStatistics(objective.codebook.weight.shape[0], by_octave=False)
+    ids_of_batches: list[list[torch.Tensor]] = []
+    shown: list[Pair] = []
+    for batch in validation_set.batches:
+        sample = batch.to(run.accelerator.device)  # (B, 3, side, side)
+        output = weights.model(sample, scales, scale_from="latents", force_not_quantize=not quantize)
+        pairs = [clamp(pair) for pair in objective.pairs(sample, output)]
+        ids_of_scales = output.ids or []  # (B, h, w) of each scale; none if nothing was quantised
+        statistics.add(scales, pairs, ids_of_scales)
+        ids_of_batches.append(ids_of_scales)
+        if not shown:
+            shown = [pair.first(SHOWN_IMAGES) for pair in pairs]
+    numbers = statistics.summary(run.accelerator.reduce)
+    return Measured(numbers, join_by_scale(ids_of_batches), shown)
+
+
+def quantises_after(steps_done: int, options: TrainOptions) -> bool:
+    """Whether the model quantises after some steps. The first step that quantises sets the codes, if they are new."""
+    if options.quantize_from == 0:
+        return True
+    return steps_done > options.quantize_from
+
+
+def join_by_scale(ids_of_batches: list[list[torch.Tensor]]) -> torch.Tensor:
+    """All ids of all batches as one row `(n,)` on the CPU, scale by scale.
+
+    Args:
+        ids_of_batches (`list[list[torch.Tensor]]`): For each batch, the ids `(B, h, w)` of each scale; none if nothing
+            was quantised.
+    """
+    joined_ids = [torch.empty(0, dtype=torch.int64)]
+    num_scales = len(ids_of_batches[0])
+    for scale_number in range(num_scales):
+        for ids_of_scales in ids_of_batches:
+            joined_ids.append(ids_of_scales[scale_number].flatten().cpu())
+    return torch.cat(joined_ids)
+
+
+def clamp(pair: Pair) -> Pair:
+    """A pair whose reconstruction is limited to the range of pixels."""
+    return pair._replace(output=pair.output.clamp(0, 1))
+
+
+def describe_validations(validation_set: ValidationSet, validations: Validations) -> str:
+    """Numbers of a set in the validation that was chosen and in the first one, as text for the card."""
+    chosen = list_numbers(validations.chosen[validation_set.name])
+    first = list_numbers(validations.first[validation_set.name])
+    return (
+        f"{validation_set.num_images} images, centre crops: {chosen} after step {validations.step:,}; "
+        f"{first} in the first validation"
+    )
+
+
+def list_numbers(numbers: dict[str, float]) -> str:
+    """Numbers with their names, separated by commas."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
