@@ -1,4 +1,4 @@
-"""Runs of transformers' `Trainer` on tokens of images: stop and resumption, numbers of the log, result."""
+"""Runs of transformers' `Trainer` on tokens of images: start, numbers of the log, result."""
 
 import math
 import shutil
@@ -10,49 +10,30 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from language_checkpoints import (
+    CheckpointOnSignal,
+    delete_partial_checkpoints,
+    read_identity,
+    set_aside_partial_checkpoints,
+)
 from language_options import LanguageRunOptions, argument_faults
 from modality_loss import ModalityLoss, ModalitySums
 from peft import PeftModel
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_callback import ExportableState
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from svqvae_files.json_files import read_json_object
 from svqvae_hf.hub.model_cards import table_rows
 from svqvae_hf.hub.repositories import public_name
-from svqvae_hf.trainer.checkpoints import (
-    CHECKSUMS,
-    NAME,
-    RUN_STATE,
-    check_files,
-    check_step,
-    check_unchanged,
-    compare_with_checkpoint,
-    find_checkpoint,
-    write_checksums,
-)
+from svqvae_hf.trainer.checkpoints import check_files, check_unchanged, compare_with_checkpoint, find_checkpoint
 from svqvae_hf.trainer.data.sample_order import SAMPLES_PER_STEP
 from svqvae_hf.trainer.folder_lock import FolderLock
 from svqvae_hf.trainer.identity import RunIdentity, model_digests, token_set_digests
 from svqvae_hf.trainer.interruption import Interruption
 from svqvae_hf.trainer.muon import MuonAndAdam, muon_groups
-from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM, hyperparameters, resume_schedule
-from svqvae_hf.trainer.options import (
-    public_values,
-    raise_faults,
-)
+from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM
+from svqvae_hf.trainer.options import public_values, raise_faults
 from svqvae_hf.trainer.publishing import Result, find_sources, provenance, refuse_finished
 
-TRAINER_STATE = "trainer_state.json"  # in a checkpoint, written last
-PARTIAL = "partial-"  # start of the names of checkpoints that a killed run left unfinished
 TRAINED_FOLDER = "trained.partial"  # in the output folder: the weights, before they are part of a result
 
 
@@ -79,9 +60,15 @@ class LanguageRun:
         self.options = options
         self.arguments = arguments
         self.output_dir = Path(arguments.output_dir)
+        self.is_main = arguments.process_index == 0
+        self.push_to_hub = arguments.push_to_hub
+        self.lock: FolderLock | None = None
+        self.checkpoint: Path | None = None
         self.examples_per_step = (
             arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         )
+        self.num_examples = arguments.max_steps * self.examples_per_step
+        # The identity holds the arguments as the user gave them.
         self.identity = RunIdentity(
             options=public_values(asdict(options) | arguments.to_dict()),
             models=model_digests(options),
@@ -89,16 +76,16 @@ class LanguageRun:
             order={"seed": arguments.seed, SAMPLES_PER_STEP: self.examples_per_step},
         )
         refuse_finished(self.output_dir, self.identity)
-        self.is_main = arguments.process_index == 0
-        self.lock: FolderLock | None = None
-        self.checkpoint: Path | None = None
-        self.push_to_hub = arguments.push_to_hub
-        arguments.push_to_hub = False  # the Trainer would upload its checkpoints
+        self._adapt_arguments()
+        torch.manual_seed(arguments.seed)  # for new weights; the Trainer sets it later
+
+    def _adapt_arguments(self) -> None:
+        """Sets the arguments of transformers that the run decides."""
+        arguments = self.arguments
+        arguments.push_to_hub = False  # the Trainer would upload its checkpoints; `publish` uploads the result
         arguments.train_sampling_strategy = "sequential"  # examples are in a random order already
         arguments.remove_unused_columns = False
-        arguments.eval_on_start = options.validation_token_set is not None
-        self.num_examples = arguments.max_steps * self.examples_per_step
-        torch.manual_seed(arguments.seed)  # for new weights; the Trainer sets it later
+        arguments.eval_on_start = self.options.validation_token_set is not None
 
     def begin(self) -> None:
         """Keeps other runs from writing to the folder, and finds the checkpoint from which the run resumes.
@@ -107,16 +94,18 @@ class LanguageRun:
             ValueError: Another run writes to the folder, or the checkpoint is damaged, or was written with other
                 models or examples, or with examples in another order.
         """
-        with self.arguments.main_process_first(local=False):
-            if self.is_main and self.output_dir.is_dir():
+        with self.arguments.main_process_first(local=False):  # so that all processes find the same checkpoints
+            has_folder = self.output_dir.is_dir()  # if not, `train` makes it
+            if self.is_main and has_folder:
                 self.lock = FolderLock(self.output_dir)
                 set_aside_partial_checkpoints(self.output_dir)
         self.checkpoint = self._find_checkpoint()
         if self.checkpoint is not None:
             self._check_resumable(self.checkpoint)
-            self.arguments.eval_on_start = False
+            self.arguments.eval_on_start = False  # the run that wrote the checkpoint has validated its start
 
     def _find_checkpoint(self) -> Path | None:
+        """Finds the checkpoint from which the run resumes; `None` for a new run."""
         arguments = self.arguments
         return find_checkpoint(self.output_dir, arguments.resume_from_checkpoint, arguments.max_steps)
 
@@ -201,32 +190,31 @@ class LanguageRun:
 
         Args:
             trainer ([`LanguageModelTrainer`]): From `train`.
-            save (`Callable`): Adds what belongs to the model to its folder, and returns the folder of the result.
+            save (`Callable`): Adds what belongs to the model, such as its tokenizer, to the folder of its weights.
+                Returns the folder of the result: the same one, or one inside it that holds a whole pipeline.
             make_card (`Callable`): Returns the text of the card, from the result and rows of a table.
 
         Raises:
             ValueError: DeepSpeed has saved no whole weights.
         """
         trained_folder = self.output_dir / TRAINED_FOLDER
-        if trainer.is_fsdp_enabled:
-            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        trainer.save_model(str(trained_folder))  # by all processes, because some engines shard the weights
+        save_weights(trainer, trained_folder)
         if not self.is_main:
             return
-        has_weights = any(trained_folder.glob("*.safetensors"))
-        if not has_weights:
-            raise ValueError("DeepSpeed has kept the weights in shards. Set zero3_save_16bit_model, and resume.")
+        check_whole_weights(trained_folder)
         (trained_folder / "training_args.bin").unlink()  # a pickle with paths of this machine
         result_folder = save(trained_folder)
-        rows = provenance(self.script, self.arguments.max_steps, self.examples_per_step, "examples")
-        rows |= trainer.last_numbers()
 
         def move_result(folder: Path) -> None:
+            """Moves the result to an empty folder, and deletes what only training needed."""
             shutil.copytree(result_folder, folder, dirs_exist_ok=True)
             shutil.rmtree(trained_folder)
 
+        rows = provenance(self.script, self.arguments.max_steps, self.examples_per_step, "examples")
+        rows |= trainer.last_numbers()
+        card = make_card(self.result, rows)
         delete_partial_checkpoints(self.output_dir)
-        self.result.publish(move_result, make_card(self.result, rows))
+        self.result.publish(move_result, card)
 
 
 def run_language_training(
@@ -244,99 +232,6 @@ def run_language_training(
         train(run)
     finally:
         run.release()
-
-
-def set_aside_partial_checkpoints(output_dir: Path) -> None:
-    """Renames checkpoints that a killed run left unfinished, so that none is resumed or counted."""
-    for folder in output_dir.glob("checkpoint-*"):
-        if NAME.fullmatch(folder.name) is None:
-            continue
-        if not _is_complete(folder):
-            new_folder = output_dir / f"{PARTIAL}{folder.name}"
-            shutil.rmtree(new_folder, ignore_errors=True)
-            folder.rename(new_folder)
-
-
-def delete_partial_checkpoints(output_dir: Path) -> None:
-    """Deletes the checkpoints that [`set_aside_partial_checkpoints`] has renamed."""
-    for folder in output_dir.glob(f"{PARTIAL}checkpoint-*"):
-        if NAME.fullmatch(folder.name.removeprefix(PARTIAL)):
-            shutil.rmtree(folder)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has the file that its writer saves last: this script's, or another one's."""
-    if (checkpoint / RUN_STATE).exists() or (checkpoint / CHECKSUMS).exists():
-        return True
-    if not (checkpoint / TRAINER_STATE).exists():
-        return False
-    try:
-        read_json_object(checkpoint / TRAINER_STATE)
-    except ValueError:  # the run was killed while writing it
-        return False
-    return True
-
-
-def read_identity(checkpoint: Path) -> RunIdentity:
-    """Reads what a checkpoint was made from, as [`CheckpointOnSignal`] recorded it.
-
-    Raises:
-        ValueError: The checkpoint is damaged or was renamed, or another script wrote it.
-    """
-    path = checkpoint / TRAINER_STATE
-    state = read_json_object(path)
-    check_step(checkpoint, state.get("global_step", 0))
-    callbacks = state.get("stateful_callbacks", {})
-    if CheckpointOnSignal.__name__ not in callbacks:
-        raise ValueError(f"`{checkpoint}` must be a checkpoint of this script, but was written by another one.")
-    return RunIdentity.from_record(callbacks[CheckpointOnSignal.__name__].get("attributes", {}), path)
-
-
-class CheckpointOnSignal(TrainerCallback, ExportableState):
-    """Saves a checkpoint and stops after SIGTERM or Ctrl-C. Checkpoints record what the run is made from.
-
-    It replaces transformers' `enable_jit_checkpoint`, which waits 3 seconds, lets each process decide for itself and
-    does not know Ctrl-C.
-
-    Args:
-        interruption ([`Interruption`]): Signals of the run.
-        identity ([`~svqvae_hf.trainer.identity.RunIdentity`]): What the run is made from.
-    """
-
-    def __init__(self, interruption: Interruption, identity: RunIdentity):
-        self.interruption = interruption
-        self.identity = identity
-        self.stopped = False
-
-    def state(self) -> dict[str, dict[str, Any]]:
-        """Record of the run that a checkpoint stores."""
-        return {"args": {}, "attributes": self.identity.to_record()}
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Adds checksums to a checkpoint."""
-        write_checksums(Path(args.output_dir, f"checkpoint-{state.global_step}"))
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Sets the hyperparameters of a resumed run to its own options, because the checkpoint brought older ones."""
-        scheduler = kwargs["lr_scheduler"]
-        is_resumed = state.global_step > 0
-        if not is_resumed or not isinstance(scheduler, LambdaLR):
-            return
-        groups = hyperparameters(scheduler)  # of decayed and of other weights, in this order in transformers and Muon
-        for group in groups:
-            group["initial_lr"] = args.learning_rate
-            group["betas"] = (args.adam_beta1, args.adam_beta2)
-        groups[0]["weight_decay"] = args.weight_decay
-        groups[1]["weight_decay"] = 0.0
-        resume_schedule(scheduler, state.global_step, groups)
-
-    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Requests a checkpoint and the end, if any process got a signal."""
-        if self.interruption.requested():
-            control.should_save = True
-            control.should_training_stop = True
-            self.stopped = True
-            args.save_total_limit = None  # otherwise the Trainer deletes this checkpoint, unless it is the best
 
 
 class LanguageModelTrainer(Trainer):
@@ -444,6 +339,21 @@ class LanguageModelTrainer(Trainer):
             if name.startswith(("loss", "eval_loss", "eval_accuracy", "eval_bits")):
                 rows[name.replace("_", " ")] = f"{last_values[name]:.4g}"
         return rows
+
+
+def save_weights(trainer: Trainer, folder: Path) -> None:
+    """Saves the trained weights. All processes call it, because some engines divide the weights between them."""
+    if trainer.is_fsdp_enabled:
+        # Otherwise, each process would save its own part of the weights.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(folder))
+
+
+def check_whole_weights(folder: Path) -> None:
+    """Raises ValueError if DeepSpeed has saved no whole weights, but each process its own part."""
+    has_weights = any(folder.glob("*.safetensors"))
+    if not has_weights:
+        raise ValueError("DeepSpeed has kept the weights in shards. Set zero3_save_16bit_model, and resume.")
 
 
 def optimizer_class(

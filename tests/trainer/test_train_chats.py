@@ -15,13 +15,9 @@ import pytest
 import torch
 from captioned_tokens import CAPTIONS, captioned_tokens
 from conftest import ROOT, make_tiny
+from language_checkpoints import CheckpointOnSignal, delete_partial_checkpoints, set_aside_partial_checkpoints
 from language_options import ADAMW_ARGUMENTS, VALIDATION_ARGUMENTS, WITHOUT_EFFECT
-from language_trainer import (
-    CheckpointOnSignal,
-    LanguageModelTrainer,
-    delete_partial_checkpoints,
-    set_aside_partial_checkpoints,
-)
+from language_trainer import LanguageModelTrainer
 from modality_loss import ModalityLoss
 from peft import PeftModel
 from PIL import Image
