@@ -190,22 +190,27 @@ class Predictor:
         for size in sizes:
             scale_index = self.source.grids.index(size)
             ids.append(batch.ids[scale_index].to(device))
-        codes = [self._codes(scale_ids) for scale_ids in ids[:-1]]  # (B, C, h, w), of each scale but the last
-        is_dropped = draws[:, 0] < self.options.condition_dropout  # (B,)
+        previous_ids = ids[:-1]  # each scale is predicted from the codes of the scale before it
+        codes = [self._codes(scale_ids) for scale_ids in previous_ids]  # (B, C, h, w) of each of these scales
+        dropout_draws, caption_draws = draws.unbind(dim=1)  # (B,), (B,)
+        is_dropped = dropout_draws < self.options.condition_dropout  # (B,)
         labels = batch.labels
         text = None
         if self.tokenizer is None:
             labels = labels.masked_fill(is_dropped, self.source.num_classes)  # the number after the last class
         else:
-            captions = batch.draw_captions(draws[:, 1])
-            text = pad_captions(self.tokenizer, captions, self.options.max_text_length)  # (B, length)
-            text[is_dropped] = self.tokenizer.pad_token_id
-            text = text.to(device)
+            text = self._text(self.tokenizer, batch.draw_captions(caption_draws), is_dropped).to(device)
         (logits,) = self.model(labels.to(device), codes, sizes, text=text, return_dict=False)  # (B, n, codes)
         targets = torch.cat([scale_ids.flatten(1) for scale_ids in ids], dim=1)  # (B, n)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         accuracy = (logits.argmax(-1) == targets).float().mean()
         return Prediction(loss, accuracy, targets.numel())
+
+    def _text(self, tokenizer: PreTrainedTokenizerBase, captions: list[str], is_dropped: torch.Tensor) -> torch.Tensor:
+        """Tokens `(B, length)` of captions. A dropped one is only padding."""
+        text = pad_captions(tokenizer, captions, self.options.max_text_length)
+        text[is_dropped] = tokenizer.pad_token_id
+        return text
 
     def _codes(self, ids: torch.Tensor) -> torch.Tensor:
         """Codes `(B, C, h, w)` of the ids `(B, h, w)` of a scale."""
@@ -225,7 +230,9 @@ def measure(
     for start in range(0, len(rows), batch_size):
         batch = held_out.batch(rows[start : start + batch_size])
         count = len(batch.labels)
-        draws = torch.tensor([[1.0, 0.0]]).expand(count, 2)  # nothing is dropped, and the first caption is drawn
+        dropout_draws = torch.ones(count)  # so that nothing is dropped
+        caption_draws = torch.zeros(count)  # so that the first caption is drawn
+        draws = torch.stack([dropout_draws, caption_draws], dim=1)  # (B, 2)
         prediction = predict(batch, schedule, draws)
         totals += count * torch.stack([prediction.loss, prediction.accuracy])
     loss, accuracy = (accelerator.reduce(totals, "sum") / num_rows).tolist()
@@ -301,8 +308,9 @@ def trained_schedule(grids: Sequence[Size], steps: int) -> list[Size]:
         ValueError: If the token set lacks one of the scales.
     """
     finest = grids[-1]
-    longer_side = max(finest)  # a schedule has at most one scale per id of this side
-    schedule = make_schedule(finest, min(steps, longer_side))
+    longer_side = max(finest)
+    num_scales = min(steps, longer_side)  # the longer side grows by at least one id from scale to scale
+    schedule = make_schedule(finest, num_scales)
     missing = [size for size in schedule if size not in grids]
     if missing:
         raise ValueError(
@@ -314,7 +322,10 @@ def trained_schedule(grids: Sequence[Size], steps: int) -> list[Size]:
 
 
 def draw_schedule(sizes: Sequence[Size], schedule: Sequence[Size], generator: torch.Generator) -> list[Size]:
-    """Draws scales as FlexVAR does, with at most as many ids as the pipeline's schedule, often without the last.
+    """Draws scales as FlexVAR does, with at most as many ids as the pipeline's schedule.
+
+    First, some scales between the first ones and the last are dropped at random. Then, scales are dropped from the
+    finest ones, often the last one, until there are few enough ids.
 
     Args:
         sizes (list of `(height, width)`): All scales, from coarse to fine.
@@ -325,22 +336,24 @@ def draw_schedule(sizes: Sequence[Size], schedule: Sequence[Size], generator: to
     chosen = sizes[:NUM_FIRST] + _draw_inner(sizes, len(schedule), generator) + sizes[-1:]
     drawn = [size for size in sizes if size in chosen]  # from coarse to fine
     for _ in range(_draw_num_dropped(generator)):
-        has_inner_scales = len(drawn) > NUM_FIRST + 1  # besides the first ones and the last
-        if has_inner_scales:
-            _drop(drawn, NUM_FIRST, len(drawn) - 1, generator)
-    while count_ids(drawn) > count_ids(schedule):
-        first_droppable = max(1, len(drawn) - NUM_DROPPABLE)
-        _drop(drawn, first_droppable, len(drawn), generator)
+        inner_positions = range(NUM_FIRST, len(drawn) - 1)  # without the first ones and the last
+        if inner_positions:
+            _drop_one(drawn, inner_positions, generator)
+    max_ids = count_ids(schedule)
+    while count_ids(drawn) > max_ids:
+        finest_positions = range(max(1, len(drawn) - NUM_DROPPABLE), len(drawn))
+        _drop_one(drawn, finest_positions, generator)
     return drawn
 
 
 def _draw_inner(sizes: Sequence[Size], schedule_length: int, generator: torch.Generator) -> list[Size]:
-    """Draws scales between the first two and the last, so that a schedule gets the stated length."""
+    """Draws scales between the first ones and the last, so that a schedule gets the stated length."""
     inner = sizes[NUM_FIRST:-1]
     largest_coarse_side = COARSE_UP_TO * max(sizes[-1])
     coarse = [size for size in inner if max(size) <= largest_coarse_side]
     fine = [size for size in inner if max(size) > largest_coarse_side]
-    num_inner = max(0, schedule_length - NUM_FIRST - 1)
+    num_outer = NUM_FIRST + 1  # the first ones and the last
+    num_inner = max(0, schedule_length - num_outer)
     num_coarse = round(COARSE_SHARE * num_inner)
     drawn_coarse = _draw(coarse, num_coarse, generator)
     drawn_fine = _draw(fine, num_inner - num_coarse, generator)
@@ -363,10 +376,10 @@ def _draw(sizes: Sequence[Size], count: int, generator: torch.Generator) -> list
     return [sizes[index] for index in order[:count].tolist()]
 
 
-def _drop(sizes: list[Size], start: int, stop: int, generator: torch.Generator) -> None:
-    """Drops a random size from a list, at one of the positions from `start` to before `stop`."""
-    position = int(torch.randint(start, stop, (), generator=generator))
-    sizes.pop(position)
+def _drop_one(sizes: list[Size], positions: range, generator: torch.Generator) -> None:
+    """Removes a random size from a list, at one of some positions."""
+    position = int(torch.randint(positions.start, positions.stop, (), generator=generator))
+    del sizes[position]
 
 
 def count_ids(sizes: Sequence[Size]) -> int:
