@@ -14,14 +14,16 @@ from svqvae_hf.trainer.configs import load_network_config
 from svqvae_hf.trainer.data.image_source import ImageSource
 
 PIXEL_RANGE = (-1.0, 1.0)  # of DiTPipeline
-NUM_CLASSES = 1000  # the label after these means no class in DiTPipeline, for any transformer
+NUM_CLASSES = 1000  # of DiTPipeline, for any transformer
+NO_CLASS = NUM_CLASSES  # label of an image without a class in DiTPipeline
 MEASURED_BATCHES = 16  # for the scale of the latents
 
 
 @torch.no_grad()
 def set_scaling_factor(vqvae: SVQVAE, images: ImageSource) -> None:
     """Sets the factor that gives latents of the training images a standard deviation of 1, as the noise has."""
-    num_batches = MEASURED_BATCHES * images.options.gradient_accumulation_steps  # as many crops for any processes
+    # Fewer processes accumulate more batches per step, so all processes together measure equally many crops.
+    num_batches = MEASURED_BATCHES * images.options.gradient_accumulation_steps  # of each process
     crops = images.fresh_crops([images.options.resolution], num_batches)
     latents = torch.cat([vqvae.encode(sample).latents for sample in crops])  # (n, C, h, w)
     std = images.accelerator.reduce(latents.std(), "mean").item()
@@ -43,7 +45,8 @@ def make_pipeline(vqvae: SVQVAE, denoiser: DiTTransformer2DModel, label_names: S
 def check_label_names(names: Sequence[str]) -> None:
     """Raises unless `DiTPipeline.get_label_ids` finds each class by its name.
 
-    It splits names at commas, and would take the last of several classes with an equal part.
+    It splits names at commas. With the classes "crane, bird" and "crane, machine", it would find only the last one as
+    "crane".
 
     Raises:
         ValueError: If two classes share a part.

@@ -51,7 +51,7 @@ def open_held_out(options: DiffusionOptions, images: ImageSource) -> HeldOut | N
             split=options.validation_split,
             columns=columns,
             keep_labels=False,
-            copy=True,
+            copy=True,  # on this machine, so that an image can be read by its number
             results=options.output_dir,
         )
     for training_set in (images.images, images.mixed):
@@ -63,7 +63,7 @@ def open_held_out(options: DiffusionOptions, images: ImageSource) -> HeldOut | N
                 f"`--validation_data_dir` must have the classes of the training images, {images.label_feature}, but "
                 f"has {label_feature}."
             )
-    rows = cast(IndexedRows, held_out.rows)  # a copy has random access
+    rows = cast(IndexedRows, held_out.rows)  # not None, because the set is a copy
     return HeldOut(rows, held_out.fingerprint)
 
 

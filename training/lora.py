@@ -14,7 +14,8 @@ from svqvae_hf.models.image_vocabulary import CONFIG_KEY, ImageVocabulary
 
 def add_lora(model: PreTrainedModel, rank: int) -> PeftModel:
     """Freezes a model, and adds LoRA to its linear layers. The rows of image tokens, if any, are trained in full."""
-    trained_rows = None  # lists of tokens, by the names of the modules that have a row per token
+    # For example {"model.embed_tokens": [1000, 1001], "lm_head": [1000, 1001]}. With None, no rows are trained.
+    trained_rows: dict[str, list[int]] | None = None
     has_image_tokens = CONFIG_KEY in model.config.to_dict()
     if has_image_tokens:
         vocabulary = ImageVocabulary.from_config(model.config)

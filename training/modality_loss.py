@@ -59,9 +59,12 @@ class ModalityLoss:
         is_code = (targets >= self.codes.start) & (targets < self.codes.stop)
         is_text = is_counted & ~is_code
         is_image = is_counted & is_code
-        masks = torch.stack([is_text, is_image]).float()  # (2, tokens)
-        hits = (logits.argmax(-1) == targets).float()  # (tokens,)
-        sums = torch.stack([masks @ losses, masks.sum(1), masks @ hits], dim=1)  # (2, 3)
+        masks = torch.stack([is_text, is_image]).float()  # (2, tokens): 1 where a token counts
+        is_hit = (logits.argmax(-1) == targets).float()  # (tokens,)
+        loss_sums = masks @ losses  # (2,), of texts and of images
+        token_counts = masks.sum(1)  # (2,)
+        hit_counts = masks @ is_hit  # (2,)
+        sums = torch.stack([loss_sums, token_counts, hit_counts], dim=1)  # (2, 3)
         if losses.requires_grad:  # in training
             self.training_sums = self.training_sums.to(sums.device) + sums
         else:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from denoiser import (
+    NO_CLASS,
     NUM_CLASSES,
     PIXEL_RANGE,
     make_denoiser,
@@ -197,7 +198,7 @@ def join_noise(parts: Sequence[Noise]) -> Noise:
 
 def no_labels(count: int) -> torch.Tensor:
     """Labels `(B,)` that mean no class."""
-    return torch.full((count,), NUM_CLASSES)
+    return torch.full((count,), NO_CLASS)
 
 
 def label_tensor(labels: Sequence[int]) -> torch.Tensor:
@@ -209,8 +210,8 @@ def label_tensor(labels: Sequence[int]) -> torch.Tensor:
 
 
 def drop_labels(labels: Sequence[int], is_dropped: torch.Tensor) -> torch.Tensor:
-    """Labels `(B,)` for the denoiser. Dropped ones are `NUM_CLASSES`, which means no class."""
-    return label_tensor(labels).masked_fill(is_dropped, NUM_CLASSES)
+    """Labels `(B,)` for the denoiser, `NO_CLASS` in place of dropped ones."""
+    return label_tensor(labels).masked_fill(is_dropped, NO_CLASS)
 
 
 # Validation and result
@@ -240,7 +241,7 @@ def measure(run: Run[DiffusionOptions], denoise: Denoising, held_out: HeldOut) -
             labels = no_labels(len(batch.numbers))
         else:
             labels = label_tensor(batch.labels)
-        noise = join_noise([denoise.draw_noise(batch_generator(number), 1) for number in batch.numbers])
+        noise = noise_of_images(denoise, batch.numbers)
         velocities = denoise(batch.sample.to(accelerator.device), labels, noise)
         errors = F.mse_loss(velocities.predicted, velocities.expected, reduction="none")  # (B, C, h, w)
         losses = errors.mean((1, 2, 3))  # (B,)
@@ -253,12 +254,22 @@ def measure(run: Run[DiffusionOptions], denoise: Denoising, held_out: HeldOut) -
     return total_loss / total_images
 
 
+def noise_of_images(denoise: Denoising, numbers: Sequence[int]) -> Noise:
+    """Noise of held-out images, which depends only on their numbers."""
+    noise_of_each = []
+    for number in numbers:
+        generator_of_image = batch_generator(number)
+        noise_of_each.append(denoise.draw_noise(generator_of_image, count=1))
+    return join_noise(noise_of_each)
+
+
 def sample_call(options: DiffusionOptions, pipeline: DiTPipeline) -> dict[str, Any]:
     """Arguments of the pipeline's call for the images of a validation: each class in turn."""
     count = options.num_validation_images
     steps = options.num_inference_steps
     if options.label_column is None:
-        return {"class_labels": [NUM_CLASSES] * count, "guidance_scale": 1.0, "num_inference_steps": steps}
+        # Guidance needs a class, so a scale of 1 turns it off.
+        return {"class_labels": [NO_CLASS] * count, "guidance_scale": 1.0, "num_inference_steps": steps}
     num_classes = len(pipeline.config.id2label)  # 0 if the classes have no names
     labels = list(range(count))
     if num_classes:
@@ -284,16 +295,19 @@ def make_card(options: DiffusionOptions, result: Result, pipeline: DiTPipeline, 
     """Card of the pipeline."""
     side = options.resolution
     summary = f"Images of {side} x {side} pixels by diffusion in the latents of an SVQVAE."
-    names = list(pipeline.config.id2label.values())
-    if options.label_column is None:
-        labels = f"[{NUM_CLASSES}], guidance_scale=1.0"
-    elif names:
-        first_name = names[0].partition(",")[0].strip()
-        labels = f"pipeline.get_label_ids([{quote(first_name)}])"
-    else:
-        labels = "[0]"
-    call = f"class_labels={labels}, num_inference_steps={options.num_inference_steps}"
+    call = f"{class_arguments(options, pipeline)}, num_inference_steps={options.num_inference_steps}"
     return generator_card(options, result, pipeline, rows, summary, call)
+
+
+def class_arguments(options: DiffusionOptions, pipeline: DiTPipeline) -> str:
+    """Arguments of the pipeline's call for one image of the first class, as code for the card."""
+    if options.label_column is None:
+        return f"class_labels=[{NO_CLASS}], guidance_scale=1.0"
+    names = list(pipeline.config.id2label.values())
+    if not names:
+        return "class_labels=[0]"
+    first_name = names[0].partition(",")[0].strip()
+    return f"class_labels=pipeline.get_label_ids([{quote(first_name)}])"
 
 
 if __name__ == "__main__":

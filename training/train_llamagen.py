@@ -50,8 +50,10 @@ class LlamaGenOptions(LanguageRunOptions):
         has_pipeline = self.pipeline_name_or_path is not None
         if is_new == has_pipeline:
             yield "Pass one of `--pipeline_name_or_path` and `--model_config_name_or_path`."
-        if is_new and (self.vqvae_name_or_path is None or self.lora_rank):
-            yield "A new LlamaGen needs `--vqvae_name_or_path`, and `--lora_rank` must be left out."
+        if is_new and self.vqvae_name_or_path is None:
+            yield "A new LlamaGen needs `--vqvae_name_or_path`."
+        if is_new and self.lora_rank:
+            yield "`--lora_rank` must be left out for a new LlamaGen."
         if not is_new and (self.vqvae_name_or_path or self.text_encoder_name_or_path):
             yield "`--vqvae_name_or_path` and `--text_encoder_name_or_path` are for a new LlamaGen. Leave them out."
         if self.token_set is None:
@@ -208,11 +210,12 @@ def new_llamagen(options: LlamaGenOptions, token_set: TokenSource, text_encoder:
         "codebook_size": token_set.settings.codebook_size,
         "num_classes": token_set.num_classes,
         "grid_size": token_set.grids[-1][0],  # rows of the finest scale
-        "num_condition_tokens": 1,
-        "caption_dim": None,
         "codebook_fingerprint": token_set.settings.codebook_fingerprint,
     }
-    if text_encoder is not None:
+    if text_encoder is None:
+        settings_of_run["num_condition_tokens"] = 1  # the class
+        settings_of_run["caption_dim"] = None
+    else:
         if config.num_condition_tokens < 2:
             raise ValueError(
                 f"`num_condition_tokens` of `{config_source}` must be the number of tokens of a caption that the "
