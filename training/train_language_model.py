@@ -28,6 +28,7 @@ from svqvae_hf.loaders.causal_models import load_causal_model
 from svqvae_hf.loaders.folder_checks import check_files
 from svqvae_hf.loaders.saved_parts import record_parts
 from svqvae_hf.models.image_vocabulary import ImageVocabulary
+from svqvae_hf.pipelines.image_chats import REWRITES, ImageChats
 from svqvae_hf.token_sets.manifest import TokenSet
 from svqvae_hf.trainer.data.held_out import check_held_out_tokens
 from svqvae_hf.trainer.examples import ChatExamples, Mix, read_texts
@@ -45,12 +46,13 @@ class LanguageModelOptions(LanguageRunOptions):
     caption_fraction: float = option(0.5, "Fraction of chats from image to caption; the others go the other way.")
     text_files: list[str] = option([], "JSON Lines files: `text`, with <|image|> for each of `images`, rows of ids.")
     text_fraction: float = option(0.0, "Fraction of examples from the text files; the others are chats.")
+    rewrite_fraction: float = option(0.0, "Fraction of chats that rewrite captions; above 0, these come first.")
     packing: bool = option(True, "Pack each batch of chats into one sequence; --no_packing pads, for the CPU.")
 
     def faults(self) -> Iterator[str]:
         """Yields an error message for each fault, also in the options of chats and texts."""
         yield from super().faults()
-        yield from range_faults(self, FRACTION, "caption_fraction", "text_fraction")
+        yield from range_faults(self, FRACTION, "caption_fraction", "text_fraction", "rewrite_fraction")
         if self.model_name_or_path is None:
             yield "`--model_name_or_path` must be given. To train a LlamaGen, use training/train_llamagen.py."
         yield from self._source_faults()
@@ -76,6 +78,7 @@ class LanguageModelOptions(LanguageRunOptions):
             caption_fraction=self.caption_fraction,
             first_caption_fraction=self.first_caption_fraction,
             text_fraction=self.text_fraction,
+            rewrite_fraction=self.rewrite_fraction,
             seed=seed,
         )
 
@@ -89,6 +92,7 @@ def train(options: LanguageModelOptions, run: LanguageRun) -> None:
     """Trains a language model and saves it, or its LoRA adapter, in the output folder."""
     base = str(options.model_name_or_path)
     model, processor = load_language_model(options)
+    record_rewriting(model, processor, options)
     examples, held_out = open_examples(options, processor, model.config, run)
     vocabulary = processor.vocabulary
     code_tokens = range(vocabulary.first_token, vocabulary.begin)
@@ -124,6 +128,26 @@ def load_language_model(options: LanguageModelOptions) -> tuple[PreTrainedModel,
     # Names pipelines whose code lies in the model's repository. The result is saved without code.
     model.config.__dict__.pop("custom_pipelines", None)
     return model, processor
+
+
+def record_rewriting(model: PreTrainedModel, processor: SVQVAEProcessor, options: LanguageModelOptions) -> None:
+    """Records in the generation config whether the model writes a caption before each image.
+
+    Raises:
+        ValueError: An adapter is trained to do otherwise than its base, whose generation config it uses.
+    """
+    rewrites = options.rewrite_fraction > 0
+    base_rewrites = ImageChats(model, processor).rewrites
+    if rewrites == base_rewrites:
+        return
+    if options.lora_rank:
+        raise ValueError(
+            f"`--rewrite_fraction` must be {'above 0' if base_rewrites else '0'} for an adapter of "
+            f"`{options.model_name_or_path}`, got {options.rewrite_fraction:g}. Change it, or pass `--lora_rank 0`."
+        )
+    generation_config: Any = model.generation_config
+    stored = getattr(generation_config, "generation_kwargs", None) or {}
+    generation_config.generation_kwargs = {**stored, REWRITES: rewrites}
 
 
 def open_examples(

@@ -32,6 +32,8 @@ class Mix:
         caption_fraction (`float`): Fraction of chats that ask for the caption; the others ask for the image.
         first_caption_fraction (`float`): Fraction of images asked for by their first caption, not by any of them.
         text_fraction (`float`): Fraction of examples that are texts.
+        rewrite_fraction (`float`): Fraction of chats that rewrite captions into the first captions of their rows. If
+            it is not 0, answers with an image begin with the first caption.
         seed (`int`): Seed of the order and of all draws.
     """
 
@@ -39,7 +41,13 @@ class Mix:
     caption_fraction: float = 0.0
     first_caption_fraction: float = 1.0
     text_fraction: float = 0.0
+    rewrite_fraction: float = 0.0
     seed: int = 0
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether answers with an image begin with the first caption."""
+        return self.rewrite_fraction > 0
 
     def draw_caption(self, captions: Sequence[str], rng: np.random.Generator) -> str:
         """Draws one of the captions of an image. The first one is drawn at least as often as the fraction says."""
@@ -118,6 +126,7 @@ class ChatExamples(Dataset):
             check_same_codebook(self.processor.vqvae, self.settings)
             self.pairs = TokenSet(self.token_set).load()
             check_captions(self.pairs, self.caption_column)
+            self.caption_rows = self.pairs.select_columns([self.caption_column])
 
     def __len__(self) -> int:
         return len(self.pairs) if self.count is None else self.count
@@ -130,6 +139,9 @@ class ChatExamples(Dataset):
             return self.text_example(self.texts[text_number])
         row_number = row_at(index, len(self.pairs), self.mix.seed)
         row = self.pairs[row_number]
+        is_rewriting = self.mix.rewrites and rng.random() < self.mix.rewrite_fraction
+        if is_rewriting:
+            return self.rewriting_example(row, rng)
         return self.chat_example(self.conversation(row, rng))
 
     def text_example(self, row: dict[str, Any]) -> dict[str, list[int]]:
@@ -138,7 +150,7 @@ class ChatExamples(Dataset):
         return {"input_ids": tokens, "labels": list(tokens)}  # a copy, because transformers pads tokens in place
 
     def conversation(self, row: dict[str, Any], rng: np.random.Generator) -> list[dict[str, str]]:
-        """Messages that ask for an image or for its first caption."""
+        """Messages that ask for an image, or for its first caption."""
         image = self.image_text(row)
         captions = self.captions_of(row)
         drawn_caption = self.mix.draw_caption(captions, rng)
@@ -148,7 +160,34 @@ class ChatExamples(Dataset):
         is_dropped = rng.random() < self.mix.condition_dropout
         if is_dropped:
             return chat(question=self.processor.no_condition, answer=image)
-        return chat(question=drawn_caption, answer=image)
+        return chat(question=drawn_caption, answer=self.answer(row))
+
+    def answer(self, row: dict[str, Any]) -> str:
+        """What a model answers that is asked for the image of a row."""
+        image = self.image_text(row)
+        if self.mix.rewrites:
+            return self.captions_of(row)[0] + image
+        return image
+
+    def rewriting_example(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, list[int]]:
+        """A chat without images that asks for the first captions of random rows, about as long as the row's image.
+
+        The ends of the answers are not learned, because an image follows when the model draws.
+        """
+        num_codes = max(ids.numel() for ids in row_tokens(row, self.settings).ids)
+        conversation: list[dict[str, str]] = []
+        num_tokens = 0
+        while num_tokens < num_codes:
+            row_number = int(rng.integers(len(self.caption_rows)))
+            captions = self.captions_of(self.caption_rows[row_number])
+            turn = chat(question=self.mix.draw_caption(captions, rng), answer=captions[0])
+            conversation += turn
+            for message in turn:
+                num_tokens += len(tokenize(self.processor, message["content"]))
+        example = self.chat_example(conversation)
+        end = self.processor.tokenizer.eos_token_id
+        example["labels"] = [IGNORED if label == end else label for label in example["labels"]]
+        return example
 
     def image_text(self, row: dict[str, Any]) -> str:
         """Text of the finest tokens of an image."""
@@ -161,15 +200,17 @@ class ChatExamples(Dataset):
         return [captions] if isinstance(captions, str) else captions
 
     def chat_example(self, conversation: list[dict[str, str]]) -> dict[str, list[int]]:
-        """Tokens of a conversation. The answer is learned."""
+        """Tokens of a conversation. The answers are learned."""
         tokens = tokenize(self.processor, self.processor.apply_chat_template(conversation))
         if len(tokens) > self.context:
             raise ValueError(f"an image with its caption must fit in {self.context} tokens, but takes {len(tokens)}.")
-        labels = list(tokens)
-        question = self.processor.apply_chat_template(conversation[:1], add_generation_prompt=True)
-        question_tokens = tokenize(self.processor, question)
-        num_ignored = common_start(tokens, question_tokens)
-        labels[:num_ignored] = [IGNORED] * num_ignored
+        labels = [IGNORED] * len(tokens)
+        for number in range(1, len(conversation), 2):  # of each answer
+            question = self.processor.apply_chat_template(conversation[:number], add_generation_prompt=True)
+            with_answer = self.processor.apply_chat_template(conversation[: number + 1])
+            start = common_start(tokens, tokenize(self.processor, question))
+            stop = common_start(tokens, tokenize(self.processor, with_answer))
+            labels[start:stop] = tokens[start:stop]
         return {"input_ids": tokens, "labels": labels}
 
     def check_lengths(self) -> None:
@@ -191,7 +232,7 @@ class ChatExamples(Dataset):
                     self._check_caption(caption.row_number, caption.text)
 
     def _length_without_caption(self) -> int:
-        """About how many tokens a chat has besides its caption, with the largest image of the processor."""
+        """About how many tokens a chat has besides its captions, with the largest image of the processor."""
         # A chat of the first row, without its caption and the codes of its image
         row = self.pairs[0]
         caption = self.captions_of(row)[0]
@@ -217,8 +258,13 @@ class ChatExamples(Dataset):
             rows_of_captions += [row_number] * len(captions_of_row)
         tokens_of_captions = self.processor.tokenizer(captions).input_ids
         lengths = []
+        num_first_tokens: dict[int, int] = {}  # of the first caption of each row
         for row_number, caption, tokens in zip(rows_of_captions, captions, tokens_of_captions, strict=True):
-            lengths.append(CaptionLength(row_number, caption, len(tokens)))
+            num_tokens = len(tokens)
+            num_first_tokens.setdefault(row_number, num_tokens)
+            if self.mix.rewrites:
+                num_tokens += num_first_tokens[row_number]
+            lengths.append(CaptionLength(row_number, caption, num_tokens))
         return lengths
 
     def _check_caption(self, row_number: int, caption: str) -> None:
@@ -226,7 +272,7 @@ class ChatExamples(Dataset):
         row = self.pairs[row_number]
         image = self.image_text(row)
         try:
-            self.chat_example(chat(caption, image))
+            self.chat_example(chat(caption, self.answer(row)))
             self.chat_example(chat(image, caption))
         except ValueError as error:
             raise ValueError(
@@ -237,7 +283,10 @@ class ChatExamples(Dataset):
 
 @dataclass(frozen=True)
 class CaptionLength:
-    """A caption, the number of its row, and its number of tokens without a chat."""
+    """A caption, the number of its row, and its number of tokens without a chat.
+
+    If the model rewrites captions, the tokens of the row's first caption are counted as well.
+    """
 
     row_number: int
     text: str

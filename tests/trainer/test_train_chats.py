@@ -505,3 +505,30 @@ def test_wrong_options_are_explained(train, changes, message, tmp_path):
         changes = {"model_name_or_path": str(tmp_path / source)}
     with pytest.raises(ValueError, match=message):
         train("wrong", **changes)
+
+
+def test_rewriting_chats_ask_for_first_captions_and_images_follow_them(tokens):
+    chats = examples(tokens, rewrite_fraction=0.5, first_caption_fraction=0.0)
+    chats.caption_rows = [{"caption": ["a pear", "one pear"]}, {"caption": ["a cat", "my cat"]}]
+    processor = load_extended("qwen")[1]
+    end = processor.tokenizer.eos_token_id
+    num_rewriting = 0
+    for index in range(60):
+        example = chats[index]
+        text = processor.decode(example["input_ids"])
+        answers = processor.decode([label for label in example["labels"] if label != IGNORED])
+        is_rewriting = "<|image_begin|>" not in text
+        num_rewriting += is_rewriting
+        if is_rewriting:
+            turns = text.count("<|im_start|>assistant")
+            assert turns > 1
+            assert answers.count("a pear") + answers.count("a cat") == turns
+            assert "one" not in answers
+            assert "my" not in answers
+            assert end not in example["labels"]
+            assert 16 <= len(example["input_ids"]) <= 512
+        else:
+            caption = answers.partition("<|image_begin|>")[0]
+            assert caption in CAPTIONS
+            assert example["labels"][-2] == end
+    assert num_rewriting == pytest.approx(30, abs=12)
