@@ -8,11 +8,32 @@ from uuid import uuid4
 
 import httpx
 import torch
+from transformers import GenerationConfig
 
 from svqvae_hf import SVQVAEProcessor
 from svqvae_hf.pipelines.captions import keep_known_words
+from svqvae_hf.pipelines.image_chats import MAX_REWRITTEN_TOKENS, REWRITES
 
 TRIES = 8
+
+
+def rewrite(server: str, model: str, processor: SVQVAEProcessor, caption: str) -> str:
+    """What the model writes before a picture: a caption if it rewrites captions, otherwise nothing."""
+    generation_kwargs = getattr(GenerationConfig.from_pretrained(model), "generation_kwargs", {})
+    if not generation_kwargs.get(REWRITES, False):
+        return ""
+    vocabulary = processor.vocabulary
+    prompt = processor.apply_chat_template([{"role": "user", "content": caption}], add_generation_prompt=True)
+    request = {
+        "model": model,
+        "prompt": processor(text=[prompt])["input_ids"],
+        "temperature": 0,
+        "max_tokens": MAX_REWRITTEN_TOKENS,
+        "allowed_token_ids": [*range(vocabulary.first_token), vocabulary.begin],
+        "stop_token_ids": [vocabulary.begin],
+    }
+    answer = httpx.post(f"{server}/v1/completions", json=request, timeout=600)
+    return answer.raise_for_status().json()["choices"][0]["text"].strip()
 
 
 def draw(server: str, model: str, caption: str, scale: float = 1.5, **sampling: float) -> torch.Tensor:
@@ -22,10 +43,13 @@ def draw(server: str, model: str, caption: str, scale: float = 1.5, **sampling: 
     vocabulary = processor.vocabulary
     grid = vocabulary.grids[0]
     rows, columns = grid
-    begun_answer = {"role": "assistant", "content": processor.begin_image(grid)}
+    begin_image = processor.begin_image(grid)
+    written = rewrite(server, model, processor, caption)
+    guided_chat = (caption, written + begin_image)
+    partner_chat = (processor.no_condition, begin_image)
     prompts = []
-    for text in (processor.no_condition, caption, processor.no_condition):  # the first wakes the server for the pair
-        chat = [{"role": "user", "content": text}, begun_answer]
+    for question, begun_answer in (partner_chat, guided_chat, partner_chat):  # the first wakes the server for the pair
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": begun_answer}]
         prompts.append(processor.apply_chat_template(chat, continue_final_message=True))
     request = {
         "model": model,

@@ -101,6 +101,7 @@ def _generate(args: argparse.Namespace, work: Run[str], conditions: Mapping[str,
     _check_options(pipeline, args)
     _warn_of_unknown_words(pipeline, args.prompt or [])
     _warn_of_undrawable_things(pipeline, args.prompt or [])
+    _tell_rewritten_prompts(pipeline, args.prompt or [])
     sampling = _sampling_options(args)
     seeds = {stem: args.seed + number for number, stem in enumerate(work.targets)}
     for stems in _batches(work.files(), args.batch_size):
@@ -168,6 +169,15 @@ def _warn_of_undrawable_things(pipeline: Any, prompts: list[str]) -> None:
     things = pipeline.undrawable(prompts)
     if things:
         print(f"svqvae: {say_undrawable(things)}", file=sys.stderr)
+
+
+def _tell_rewritten_prompts(pipeline: Any, prompts: list[str]) -> None:
+    """Says on stderr which caption a language model draws for each prompt that it rewrites."""
+    if not hasattr(pipeline, "rewrite"):
+        return
+    for prompt, caption in zip(prompts, pipeline.rewrite(prompts), strict=True):
+        if caption != prompt:
+            print(f"svqvae: {prompt!r} is drawn as {caption!r}", file=sys.stderr)
 
 
 def _check_options(pipeline: Any, args: argparse.Namespace) -> None:

@@ -125,19 +125,26 @@ class PageGenerator(ABC):
         seed = int(request.seed or 0)
         facts.append(f"seed {seed}")
         if self.reads_prompts:
-            facts += self._prompt_warnings(request.prompt)
+            facts += self._prompt_notes(request.prompt)
         return html.escape(", ".join(facts))
 
-    def _prompt_warnings(self, prompt: str) -> list[str]:
-        """Sentences about words that the generator does not know, and things that it cannot draw."""
-        warnings = []
+    def rewritten(self, prompt: str) -> str:
+        """What the generator draws for a prompt: the prompt, or the caption into which a model rewrites it."""
+        return prompt
+
+    def _prompt_notes(self, prompt: str) -> list[str]:
+        """What is drawn if it is not the prompt; words that the generator does not know; things it cannot draw."""
+        notes = []
+        rewritten = self.rewritten(prompt)
+        if rewritten != prompt:
+            notes.append(f"drawn as “{rewritten}”")
         words = self.words_left_out(prompt)
         if words:
-            warnings.append(say_unknown(words))
+            notes.append(say_unknown(words))
         things = self.things_undrawable(prompt)
         if things:
-            warnings.append(say_undrawable(things))
-        return warnings
+            notes.append(say_undrawable(things))
+        return notes
 
 
 class PipelineGenerator(PageGenerator):
@@ -228,6 +235,12 @@ class LanguageModelGenerator(PageGenerator):
     def things_undrawable(self, prompt: str) -> list[str]:
         """Words of a prompt for things that the model cannot draw, if its `known_objects` tell."""
         return self.model.undrawable([prompt])
+
+    def rewritten(self, prompt: str) -> str:
+        """What the model draws for a prompt."""
+        if not prompt:
+            return prompt
+        return self.model.rewrite([prompt])[0]
 
     def draw(self, request: Request, callback: Callable[..., None]) -> Image.Image:
         """Draws an image of a prompt, or of none."""

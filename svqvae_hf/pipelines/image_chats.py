@@ -23,6 +23,8 @@ from .sampling import Generators, check_generators, check_sampling, guide, sampl
 ANSWER = "<|answer|>"  # stands for an answer in a template
 PIXEL_DIMENSIONS = (2, 3)  # of the pixels of one image, without and with channels
 DEFAULT_SAMPLING = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+REWRITES = "rewrite_captions"  # key in the `generation_kwargs` of the generation config
+MAX_REWRITTEN_TOKENS = 64  # of a caption that the model rewrites
 LIGHTEST_BLACK = 127  # greys of a mask up to this value count as black, because masks in JPEG files have noise
 
 
@@ -60,11 +62,7 @@ class ImageChats:
 
         `generation_kwargs` in `generation_config.json` may have others, as in Janus. They do not change texts.
         """
-        stored = getattr(self.language_model.generation_config, "generation_kwargs", None)
-        if stored is None:
-            return dict(DEFAULT_SAMPLING)
-        if not isinstance(stored, Mapping):
-            raise ValueError(f"`generation_kwargs` of the generation config must be an object, got {stored!r:.80}.")
+        stored = self._generation_kwargs
         sampling = {}
         for name, default in DEFAULT_SAMPLING.items():
             value = stored.get(name, default)
@@ -72,6 +70,27 @@ class ImageChats:
                 raise ValueError(f"`{name}` in the generation config must be a number, got {value!r:.80}.")
             sampling[name] = value
         return sampling
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the model writes what it is going to draw before each image, see `rewrite`.
+
+        `rewrite_captions` in `generation_kwargs` of `generation_config.json` says so.
+        """
+        value = self._generation_kwargs.get(REWRITES, False)
+        if not isinstance(value, bool):
+            raise ValueError(f"`{REWRITES}` in the generation config must be true or false, got {value!r:.80}.")
+        return value
+
+    @property
+    def _generation_kwargs(self) -> Mapping[str, Any]:
+        """How the model generates images, in the generation config; empty if it does not say so."""
+        stored = getattr(self.language_model.generation_config, "generation_kwargs", None)
+        if stored is None:
+            return {}
+        if not isinstance(stored, Mapping):
+            raise ValueError(f"`generation_kwargs` of the generation config must be an object, got {stored!r:.80}.")
+        return stored
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the language model and the image tokenizer."""
@@ -93,6 +112,40 @@ class ImageChats:
         return things
 
     @torch.inference_mode()
+    def rewrite(self, prompts: Sequence[str]) -> list[str]:
+        """Rewrites prompts, by greedy decoding, into the captions that the model draws.
+
+        A model that was trained with `--rewrite_fraction` reads any wording, and writes the first caption of a row
+        with this meaning. `draw` starts its answer with this caption.
+
+        Args:
+            prompts (`Sequence[str]`): Prompts.
+
+        Returns:
+            `list[str]`: A caption for each prompt: the prompt itself if the model does not rewrite.
+        """
+        if not self.rewrites or not prompts:
+            return list(prompts)
+        inputs = self._ask(list(prompts))
+        begin = self.processor.vocabulary.begin
+        vocabulary_size = self.language_model.config.get_text_config().vocab_size
+        image_tokens = range(self.processor.vocabulary.first_token, vocabulary_size)
+        tokens = self.language_model.generate(
+            **inputs,
+            max_new_tokens=MAX_REWRITTEN_TOKENS,
+            do_sample=False,
+            suppress_tokens=[token for token in image_tokens if token != begin],
+            eos_token_id=[begin, self.tokenizer.eos_token_id],
+        )  # (prompts, prompt and answer)
+        prompt_length = inputs["input_ids"].shape[1]
+        captions = []
+        for answer in tokens[:, prompt_length:].tolist():
+            if begin in answer:
+                answer = answer[: answer.index(begin)]
+            captions.append(self.tokenizer.decode(answer, skip_special_tokens=True).strip())
+        return captions
+
+    @torch.inference_mode()
     def draw(
         self,
         prompts: str | Sequence[str | None] | None,
@@ -111,7 +164,8 @@ class ImageChats:
         Args:
             prompts (`str` or `Sequence[str]`): A caption, or one per image; None for an image without one. Words and
                 symbols that a tokenizer of whole words lacks are left out, with a warning. Another warning names
-                things that the model cannot draw, if its `known_objects` tell.
+                things that the model cannot draw, if its `known_objects` tell. A model that rewrites captions draws
+                what `rewrite` returns.
             grid (`tuple[int, int]`, *optional*): Rows and columns of codes, by default the first of the model.
             guidance_scale (`float`, *optional*): Scale of classifier-free guidance. The defaults of this and of the
                 next three arguments are in `sampling`.
@@ -141,12 +195,15 @@ class ImageChats:
         if things:
             warnings.warn(say_undrawable(things), stacklevel=2)
         questions = self._questions(texts)
+        begin_image = self.processor.begin_image(grid)
+        starts_of_answers = [caption + begin_image for caption in self._captions_to_draw(texts)]
         guidance_scale = sampling.pop("guidance_scale")
         has_caption = any(text is not None for text in texts)
         guidance = None
         if guidance_scale != 1 and has_caption:
             # All questions again without their captions, as the sampler expects them for guidance.
             questions += [self.processor.no_condition] * len(texts)
+            starts_of_answers += [begin_image] * len(texts)
             guidance = partial(guide, guidance_scale=guidance_scale)
         ids_to_keep = None
         if image is not None or mask_image is not None:
@@ -154,7 +211,7 @@ class ImageChats:
         vocabulary = self.processor.vocabulary
         sampler = IdSampler(
             self.language_model,
-            self._ask(questions, self.processor.begin_image(grid)),
+            self._ask(questions, starts_of_answers),
             grid,
             codes=range(vocabulary.first_token, vocabulary.begin),
             sample=partial(sample, **sampling, generator=generator),
@@ -217,6 +274,17 @@ class ImageChats:
                 questions.append(next(known_captions))
         return questions
 
+    def _captions_to_draw(self, texts: Sequence[str | None]) -> list[str]:
+        """What the model writes before each image: the rewritten prompt, if it rewrites and there is a prompt."""
+        if not self.rewrites:
+            return [""] * len(texts)
+        prompts = [text for text in texts if text is not None]
+        rewritten = iter(self.rewrite(prompts))
+        captions = []
+        for text in texts:
+            captions.append("" if text is None else next(rewritten))
+        return captions
+
     def _ids_to_keep(
         self, images: Sequence[Image.Image], masks: Sequence[Image.Image], grid: tuple[int, int], count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,11 +317,15 @@ class ImageChats:
         has_white = F.adaptive_max_pool2d(is_white[None].float(), grid)[0]  # (rows, columns)
         return has_white == 0
 
-    def _ask(self, questions: list[str], start_of_answer: str = "", images: Any = None) -> BatchFeature:
-        """Arguments of the language model for questions, padded on the left, up to the start of the answer.
+    def _ask(
+        self, questions: list[str], starts_of_answers: Sequence[str] | None = None, images: Any = None
+    ) -> BatchFeature:
+        """Arguments of the language model for questions, padded on the left, up to the starts of their answers.
 
         `images` are the images of each question, in lists.
         """
+        if starts_of_answers is None:
+            starts_of_answers = [""] * len(questions)
         # Some templates write more before an answer than at the end of a chat without one. So the chats get an answer,
         # and the prompts end before it.
         conversations = []
@@ -262,7 +334,7 @@ class ImageChats:
             assistant = {"role": "assistant", "content": ANSWER}
             conversations.append([user, assistant])
         prompts = []
-        for chat in self._apply_template(conversations):
+        for chat, start_of_answer in zip(self._apply_template(conversations), starts_of_answers, strict=True):
             before_answer, _, _ = chat.rpartition(ANSWER)
             prompt = before_answer + start_of_answer
             prompts.append(prompt.rstrip(" "))  # tokenizers join a space with the word after it

@@ -11,6 +11,7 @@ from tiny_language_models import CHAT_ML, FAMILIES, load_extended
 from svqvae_hf.language.grammar import ImageGrammar
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.models.image_vocabulary import ImageVocabulary
+from svqvae_hf.pipelines.image_chats import MAX_REWRITTEN_TOKENS
 
 
 def pixels(images):
@@ -76,11 +77,55 @@ def test_answers_begin_as_in_training(monkeypatch):
     model, processor = load_extended("qwen")
     thinks = "{% if message.role == 'assistant' %}<think>\n{% endif %}{{ message.content }}"  # as Qwen3's template
     monkeypatch.setattr(processor, "chat_template", CHAT_ML.replace("{{ message.content }}", thinks))
-    asked = ImageLanguageModel(model, processor)._ask(["a cat"], start_of_answer=processor.begin_image((2, 2)))
+    asked = ImageLanguageModel(model, processor)._ask(["a cat"], [processor.begin_image((2, 2))])
     chat = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": processor.begin_image((2, 2))}]
     trained = processor.tokenizer(processor.apply_chat_template(chat)).input_ids
     assert asked["input_ids"][0].tolist() == trained[: asked["input_ids"].shape[1]]
     assert "<think>" in processor.decode(asked["input_ids"][0])
+
+
+def test_a_model_that_rewrites_draws_what_it_writes(monkeypatch):
+    model, processor = load_extended("qwen")
+    pipe = ImageLanguageModel(model, processor)
+    assert not pipe.rewrites
+    assert pipe.rewrite(["my kitty"]) == ["my kitty"]
+    monkeypatch.setattr(model.generation_config, "generation_kwargs", {"rewrite_captions": True}, raising=False)
+    prompts = ["my kitty", "a red key"]
+    answers = pipe.rewrite(prompts)
+    alone = [pipe.rewrite([prompt])[0] for prompt in prompts]
+    assert answers == alone
+    vocabulary = processor.vocabulary
+    question = processor.apply_chat_template([{"role": "user", "content": "my kitty"}], add_generation_prompt=True)
+    tokens = processor(text=question, return_tensors="pt")["input_ids"]
+    num_question_tokens = tokens.shape[1]
+    for _ in range(MAX_REWRITTEN_TOKENS):  # the likeliest words, one by one
+        logits = model(input_ids=tokens).logits[0, -1]
+        is_word = torch.arange(len(logits)) < vocabulary.first_token
+        is_word[vocabulary.begin] = True
+        token = logits.masked_fill(~is_word, -torch.inf).argmax()
+        if token in (vocabulary.begin, processor.tokenizer.eos_token_id):
+            break
+        tokens = torch.cat([tokens, token.view(1, 1)], dim=1)
+    assert answers[0] == processor.decode(tokens[0, num_question_tokens:], skip_special_tokens=True).strip()
+    drawn = pipe.draw([*prompts, None], (2, 3), guidance_scale=2.0, temperature=0)
+    monkeypatch.setattr(pipe, "rewrite", lambda _: ["a cat", "a key"])
+    others = pipe.draw([*prompts, None], (2, 3), guidance_scale=2.0, temperature=0)
+    assert pixels(drawn)[:2] != pixels(others)[:2]
+    assert pixels(drawn)[2:] == pixels(others)[2:]
+    text = processor.apply_chat_template(
+        [
+            {"role": "user", "content": "my kitty"},
+            {"role": "assistant", "content": "a cat" + processor.begin_image((2, 3))},
+        ],
+        continue_final_message=True,
+    )
+    inputs = processor(text=text, return_tensors="pt")
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=7, logits_processor=[ImageGrammar(model.config)])
+    (expected,) = processor.post_process_multimodal_output(tokens, generation_mode="image")
+    assert pixels(expected) == pixels(pipe.draw("my kitty", (2, 3), guidance_scale=1.0, temperature=0))
+    monkeypatch.setattr(model.generation_config, "generation_kwargs", {"rewrite_captions": "yes"})
+    with pytest.raises(ValueError, match="`rewrite_captions` in the generation config must be true or false"):
+        pipe.draw("a cat")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # that peft reads
