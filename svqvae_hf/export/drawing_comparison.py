@@ -13,7 +13,7 @@ from svqvae_hf.export.comparison import ADVICE, largest_difference
 from svqvae_hf.export.drawing_graph import cache_shape
 from svqvae_hf.export.onnx_graphs import Graph
 from svqvae_hf.export.prompts import prompt_template
-from svqvae_hf.pipelines.image_chats import ImageChats
+from svqvae_hf.pipelines.image_chats import MAX_REWRITTEN_TOKENS, ImageChats
 
 RowGraph = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
 
@@ -40,12 +40,14 @@ def compare_drawings(model: ImageChats, draw_row: RowGraph, decode: Graph, capti
         `str`: How many ids differ, and by how much pixels do.
 
     Raises:
-        ValueError: If more than `MAX_CHANGED` of all ids differ, or pixels do.
+        ValueError: If more than `MAX_CHANGED` of all ids differ, or pixels do, or a rewritten caption does.
     """
     num_changed = 0
     num_ids = 0
     largest = 0.0  # difference of a pixel
     for caption in captions:
+        if model.rewrites and caption is not None:
+            compare_rewriting(model, draw_row, caption)
         expected_ids = likeliest_ids(model, caption)
         ids = ids_of_rows(model, draw_row, caption, expected_ids)
         num_changed += int((ids != expected_ids).sum())
@@ -60,6 +62,27 @@ def compare_drawings(model: ImageChats, draw_row: RowGraph, decode: Graph, capti
         f"{num_changed} of {num_ids:,} ids of {len(captions)} drawings differ from the model's; pixels differ by at "
         f"most {largest * 255:.2g}/255"
     )
+
+
+def compare_rewriting(model: ImageChats, draw_row: RowGraph, caption: str) -> None:
+    """Raises ValueError unless a graph writes the same tokens before an image as the model."""
+    template = prompt_template(model, model.processor.vocabulary.grids[0])
+    (expected,) = model.rewrite([caption])
+    written: list[int] = []
+    prompt = template.question_tokens(model.tokenizer, caption)
+    end_of_text = (model.processor.vocabulary.begin, model.tokenizer.eos_token_id)
+    while len(written) < MAX_REWRITTEN_TOKENS:
+        inputs = _greedy_inputs(model, [prompt + written] * 2, num_pads=[0, 0], steps=1)
+        token = draw_row(inputs)[-1].item()
+        if token in end_of_text:
+            break
+        written.append(token)
+    text = model.tokenizer.decode(written, skip_special_tokens=True).strip()
+    if text != expected:
+        raise ValueError(
+            f"the drawing graph: it must rewrite {caption!r} as the model does, {expected!r}, but writes {text!r}. "
+            f"{ADVICE}"
+        )
 
 
 def likeliest_ids(model: ImageChats, caption: str | None) -> torch.Tensor:
@@ -79,24 +102,31 @@ def ids_of_rows(model: ImageChats, draw_row: RowGraph, caption: str | None, draw
     rows, columns = drawn.shape
     vocabulary = model.processor.vocabulary
     prompts = _padded_prompts(model, caption, (rows, columns))
-    past_shape = cache_shape(model.language_model, num_tokens=0)
     ids_of_graph = []
     for row in range(rows):
         ids_above = drawn[:row].flatten()
         tokens_above = (ids_above + vocabulary.first_token).tolist()
         tokens = [prompt + tokens_above for prompt in prompts.tokens]
-        inputs: dict[str, np.ndarray] = {
-            "tokens": np.array(tokens, np.int64),
-            "pads": np.array(prompts.num_pads, np.int64),
-            "past": np.zeros(past_shape, np.float32),
-            "guidance": np.array(model.sampling["guidance_scale"], np.float32),
-            "temperature": np.array(0, np.float32),
-            "top_k": np.array([vocabulary.codebook_size], np.int64),
-            "noise": np.zeros((columns, vocabulary.codebook_size), np.float32),
-        }
-        ids = draw_row(inputs)[-1]  # the last output of the graph, (columns, 1)
+        inputs = _greedy_inputs(model, tokens, prompts.num_pads, steps=columns)
+        _, _, ids, _ = draw_row(inputs)  # ids (columns, 1)
         ids_of_graph.append(torch.from_numpy(ids[:, 0]))
     return torch.stack(ids_of_graph)
+
+
+def _greedy_inputs(
+    model: ImageChats, tokens: Sequence[Sequence[int]], num_pads: Sequence[int], steps: int
+) -> dict[str, np.ndarray]:
+    """Inputs of the graph for the likeliest ids of some steps, after tokens `(2, length)`."""
+    num_codes = model.processor.vocabulary.codebook_size
+    return {
+        "tokens": np.array(tokens, np.int64),
+        "pads": np.array(num_pads, np.int64),
+        "past": np.zeros(cache_shape(model.language_model, num_tokens=0), np.float32),
+        "guidance": np.array(model.sampling["guidance_scale"], np.float32),
+        "temperature": np.array(0, np.float32),
+        "top_k": np.array([num_codes], np.int64),
+        "noise": np.zeros((steps, num_codes), np.float32),
+    }
 
 
 @dataclass(frozen=True)
@@ -116,7 +146,10 @@ def _padded_prompts(model: ImageChats, caption: str | None, grid: tuple[int, int
     """Prompts for an image with this grid: with the caption, if any, and then without it."""
     no_condition = model.processor.no_condition
     template = prompt_template(model, grid)
-    conditional = template.tokens(model.tokenizer, no_condition if caption is None else caption)
+    conditional = template.tokens(model.tokenizer, no_condition)
+    if caption is not None:
+        written = model.rewrite([caption])[0] if model.rewrites else ""
+        conditional = template.tokens(model.tokenizer, caption, written)
     unconditional = template.tokens(model.tokenizer, no_condition)
     length = max(len(conditional), len(unconditional))
     padded_prompts = []

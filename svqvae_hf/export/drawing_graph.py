@@ -25,7 +25,7 @@ TRACED_PADS = [0, 1]
 TRACED_PAST = 3  # tokens before
 TRACED_GUIDANCE = 1.5
 STEP_INPUTS = ["step_tokens", "pads", "step_past", "guidance"]
-STEP_OUTPUTS = ["logits", "step_present"]
+STEP_OUTPUTS = ["logits", "text_token", "step_present"]
 INTEGER = TensorProto.INT64
 REAL = TensorProto.FLOAT
 BOOLEAN = TensorProto.BOOL
@@ -68,10 +68,13 @@ class DrawingStep(nn.Module):
         self.language_model = language_model
         self.first_token = vocabulary.first_token
         self.end_of_codes = vocabulary.begin
+        # Nothing but text and the begin of an image is written before an image.
+        self.is_written = torch.arange(language_model.config.get_text_config().vocab_size) < vocabulary.first_token
+        self.is_written[vocabulary.begin] = True
 
     def forward(
         self, tokens: torch.Tensor, pads: torch.Tensor, past: torch.Tensor, guidance: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Runs the language model on new tokens.
 
         Args:
@@ -82,7 +85,8 @@ class DrawingStep(nn.Module):
             guidance (`torch.Tensor` of shape `()`): Guidance scale.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Guided logits `(1, codes)`, and `past` with the new tokens.
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Guided logits `(1, codes)`; the likeliest token `(1,)`
+            after the first row that is text or begins an image; and `past` with the new tokens.
         """
         length = tokens.shape[1]
         past_length = past.shape[4]
@@ -99,12 +103,15 @@ class DrawingStep(nn.Module):
             use_cache=True,
             logits_to_keep=1,
         )
-        logits = output.logits[:, -1, self.first_token : self.end_of_codes]  # (2, codes)
+        logits_of_tokens = output.logits[:, -1]  # (2, tokens)
+        lowest = torch.finfo(torch.float32).min
+        text_token = torch.where(self.is_written, logits_of_tokens[:1], lowest).argmax(-1)  # (1,)
+        logits = logits_of_tokens[:, self.first_token : self.end_of_codes]  # (2, codes)
         conditional = logits[:1]
         unconditional = logits[1:]
         guided = unconditional + guidance * (conditional - unconditional)
         present = [torch.stack([layer.keys, layer.values]) for layer in output.past_key_values.layers]
-        return guided, torch.stack(present)
+        return guided, text_token, torch.stack(present)
 
 
 def attention_bias(new_places: torch.Tensor, all_places: torch.Tensor, pads: torch.Tensor) -> torch.Tensor:
@@ -126,7 +133,7 @@ def attention_bias(new_places: torch.Tensor, all_places: torch.Tensor, pads: tor
 
 
 def drawing_graph(language_model: PreTrainedModel, vocabulary: ImageVocabulary) -> onnx.ModelProto:
-    """Converts a language model to a graph that draws a row of ids.
+    """Converts a language model to a graph that draws a row of ids, or writes a token of text.
 
     Args:
         language_model ([`~transformers.PreTrainedModel`]): Causal language model in float32 on the CPU.
@@ -149,6 +156,7 @@ def drawing_graph(language_model: PreTrainedModel, vocabulary: ImageVocabulary) 
         | `next_tokens` | `(2, 1)` | tokens of the last id |
         | `next_past` | as `past` | keys and values |
         | `ids` | `(steps, 1)` | ids of the row |
+        | `text_tokens` | `(steps, 1)` | likeliest text after the tokens of the first row, in place of each id |
     """
     cache = cache_shape(language_model)
     step = to_onnx(trace_step(language_model, vocabulary), STEP_INPUTS, STEP_OUTPUTS)
@@ -156,7 +164,9 @@ def drawing_graph(language_model: PreTrainedModel, vocabulary: ImageVocabulary) 
     nodes = [
         helper.make_node("Shape", ["noise"], ["noise_length"], start=0, end=1),
         helper.make_node("Squeeze", ["noise_length", "first_axis"], ["steps"]),
-        helper.make_node("Loop", ["steps", "", "tokens", "past"], ["next_tokens", "next_past", "ids"], body=body),
+        helper.make_node(
+            "Loop", ["steps", "", "tokens", "past"], ["next_tokens", "next_past", "ids", "text_tokens"], body=body
+        ),
     ]
     inputs = [
         helper.make_tensor_value_info("tokens", INTEGER, [ROWS, "length"]),
@@ -171,6 +181,7 @@ def drawing_graph(language_model: PreTrainedModel, vocabulary: ImageVocabulary) 
         helper.make_tensor_value_info("next_tokens", INTEGER, [ROWS, "one"]),
         helper.make_tensor_value_info("next_past", REAL, cache),
         helper.make_tensor_value_info("ids", INTEGER, ["steps", 1]),
+        helper.make_tensor_value_info("text_tokens", INTEGER, ["steps", 1]),
     ]
     constants = [
         helper.make_tensor("first_axis", INTEGER, [1], [0]),
@@ -197,6 +208,7 @@ def loop_body(step: onnx.GraphProto, cache: list[Any]) -> onnx.GraphProto:
         helper.make_tensor_value_info("id_tokens", INTEGER, [ROWS, 1]),
         helper.make_tensor_value_info("step_present", REAL, cache),
         helper.make_tensor_value_info("id", INTEGER, [1]),
+        helper.make_tensor_value_info("text_token", INTEGER, [1]),
     ]
     nodes = list(step.node) + list(sampling.node)
     return helper.make_graph(nodes, "step", inputs, outputs)

@@ -14,16 +14,23 @@ class PromptTemplate:
 
     Args:
         before (`str`): Text before the caption.
-        after (`str`): Text after it.
+        after (`str`): Text after it, before the answer.
+        begin_image (`str`): Text between what the answer writes and the first code.
         add_special_tokens (`bool`): Whether the tokenizer adds special tokens, which the text itself does not have.
     """
 
     before: str
     after: str
+    begin_image: str
     add_special_tokens: bool
 
-    def tokens(self, tokenizer: Any, caption: str) -> list[int]:
-        """Tokens of the prompt with a caption."""
+    def tokens(self, tokenizer: Any, caption: str, written: str = "") -> list[int]:
+        """Tokens of the prompt with a caption, and with what the model writes before the image."""
+        text = self.before + caption + self.after + written + self.begin_image
+        return tokenizer(text, add_special_tokens=self.add_special_tokens).input_ids
+
+    def question_tokens(self, tokenizer: Any, caption: str) -> list[int]:
+        """Tokens of the prompt with a caption, up to the answer."""
         text = self.before + caption + self.after
         return tokenizer(text, add_special_tokens=self.add_special_tokens).input_ids
 
@@ -41,9 +48,9 @@ def prompt_template(model: ImageChats, grid: tuple[int, int]) -> PromptTemplate:
     before_caption, _, after_caption = before_answer.partition(CAPTION)
     bos = model.tokenizer.bos_token
     has_special_tokens = bool(bos) and before_caption.startswith(bos)
-    begin_image = model.processor.begin_image(grid)
     return PromptTemplate(
         before=before_caption,
-        after=after_caption + begin_image,
+        after=after_caption,
+        begin_image=model.processor.begin_image(grid),
         add_special_tokens=not has_special_tokens,
     )

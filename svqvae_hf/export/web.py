@@ -26,6 +26,7 @@ from svqvae_hf.export.web_runtime import extract_runtime, runtime_archives, toke
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.models.image_vocabulary import ImageVocabulary
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.pipelines.image_chats import MAX_REWRITTEN_TOKENS
 from svqvae_hf.pipelines.known_objects_file import write_known_objects
 from svqvae_hf.tokens.image_tokens import image_tokens
 
@@ -205,6 +206,11 @@ def drawing_settings(drawing: DrawingModel) -> dict[str, Any]:
         "top_k": sampling["top_k"] or vocabulary.codebook_size,
         "before": template.before,
         "after": template.after,
+        "begin_image": template.begin_image,
+        "rewrites": model.rewrites,
+        "max_rewritten_tokens": MAX_REWRITTEN_TOKENS,
+        "begin_token": vocabulary.begin,
+        "end_token": model.tokenizer.eos_token_id,
         "add_special_tokens": template.add_special_tokens,
         "no_condition": model.processor.no_condition,
         "unknown_token": model.tokenizer.unk_token_id,

@@ -51,8 +51,9 @@ def test_prompts_are_those_of_draw(language_model):
     template = prompts.prompt_template(language_model, (12, 12))
     begin_image = language_model.processor.begin_image((12, 12))
     for caption in ("a tiny fox", "please draw two airplanes!"):
-        expected = language_model._ask([caption], begin_image)["input_ids"][0].tolist()
-        assert template.tokens(language_model.tokenizer, caption) == expected
+        for written in ("", "a small fox on white"):
+            expected = language_model._ask([caption], [written + begin_image])["input_ids"][0].tolist()
+            assert template.tokens(language_model.tokenizer, caption, written) == expected
 
 
 @pytest.mark.slow
@@ -69,10 +70,22 @@ def test_graph_draws_the_ids_of_language_models_of_other_kinds(family, tmp_path)
     assert checked.startswith("0 of ")
 
     def draw_other_ids(inputs):
-        return [ids ^ 1 for ids in draw_row(inputs)[-1:]]
+        *others, ids, text_tokens = draw_row(inputs)
+        return [*others, ids ^ 1, text_tokens]
 
     with pytest.raises(ValueError, match=r"the drawing graph: at most 1 in 100 ids may differ from the model's, but"):
         drawing_comparison.compare_drawings(model, draw_other_ids, model.vqvae.decode_tokens, captions)
+
+    model.language_model.generation_config.generation_kwargs = {"rewrite_captions": True}
+    checked = drawing_comparison.compare_drawings(model, draw_row, model.vqvae.decode_tokens, captions)
+    assert checked.startswith("0 of ")
+
+    def write_other_text(inputs):
+        *others, text_tokens = draw_row(inputs)
+        return [*others, text_tokens ^ 1]
+
+    with pytest.raises(ValueError, match=r"the drawing graph: it must rewrite 'a' as the model does, "):
+        drawing_comparison.compare_drawings(model, write_other_text, model.vqvae.decode_tokens, captions)
 
 
 def test_tokenizer_keeps_all_but_the_codes(language_model, tmp_path):

@@ -124,7 +124,7 @@ function setUpDrawing(model) {
     start(section, request, (message) => show(message, request));
   }
 
-  function show({ kind, image, ids, rows, columns, unknown, undrawable, seconds }, request) {
+  function show({ kind, image, ids, rows, columns, written, unknown, undrawable, seconds }, request) {
     if (rows === 1) {
       picture.width = columns * model.f;
       picture.height = model.rows * model.f;
@@ -137,12 +137,16 @@ function setUpDrawing(model) {
     const isDone = kind === "done";
     const progress = isDone ? `Drawn in ${seconds.toFixed(1)} s, seed ${request.seed}.` : `Row ${rows} of ${model.rows} …`;
     const others = undrawable.filter((thing) => !unknown.includes(thing));
-    say(section.result, progress + leftOut(unknown) + cannotDraw(others));
+    say(section.result, progress + understoodAs(written) + leftOut(unknown) + cannotDraw(others));
     panel.show({ ids, rows, columns, image, allRows: model.rows, name: request.caption, isWhole: isDone });
   }
 }
 
 const quoted = (words) => words.map((word) => `“${word}”`).join(", ");
+
+function understoodAs(written) {
+  return written ? ` The model understood: “${written}”.` : "";
+}
 
 function leftOut(words) {
   if (!words.length) return "";

@@ -119,8 +119,11 @@ async function draw({ job, caption, seed, guidance, temperature }, post) {
   await prepare(paths, post);
   const { text, unknown } = await knownWords(caption, model);
   const undrawable = await undrawableThings(caption, model);
-  const withCaption = await tokensOf(model.before + text + model.after, model.add_special_tokens);
-  const withoutCaption = await tokensOf(model.before + model.no_condition + model.after, model.add_special_tokens);
+  const question = model.before + text + model.after;
+  const written = model.rewrites ? await rewrite(question, model) : "";
+  const withCaption = await tokensOf(question + written + model.begin_image, model.add_special_tokens);
+  const noCaption = model.before + model.no_condition + model.after + model.begin_image;
+  const withoutCaption = await tokensOf(noCaption, model.add_special_tokens);
   const length = Math.max(withCaption.length, withoutCaption.length);
   if (length > model.max_prompt_tokens) {
     throw Error(`This text has ${length} tokens, but at most ${model.max_prompt_tokens} fit. Shorten it.`);
@@ -129,7 +132,7 @@ async function draw({ job, caption, seed, guidance, temperature }, post) {
   const padded = [withCaption, withoutCaption].map((tokens, row) => [...Array(pads[row]).fill(model.pad_token), ...tokens]);
 
   let tokens = integers(padded.flat(), [2, length]);
-  let past = floats(new Float32Array(0), [model.layers, 2, 2, model.heads, 0, model.head_dim]);
+  let past = emptyPast(model);
   const random = randomNumbers(seed);
   const began = performance.now();
   const ids = [];
@@ -148,9 +151,38 @@ async function draw({ job, caption, seed, guidance, temperature }, post) {
     ids.push(...Array.from(result.ids.data, Number));
     const image = await decode("drawing/decoder.onnx", ids, row, model);
     const seconds = (performance.now() - began) / 1000;
-    post({ kind: row < model.rows ? "row" : "done", ids, rows: row, columns: model.columns, image, unknown, undrawable, seconds });
+    post({ kind: row < model.rows ? "row" : "done", ids, rows: row, columns: model.columns, image, written, unknown, undrawable, seconds });
     await new Promise((resolve) => setTimeout(resolve)); // lets a newer request in
   }
+}
+
+// Keys and values of no tokens.
+function emptyPast(model) {
+  return floats(new Float32Array(0), [model.layers, 2, 2, model.heads, 0, model.head_dim]);
+}
+
+// The caption that the model writes before it draws, as `ImageChats.rewrite` does. Both rows of the graph hold the question.
+async function rewrite(question, model) {
+  let tokens = await tokensOf(question, model.add_special_tokens);
+  let past = emptyPast(model);
+  const written = [];
+  while (written.length < model.max_rewritten_tokens) {
+    const result = await run("drawing/row.onnx", {
+      tokens: integers([...tokens, ...tokens], [2, tokens.length]),
+      past,
+      pads: integers([0, 0], [2]),
+      guidance: floats([1], []),
+      temperature: floats([0], []),
+      top_k: integers([1], [1]),
+      noise: floats(new Float32Array(model.codebook_size), [1, model.codebook_size]),
+    });
+    const token = Number(result.text_tokens.data[0]);
+    if (token === model.begin_token || token === model.end_token) break;
+    written.push(token);
+    tokens = [token];
+    past = result.next_past;
+  }
+  return tokenizer.decode(written, { skip_special_tokens: true }).trim();
 }
 
 async function tokensOf(text, addSpecialTokens) {
