@@ -11,12 +11,14 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
-BEGIN, END = "<s>", "</s>"
+BEGIN, END, ANSWER = "<s>", "</s>", "<|assistant|>"
 VOCABULARY = 1536
 CAPTIONS = 20000  # from which the tokenizer learns
 TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}<|assistant|>{{ message.content }}{{ eos_token }}"
+    "{% else %}{{ message.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPELLED_OUT = {"[’‘`]": "'", "&|\\+": " and ", "\\bw/": "with ", "[\\s_]+": " "}
 
@@ -37,7 +39,7 @@ def make_tokenizer(texts: list[str], size: int = VOCABULARY) -> PreTrainedTokeni
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=[BEGIN, END],
+        special_tokens=[BEGIN, END, ANSWER],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -16,7 +16,19 @@ from typing import Any
 from zlib import crc32
 
 FOLDER = Path(__file__).with_name("wordings")
-VOICES = ("first", "terse", "chatty", "polite", "narrative", "observer", "child", "learner")
+VOICES = (
+    "first",
+    "terse",
+    "chatty",
+    "polite",
+    "narrative",
+    "observer",
+    "child",
+    "learner",
+    "texter",
+    "curator",
+    "parent",
+)
 PLAIN = {
     "small": ["a small {0}", "a {0}"],
     "large": ["a {0}", "a large {0}"],
@@ -52,6 +64,7 @@ class Recipe:
         wordnet_names (`float`): That a name of WordNet does.
         adjectives (`float`): That an object has an adjective.
         colours (`float`): That a writer's other name stands for a colour.
+        xkcd_colours (`float`): That a name of xkcd's survey does.
         grounds (`float`): That a frame names the ground.
         leads (`float`): That a lead stands around the caption.
         random_words (`float`): That words of a frame and of a lead are replaced by any others.
@@ -64,6 +77,7 @@ class Recipe:
     wordnet_names: float = 0.1
     adjectives: float = 0.08
     colours: float = 0.4
+    xkcd_colours: float = 0.1
     grounds: float = 0.85
     leads: float = 0.4
     random_words: float = 0.12
@@ -82,6 +96,7 @@ class CaptionWriter:
         self.recipe = recipe
         self.voices = [read_wordings(voice) for voice in recipe.voices]
         self.wordnet = read_wordings("wordnet")
+        self.xkcd = read_wordings("xkcd")
 
     def write(self, kind: str, names: Sequence[str], ground: str, random: Random, held_out: bool = False) -> str:
         """Writes a caption of a scene.
@@ -152,8 +167,11 @@ class CaptionWriter:
 
     def colour(self, ground: str, random: Random) -> str:
         """Chooses a name of a colour."""
-        if random.random() < self.recipe.colours:
+        draw = random.random()
+        if draw < self.recipe.colours:
             return random.choice(self.pool("colours", ground))
+        if draw < self.recipe.colours + self.recipe.xkcd_colours:
+            return random.choice([ground, *self.xkcd["colours"][ground]])
         return ground
 
     def size(self, kind: str, random: Random) -> str:
