@@ -262,9 +262,7 @@ class Codes:
             return {}
         uses_of_codes = count_codes(ids_of_all_scales(output), self.quantizer.size)  # (codes,)
         self.dead_code_reset.counts += self.accelerator.reduce(uses_of_codes, "sum")
-        is_last_batch_of_step = self.accelerator.sync_gradients
-        is_due = (step + 1) % options.dead_code_reset_steps == 0
-        if not is_last_batch_of_step or not is_due:
+        if not self._is_reset_due(step):
             return {}
         fresh_crops = self._fresh_crops(RESET_BATCHES, step)
         fresh_latents = self._latents(fresh_crops)  # (n, codebook_embed_dim)
@@ -276,6 +274,12 @@ class Codes:
         self._restart_state(replaced_ids)
         num_replaced = torch.tensor(float(len(replaced_ids)), device=self.accelerator.device)
         return {"reset_codes": num_replaced}
+
+    def _is_reset_due(self, step: int) -> bool:
+        """Whether dead codes are replaced after the current batch, with `--dead_code_reset_steps`."""
+        is_last_batch_of_step = self.accelerator.sync_gradients
+        is_step_of_reset = (step + 1) % self.options.dead_code_reset_steps == 0
+        return is_last_batch_of_step and is_step_of_reset
 
     def _fresh_crops(self, num_batches: int, step: int) -> Iterator[torch.Tensor]:
         """Crops that the run does not train on."""
