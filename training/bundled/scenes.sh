@@ -44,12 +44,12 @@ svqvae tokenize "$work/scenes/train.parquet" --output "$work/tokens" --model "$w
 [ -d "$work/words" ] || python training/bundled/make_scene_words.py "$work/words"
 [ -d "$work/extended" ] || svqvae extend-lm "$work/words" --output "$work/extended" --vqvae "$work/tokenizer"
 
-# One run that learns to draw and to describe, from new weights.
+# One run that learns to rewrite captions, to draw and to describe, from new weights.
 python training/train_language_model.py --token_set "$work/tokens" --model_name_or_path "$work/extended" --output_dir "$work/language_model" \
     --per_device_train_batch_size 32 --use_cpu --bf16 --attn_implementation eager --no_packing \
-    --condition_dropout 0.08 --caption_fraction 0.12 --first_caption_fraction 0.15 \
-    --optimizer muon --learning_rate 6e-3 --adam_beta2 0.95 --warmup_steps 40 --max_steps 6000 \
-    --lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs '{"num_decay_steps": 3000, "decay_type": "linear"}' \
+    --condition_dropout 0.08 --caption_fraction 0.2 --first_caption_fraction 0.1 --rewrite_fraction 0.4 \
+    --optimizer muon --learning_rate 6e-3 --adam_beta2 0.95 --warmup_steps 40 --max_steps 5000 \
+    --lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs '{"num_decay_steps": 2500, "decay_type": "linear"}' \
     --logging_steps 20 --save_steps 200 --save_total_limit 2 --report_to none --resume_from_checkpoint latest --seed 1
 
 # A next-scale transformer for the same ids, in 42 minutes; it reads the plain captions alone.
@@ -74,7 +74,7 @@ from svqvae_hf.pipelines.known_objects_file import read_known_objects
 model = ImageLanguageModel.from_pretrained(sys.argv[1], dtype=torch.float16)
 model.vqvae.half().register_to_config(_name_or_path="svqvae-scenes")
 tokens = {f"{name}_token_id": getattr(model.processor.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-sampling = {"guidance_scale": 1.5, "temperature": 0.1, "top_k": 20}
+sampling = {"guidance_scale": 1.5, "temperature": 0.1, "top_k": 20, "rewrite_captions": True}
 model.language_model.generation_config = GenerationConfig(**tokens, generation_kwargs=sampling)
 model.known_objects = read_known_objects(DEFAULT_GENERATOR)  # `wordnet.py` makes the file
 model.save_pretrained(sys.argv[2])
