@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
+    GenerationConfig,
     PreTrainedModel,
     TrainingArguments,
 )
@@ -145,9 +146,11 @@ def record_rewriting(model: PreTrainedModel, processor: SVQVAEProcessor, options
             f"`--rewrite_fraction` must be {'above 0' if base_rewrites else '0'} for an adapter of "
             f"`{options.model_name_or_path}`, got {options.rewrite_fraction:g}. Change it, or pass `--lora_rank 0`."
         )
-    generation_config: Any = model.generation_config
-    stored = getattr(generation_config, "generation_kwargs", None) or {}
-    generation_config.generation_kwargs = {**stored, REWRITES: rewrites}
+    values = model.generation_config.to_diff_dict()
+    values.pop("_from_model_config", None)  # the values of others are lost when they are loaded
+    generation_kwargs = values.pop("generation_kwargs", None) or {}
+    generation_kwargs[REWRITES] = rewrites
+    model.generation_config = GenerationConfig(**values, generation_kwargs=generation_kwargs)
 
 
 def open_examples(

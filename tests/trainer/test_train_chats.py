@@ -37,6 +37,7 @@ from transformers import (
 
 from svqvae_hf.language.extension import extend_language_model
 from svqvae_hf.language.grammar import ImageGrammar
+from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.trainer.examples import IGNORED, ChatExamples, Mix, read_texts
 from svqvae_hf.trainer.folder_lock import FolderLock
 
@@ -532,3 +533,12 @@ def test_rewriting_chats_ask_for_first_captions_and_images_follow_them(tokens):
             assert caption in CAPTIONS
             assert example["labels"][-2] == end
     assert num_rewriting == pytest.approx(30, abs=12)
+
+
+def test_a_trained_model_says_that_it_rewrites(train):
+    out = train("rewrites", rewrite_fraction=0.5, max_steps=1)
+    assert ImageLanguageModel.from_pretrained(out).rewrites
+    source = str(out)
+    with pytest.raises(ValueError, match="`--rewrite_fraction` must be above 0 for an adapter of"):
+        train("adapter", model_name_or_path=source, lora_rank=2, max_steps=1)
+    assert not ImageLanguageModel.from_pretrained(train("draws", model_name_or_path=source, max_steps=1)).rewrites
