@@ -16,7 +16,6 @@ from svqvae_hf.data.image_rows import ImageRow, read_image
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.trainer.data.crop_loader import prepare_worker
 from svqvae_hf.trainer.data.crops import CropPolicy
-from svqvae_hf.trainer.data.held_out import check_held_out
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.options import about_split
 
@@ -54,8 +53,7 @@ def open_held_out(options: DiffusionOptions, images: ImageSource) -> HeldOut | N
             copy=True,  # on this machine, so that an image can be read by its number
             results=options.output_dir,
         )
-    for training_set in (images.images, images.mixed):
-        check_held_out(held_out, training_set)
+    images.check_held_out(held_out)
     if options.label_column is not None:
         label_feature = held_out.features[options.label_column]
         if label_feature != images.label_feature:

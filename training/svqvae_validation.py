@@ -11,7 +11,6 @@ from svqvae_files.identity import value_digest
 from svqvae_hf import SVQVAE
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.trainer.data.crops import centre_crops
-from svqvae_hf.trainer.data.held_out import check_held_out
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.identity import image_set_digests
 from svqvae_hf.trainer.losses.objective import Objective, Pair
@@ -55,8 +54,7 @@ def open_validation_sets(options: TrainOptions, images: ImageSource) -> list[Val
     for number, folder in enumerate(options.validation_data_dir, 1):
         with about_split("validation_split"):
             held_out = open_images([folder], split=options.validation_split, keep_labels=False)
-        for training_set in (images.images, images.mixed):
-            check_held_out(held_out, training_set)
+        images.check_held_out(held_out)
         crops = centre_crops(held_out, options.num_validation_images, options.resolution, images.pixel_range)
         name = "validation"
         if number > 1:

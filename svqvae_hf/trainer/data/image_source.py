@@ -12,6 +12,7 @@ from svqvae_hf.data.image_sets import ImageSet, open_images
 from svqvae_hf.trainer.data.crop_batches import CropBatch, CropCutter
 from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy
+from svqvae_hf.trainer.data.held_out import check_held_out
 from svqvae_hf.trainer.data.sample_order import Share
 from svqvae_hf.trainer.options import ImageOptions, about_split
 
@@ -82,6 +83,11 @@ class ImageSource:
                 copy=True,
                 results=self.options.output_dir,
             )
+
+    def check_held_out(self, held_out: ImageSet) -> None:
+        """Raises ValueError if an image of a validation is trained on, see [`check_held_out`]."""
+        for training_set in (self.images, self.mixed):
+            check_held_out(held_out, training_set)
 
     def loader(self, sides: list[int], num_steps: int, seed: int, batches_per_step: int = 1) -> CropLoader:
         """Makes a loader of the crops of this process.
