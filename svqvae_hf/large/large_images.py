@@ -48,15 +48,21 @@ def encode_large(model: SVQVAE, source: Path, tiles: Tiles | None = None) -> Ima
 
         def read(rows: slice, columns: slice) -> torch.Tensor:
             """Sample `(1, 3, rows, columns)`. Padding repeats the last row and column, as in [`SVQVAE.encode`]."""
+            # The image ends before the last tile does, unless its sides are multiples of f.
             bottom = min(rows.stop, image.height)
             right = min(columns.stop, image.width)
-            pixels = image.read(slice(rows.start, bottom), slice(columns.start, right))  # (rows, columns, 3)
+            rows_of_image = slice(rows.start, bottom)
+            columns_of_image = slice(columns.start, right)
+            pixels = image.read(rows_of_image, columns_of_image)  # (rows of image, columns of image, 3)
             sample = processor(pixels)["pixel_values"].to(device, model.dtype)
             pad_bottom = rows.stop - bottom
             pad_right = columns.stop - right
             return F.pad(sample, (0, pad_right, 0, pad_bottom), mode="replicate")
 
-        for area, latents in _run_tiles(model, model.encode_window, read, ids.shape, model.f, tiles):
+        results = _results_of_tiles(
+            model, model.encode_window, read, latents_size=(grid_height, grid_width), input_stride=model.f, tiles=tiles
+        )
+        for area, latents in results:
             ids_of_area = model.quantize.nearest_ids(latents)[0]  # (rows, columns)
             ids[area.rows, area.columns] = ids_of_area.to("cpu", ids.dtype)
         return image_tokens(model, [ids.long()], image.height, image.width, [1.0], tiles=tiles)
@@ -93,9 +99,13 @@ def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path, tiles: Tiles 
         shape = (1, *window.shape, model.config["codebook_embed_dim"])
         return model.quantize.get_codebook_entry(window, shape).to(model.dtype)
 
+    grid_height, grid_width = ids.shape
+    results = _results_of_tiles(
+        model, model.decode_window, read, latents_size=(grid_height, grid_width), input_stride=1, tiles=tiles
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     with new_file(target) as partial, TiffWriter(partial, tokens.height, tokens.width) as output:
-        for area, decoded in _run_tiles(model, model.decode_window, read, ids.shape, 1, tiles):
+        for area, decoded in results:
             top = area.rows.start * model.f
             left = area.columns.start * model.f
             # The last tiles reach over the padding at the bottom and right of the image.
@@ -106,21 +116,34 @@ def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path, tiles: Tiles 
             output.write(top, left, np.asarray(tile))
 
 
-def _run_tiles(
-    model: SVQVAE, run: RunWindow, read: Read, size: torch.Size, input_stride: int, tiles: Tiles
+def _results_of_tiles(
+    model: SVQVAE, network: RunWindow, read: Read, *, latents_size: tuple[int, int], input_stride: int, tiles: Tiles
 ) -> Iterator[tuple[Area, torch.Tensor]]:
-    """Yields area and result of each tile, see [`run_tiles`]. Shows a progress bar on a terminal."""
+    """Runs a network over the tiles of an image. Shows a progress bar on a terminal.
+
+    Args:
+        model ([`SVQVAE`]): Model of the network.
+        network (`Callable`): Its `encode_window` or `decode_window`.
+        read (`Callable`): Returns the input of the network at two slices, see [`TiledRun`].
+        latents_size (`tuple[int, int]`): Rows and columns of latents of the image.
+        input_stride (`int`): Rows and columns of the input per latent.
+        tiles ([`Tiles`]): Tile size and overlap in pixels.
+
+    Returns:
+        `Iterator[tuple[Area, torch.Tensor]]`: The area of each tile in latents, and the result there.
+
+    Raises:
+        ValueError: The tile size or the overlap does not fit the model.
+    """
     hook = getattr(model, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(model)  # loads offloaded weights, as `encode` and `decode` do
     check_tiles(model.f, tiles.tile_size, tiles.overlap)
-    # In latents
-    height, width = size
-    tile = tiles.tile_size // model.f
-    overlap = tiles.overlap // model.f
-    tiled_run = TiledRun(run, read, (height, width), tile, overlap, input_stride)
-    tile_rows = tile_axis(height, tile, overlap)
-    tile_columns = tile_axis(width, tile, overlap)
+    height, width = latents_size
+    tile_latents = tiles.tile_size // model.f
+    overlap_latents = tiles.overlap // model.f
+    tile_rows = tile_axis(height, tile_latents, overlap_latents)
+    tile_columns = tile_axis(width, tile_latents, overlap_latents)
     num_tiles = len(tile_rows) * len(tile_columns)
-    results = run_tiles(tiled_run)
+    results = run_tiles(TiledRun(network, read, latents_size, tile_latents, overlap_latents, input_stride))
     return iter(tqdm(results, total=num_tiles, unit="tile", leave=False, delay=1, disable=None))

@@ -45,16 +45,16 @@ class LargeImage:
         is_grey = values.shape[2] == 1
         has_16_bits = values.dtype == np.uint16
         if is_grey:
-            values = values[..., 0]  # (rows, columns)
+            values = values[..., 0]  # (rows, columns); `to_rgb` converts grey of 16 bits
         elif has_16_bits:
             values = (values >> 8).astype(np.uint8)  # Pillow reads 16-bit colours like this
         image = to_rgb(Image.fromarray(values))
         return np.asarray(image)
 
     def _values(self, rows: slice, columns: slice) -> np.ndarray:
-        """Returns stored values. Tiles that the next window needs as well are not decoded again."""
+        """Returns the stored values of a window, `(rows, columns, channels)`."""
         shape = (rows.stop - rows.start, columns.stop - columns.start, self.page.samplesperpixel)
-        values = np.full(shape, self.page.nodata, self.page.dtype)
+        values = np.full(shape, self.page.nodata, self.page.dtype)  # also of tiles that the file leaves out
         tile_height, tile_width = self.page.chunks[:2]
         tiles_per_row = -(-self.width // tile_width)  # rounded up
         tiles_of_window = {}
@@ -67,6 +67,7 @@ class LargeImage:
                     top = tile_row * tile_height - rows.start
                     left = tile_column * tile_width - columns.start
                     _paste(tile, values, top, left)
+        # Kept for `_tile`, because the next window often needs some of the same tiles.
         self._tiles_of_last_window = tiles_of_window
         return values
 
@@ -83,8 +84,10 @@ class LargeImage:
         size = page.databytecounts[number]
         if offset == 0 or size == 0:
             return None
+        # Nothing may come between the two calls: properties of the page, such as `jpegtables`, read tags from the same
+        # file, and so move its position.
         page.parent.filehandle.seek(offset)
-        content = page.parent.filehandle.read(size)  # at once: properties of the page read tags from the file
+        content = page.parent.filehandle.read(size)
         tables = {}
         if page.jpegtables is not None:
             tables["jpegtables"] = page.jpegtables
@@ -138,7 +141,7 @@ def open_large_image(path: str | os.PathLike) -> Iterator[LargeImage]:
     with file:
         with _named_errors(path):
             image = LargeImage(path, file.pages[0])
-        yield image
+        yield image  # outside of `_named_errors`, because errors of the caller are not about this file
 
 
 @contextmanager

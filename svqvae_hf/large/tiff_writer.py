@@ -43,10 +43,11 @@ class TiffWriter:
         for row in range(num_rows):
             # The pixels of a row that lie in one tile of the file are contiguous in it.
             for tile_column in range(first_tile_column, end_tile_column):
-                left_in_tile = max(left, tile_column * TILE_PX)
-                right_in_tile = min(right, (tile_column + 1) * TILE_PX)
-                pixels_in_tile = pixels[row, left_in_tile - left : right_in_tile - left]  # (columns, 3)
-                self._seek(top + row, left_in_tile)
+                # Columns of the image that are written to this tile
+                first_column = max(left, tile_column * TILE_PX)
+                end_column = min(right, (tile_column + 1) * TILE_PX)
+                pixels_in_tile = pixels[row, first_column - left : end_column - left]  # (columns, 3)
+                self._seek(top + row, first_column)
                 self._file.write(pixels_in_tile.tobytes())
 
     def _seek(self, row: int, column: int) -> None:
