@@ -75,20 +75,16 @@ def convert(
     folder = check_new_folder(Path(out))
     if variant not in (None, *VARIANTS):
         raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {variant!r}.")
-    sources = {
-        "source": hub_repo(source),
-        "tokenizer": None if tokenizer is None else str(tokenizer),
-        "text encoder": text_encoder,
-    }
-    license = find_origin(sources, license=license).license
+    license = _find_license(source, tokenizer, text_encoder, license)
     if repo_id is not None:
         check_repo_id(repo_id, "repo_id")
     has_generator_options = bool(image_size or num_attention_heads or text_encoder)
     if tokenizer is None and has_generator_options:
         raise ValueError("`image_size`, `num_attention_heads` and `text_encoder` need `tokenizer`. Omit them.")
+    has_llamagen_options = bool(num_attention_heads or text_encoder or use_ema)
     if tokenizer is None:
         converted = _convert_tokenizer(source, variant, use_ema=use_ema, **config)
-    elif is_llamagen(source) or num_attention_heads or text_encoder or use_ema:
+    elif is_llamagen(source) or has_llamagen_options:
         converted = _convert_llamagen(
             source, tokenizer, image_size, num_attention_heads, text_encoder, use_ema=use_ema, **config
         )
@@ -104,6 +100,22 @@ def convert(
         repo_id=repo_id,
         **converted.card,
     )
+
+
+def _find_license(
+    source: str | Path, tokenizer: str | Path | None, text_encoder: str | None, license: str | None
+) -> str | None:
+    """Licence of a converted model: the one that the user states, or the one on the cards of its sources.
+
+    Raises:
+        ValueError: The Hub does not know the licence, or the cards state different ones.
+    """
+    sources = {
+        "source": hub_repo(source),  # None for a local file, which has no card
+        "tokenizer": None if tokenizer is None else str(tokenizer),
+        "text encoder": text_encoder,
+    }
+    return find_origin(sources, license=license).license
 
 
 @dataclass(frozen=True)

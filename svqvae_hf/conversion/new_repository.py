@@ -158,7 +158,8 @@ def _models(converted: ModelMixin | DiffusionPipeline) -> dict[str, torch.nn.Mod
 def _state(converted: ModelMixin | DiffusionPipeline) -> dict[str, Any]:
     """All that outputs depend on, by name: weights, buffers and configs. In a pipeline, names start with the part."""
     parts: dict[str, Any] = _models(converted)
-    parts[""] = converted  # a pipeline has a config, too
+    # A model already is under the empty name. A pipeline comes under it beside its models, for its config.
+    parts[""] = converted
     state: dict[str, Any] = {}
     for part_name, part in parts.items():
         prefix = f"{part_name}." if part_name else ""
