@@ -13,7 +13,8 @@ from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.processing_svqvae import SVQVAEProcessor
 
-AUTO_CLASSES: Mapping[type, Mapping[str, str]] = {  # classes with code, and what the auto classes load from their file
+# For each class with code: the auto classes of transformers and diffusers that load from its file, and what they load
+AUTO_CLASSES: Mapping[type, Mapping[str, str]] = {
     SVQVAE: {"AutoModel": "SVQVAE"},
     SVQVAEImageProcessor: {"AutoImageProcessor": "SVQVAEImageProcessor"},
     SVQVAEProcessor: {"AutoProcessor": "SVQVAEProcessor"},
@@ -38,10 +39,10 @@ def write_code(folder: Path) -> None:
         for model_class, auto_classes in AUTO_CLASSES.items():
             if model_class.__name__ not in class_names:
                 continue
-            module = copy_code(model_class, path.parent)
-            auto_map = {}
-            for auto_class, name in auto_classes.items():
-                auto_map[auto_class] = f"{module}.{name}"
+            module = copy_code(model_class, path.parent)  # such as "modeling_svqvae"
+            auto_map = {}  # such as {"AutoModel": "modeling_svqvae.SVQVAE"}
+            for auto_class, name_of_loaded_class in auto_classes.items():
+                auto_map[auto_class] = f"{module}.{name_of_loaded_class}"
             config["auto_map"] = auto_map
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
             path.write_text(text, encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 TEMPLATE = Path(__file__).with_name("card.md")
+TABLE_HEADER = "| | |\n|---|---|\n"  # of a Markdown table with two columns without titles
 TAGS = ["svqvae", "image-tokenizer", "vq-vae", "vector-quantization", "multi-scale"]
 
 NO_LICENCE = "Not stated: ask the authors of the weights before you use or share them."
@@ -30,7 +31,8 @@ def model_card(
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
-    f = 2 ** (len(config["encoder_ch_mult"]) - 1)
+    num_levels = len(config["encoder_ch_mult"])
+    f = 2 ** (num_levels - 1)  # each level but the last halves the sides
     codebook = f"{config['codebook_size']} x {config['codebook_embed_dim']}"
     if config["codebook_l2_norm"]:
         codebook += ", L2-normalised"
@@ -48,6 +50,7 @@ def model_card(
         for variant, dtype in variants.items():
             arguments = f'{quote(repo_id)}, variant="{variant}", torch_dtype={dtype}'
             calls_of_variants.append(f"`SVQVAE.from_pretrained({arguments})`")
+    # Texts for the placeholders of these names in the template
     texts = {"facts": table_rows(facts.items()), "f": f, "variants": " or ".join(calls_of_variants)}
     common.setdefault("tags", TAGS)
     common.setdefault("pipeline_tag", "image-to-image")
@@ -88,7 +91,8 @@ def write_card(
 
     Args:
         repo_id (`str`): Repository or folder that the card's example loads.
-        texts (`Mapping[str, Any]`): Texts for the template.
+        texts (`Mapping[str, Any]`): Texts for the placeholders of the template that only this kind of card has, by the
+            names of the placeholders.
         standalone (`bool`, defaults to `False`): Whether the repository holds its code.
         tags (`Sequence[str]`): Tags of the Hub.
         pipeline_tag (`str`, defaults to `"unconditional-image-generation"`): Task of the Hub.

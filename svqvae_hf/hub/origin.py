@@ -11,10 +11,13 @@ import yaml
 from huggingface_hub import RepoCard
 
 from svqvae_files.folders import Folder
+from svqvae_files.inputs import is_url
+from svqvae_hf.hub.model_cards import TABLE_HEADER
 from svqvae_hf.hub.repositories import check_license, download_file, hub_repo, is_hub_id, public_name
 
 CARD = "README.md"
 STARTED_FROM = "started from"
+ROW = re.compile(r"^\| (.*?) \| (.*) \|$", re.MULTILINE)  # of a table, such as "| started from | `org/name` |"
 
 
 class Origin(NamedTuple):
@@ -131,25 +134,34 @@ def read_card(source: str, kind: str = "model") -> RepoCard | None:
 
 def _card_content(source: str, kind: str) -> bytes | None:
     """Content of the card of a source; `None` if it has none, or the Hub does not answer."""
-    repo = source if is_hub_id(source) else hub_repo(source)  # None for a folder, a file or a URL
-    if repo is not None:
-        try:
-            return download_file(repo, CARD, repo, repo_type=kind).read_bytes()
-        except OSError:
-            return None
-    is_url = "://" in source
-    if is_url:
+    repository = source if is_hub_id(source) else hub_repo(source)  # `org/name`, or the part of `org/name:file`
+    if repository is not None:
+        return _card_on_hub(repository, kind)
+    if is_url(source):
         return Folder(source).read(CARD)
-    if not Path(source).is_dir():
+    is_folder = Path(source).is_dir()
+    if not is_folder:
         return None
     content = Folder(source).read(CARD)
     if content is None and kind == "model":
-        return _card_of_whole(Path(source))
+        return _card_of_parent(Path(source))
     return content
 
 
-def _card_of_whole(folder: Path) -> bytes | None:
-    """Content of the card of the pipeline or language model that a folder is a part of; `None` if it is no part."""
+def _card_on_hub(repository: str, kind: str) -> bytes | None:
+    """Content of the card of a repository; `None` if it has none, or the Hub does not answer."""
+    try:
+        path = download_file(repository, CARD, repository, repo_type=kind)
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _card_of_parent(folder: Path) -> bytes | None:
+    """Content of the card of the pipeline or language model that a folder is a part of, such as `lm/vqvae`.
+
+    `None` if the folder is no part of one.
+    """
     parent = folder.absolute().parent
     is_part = (parent / "config.json").is_file() or (parent / "model_index.json").is_file()
     if not is_part:
@@ -172,9 +184,9 @@ def _origin_rows(card: RepoCard) -> dict[str, str]:
     tags = card.data.get("tags")
     if not isinstance(tags, list) or "svqvae" not in tags:
         return {}
-    _, _, table = card.text.rpartition("| | |\n|---|---|\n")
+    _, _, table = card.text.rpartition(TABLE_HEADER)  # what follows the last header, or the whole text without one
     rows = {}
-    for name, value in re.findall(r"^\| (.*?) \| (.*) \|$", table, re.MULTILINE):
+    for name, value in ROW.findall(table):
         rows[_without_escapes(name)] = _without_escapes(value)
     return rows
 
@@ -203,11 +215,11 @@ def _stated_license(card: RepoCard | None) -> str | None:
     if card is None:
         return None
     license = card.data.get("license")  # one, or a list
-    if isinstance(license, list) and len(license) > 1:
-        return "other"
-    if license == []:
-        return None
     if isinstance(license, list):
+        if not license:
+            return None
+        if len(license) > 1:
+            return "other"
         license = license[0]
     if license is None or license == "unknown":
         return None

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 from transformers import AddedToken, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from svqvae_files.outputs import check_new_folder, new_folder
-from svqvae_hf.hub.model_cards import table_rows
+from svqvae_hf.hub.model_cards import TABLE_HEADER, table_rows
 from svqvae_hf.hub.origin import STARTED_FROM, Origin, find_origin
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.causal_models import load_causal_model
@@ -75,8 +75,8 @@ def extend_language_model(
 def _card(name: str, origin: Origin) -> str:
     """Text of the card of an extended model."""
     metadata = ModelCardData(license=origin.license or "unknown", base_model=origin.base_model, tags=["svqvae"])
-    card = f"---\n{metadata}\n---\n\n# {name}\n\nIts image tokens are untrained.\n\n| | |\n|---|---|\n"
-    card += table_rows(origin.rows.items()) + "\n"
+    card = f"---\n{metadata}\n---\n\n# {name}\n\nIts image tokens are untrained.\n\n"
+    card += TABLE_HEADER + table_rows(origin.rows.items()) + "\n"
     return card
 
 
