@@ -36,6 +36,7 @@ def load_pickle(path: Path, safe_globals: Sequence[type] = ()) -> Any:
             warnings.simplefilter("ignore")  # torch warns before it fails
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
+        # A hostile archive may name a position before the start of its file. Seeking there is an invalid argument.
         seeks_before_start = error.errno == errno.EINVAL
         if seeks_before_start:
             raise pickle.UnpicklingError("the archive names positions outside the file") from error

@@ -33,15 +33,17 @@ def confine_row(source: Any, repository: str | None) -> Any:
 def _is_in_repository(path: str, repository: str) -> bool:
     """Whether a path leads into the repository.
 
-    It may name a file in an archive, or in an archive in an archive, as `zip://a.png::hf://datasets/org/set@main/a.zip`
-    does. The last of its parts is the file of the repository.
+    The path of a file in an archive has several parts, from the inside to the outside. The last part is a file of the
+    repository: `zip://a.png::hf://datasets/org/set@main/a.zip` is the file `a.png` in the archive `a.zip` there.
     """
     parts = path.split("::")
-    repository_file = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", parts[-1])
+    outermost_file = parts[-1]
+    files_in_archives = parts[:-1]
+    repository_file = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", outermost_file)
     if repository_file is None:
         return False
     path_in_repository = posixpath.normpath(repository_file[1])
     leads_outside = path_in_repository == ".." or path_in_repository.startswith(("../", "/"))
     if leads_outside:
         return False
-    return all(re.fullmatch(FILE_IN_ARCHIVE, part, re.DOTALL) for part in parts[:-1])
+    return all(re.fullmatch(FILE_IN_ARCHIVE, file, re.DOTALL) for file in files_in_archives)

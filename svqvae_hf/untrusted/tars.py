@@ -27,8 +27,8 @@ class StrictTarInfo(tarfile.TarInfo):
         """Reads the next header."""
         try:
             return super().fromtarfile(tarfile_)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined] # zeros, which mark the end
-            raise
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise  # a HeaderError that stands for the zeros at the end of a file, and is no fault
         except (tarfile.HeaderError, ValueError, RecursionError) as error:
             raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from error
 
