@@ -156,23 +156,23 @@ def _layout(sizes: Mapping[str, Any]) -> dict[str, FileWeight]:
     codes = sizes["codebook_size"]
     hidden = sizes["hidden_size"]
     layout = {  # shapes are (output channels, input channels), or (rows, channels) of an embedding
-        EMBEDDING: FileWeight((codes, hidden), [EMBEDDED]),
-        "norm.weight": FileWeight((hidden,), ["model.norm.weight"]),
-        "output.weight": FileWeight((codes, hidden), ["lm_head.weight"]),
+        EMBEDDING: FileWeight((codes, hidden), names=[EMBEDDED]),
+        "norm.weight": FileWeight((hidden,), names=["model.norm.weight"]),
+        "output.weight": FileWeight((codes, hidden), names=["lm_head.weight"]),
     }
     layer_layout = _layer_layout(hidden, sizes["intermediate_size"])
     for index in range(sizes["num_hidden_layers"]):
         for name_in_layer, weight in layer_layout.items():
             our_names = [f"model.layers.{index}.{our_name}" for our_name in weight.names]
-            layout[f"layers.{index}.{name_in_layer}"] = FileWeight(weight.shape, our_names)
+            layout[f"layers.{index}.{name_in_layer}"] = FileWeight(weight.shape, names=our_names)
     caption_dim = sizes["caption_dim"]
     if caption_dim is None:
-        layout[CLASSES] = FileWeight((sizes["num_classes"] + 1, hidden), [CLASSES])
+        layout[CLASSES] = FileWeight((sizes["num_classes"] + 1, hidden), names=[CLASSES])
         return layout
     projection = "cls_embedding.cap_proj"
-    layout[f"{projection}.fc1.weight"] = FileWeight((hidden, caption_dim), ["caption_projection.fc1.weight"])
-    layout[f"{projection}.fc2.weight"] = FileWeight((hidden, hidden), ["caption_projection.fc2.weight"])
-    layout[CAPTION] = FileWeight((sizes["num_condition_tokens"], caption_dim), ["uncond_embedding"])
+    layout[f"{projection}.fc1.weight"] = FileWeight((hidden, caption_dim), names=["caption_projection.fc1.weight"])
+    layout[f"{projection}.fc2.weight"] = FileWeight((hidden, hidden), names=["caption_projection.fc2.weight"])
+    layout[CAPTION] = FileWeight((sizes["num_condition_tokens"], caption_dim), names=["uncond_embedding"])
     return layout
 
 
@@ -180,13 +180,13 @@ def _layer_layout(hidden: int, inner: int) -> dict[str, FileWeight]:
     """Weights of a layer with `hidden` channels, and `inner` ones in its MLP, by their names in the file."""
     queries_keys_values = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"]
     return {
-        "attention.wqkv.weight": FileWeight((3 * hidden, hidden), queries_keys_values),
-        "attention.wo.weight": FileWeight((hidden, hidden), ["self_attn.o_proj.weight"]),
-        "feed_forward.w1.weight": FileWeight((inner, hidden), ["mlp.gate_proj.weight"]),
-        "feed_forward.w3.weight": FileWeight((inner, hidden), ["mlp.up_proj.weight"]),
-        "feed_forward.w2.weight": FileWeight((hidden, inner), ["mlp.down_proj.weight"]),
-        "attention_norm.weight": FileWeight((hidden,), ["input_layernorm.weight"]),
-        "ffn_norm.weight": FileWeight((hidden,), ["post_attention_layernorm.weight"]),
+        "attention.wqkv.weight": FileWeight((3 * hidden, hidden), names=queries_keys_values),
+        "attention.wo.weight": FileWeight((hidden, hidden), names=["self_attn.o_proj.weight"]),
+        "feed_forward.w1.weight": FileWeight((inner, hidden), names=["mlp.gate_proj.weight"]),
+        "feed_forward.w3.weight": FileWeight((inner, hidden), names=["mlp.up_proj.weight"]),
+        "feed_forward.w2.weight": FileWeight((hidden, inner), names=["mlp.down_proj.weight"]),
+        "attention_norm.weight": FileWeight((hidden,), names=["input_layernorm.weight"]),
+        "ffn_norm.weight": FileWeight((hidden,), names=["post_attention_layernorm.weight"]),
     }
 
 

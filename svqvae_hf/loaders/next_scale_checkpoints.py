@@ -66,6 +66,21 @@ def read_next_scale_checkpoint(source: str | Path, model_class: type[nn.Module])
         if not BUFFERS.fullmatch(key):
             weights[key] = value
     check_tensors(weights, source)
+    config = _infer_config(weights, source)
+    with torch.device("meta"):
+        expected = model_class(**config).state_dict()
+    shapes = {key: tensor.shape for key, tensor in expected.items()}
+    check_weights(weights, shapes, source)
+    state_dict = {key: tensor.detach().float() for key, tensor in weights.items()}
+    return Checkpoint(str(source), path, False, FLEXVAR, config, state_dict)
+
+
+def _infer_config(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict[str, int]:
+    """Reads the config from the shapes of the weights.
+
+    Raises:
+        ValueError: The weights lack a size, or the sizes do not fit each other.
+    """
     sizes = read_sizes(weights, CONFIG_AXES, source)
     heads = sizes["heads"]
     width = sizes["width"]
@@ -77,21 +92,15 @@ def read_next_scale_checkpoint(source: str | Path, model_class: type[nn.Module])
             f"`{source}` must have a width that is a multiple of its heads, and at least one class, but has width "
             f"{width}, {heads} heads and {class_rows} rows in {CLASSES}. Download the file again."
         )
-    config = {
+    return {
         "num_layers": num_layers,
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
-        "num_classes": class_rows - 1,
+        "num_classes": class_rows - 1,  # the last row is for no class
         "codebook_size": sizes["codebook_size"],
         "codebook_embed_dim": sizes["codebook_embed_dim"],
         "position_size": sizes["position_size"],
     }
-    with torch.device("meta"):
-        expected = model_class(**config).state_dict()
-    shapes = {key: tensor.shape for key, tensor in expected.items()}
-    check_weights(weights, shapes, source)
-    state_dict = {key: tensor.detach().float() for key, tensor in weights.items()}
-    return Checkpoint(str(source), path, False, FLEXVAR, config, state_dict)
 
 
 def _is_transformer(stored_weights: Any) -> bool:
