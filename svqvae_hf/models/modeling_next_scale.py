@@ -148,9 +148,9 @@ class NextScaleBlock(nn.Module):
         """`(batch, tokens, width)` -> the same shape.
 
         Args:
-            hidden (`torch.Tensor` of shape `(batch, tokens, width)`): Tokens of the scales.
+            hidden (`torch.Tensor` of shape `(batch, tokens, width)`): Tokens of the caption, if any, and the scales.
             condition (`torch.Tensor` of shape `(batch, 1, width)`): Embedded class.
-            lengths (`Sequence[int]`): Numbers of tokens of the scales.
+            lengths (`Sequence[int]`): Numbers of tokens of the caption, if any, and of each scale.
             cache ([`~transformers.DynamicCache`], *optional*): Keys and values of the scales before.
         """
         gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(condition).chunk(6, dim=-1)
