@@ -218,9 +218,9 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
             `torch.Tensor` of shape `(batch, num_condition_tokens + ids)`: 1 for positions that are seen. `None` if
             there is no mask, because all positions are seen.
         """
-        if attention_mask is None and prompt_attention_mask is None:
-            return None
         if attention_mask is None:
+            if prompt_attention_mask is None:
+                return None
             num_ids = num_tokens - 1
             return F.pad(prompt_attention_mask, (0, num_ids), value=1)  # all ids are seen
         mask_of_condition = attention_mask[:, :1]
