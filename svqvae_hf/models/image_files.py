@@ -3,9 +3,9 @@
 import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,8 +25,12 @@ IMAGE_SUFFIXES = tuple(itertools.chain.from_iterable(IMAGE_FORMATS.values()))
 
 # Tags of TIFF, each followed by the value that is looked for
 TAG_BITS_PER_SAMPLE = 258
+TAG_COMPRESSION = 259
+UNCOMPRESSED = 1
 TAG_PHOTOMETRIC = 262
 WHITE_IS_LOWEST = 0
+TAG_PLANAR_CONFIGURATION = 284
+PLANES_APART = 2  # all values of the first channel, then all of the second
 TAG_SAMPLE_FORMAT = 339
 SIGNED = 2
 
@@ -87,8 +91,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         `PIL.Image.Image`: Image of mode `"RGB"`.
 
     Raises:
-        ValueError: If a 16-bit or float image has values outside its range. Or if the image is a grey TIFF whose
-            values are signed, have 12 bits, or count from white.
+        ValueError: If a 16-bit or float image has values outside its range. Or if the image is a TIFF that Pillow
+            misreads: grey whose values are signed, have 12 bits, or count from white; or uncompressed with a plane per
+            channel, of more than 8 bits or counted from white.
     """
     _check_values(image)
     _scale_transparent_value(image)  # changes `image.info`, and must come before the image is decoded
@@ -126,8 +131,33 @@ def _unpremultiply_grey(image: Image.Image) -> Image.Image:
 
 
 def _check_values(image: Image.Image) -> None:
-    """Raises for grey TIFFs whose values Pillow misreads: signed, of 12 bits, or with white as the lowest value."""
+    """Raises ValueError for a TIFF that Pillow misreads."""
     tags = getattr(image, "tag_v2", {})  # only TIFFs have tags
+    _check_planes(tags)
+    _check_grey_values(image, tags)
+
+
+def _check_planes(tags: Mapping[int, Any]) -> None:
+    """Raises for uncompressed TIFFs with a plane per channel, unless their values have 8 bits, or 1, black the lowest.
+
+    Pillow decodes such a plane by the first letter of the layout alone: `R` of `RGB;16L`, which is a channel of 8
+    bits, or `L` of `L;I`, which is not inverted.
+    """
+    has_raw_planes = (
+        tags.get(TAG_PLANAR_CONFIGURATION) == PLANES_APART and tags.get(TAG_COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED
+    )
+    if not has_raw_planes:
+        return
+    bits_of_channels = set(tags.get(TAG_BITS_PER_SAMPLE, (1,)))
+    is_inverted = tags.get(TAG_PHOTOMETRIC) == WHITE_IS_LOWEST
+    if is_inverted or not bits_of_channels <= {1, 8}:
+        raise ValueError(
+            "an uncompressed TIFF with a plane per channel must have 8 bits per channel, black the lowest. Convert it."
+        )
+
+
+def _check_grey_values(image: Image.Image, tags: Mapping[int, Any]) -> None:
+    """Raises for grey TIFFs whose values Pillow misreads: signed, of 12 bits, or with white as the lowest value."""
     bits_per_channel = tags.get(TAG_BITS_PER_SAMPLE)  # a tuple, of one number for grey
     is_signed = SIGNED in tags.get(TAG_SAMPLE_FORMAT, ())
     has_signed_8_or_16_bits = is_signed and bits_per_channel in ((8,), (16,))  # Pillow reads 32 signed bits correctly

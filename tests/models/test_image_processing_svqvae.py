@@ -247,6 +247,53 @@ def test_tiffs_whose_values_pillow_takes_for_others_are_refused(tmp_path, dtype,
                 SVQVAEImageProcessor()(image)
 
 
+CHANNELS_OF_MODE = {"RGB": 3, "RGBA": 4, "CMYK": 4}
+PLANES = {
+    "RGB": {"photometric": "rgb"},
+    "RGBA": {"photometric": "rgb", "extrasamples": ["unassalpha"]},
+    "CMYK": {"photometric": "separated"},
+}
+
+
+@pytest.mark.parametrize("mode", PLANES)
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("tile", [None, (16, 16)])
+def test_16_bit_tiffs_with_a_plane_per_channel_are_right_or_refused(tmp_path, mode, byteorder, tile):
+    planes = np.random.default_rng(0).integers(0, 2**16, (CHANNELS_OF_MODE[mode], 24, 40)).astype(np.uint16)
+    options = PLANES[mode] | {"byteorder": byteorder, "tile": tile}
+    pixels = np.ascontiguousarray(np.moveaxis(planes, 0, -1))
+    tifffile.imwrite(tmp_path / "pixels.tif", pixels, planarconfig="contig", **options)
+    expected = np.asarray(load_image(tmp_path / "pixels.tif"))
+    tifffile.imwrite(tmp_path / "zlib.tif", planes, planarconfig="separate", compression="zlib", **options)
+    difference = np.asarray(load_image(tmp_path / "zlib.tif")) - expected.astype(int)
+    assert np.abs(difference).max() <= 2  # libtiff and Pillow round 16 bits to 8 differently
+    tifffile.imwrite(tmp_path / "raw.tif", planes, planarconfig="separate", **options)
+    message = "an uncompressed TIFF with a plane per channel must have 8 bits per channel, black the lowest"
+    with pytest.raises(ValueError, match=f"raw.tif` is not a readable image: {message}"):
+        load_image(tmp_path / "raw.tif")
+    with Image.open(tmp_path / "raw.tif") as image:
+        image.load()
+        with pytest.raises(ValueError, match=message):
+            SVQVAEImageProcessor()(image)
+
+
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("dtype", ["bool", "uint8"])
+def test_grey_tiffs_whose_one_plane_is_inverted_are_refused(tmp_path, photometric, dtype):
+    values = np.arange(24 * 40).reshape(24, 40).astype(dtype)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric=photometric, byteorder="<")
+    expected = np.asarray(load_image(tmp_path / "a.tif"))
+    content = (tmp_path / "a.tif").read_bytes()
+    resolution_unit = content.index(struct.pack("<HH", 296, 3))  # an entry of 12 bytes that no picture depends on
+    planes_apart = struct.pack("<HHIHH", 284, 3, 1, 2, 0)
+    planar = io.BytesIO(content[:resolution_unit] + planes_apart + content[resolution_unit + 12 :])
+    if photometric == "miniswhite":
+        with pytest.raises(ValueError, match="an uncompressed TIFF with a plane per channel must have 8 bits"):
+            load_image(planar)
+    else:
+        assert np.array_equal(load_image(planar), expected)
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.bmp", "a.gif"])
 def test_files_cut_short_are_named(pixels, tmp_path, name):
     path = save(Image.fromarray(pixels), tmp_path / name)
