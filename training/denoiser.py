@@ -1,6 +1,6 @@
 """Makes a denoiser of SVQVAE latents and its `DiTPipeline`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -31,6 +31,27 @@ def set_scaling_factor(vqvae: SVQVAE, images: ImageSource) -> None:
     if are_equal:
         raise ValueError("Latents must differ, but all are equal. Use other images, or a trained SVQVAE.")
     vqvae.register_to_config(scaling_factor=1 / std)
+
+
+class ScaleOfLatents:
+    """The factor by which a run scales latents, as its checkpoints keep it.
+
+    A resumed run needs the factor that its denoiser was trained with, and would measure another one with other crops.
+
+    Args:
+        vqvae ([`SVQVAE`]): Model whose config holds the factor.
+    """
+
+    def __init__(self, vqvae: SVQVAE):
+        self.vqvae = vqvae
+
+    def state_dict(self) -> dict[str, float]:
+        """The factor."""
+        return {"scaling_factor": self.vqvae.config["scaling_factor"]}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Sets the factor."""
+        self.vqvae.register_to_config(scaling_factor=state["scaling_factor"])
 
 
 def make_pipeline(vqvae: SVQVAE, denoiser: DiTTransformer2DModel, label_names: Sequence[str]) -> DiTPipeline:

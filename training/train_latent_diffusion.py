@@ -18,6 +18,7 @@ from denoiser import (
     NO_CLASS,
     NUM_CLASSES,
     PIXEL_RANGE,
+    ScaleOfLatents,
     make_denoiser,
     make_pipeline,
     read_label_names,
@@ -27,6 +28,7 @@ from diffusers import DDIMScheduler, DiTPipeline
 from diffusion_options import DiffusionOptions
 from held_out_images import HeldOut, load_held_out, open_held_out
 from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.hub.model_cards import quote
@@ -50,7 +52,7 @@ def train(run: Run[DiffusionOptions]) -> None:
     images = ImageSource(options, accelerator, PIXEL_RANGE, options.label_column)
     held_out = open_held_out(options, images)
     run.identify(digests_of(images, held_out))
-    if vqvae.config["scaling_factor"] == 1:
+    if run.is_new and vqvae.config["scaling_factor"] == 1:
         set_scaling_factor(vqvae, images)
     denoiser = make_denoiser(options, vqvae).to(accelerator.device)
     pipeline = make_pipeline(vqvae, denoiser, read_label_names(images.label_feature))
@@ -60,7 +62,8 @@ def train(run: Run[DiffusionOptions]) -> None:
     # Optimizer
     weights = run.train(denoiser, options.learning_rate)
     model = weights.model
-    checkpoints = run.begin(denoiser, {"weights": weights, "loader": loader}, loader.contents)
+    states: dict[str, Stateful] = {"weights": weights, "loader": loader, "scale_of_latents": ScaleOfLatents(vqvae)}
+    checkpoints = run.begin(denoiser, states, loader.contents)
     denoise = Denoising(accelerator, vqvae, model, pipeline.scheduler, options.resolution)
     batches = iter(loader)
 

@@ -111,6 +111,15 @@ def test_latents_are_scaled_to_the_deviation_of_the_noise_unless_the_tokenizer_h
     assert (0.8 < logged(caplog, "train/latent_std")[1] < 1.25) == (factor == 1)
 
 
+def test_a_resumed_run_keeps_the_scale_of_its_latents_with_other_crops(options):
+    diffuse(**options)
+    config_file = Path(options["output_dir"], "vae", "config.json")
+    factor = json.loads(config_file.read_text())["scaling_factor"]
+    assert factor != 1
+    diffuse(**options | {"max_steps": 3, "resume_from_checkpoint": "latest", "resize_range": [0.5, 0.6]})
+    assert json.loads(config_file.read_text())["scaling_factor"] == factor
+
+
 def test_a_validation_measures_the_loss_of_held_out_images(class_options, parts, photo, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     for label in ("cat", "dog"):
