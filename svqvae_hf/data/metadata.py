@@ -101,7 +101,7 @@ def _read_table(file: str) -> pa.Table:
 def _read_csv(file: str) -> pa.Table:
     """Reads texts as they stand, such as `NA` and `007`. A column is of integers if all of its cells are."""
     with open(file, newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines)
+        reader = csv.DictReader(lines, strict=True)  # otherwise a quote that is never closed takes the rows after it
         columns: dict[str, list[Any]] = {}
         for column in reader.fieldnames or ():
             columns[column] = []

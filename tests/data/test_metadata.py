@@ -32,6 +32,14 @@ def test_cells_of_csv_files_are_read_as_they_stand(tmp_path):
     assert images.features == {"caption": datasets.Value("string"), "label": datasets.Value("int64")}
 
 
+def test_quoted_cells_of_csv_files_may_hold_lines_and_quotes(tmp_path):
+    save_photos(tmp_path)
+    (tmp_path / "metadata.csv").write_text(
+        'file_name,caption\r\n"0.png","two\nlines, ""quoted"""\r\n1.png,5" disk\r\n'
+    )
+    assert values(tmp_path) == [['two\nlines, "quoted"'], ['5" disk']]
+
+
 def test_several_metadata_files_have_one_order_in_all_processes(tmp_path):
     for name in "abcdef":
         save_photos(tmp_path / name)
@@ -85,6 +93,16 @@ def test_classes_of_parquet_metadata_are_kept(tmp_path):
             "metadata.csv` must have a column `file_name`, but has name, caption",
         ),
         ("metadata.csv", "file_name,caption\n0.png,a,b", "line 2 of .*metadata.csv` must have 2 cells, but has more"),
+        (
+            "metadata.csv",
+            'file_name,caption\n0.png,"a\n1.png,b\n',
+            "metadata.csv` must hold a table, but is damaged: unexpected end of data",
+        ),
+        (
+            "metadata.csv",
+            'file_name,caption\n0.png,"a\n1.png,"b"\n2.png,c\n',
+            "metadata.csv` must hold a table, but is damaged: ',' expected after '\"'",
+        ),
         ("metadata.csv", b"file_name\n\xff", "metadata.csv` must hold a table, but is damaged"),
         ("metadata.jsonl", "[1]", "metadata.jsonl, line 1` must hold a JSON object, but holds a list"),
         (
