@@ -37,6 +37,7 @@ from svqvae_hf.trainer.options import FRACTION, option, range_faults
 from svqvae_hf.trainer.scripts import one_line_errors
 
 SCRIPT = "training/train_language_model.py"
+CAPTION_COLUMN = "caption"  # of a token set, unless `--caption_column` names another
 
 
 @dataclass
@@ -62,15 +63,15 @@ class LanguageModelOptions(LanguageRunOptions):
         """Yields an error message for each source of examples that is missing, or that no example comes from."""
         uses_chats = self.text_fraction < 1
         uses_texts = self.text_fraction > 0
-        reason = f"be given with `--text_fraction` {self.text_fraction:g}. Change one of them."
+        given = f"be given with `--text_fraction` {self.text_fraction:g}. Change one of them."
         if uses_chats and not self.token_set:
-            yield f"`--token_set` must {reason}"
+            yield f"`--token_set` must {given}"
         if self.token_set and not uses_chats:
-            yield f"`--token_set` must not {reason}"
+            yield f"`--token_set` must not {given}"
         if uses_texts and not self.text_files:
-            yield f"`--text_files` must {reason}"
+            yield f"`--text_files` must {given}"
         if self.text_files and not uses_texts:
-            yield f"`--text_files` must not {reason}"
+            yield f"`--text_files` must not {given}"
 
     def mix(self, seed: int) -> Mix:
         """Fractions of all kinds of examples in training, with the seed of all draws."""
@@ -94,7 +95,9 @@ def train(options: LanguageModelOptions, run: LanguageRun) -> None:
     base = str(options.model_name_or_path)
     model, processor = load_language_model(options)
     record_rewriting(model, processor, options)
-    examples, held_out = open_examples(options, processor, model.config, run)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    examples = open_examples(options, processor, context, run)
+    held_out = open_held_out(options, processor, context, run)
     vocabulary = processor.vocabulary
     code_tokens = range(vocabulary.first_token, vocabulary.begin)
     collate: Any = DataCollatorForSeq2Seq(processor.tokenizer)
@@ -126,7 +129,7 @@ def load_language_model(options: LanguageModelOptions) -> tuple[PreTrainedModel,
         dtype="auto" if options.lora_rank else torch.float32,
         attn_implementation=options.attn_implementation,
     )
-    # Names pipelines whose code lies in the model's repository. The result is saved without code.
+    # `custom_pipelines` names code in the repository of the model. The result is saved without that code.
     model.config.__dict__.pop("custom_pipelines", None)
     return model, processor
 
@@ -135,44 +138,67 @@ def record_rewriting(model: PreTrainedModel, processor: SVQVAEProcessor, options
     """Records in the generation config whether the model writes a caption before each image.
 
     Raises:
-        ValueError: An adapter is trained to do otherwise than its base, whose generation config it uses.
+        ValueError: An adapter would have to change the generation config, which belongs to its base.
     """
     rewrites = options.rewrite_fraction > 0
     base_rewrites = ImageChats(model, processor).rewrites
     if rewrites == base_rewrites:
         return
     if options.lora_rank:
+        fraction_of_base = "above 0" if base_rewrites else "0"
         raise ValueError(
-            f"`--rewrite_fraction` must be {'above 0' if base_rewrites else '0'} for an adapter of "
-            f"`{options.model_name_or_path}`, got {options.rewrite_fraction:g}. Change it, or pass `--lora_rank 0`."
+            f"`--rewrite_fraction` must be {fraction_of_base} for an adapter, as for its base "
+            f"`{options.model_name_or_path}`, got {options.rewrite_fraction:g}. Change it, or train without "
+            "`--lora_rank`."
         )
     values = model.generation_config.to_diff_dict()
-    values.pop("_from_model_config", None)  # the values of others are lost when they are loaded
+    values.pop("_from_model_config", None)  # a mark for configs that do not keep values of other libraries
     generation_kwargs = values.pop("generation_kwargs", None) or {}
     generation_kwargs[REWRITES] = rewrites
     model.generation_config = GenerationConfig(**values, generation_kwargs=generation_kwargs)
 
 
 def open_examples(
-    options: LanguageModelOptions, processor: SVQVAEProcessor, config: Any, run: LanguageRun
-) -> tuple[ChatExamples, ChatExamples | None]:
-    """Opens the examples of the run, and those of a validation, which are chats alone and drop no caption."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    caption_column = options.caption_column or "caption"
-    make_examples = partial(ChatExamples, processor, context, caption_column=caption_column)
-    mix = options.mix(run.arguments.seed)
-    texts = read_texts(options.text_files, processor, context)
-    examples = make_examples(count=run.num_examples, mix=mix, token_set=options.token_set, texts=texts)
+    options: LanguageModelOptions, processor: SVQVAEProcessor, context: int, run: LanguageRun
+) -> ChatExamples:
+    """Opens the examples of the run: chats about the token set, and texts."""
+    examples = ChatExamples(
+        processor=processor,
+        context=context,
+        count=run.num_examples,
+        mix=options.mix(run.arguments.seed),
+        token_set=options.token_set,
+        caption_column=options.caption_column or CAPTION_COLUMN,
+        texts=read_texts(options.text_files, processor, context),
+    )
     examples.check_lengths()
+    return examples
+
+
+def open_held_out(
+    options: LanguageModelOptions, processor: SVQVAEProcessor, context: int, run: LanguageRun
+) -> ChatExamples | None:
+    """Opens the examples of the validation, if there is one: a chat about each row, and no caption is dropped.
+
+    Raises:
+        ValueError: The run trains on some of the rows.
+    """
     if options.validation_token_set is None:
-        return examples, None
-    held_out_mix = replace(mix, condition_dropout=0.0, text_fraction=0.0)
-    held_out = make_examples(count=None, mix=held_out_mix, token_set=options.validation_token_set)  # one per row
+        return None
+    mix_of_training = options.mix(run.arguments.seed)
+    held_out = ChatExamples(
+        processor=processor,
+        context=context,
+        count=None,
+        mix=replace(mix_of_training, condition_dropout=0.0, text_fraction=0.0),
+        token_set=options.validation_token_set,
+        caption_column=options.caption_column or CAPTION_COLUMN,
+    )
     held_out.check_lengths()
     if options.token_set is not None:
         held_out_set = TokenSet(options.validation_token_set)
         check_held_out_tokens(held_out_set, TokenSet(options.token_set), "--validation_token_set")
-    return examples, held_out
+    return held_out
 
 
 def save_with_processor(processor: SVQVAEProcessor, folder: Path) -> Path:

@@ -84,7 +84,8 @@ class LlamaGenExamples(Dataset):
         image_class = batch.labels  # (1,)
         is_dropped = rng.random() < self.mix.condition_dropout
         if is_dropped:
-            image_class[:] = source.num_classes  # the model then ignores the caption as well
+            without_condition = torch.full_like(image_class, source.num_classes)  # by it, the model ignores a caption
+            image_class = without_condition
         condition_token = source.settings.codebook_size + image_class  # (1,)
         finest_ids = batch.ids[-1].flatten()
         tokens = torch.cat([condition_token, finest_ids])  # (1 + ids,)
@@ -153,14 +154,14 @@ class ChatExamples(Dataset):
         """Messages that ask for an image, or for its first caption."""
         image = self.image_text(row)
         captions = self.captions_of(row)
-        drawn_caption = self.mix.draw_caption(captions, rng)
+        caption_of_question = self.mix.draw_caption(captions, rng)  # drawn in each case, for equal random numbers
         asks_for_caption = rng.random() < self.mix.caption_fraction
         if asks_for_caption:
             return chat(question=image, answer=captions[0])
         is_dropped = rng.random() < self.mix.condition_dropout
         if is_dropped:
             return chat(question=self.processor.no_condition, answer=image)
-        return chat(question=drawn_caption, answer=self.answer(row))
+        return chat(question=caption_of_question, answer=self.answer(row))
 
     def answer(self, row: dict[str, Any]) -> str:
         """What a model answers that is asked for the image of a row."""
@@ -214,9 +215,9 @@ class ChatExamples(Dataset):
         return {"input_ids": tokens, "labels": labels}
 
     def check_lengths(self) -> None:
-        """Raises unless each caption with its image fits the context, whichever is asked for.
+        """Raises unless each caption fits the context together with its image.
 
-        All captions are tokenised, but only the chats that may be too long are made.
+        All captions are tokenised, but only the chats that may be too long are made, because images cost more.
 
         Raises:
             ValueError: A caption is too long. The error names its row.
@@ -224,16 +225,17 @@ class ChatExamples(Dataset):
         num_rows = len(self.pairs)
         if num_rows == 0:
             return
-        longest_safe = self.context - self._length_without_caption() - MARGIN  # a shorter caption always fits
+        longest_that_fits = self.context - self._length_without_caption() - MARGIN
         for start in range(0, num_rows, CAPTION_BATCH):
             stop = min(start + CAPTION_BATCH, num_rows)
             for caption in self._count_caption_tokens(range(start, stop)):
-                if caption.num_tokens > longest_safe:
+                may_be_too_long = caption.num_tokens > longest_that_fits
+                if may_be_too_long:
                     self._check_caption(caption.row_number, caption.text)
 
     def _length_without_caption(self) -> int:
         """About how many tokens a chat has besides its captions, with the largest image of the processor."""
-        # A chat of the first row, without its caption and the codes of its image
+        # The chat of the first row has a caption and the codes of an image. Both are taken away.
         row = self.pairs[0]
         caption = self.captions_of(row)[0]
         conversation = chat(caption, self.image_text(row))
@@ -241,30 +243,25 @@ class ChatExamples(Dataset):
         caption_tokens = tokenize(self.processor, caption)
         num_codes = max(ids.numel() for ids in row_tokens(row, self.settings).ids)
         length_without_both = len(chat_tokens) - len(caption_tokens) - num_codes
-        # with the codes of the largest image
+        # The chat of another row may have the codes of the largest image.
         most_codes = max(rows * columns for rows, columns in self.processor.vocabulary.grids)
         return length_without_both + most_codes
 
     def _count_caption_tokens(self, row_numbers: range) -> list["CaptionLength"]:
         """Tokenises all captions of some rows at once."""
-        column = self.pairs.select_columns([self.caption_column])
-        rows = column[row_numbers.start : row_numbers.stop]
-        # All captions of the rows in one list, and the row of each in another
-        captions: list[str] = []
-        rows_of_captions: list[int] = []
-        for row_number, value in zip(row_numbers, rows[self.caption_column], strict=True):
-            captions_of_row = [value] if isinstance(value, str) else value
-            captions += captions_of_row
-            rows_of_captions += [row_number] * len(captions_of_row)
-        tokens_of_captions = self.processor.tokenizer(captions).input_ids
+        captions_of_rows = []
+        all_captions: list[str] = []
+        for row in self.caption_rows.select(row_numbers):
+            captions = self.captions_of(row)
+            captions_of_rows.append(captions)
+            all_captions += captions
+        tokens_of_captions = iter(self.processor.tokenizer(all_captions).input_ids)
         lengths = []
-        num_first_tokens: dict[int, int] = {}  # of the first caption of each row
-        for row_number, caption, tokens in zip(rows_of_captions, captions, tokens_of_captions, strict=True):
-            num_tokens = len(tokens)
-            num_first_tokens.setdefault(row_number, num_tokens)
-            if self.mix.rewrites:
-                num_tokens += num_first_tokens[row_number]
-            lengths.append(CaptionLength(row_number, caption, num_tokens))
+        for row_number, captions in zip(row_numbers, captions_of_rows, strict=True):
+            counts = [len(next(tokens_of_captions)) for _ in captions]
+            num_written_tokens = counts[0] if self.mix.rewrites else 0  # before the image, in the answer
+            for caption, count in zip(captions, counts, strict=True):
+                lengths.append(CaptionLength(row_number, caption, count + num_written_tokens))
         return lengths
 
     def _check_caption(self, row_number: int, caption: str) -> None:
@@ -283,10 +280,7 @@ class ChatExamples(Dataset):
 
 @dataclass(frozen=True)
 class CaptionLength:
-    """A caption, the number of its row, and its number of tokens without a chat.
-
-    If the model rewrites captions, the tokens of the row's first caption are counted as well.
-    """
+    """A caption, the number of its row, and the number of tokens of all text in its chat."""
 
     row_number: int
     text: str
@@ -341,11 +335,12 @@ def read_texts(files: Sequence[str], processor: SVQVAEProcessor, context: int) -
     """
     texts = []
     for file in files:
-        lines = Path(file).read_text("utf-8").split("\n")
-        is_empty_file = not any(line.strip() for line in lines)
-        for number, line in enumerate(lines, start=1):
+        content = Path(file).read_text("utf-8")
+        if not content.strip():
+            raise ValueError(f"line 1 of `{file}` must be a JSON object with a `text` and its `images`, got none.")
+        for number, line in enumerate(content.split("\n"), start=1):
             is_empty_line = not line.strip()
-            if is_empty_line and not is_empty_file:  # the first line of an empty file is an error
+            if is_empty_line:
                 continue
             place = f"line {number} of `{file}`"
             row = _read_text(place, line, processor)

@@ -539,6 +539,6 @@ def test_a_trained_model_says_that_it_rewrites(train):
     out = train("rewrites", rewrite_fraction=0.5, max_steps=1)
     assert ImageLanguageModel.from_pretrained(out).rewrites
     source = str(out)
-    with pytest.raises(ValueError, match="`--rewrite_fraction` must be above 0 for an adapter of"):
+    with pytest.raises(ValueError, match="`--rewrite_fraction` must be above 0 for an adapter, as for its base"):
         train("adapter", model_name_or_path=source, lora_rank=2, max_steps=1)
     assert not ImageLanguageModel.from_pretrained(train("draws", model_name_or_path=source, max_steps=1)).rewrites
