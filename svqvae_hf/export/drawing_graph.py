@@ -195,7 +195,12 @@ def drawing_graph(language_model: PreTrainedModel, vocabulary: ImageVocabulary) 
 
 
 def loop_body(step: onnx.GraphProto, cache: list[Any]) -> onnx.GraphProto:
-    """Joins a step of the language model with the sampling of its id. Weights stay outside."""
+    """Joins a step of the language model with the sampling of its id. Weights stay outside.
+
+    The two are joined by the names of their values: `SAMPLING` takes the `logits` of `STEP_OUTPUTS`. ONNX's `Loop`
+    prescribes the order of inputs: the number of the step, whether to go on, and what the step before has returned.
+    The outputs are whether to go on, what the next step takes, and then what is collected from all steps.
+    """
     sampling = onnx.parser.parse_graph(SAMPLING)
     inputs = [
         helper.make_tensor_value_info("step", INTEGER, []),
