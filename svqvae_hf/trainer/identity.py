@@ -16,6 +16,7 @@ from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.token_sets.manifest import TokenSet
 from svqvae_hf.trainer.configs import read_config
 from svqvae_hf.trainer.data.image_source import ImageSource
+from svqvae_hf.trainer.options import MODEL_SUFFIX
 
 UNIMPORTANT = ("output_dir", "resume_from_checkpoint")  # options that do not change the result
 
@@ -101,7 +102,7 @@ def model_digests(options: Any) -> dict[str, str]:
     """
     digests = {}
     for name, source in vars(options).items():
-        if source is None or not name.endswith("_name_or_path"):
+        if source is None or not name.endswith(MODEL_SUFFIX):
             continue
         if name.startswith("model_config"):
             digests[name] = config_digest(source)

@@ -21,6 +21,22 @@ from svqvae_hf.trainer.scripts import script_name
 OPTIMIZERS = ("adamw", "soap")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
+# Options of all scripts whose values are files or folders, beside those that end with `MODEL_SUFFIX`
+PATH_OPTIONS = (
+    "output_dir",
+    "dataset_name",
+    "train_data_dir",
+    "mix_data_dir",
+    "validation_data_dir",
+    "token_set",
+    "validation_token_set",
+    "text_files",
+    "lpips_weights",
+    "fsdp_config",
+    "deepspeed",
+)
+MODEL_SUFFIX = "_name_or_path"  # of all options that name models
+
 # Ranges of numbers, as arguments of `check_number`
 POSITIVE = {"above": 0.0}
 NOT_NEGATIVE = {"least": 0.0}
@@ -272,7 +288,7 @@ def _check_no_stray_value(parser: "OptionParser", words: Sequence[str]) -> None:
 def _replace_bundled_names(options: Any) -> None:
     """Replaces names of models that come with the package by their folders, such as `bundled`."""
     for name, value in vars(options).items():
-        if name.endswith("_name_or_path") and value is not None:
+        if name.endswith(MODEL_SUFFIX) and value is not None:
             setattr(options, name, find_bundled(value))
 
 
@@ -345,15 +361,25 @@ def file_flags(path: Path) -> list[str]:
         flags.append(f"--{name}")
         values = value if isinstance(value, list) else [value]
         for single_value in values:
-            flags.append(_value_text(path.parent, single_value))
+            text = str(single_value)
+            if _is_path(name):
+                text = _find_path(path.parent, text)
+            flags.append(text)
     return flags
 
 
-def _value_text(folder: Path, value: Any) -> str:
-    """Text of a value of a YAML file. If it is a path that exists relative to the file's folder, the joined path."""
-    if isinstance(value, str) and (folder / value).exists():
-        return str(folder / value)
-    return str(value)
+def _is_path(name: str) -> bool:
+    """Whether the values of an option are files or folders."""
+    field_name = name.replace("-", "_")  # flags may be written either way
+    return field_name in PATH_OPTIONS or field_name.endswith(MODEL_SUFFIX)
+
+
+def _find_path(folder: Path, text: str) -> str:
+    """Joins a path of a YAML file to the file's folder, if it exists there. It may be a Hub id otherwise."""
+    path = folder / text
+    if path.exists():
+        return str(path)
+    return text
 
 
 # For publishing and for errors

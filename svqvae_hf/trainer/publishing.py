@@ -16,6 +16,7 @@ from svqvae_hf.hub.origin import STARTED_FROM, Origin, find_origin
 from svqvae_hf.hub.repositories import prepare_repo, push_folder
 from svqvae_hf.trainer.disk import WRITE_ERRORS, write_fault
 from svqvae_hf.trainer.identity import RunIdentity, changed_names, check_sources
+from svqvae_hf.trainer.options import MODEL_SUFFIX
 
 # In the output folder
 OPTIONS_FILE = "train_config.yaml"
@@ -28,7 +29,6 @@ PARTIAL_RESULT = "result.partial"  # holds a result while it is saved; the next 
 SET_OPTIONS = ("token_set", "dataset_name", "train_data_dir", "mix_data_dir")
 BASE_OPTIONS = ("pretrained_model_name_or_path", "model_name_or_path", "pipeline_name_or_path")  # are trained further
 CONFIG_OPTION = "model_config_name_or_path"  # names no weights, so a result has nothing from it
-MODEL_SUFFIX = "_name_or_path"  # of all options that name models: bases and frozen parts of the result
 
 logger = get_logger(__name__, log_level="INFO")
 

@@ -1,16 +1,18 @@
 import re
 import shlex
+from dataclasses import fields
 
 import pytest
 import yaml
 from conftest import ROOT
 from diffusion_options import DiffusionOptions
+from train_language_model import LanguageModelOptions
 from train_llamagen import LlamaGenOptions
 from train_next_scale import NextScaleOptions
 from transformers import TrainingArguments
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.trainer.options import read_options
+from svqvae_hf.trainer.options import PATH_OPTIONS, read_options
 from svqvae_hf.trainer.train_options import TrainOptions
 
 NEEDED = {"output_dir": "out", "model_config_name_or_path": "model.json", "train_data_dir": "photos"}
@@ -25,6 +27,29 @@ def test_flags_and_file_are_equal_and_flags_override_the_file(tmp_path):
     expected = TrainOptions(**NEEDED, **options)
     assert read_options([TrainOptions], [str(file)]) == read_options([TrainOptions], flags) == (expected,)
     assert read_options([TrainOptions], [str(file), "--learning_rate", "1e-4"])[0].learning_rate == 1e-4
+
+
+def test_only_paths_of_a_file_are_joined_to_its_folder(tmp_path):
+    for name in ("train", "linear", "image", "model.json", "held_out"):
+        (tmp_path / name).mkdir()
+    words = {"split": "train", "start": "linear", "image_column": "image"}
+    paths = {"train-data-dir": "train", "model_config_name_or_path": "model.json"}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(words | paths | {"output_dir": "out", "validation_data_dir": ["held_out", "x"]}))
+    (options,) = read_options([TrainOptions], [str(file)])
+    for name, value in words.items():
+        assert getattr(options, name) == value
+    for name, value in paths.items():
+        assert getattr(options, name.replace("-", "_")) == f"{tmp_path}/{value}"
+    assert options.validation_data_dir == [f"{tmp_path}/held_out", "x"]
+    assert options.output_dir == "out", "there is no such folder yet"
+
+
+def test_options_that_are_paths_are_options_of_scripts():
+    names = set()
+    for options_class in (TrainOptions, DiffusionOptions, NextScaleOptions, LanguageModelOptions, TrainingArguments):
+        names |= {field.name for field in fields(options_class)}
+    assert names.issuperset(PATH_OPTIONS)
 
 
 @pytest.mark.parametrize(
