@@ -117,10 +117,12 @@ class OutputFolder:
                 "again."
             )
         recorded_source = self._recorded_source(name)
+        is_same_folder = recorded_source.folder == source.folder
+        is_same_place = is_same_folder or self._may_have_moved(recorded_source)
         is_same_input = recorded_source.input == source.input  # by its name, size and version, in whichever folder
-        if is_same_input:
+        if is_same_place and is_same_input:
             return True
-        if recorded_source.folder != source.folder:
+        if not is_same_folder:
             raise ValueError(
                 f"`{output}` was made from another input, `{self._path_of(recorded_source)}`. Pass --overwrite to "
                 "replace it, or use another --output."
@@ -281,8 +283,20 @@ class OutputFolder:
         """Whether an input was deleted from its folder. An input that is no file in a folder is never gone."""
         if not source.folder or not source.input.name:
             return False
-        folder = os.path.join(self._real_path, source.folder)
-        return os.path.isdir(folder) and not os.path.lexists(self._path_of(source))
+        return self._has_folder(source) and not os.path.lexists(self._path_of(source))
+
+    def _may_have_moved(self, source: Source) -> bool:
+        """Whether an input may be the same one in another folder.
+
+        Files of two folders may agree in name, size and time. So a file may have moved only if its folder is gone. A
+        token set has no name in its folder, because a digest of its content identifies it in any place.
+        """
+        is_token_set = not source.input.name
+        return is_token_set or not self._has_folder(source)
+
+    def _has_folder(self, source: Source) -> bool:
+        """Whether the folder in which an input was found is still there."""
+        return os.path.isdir(os.path.join(self._real_path, source.folder))
 
     def _name(self, output: Path) -> str:
         """Name of an output in the record: its path below the folder."""

@@ -179,6 +179,36 @@ def test_what_other_inputs_made_is_not_replaced(command, photos, tmp_path, saved
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("command", ["encode", "reconstruct"])
+def test_images_of_equal_names_sizes_and_times_in_two_folders_are_other_inputs(
+    command, photo, tmp_path, saved_model, capsys
+):
+    for folder, left in (("a", 0), ("b", 100)):
+        (tmp_path / folder).mkdir()
+        photo.crop((left, 100, left + 24, 116)).save(tmp_path / folder / "0.bmp")
+        os.utime(tmp_path / folder / "0.bmp", (1_700_000_000, 1_700_000_000))  # as after `unzip`
+    options = ["--output", tmp_path / "out", "--model", saved_model]
+    assert svqvae(command, tmp_path / "a", *options) == 0
+    before = contents(tmp_path / "out")
+    capsys.readouterr()
+    message = fails(capsys, command, tmp_path / "b", *options)
+    assert f"was made from another input, `{tmp_path}/a/0.bmp`. Pass --overwrite to replace it" in message
+    assert contents(tmp_path / "out") == before
+    assert svqvae(command, tmp_path / "a", *options) == 0
+    assert "resumed: 1 of 1 " in capsys.readouterr().out
+    assert svqvae(command, tmp_path / "b", *options, "--overwrite") == 0
+    assert contents(tmp_path / "out") != before
+
+
+def test_a_copy_of_a_token_set_is_the_same_set(photos, tmp_path, saved_model, capsys):
+    svqvae("tokenize", photos, "--model", saved_model, "--output", tmp_path / "set", *TOKENIZE)
+    shutil.copytree(tmp_path / "set", tmp_path / "copy")
+    options = ["--output", tmp_path / "out", "--model", saved_model]
+    assert svqvae("decode", tmp_path / "set", *options) == 0
+    assert svqvae("decode", tmp_path / "copy", *options) == 0
+    assert "resumed: 5 of 5 " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", ["encode", "decode"])
 def test_outputs_of_another_model_are_not_kept(command, argv, tmp_path, saved_model, capsys):
     model = shutil.copytree(saved_model, tmp_path / "model")
