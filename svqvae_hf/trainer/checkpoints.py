@@ -31,7 +31,8 @@ STEP = "step"  # in that file
 IDENTITY = "run_identity.json"
 CHECKSUMS = "checksums.json"
 VALIDATION = "validation_"  # start of the names of options whose sets are measured, and not trained on
-FIXED_OPTIONS = ("optimizer", "lora_rank")  # decide which weights and states a checkpoint holds
+# Decide which weights and states a checkpoint holds, or what the images of its set are labelled with.
+FIXED_OPTIONS = ("optimizer", "optim", "optim_args", "optim_target_modules", "lora_rank", "label_column")
 NAME = re.compile(r"checkpoint-\d+")
 
 logger = get_logger(__name__, log_level="INFO")

@@ -367,6 +367,7 @@ def test_a_run_is_not_resumed_from_a_renamed_checkpoint_or_with_another_model(tr
         ({"seed": 7}, "The seed must be 42 as when the checkpoint was written, but is 7"),
         ({"gradient_accumulation_steps": 2}, "`--gradient_accumulation_steps` and process count must be 8 as when"),
         ({"optimizer": "soap"}, "`--optimizer` must be adamw as in `.*checkpoint-2`, got soap"),
+        ({"optim": "sgd"}, "`--optim` must be adamw_torch.* as in `.*checkpoint-2`, got sgd"),
         ({"lora_rank": 2}, "`--lora_rank` must be 0 as in `.*checkpoint-2`, got 2"),
     ],
 )

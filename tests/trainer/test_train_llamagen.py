@@ -218,6 +218,13 @@ def test_commands_of_the_documentation_train_validate_and_draw(classes, parts, t
     assert len([*(tmp_path / "new").glob("*.png")]) == 2 * 3
 
 
+def test_a_run_is_not_resumed_with_other_labels(classes):
+    train(**classes | {"save_strategy": "steps"})
+    changes = {"label_column": None, "max_steps": 3, "resume_from_checkpoint": "latest"}
+    with pytest.raises(ValueError, match="`--label_column` must be label as in `.*checkpoint-2`, got None"):
+        train(**classes | changes)
+
+
 def test_a_recipe_in_bfloat16_is_read_on_a_cpu(classes, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     recipe = str(ROOT / "training" / "configs" / "train_llamagen.yaml")
