@@ -23,10 +23,10 @@ def script_parser(description: str | None) -> argparse.ArgumentParser:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Prints a user's mistake as one line and exits with code 2, without a traceback."""
+    """Prints a user's mistake, or a missing package, as one line and exits with code 2, without a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         message = re.sub(TRACEBACK, "", str(error))  # a loader's process puts its traceback first
         if not message:
             message = repr(error)

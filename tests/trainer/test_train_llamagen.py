@@ -1,5 +1,6 @@
 """LlamaGen's language models trained on classes and captions, new ones and converted ones, whole or by LoRA."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -28,6 +29,7 @@ from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.trainer.options import read_options
 from svqvae_hf.trainer.pipeline_run import open_token_sets
+from svqvae_hf.trainer.scripts import one_line_errors
 
 CAPTIONS = ["a cat", "the cat", "a roof", "the roof"]
 CAPTIONS += ["a cat on a roof", "the cat on the roof", "a roof on a cat", "on"]
@@ -223,6 +225,14 @@ def test_a_run_is_not_resumed_with_other_labels(classes):
     changes = {"label_column": None, "max_steps": 3, "resume_from_checkpoint": "latest"}
     with pytest.raises(ValueError, match="`--label_column` must be label as in `.*checkpoint-2`, got None"):
         train(**classes | changes)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="the package is there")
+def test_an_attention_without_its_package_is_one_line(classes, capsys):
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        train(**classes | {"attn_implementation": "flash_attention_2"})
+    assert stop.value.code == 2
+    assert "FlashAttention2" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_recipe_in_bfloat16_is_read_on_a_cpu(classes, monkeypatch):
