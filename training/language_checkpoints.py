@@ -15,6 +15,9 @@ from svqvae_hf.trainer.interruption import Interruption
 from svqvae_hf.trainer.optimization import hyperparameters, resume_schedule
 
 TRAINER_STATE = "trainer_state.json"  # in a checkpoint, written last
+BEST_CHECKPOINT = "best_model_checkpoint"  # in that file: path of the best checkpoint when it was written
+# Of the settings of an optimizer, those that options set. The others may count its steps.
+OPTIMIZER_OPTIONS = ("initial_lr", "betas", "eps", "weight_decay")
 PARTIAL = "partial-"  # start of the names of checkpoints that a killed run left unfinished
 
 
@@ -64,6 +67,27 @@ def read_identity(checkpoint: Path) -> RunIdentity:
     return RunIdentity.from_record(callbacks[CheckpointOnSignal.__name__].get("attributes", {}), path)
 
 
+def find_best_checkpoint(checkpoint: Path) -> Path | None:
+    """Finds the best checkpoint of the run that wrote a checkpoint; `None` if it had none yet.
+
+    Checkpoints record its path. If the folder of the run was moved, the best one lies beside the others all the same.
+
+    Raises:
+        ValueError: The best checkpoint is gone.
+    """
+    recorded = read_json_object(checkpoint / TRAINER_STATE).get(BEST_CHECKPOINT)
+    if recorded is None:
+        return None
+    recorded_path = Path(recorded)
+    for path in (checkpoint.with_name(recorded_path.name), recorded_path):
+        if path.is_dir():
+            return path
+    raise ValueError(
+        f"`--load_best_model_at_end` needs the best checkpoint of the run, {recorded_path.name}, but it is not beside "
+        f"`{checkpoint}`. Put it back, or leave the option out."
+    )
+
+
 class CheckpointOnSignal(TrainerCallback, ExportableState):
     """Saves a checkpoint and stops after SIGTERM or Ctrl-C. Checkpoints record what the run is made from.
 
@@ -88,22 +112,6 @@ class CheckpointOnSignal(TrainerCallback, ExportableState):
         """Adds checksums to a checkpoint."""
         write_checksums(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Sets the hyperparameters of a resumed run to its own options, because the checkpoint brought older ones."""
-        scheduler = kwargs["lr_scheduler"]
-        is_resumed = state.global_step > 0
-        if not is_resumed or not isinstance(scheduler, LambdaLR):
-            return
-        # Copies, of the weights that decay and of the others; transformers and Muon have this order.
-        decayed_group, other_group = hyperparameters(scheduler)
-        decayed_group["weight_decay"] = args.weight_decay
-        other_group["weight_decay"] = 0.0
-        groups = [decayed_group, other_group]
-        for group in groups:
-            group["initial_lr"] = args.learning_rate
-            group["betas"] = (args.adam_beta1, args.adam_beta2)
-        resume_schedule(scheduler, state.global_step, groups)
-
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Requests a checkpoint and the end, if any process got a signal."""
         if self.interruption.requested():
@@ -111,3 +119,32 @@ class CheckpointOnSignal(TrainerCallback, ExportableState):
             control.should_training_stop = True
             self.stopped = True
             args.save_total_limit = None  # otherwise the Trainer deletes this checkpoint, unless it is the best
+
+
+class OptionsOnResume(TrainerCallback):
+    """Sets the optimizer and the best checkpoint of a resumed run, because the checkpoint brought older ones.
+
+    Args:
+        best_checkpoint (`Path`, *optional*): Best checkpoint of the run so far.
+    """
+
+    def __init__(self, best_checkpoint: Path | None = None):
+        self.best_checkpoint = best_checkpoint
+        self.groups: list[dict[str, Any]] = []
+
+    def remember(self, scheduler: LambdaLR) -> None:
+        """Remembers the options of a new optimizer, by its schedule, before a checkpoint replaces them."""
+        self.groups = []
+        for settings in hyperparameters(scheduler):
+            group = {name: settings[name] for name in OPTIMIZER_OPTIONS if name in settings}
+            self.groups.append(group)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Sets both, after the checkpoint was loaded."""
+        is_resumed = state.global_step > 0
+        if not is_resumed:
+            return
+        if self.groups:
+            resume_schedule(kwargs["lr_scheduler"], state.global_step, self.groups)
+        if self.best_checkpoint is not None:
+            state.best_model_checkpoint = str(self.best_checkpoint)

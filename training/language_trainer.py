@@ -12,13 +12,16 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from language_checkpoints import (
     CheckpointOnSignal,
+    OptionsOnResume,
     delete_partial_checkpoints,
+    find_best_checkpoint,
     read_identity,
     set_aside_partial_checkpoints,
 )
 from language_options import LanguageRunOptions, argument_faults
 from modality_loss import ModalityLoss, ModalitySums
 from peft import PeftModel
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -64,6 +67,7 @@ class LanguageRun:
         self.push_to_hub = arguments.push_to_hub
         self.lock: FolderLock | None = None
         self.checkpoint: Path | None = None
+        self.best_checkpoint: Path | None = None
         self.examples_per_step = (
             arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         )
@@ -102,6 +106,8 @@ class LanguageRun:
         self.checkpoint = self._find_checkpoint()
         if self.checkpoint is not None:
             self._check_resumable(self.checkpoint)
+            if self.arguments.load_best_model_at_end:
+                self.best_checkpoint = find_best_checkpoint(self.checkpoint)
             self.arguments.eval_on_start = False  # the run that wrote the checkpoint has validated its start
 
     def _find_checkpoint(self) -> Path | None:
@@ -150,6 +156,7 @@ class LanguageRun:
             loss=ModalityLoss(codes),
             scheduled_sampling=self.options.scheduled_sampling,
             encode=encode,
+            best_checkpoint=self.best_checkpoint,
             optimizer_cls_and_kwargs=optimizer_class(model, self.options, self.arguments),
         )
         raise_faults(sharding_faults(trainer, self.options))
@@ -243,14 +250,32 @@ class LanguageModelTrainer(Trainer):
         scheduled_sampling (`float`): Largest fraction of the ids of an image that are replaced by ids which the model
             draws itself.
         encode (`Callable`, *optional*): Returns the features of a batch's `caption` as arguments of the model.
+        best_checkpoint (`Path`, *optional*): Best checkpoint of a resumed run.
         **kwargs: As for `Trainer`.
     """
 
-    def __init__(self, *args: Any, loss: ModalityLoss, scheduled_sampling: float, encode: Any = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        loss: ModalityLoss,
+        scheduled_sampling: float,
+        encode: Any = None,
+        best_checkpoint: Path | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, compute_loss_func=loss, **kwargs)
         self.loss = loss
         self.scheduled_sampling = scheduled_sampling
         self.encode = encode
+        self.on_resume = OptionsOnResume(best_checkpoint)
+        self.add_callback(self.on_resume)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> LRScheduler:
+        """Makes the schedule of the learning rate, and remembers the options of its optimizer."""
+        scheduler = super().create_scheduler(*args, **kwargs)
+        if isinstance(scheduler, LambdaLR):
+            self.on_resume.remember(scheduler)
+        return scheduler
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Computes the loss. In training, some ids are replaced by drawn ones (scheduled sampling)."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from captioned_tokens import CAPTIONS, captioned_tokens
 from conftest import ROOT, make_tiny
-from language_checkpoints import CheckpointOnSignal, delete_partial_checkpoints, set_aside_partial_checkpoints
+from language_checkpoints import OptionsOnResume, delete_partial_checkpoints, set_aside_partial_checkpoints
 from language_options import ADAMW_ARGUMENTS, VALIDATION_ARGUMENTS, WITHOUT_EFFECT
 from language_trainer import LanguageModelTrainer
 from modality_loss import ModalityLoss
@@ -282,17 +282,32 @@ def test_a_signal_leaves_a_checkpoint_and_no_result(train, tmp_path, monkeypatch
 
 
 def test_a_resumed_run_has_its_own_hyperparameters():
-    groups = [{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)]
-    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "weight_decay": decay} for decay in (0.1, 0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=0.5, betas=(0.8, 0.7), eps=1e-3)
     schedule = LambdaLR(optimizer, lambda step: 1 - step / 10)
-    state = SimpleNamespace(global_step=4)
-    arguments = SimpleNamespace(learning_rate=0.5, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.7)
-    CheckpointOnSignal(None, None).on_train_begin(arguments, state, None, lr_scheduler=schedule)
+    on_resume = OptionsOnResume()
+    on_resume.remember(schedule)
+    for group in optimizer.param_groups:  # as a checkpoint does
+        group |= {"initial_lr": 1.0, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 7.0, "step": 4}
+    on_resume.on_train_begin(None, SimpleNamespace(global_step=4), None, lr_scheduler=schedule)
     decayed, not_decayed = optimizer.param_groups
     for group in (decayed, not_decayed):
         assert group["lr"] == pytest.approx(0.3)
-        assert group["betas"] == (0.8, 0.7)
+        assert (group["betas"], group["eps"], group["step"]) == ((0.8, 0.7), 1e-3, 4)
     assert (decayed["weight_decay"], not_decayed["weight_decay"]) == (0.1, 0.0)
+
+
+def test_another_epsilon_counts_on_resume(train, tmp_path):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    train("run", **options)
+    embeddings = []
+    for name, epsilon in (("same", 1e-8), ("other", 0.1)):
+        shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / name / "checkpoint-2")
+        folder = train(name, resume="latest", adam_epsilon=epsilon, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        embeddings.append(model.get_input_embeddings().weight)
+    same, other = embeddings
+    assert not torch.allclose(same, other, atol=1e-4)
 
 
 def test_a_finished_run_is_not_rewritten(train, tmp_path):

@@ -220,6 +220,35 @@ def test_commands_of_the_documentation_train_validate_and_draw(classes, parts, t
     assert len([*(tmp_path / "new").glob("*.png")]) == 2 * 3
 
 
+@pytest.fixture
+def moved(classes, parts, tmp_path):
+    """Options of a run whose folder was moved before its result was saved. Its best checkpoint is the first."""
+    changes = {"validation_token_set": str(parts / "held_out"), "eval_strategy": "steps", "eval_steps": 1}
+    changes |= {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    options = classes | changes
+    folder = train(**options)
+    newest = folder / "checkpoint-2"
+    state = json.loads((newest / "trainer_state.json").read_text())
+    state |= {"best_model_checkpoint": str(folder / "checkpoint-1"), "best_global_step": 1}
+    (newest / "trainer_state.json").write_text(json.dumps(state))
+    for path in (newest / "checksums.json", folder / "finished_run.json"):
+        path.unlink()
+    folder.rename(tmp_path / "moved")
+    return options | {"output_dir": str(tmp_path / "moved"), "resume_from_checkpoint": "latest"}
+
+
+def test_a_moved_run_saves_its_best_weights(moved):
+    folder = train(**moved)
+    best = load_file(folder / "checkpoint-1" / "model.safetensors")
+    torch.testing.assert_close(load_file(folder / WEIGHTS), best, rtol=0, atol=0)
+
+
+def test_a_run_without_its_best_checkpoint_is_not_resumed(moved):
+    shutil.rmtree(Path(moved["output_dir"], "checkpoint-1"))
+    with pytest.raises(ValueError, match="needs the best checkpoint of the run, checkpoint-1, but it is not beside"):
+        train(**moved)
+
+
 def test_a_run_is_not_resumed_with_other_labels(classes):
     train(**classes | {"save_strategy": "steps"})
     changes = {"label_column": None, "max_steps": 3, "resume_from_checkpoint": "latest"}
