@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +10,13 @@ import datasets
 import pyarrow as pa
 
 from svqvae_files.errors import is_unreachable
+from svqvae_files.file_names import ARCHIVE_SUFFIXES
 from svqvae_files.identity import InputIdentity
 from svqvae_hf.data.image_parts import row_key
 from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
 from svqvae_hf.data.selection import Selection
 from svqvae_hf.data.set_errors import explained_set
-from svqvae_hf.data.set_files import METADATA_FILES
+from svqvae_hf.data.set_files import METADATA_FILES, kind_of
 from svqvae_hf.data.tables import check_classes, is_table, select_columns
 from svqvae_hf.untrusted.set_rows import confine_row
 
@@ -128,6 +129,11 @@ class RepositoryFiles:
         """Whether the files are tar files in WebDataset's form."""
         return self.builder.name.startswith("webdataset")
 
+    @property
+    def are_images(self) -> bool:
+        """Whether the files are images, and metadata files or archives of images."""
+        return self.builder.name.startswith("imagefolder")
+
     def check_order(self) -> None:
         """Raises ValueError if the order of the images would differ from process to process."""
         num_metadata_files = 0
@@ -166,6 +172,8 @@ def open_stream(files: RepositoryFiles, name: str, selection: Selection) -> Open
         name (`str`): Folder of the set, or its name on the Hub.
         selection ([`Selection`]): The column of the images, by default found by its type, and columns to keep.
     """
+    if files.are_images:
+        _choose_classes(files)
     with explained_set(name):
         rows = files.builder.as_streaming_dataset(files.split)
     image_column, column_names = select_columns(rows.features or datasets.Features(), selection)
@@ -176,6 +184,62 @@ def open_stream(files: RepositoryFiles, name: str, selection: Selection) -> Open
     rows = rows.select_columns([image_column, *column_names])
     parts = _parts_of_stream(rows, image_column, files, name, has_labels=bool(column_names))
     return OpenedStream(parts, image_column, features, length)
+
+
+def _choose_classes(files: RepositoryFiles) -> None:
+    """Tells `datasets` whether the names of folders are labels, unless the README of the repository says it.
+
+    Otherwise `datasets` decides it split by split, each time from the folders of the splits before as well. Then it
+    takes the folders `train` and `test` for classes, and leaves out the labels of the first split.
+    """
+    config = files.builder.config
+    if config.drop_labels is not None:
+        return
+    splits_with_labels = _splits_with_labels(config.data_files)
+    has_labels = files.split in splits_with_labels
+    config.drop_labels = not has_labels
+    # `datasets` takes the classes, and the columns of metadata files, from all splits that it opens.
+    splits_to_open = splits_with_labels if has_labels else [files.split]
+    data_files = datasets.data_files.DataFilesDict()
+    for split in splits_to_open:
+        data_files[split] = config.data_files[split]
+    config.data_files = data_files
+
+
+def _splits_with_labels(paths_of_splits: Mapping[str, Sequence[str]]) -> list[str]:
+    """Splits whose images lie in folders of classes. Folders are classes if a split has several of them."""
+    folders_of_splits = {}
+    class_names: set[str] = set()
+    for split, paths in paths_of_splits.items():
+        folders = _names_of_folders(paths)
+        folders_of_splits[split] = folders
+        if len(folders) > 1:
+            class_names |= folders
+    splits = []
+    for split, folders in folders_of_splits.items():
+        has_labels = len(folders) > 0 and folders <= class_names  # perhaps one folder, which is a class elsewhere
+        if has_labels:
+            splits.append(split)
+    return splits
+
+
+def _names_of_folders(paths: Sequence[str]) -> set[str]:
+    """Names of the folders of images, which may be labels.
+
+    Empty if the folders are not equally deep, or if there are metadata files, which hold the labels, or archives.
+    """
+    names = set()
+    depths = set()
+    for path in paths:
+        if os.path.basename(path) in METADATA_FILES or path.lower().endswith(ARCHIVE_SUFFIXES):
+            return set()
+        if kind_of(path) == "image":
+            folder = os.path.dirname(path)
+            names.add(os.path.basename(folder))
+            depths.add(folder.count("/"))
+    if len(depths) > 1:
+        return set()
+    return names
 
 
 def _parts_of_stream(

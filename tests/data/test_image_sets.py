@@ -243,6 +243,63 @@ def test_the_rest_of_a_broken_file_is_one_unreadable_row(sets, tmp_path):
         read_image(next(images.parts[1].read()))
 
 
+# Repositories
+
+
+def write_repository(folder, patterns):
+    """Writes the README of a repository, with a pattern per split."""
+    lines = ["---", "configs:", "- config_name: default", "  data_files:"]
+    for split, pattern in patterns.items():
+        lines.append(f"  - {{split: {split}, path: '{pattern}'}}")
+    (folder / "README.md").write_text("\n".join([*lines, "---"]))
+
+
+SPLITS = {"train": "train/**", "test": "test/**"}
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["train/0.png", "test/1.png"], [[None], [None]]),
+        (["train/all/0.png", "test/cat/1.png", "test/dog/2.png"], [[None], [0, 1]]),
+        (["train/cat/0.png", "train/dog/1.png", "test/2.png"], [[0, 1], [None]]),
+        (["train/cat/0.png", "train/dog/1.png", "test/dog/2.png"], [[0, 1], [1]]),
+        (["train/cat/0.png", "train/dog/1.png", "test/a/cat/2.png", "test/a/dog/3.png"], [[0, 1], [0, 1]]),
+        (["train/cat/0.png", "train/1.png", "test/2.png"], [[None, None], [None]]),
+    ],
+)
+def test_folders_of_a_repository_are_classes_if_a_split_has_several(tmp_path, names, labels):
+    for name in names:
+        save(numbered(0), tmp_path / name)
+    write_repository(tmp_path, SPLITS)
+    for split, labels_of_split in zip(SPLITS, labels, strict=True):
+        images = open_images([str(tmp_path)], split=split)
+        assert [row.values.get("label") for row in images] == labels_of_split
+        if labels_of_split[0] is None:
+            assert images.features == {}
+        else:
+            assert images.features["label"].names == ["cat", "dog"]
+
+
+def test_the_readme_of_a_repository_may_say_that_folders_are_no_classes(tmp_path):
+    for name in ("train/cat/0.png", "train/dog/1.png", "test/2.png"):
+        save(numbered(0), tmp_path / name)
+    write_repository(tmp_path, SPLITS)
+    readme = tmp_path / "README.md"
+    readme.write_text(readme.read_text().replace("  data_files:", "  drop_labels: true\n  data_files:"))
+    assert [row.values for row in open_images([str(tmp_path)], split="train")] == [{}, {}]
+
+
+@pytest.mark.parametrize("splits", [["train", "test"], ["test", "train"]])
+def test_a_repository_with_metadata_in_one_split_keeps_the_images_of_others(tmp_path, splits):
+    for name in ("train/cat/0.png", "train/dog/1.png", "test/2.png"):
+        save(numbered(0), tmp_path / name)
+    (tmp_path / "test" / "metadata.jsonl").write_text('{"file_name": "2.png", "caption": "two"}')
+    write_repository(tmp_path, {split: SPLITS[split] for split in splits})
+    assert [row.values for row in open_images([str(tmp_path)], split="train")] == [{"label": 0}, {"label": 1}]
+    assert [row.values for row in open_images([str(tmp_path)], split="test")] == [{"caption": "two"}]
+
+
 # Mistakes
 
 
