@@ -12,11 +12,12 @@ import pyarrow as pa
 from svqvae_files.errors import is_unreachable
 from svqvae_files.file_names import ARCHIVE_SUFFIXES
 from svqvae_files.identity import InputIdentity
+from svqvae_files.inputs import is_url
 from svqvae_hf.data.image_parts import row_key
 from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
 from svqvae_hf.data.selection import Selection
 from svqvae_hf.data.set_errors import explained_set
-from svqvae_hf.data.set_files import METADATA_FILES, kind_of
+from svqvae_hf.data.set_files import METADATA_FILES, SetFile, file_identity, kind_of
 from svqvae_hf.data.tables import check_classes, is_table, select_columns
 from svqvae_hf.untrusted.set_rows import confine_row
 
@@ -116,12 +117,14 @@ class RepositoryFiles:
         return [str(path) for path in self.builder.config.data_files[self.split]]
 
     def inputs(self) -> list[InputIdentity]:
-        """Identity of each file. Its version holds the revision of the repository, or the time of a local file."""
-        version = str(self.builder.config.data_files[self.split].origin_metadata)
+        """Identity of each file. The version of a file at a URL is the revision of the repository."""
+        revision = str(self.builder.config.data_files[self.split].origin_metadata)
         identities = []
         for path in self.paths():
-            key = path.removeprefix(self.root)
-            identities.append(InputIdentity(key, size=0, version=version))
+            if is_url(path):
+                identities.append(InputIdentity(path, size=0, version=revision))
+            else:
+                identities.append(file_identity(self.root, SetFile(path)))
         return identities
 
     @property

@@ -96,7 +96,7 @@ class SetFiles:
         """Identities of all files, in their order, and of those with captions or labels."""
         identities = []
         for file in self.files + self.metadata:
-            identities.append(_identity(self.root, file))
+            identities.append(file_identity(self.root, file))
         return identities
 
 
@@ -437,7 +437,7 @@ def _scheme(path: str) -> str:
     return f"{scheme}://"
 
 
-def _identity(root: str, file: SetFile) -> InputIdentity:
+def file_identity(root: str, file: SetFile) -> InputIdentity:
     """Identity of a file, from the listing of a URL or from its status on this machine."""
     key = readable(_key(root, file))
     if file.size is not None:

@@ -300,6 +300,20 @@ def test_a_repository_with_metadata_in_one_split_keeps_the_images_of_others(tmp_
     assert [row.values for row in open_images([str(tmp_path)], split="test")] == [{"caption": "two"}]
 
 
+def test_the_fingerprint_of_a_repository_changes_with_the_size_of_a_file(tmp_path):
+    for name in ("0.png", "1.png"):
+        save(numbered(0), tmp_path / name)
+    write_repository(tmp_path, {"train": "*.png"})
+    images = open_images([str(tmp_path)])
+    assert [file.name for file in images.files.inputs()] == ["0.png", "1.png"]
+    before = images.fingerprint
+    changed = tmp_path / "1.png"
+    time = changed.stat().st_mtime_ns
+    save(numbered(0).resize((50, 50)), changed)
+    os.utime(changed, ns=(time, time))
+    assert open_images([str(tmp_path)]).fingerprint != before
+
+
 # Mistakes
 
 
