@@ -26,4 +26,6 @@ if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit("Usage: python docs/contact_sheet.py FOLDER OUT COLUMNS")
     files = sorted(Path(sys.argv[1]).glob("*.png"))
+    if not files:
+        sys.exit(f"contact_sheet.py: error: `{sys.argv[1]}` must hold PNG files, but has none.")
     contact_sheet(files, int(sys.argv[3])).save(sys.argv[2], quality=85)

@@ -264,3 +264,10 @@ def test_site_builds_without_network_and_shows_docstrings(tmp_path):
 
 
 # Pictures
+
+
+def test_contact_sheet_of_an_empty_folder_is_one_line(tmp_path):
+    command = [sys.executable, ROOT / "docs/contact_sheet.py", tmp_path, tmp_path / "sheet.jpg", "8"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert result.stderr == f"contact_sheet.py: error: `{tmp_path}` must hold PNG files, but has none.\n"
