@@ -36,6 +36,7 @@ PATH_OPTIONS = (
     "deepspeed",
 )
 MODEL_SUFFIX = "_name_or_path"  # of all options that name models
+USAGE = "%(prog)s [CONFIG.yaml] [--option VALUE ...]"  # argparse would list each option before it explains the first
 
 # Ranges of numbers, as arguments of `check_number`
 POSITIVE = {"above": 0.0}
@@ -260,14 +261,17 @@ def read_options(options_classes: Sequence[type], arguments: Sequence[str]) -> t
         `tuple`: One instance of each class.
 
     Raises:
-        ValueError: If an option is unknown or missing, a value is of the wrong type, or the file does not map options
-            to values.
+        ValueError: If an option is unknown, missing or repeated, a value is of the wrong type, or the file does not
+            map options to values.
     """
     words = list(arguments)
+    words_of_file: list[str] = []
     if words and words[0].endswith((".yaml", ".yml")):
-        config_file = Path(words[0])
-        words = file_flags(config_file) + words[1:]  # the last of equal flags counts
-    parser = OptionParser(options_classes, prog=script_name(), allow_abbrev=False)
+        words_of_file = file_flags(Path(words.pop(0)))
+    parser = OptionParser(options_classes, prog=script_name(), usage=USAGE, allow_abbrev=False)
+    parser.check_no_repeats(words_of_file)
+    parser.check_no_repeats(words)
+    words = words_of_file + words  # flags override the file, because the last of equal flags counts
     parser.check_names(words)
     _check_no_stray_value(parser, words)
     parsed = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
@@ -319,6 +323,18 @@ class OptionParser(HfArgumentParser):
                 advice = f"Did you mean `{similar_flags[0]}`?"
             raise ValueError(f"`{flag}` is not an option of the script. {advice}")
 
+    def check_no_repeats(self, words: Sequence[str]) -> None:
+        """Raises ValueError for the first option that is given twice, because argparse would take its last value."""
+        names = set()
+        for word in words:
+            flag = word.partition("=")[0]
+            action = self._option_string_actions.get(flag)
+            if action is None:
+                continue
+            if action.dest in names:  # of `--token_set`, `--token-set`, or `--random_flip` and `--no_random_flip`
+                raise ValueError(f"`{flag}` must be given once, but is given twice. Leave one of them out.")
+            names.add(action.dest)
+
     def error(self, message: str) -> NoReturn:
         """Raises the error, without the usage, which lists every option."""
         raise ValueError(message)
@@ -340,6 +356,22 @@ def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert_or_none
 
 
+class _OptionLoader(yaml.SafeLoader):
+    """Loads a YAML file of options. A key that occurs twice is an error, and not the last of its values."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Reads a mapping."""
+        keys = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in keys:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"`{key}` occurs twice", problem_mark=key_node.start_mark
+                )
+            keys.append(key)
+        return super().construct_mapping(node, deep=deep)
+
+
 def file_flags(path: Path) -> list[str]:
     """Entries of a YAML file as flags. Paths are relative to its folder, if they exist there.
 
@@ -348,7 +380,7 @@ def file_flags(path: Path) -> list[str]:
         ValueError: The file is not YAML, or does not map options to values.
     """
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries = yaml.load(path.read_text(encoding="utf-8"), _OptionLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())  # on one line
         raise ValueError(f"`{path}` must be a YAML file, but is not: {reason}") from error

@@ -58,6 +58,8 @@ def test_options_that_are_paths_are_options_of_scripts():
         (yaml.safe_dump(NEEDED | {"learning_rate": [1, 2]}), "`2` must follow an option that takes it"),
         ("- output_dir", "must map options to values, but is list"),
         ("a: [", "must be a YAML file, but is not"),
+        ("max_steps: 1\nmax_steps: 2\n", "must be a YAML file, but is not: `max_steps` occurs twice"),
+        ("max_steps: 1\nmax-steps: 2\n", "`--max-steps` must be given once"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path, text, message):
@@ -78,11 +80,23 @@ def test_wrong_files_are_refused(tmp_path, text, message):
         (["--seed", "1", "2", "--output_dir", "out"], "`2` must follow an option that takes it"),
         (["--max_steps=many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
         (["--seed", "1"], "the following arguments are required: --output_dir"),
+        (["--output_dir", "a", "--output-dir=b"], "`--output-dir` must be given once, but is given twice"),
+        (["--random_flip", "--no_random_flip"], "`--no_random_flip` must be given once"),
     ],
 )
 def test_the_first_wrong_flag_is_named(flags, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         read_options([TrainOptions], flags)
+
+
+def test_help_explains_the_options_of_the_script_first(capsys):
+    with pytest.raises(SystemExit):
+        read_options([LanguageModelOptions, TrainingArguments], ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("[CONFIG.yaml] [--option VALUE ...]")
+    explained = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert explained[0] == "--token_set"
+    assert explained.index("--model_name_or_path") < explained.index("--output_dir")
 
 
 def test_all_values_out_of_range_are_named_at_once():
