@@ -18,7 +18,7 @@ from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
 from svqvae_hf.data.selection import Selection
 from svqvae_hf.data.set_errors import explained_set
 from svqvae_hf.data.set_files import METADATA_FILES, SetFile, file_identity, kind_of
-from svqvae_hf.data.tables import check_classes, is_table, select_columns
+from svqvae_hf.data.tables import check_classes, is_table, read_features, select_columns
 from svqvae_hf.untrusted.set_rows import confine_row
 
 SET_NAME = r"\w[\w.-]*(/[\w.-]+)?"  # on the Hub, also sets without an owner
@@ -64,7 +64,7 @@ class StreamPart:
 
         Raises:
             OSError: The file cannot be reached.
-            ValueError: It has other classes than the set.
+            ValueError: It has other classes than the set, or types that cannot be converted to those of the set.
         """
         if self.table is not None:
             self._check_classes(self.table)
@@ -78,6 +78,8 @@ class StreamPart:
                 source = confine_row(image, self.repository)
                 key = row_key(source, self.root, default=f"{self.number}-{index}")
                 yield ImageRow(key, source, values=row)
+        except TypeError as error:  # of a conversion that does not exist, such as of lists to texts
+            raise ValueError(f"`{self.name}` must have the types of the columns of its set: {error}.") from error
         except (ValueError, OSError, pa.ArrowException) as error:
             if is_unreachable(error, is_remote=self.repository is not None):
                 raise
@@ -137,6 +139,19 @@ class RepositoryFiles:
         """Whether the files are images, and metadata files or archives of images."""
         return self.builder.name.startswith("imagefolder")
 
+    @property
+    def are_local_tables(self) -> bool:
+        """Whether all files are Parquet or Arrow files on this machine."""
+        paths = self.paths()
+        if any(is_url(path) for path in paths):
+            return False
+        return all(is_table(path) for path in paths)
+
+    @property
+    def has_types(self) -> bool:
+        """Whether the README says the types of the columns, to which `datasets` converts all files."""
+        return self.builder.info.features is not None
+
     def check_order(self) -> None:
         """Raises ValueError if the order of the images would differ from process to process."""
         num_metadata_files = 0
@@ -177,6 +192,9 @@ def open_stream(files: RepositoryFiles, name: str, selection: Selection) -> Open
     """
     if files.are_images:
         _choose_classes(files)
+    if files.are_local_tables and not files.has_types:
+        # Otherwise `datasets` takes the types of the first file, in which a column may be empty.
+        files.builder.info.features = read_features(files.paths(), selection)
     with explained_set(name):
         rows = files.builder.as_streaming_dataset(files.split)
     image_column, column_names = select_columns(rows.features or datasets.Features(), selection)

@@ -13,6 +13,7 @@ from svqvae_files.errors import is_unreachable
 from svqvae_files.inputs import is_url, readable
 from svqvae_hf.data.image_parts import row_key
 from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
+from svqvae_hf.data.metadata import EMPTY
 from svqvae_hf.data.opened_files import opened_file
 from svqvae_hf.data.selection import Selection
 from svqvae_hf.data.set_errors import explained_set
@@ -21,6 +22,7 @@ from svqvae_hf.untrusted.set_rows import confine_row
 ARROW_MAGIC = b"ARROW1"  # of the format for files
 PARQUET_SUFFIXES = (".parquet", ".geoparquet", ".gpq")  # `datasets` reads all of them as Parquet
 ARROW_SUFFIX = ".arrow"
+TEXTS = (datasets.Value("string"), datasets.Value("large_string"))  # hold the same values; Polars writes the second
 ROWS_AT_A_TIME = 16  # that are in memory together, with their images
 
 
@@ -33,7 +35,7 @@ class TablePart:
         root (`str`): Folder of the set.
         number (`int`): Number of the file, for the keys of images without a path.
         image_column (`str`): Column of the images.
-        features (`datasets.Features`): Columns to keep, as they are in the first file.
+        features (`datasets.Features`): Columns to keep, with their types in the set.
     """
 
     path: str
@@ -52,7 +54,7 @@ class TablePart:
 
         Raises:
             OSError: The file cannot be reached.
-            ValueError: It has other columns than the first file.
+            ValueError: It has other columns than the set.
         """
         columns = [self.image_column, *self.features]
         try:
@@ -67,16 +69,11 @@ class TablePart:
             yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", list(self.features))
 
     def check_schema(self, schema: pa.Schema) -> None:
-        """Raises ValueError if a file has other columns than the first one, or other classes."""
+        """Raises ValueError if a file lacks a column of its set, or has other classes or types in one."""
         features_of_file = datasets.Features.from_arrow_schema(schema)
-        for name in (self.image_column, *self.features):
-            if name not in features_of_file:
-                raise ValueError(f"all files of a set must have the column `{name}`, but `{self.path}` has none.")
+        _check_names(self.path, [self.image_column, *self.features], features_of_file)
         for name, feature in self.features.items():
-            feature_of_file = features_of_file[name]
-            has_classes = isinstance(feature, datasets.ClassLabel) or isinstance(feature_of_file, datasets.ClassLabel)
-            if has_classes and feature_of_file != feature:
-                raise _other_classes(self.path, name, feature_of_file, feature)
+            _check_type(self.path, name, features_of_file[name], feature)
 
     def _image_row(self, index: int, row: dict[str, Any]) -> ImageRow:
         """Row of an image, from the row of the file with this index."""
@@ -91,8 +88,8 @@ def open_tables(paths: Sequence[str], root: str, selection: Selection) -> tuple[
     """Finds the columns of Parquet or Arrow files.
 
     Args:
-        paths (`Sequence[str]`): Local paths, or URLs for `fsspec`. Local files are compared with the first one here,
-            and files at URLs when they are read.
+        paths (`Sequence[str]`): Local paths, or URLs for `fsspec`. Local files are compared with each other here, and
+            files at URLs with the first one when they are read.
         root (`str`): Folder of the set.
         selection ([`Selection`]): The column of the images, by default found by its type, and columns to keep.
 
@@ -103,27 +100,70 @@ def open_tables(paths: Sequence[str], root: str, selection: Selection) -> tuple[
         OSError: The first file cannot be reached.
         ValueError: It is damaged or has no such column, or local files differ in their columns.
     """
-    with explained_set(paths[0]), opened_file(paths[0]) as file:
-        features = datasets.Features.from_arrow_schema(_read_schema(paths[0], file))
+    features = read_features(paths, selection)
     image_column, column_names = select_columns(features, selection)
     selected_features = datasets.Features({name: features[name] for name in column_names})
     parts = []
     for number, path in enumerate(paths):
         parts.append(TablePart(path, root, number, image_column, selected_features))
-    for part in parts[1:]:
-        if not is_url(part.path):
-            _check_local_schema(part)
     return parts, selected_features
 
 
-def _check_local_schema(part: TablePart) -> None:
-    """Raises ValueError if a file has other columns than the first one. A broken file is reported when it is read."""
-    try:
-        with opened_file(part.path) as file:
-            schema = _read_schema(part.path, file)
-    except (OSError, pa.ArrowException):
+def read_features(paths: Sequence[str], selection: Selection) -> datasets.Features:
+    """Columns of the first one of some Parquet or Arrow files, with their types.
+
+    A column that is empty in the first file has its type from the first local file in which it is not.
+
+    Args:
+        paths (`Sequence[str]`): Local paths, or URLs for `fsspec`.
+        selection ([`Selection`]): The column of the images, and columns to keep, in which local files are compared.
+
+    Raises:
+        OSError: The first file cannot be reached.
+        ValueError: It is damaged or has no such column, or local files differ in their columns.
+    """
+    with explained_set(paths[0]):
+        features = _features_of_file(paths[0])
+    image_column, column_names = select_columns(features, selection)
+    for path in paths[1:]:
+        if is_url(path):
+            continue
+        try:
+            features_of_file = _features_of_file(path)
+        except (OSError, pa.ArrowException):  # a broken file, which is reported when it is read
+            continue
+        _check_names(path, [image_column, *column_names], features_of_file)
+        for name in column_names:
+            if features[name] == EMPTY:
+                features[name] = features_of_file[name]
+            _check_type(path, name, features_of_file[name], features[name])
+    return features
+
+
+def _features_of_file(path: str) -> datasets.Features:
+    """Columns of a file and their types, as `datasets` names them."""
+    with opened_file(path) as file:
+        return datasets.Features.from_arrow_schema(_read_schema(path, file))
+
+
+def _check_names(path: str, names: Sequence[str], features_of_file: datasets.Features) -> None:
+    """Raises ValueError if a file lacks a column of its set."""
+    for name in names:
+        if name not in features_of_file:
+            raise ValueError(f"all files of a set must have the column `{name}`, but `{path}` has none.")
+
+
+def _check_type(path: str, column: str, feature_of_file: Any, feature: Any) -> None:
+    """Raises ValueError if a column of a file has another type than in its set, unless it is empty in the file."""
+    both_are_texts = feature_of_file in TEXTS and feature in TEXTS
+    if both_are_texts or feature_of_file in (feature, EMPTY):
         return
-    part.check_schema(schema)
+    if isinstance(feature, datasets.ClassLabel) or isinstance(feature_of_file, datasets.ClassLabel):
+        raise _other_classes(path, column, feature_of_file, feature)
+    raise ValueError(
+        f"all files of a set must have columns of one type, but `{column}` of `{path}` is {feature_of_file!s:.200}, "
+        f"and {feature!s:.200} in the set. Convert it."
+    )
 
 
 def check_classes(path: str, features: datasets.Features) -> None:
@@ -135,8 +175,7 @@ def check_classes(path: str, features: datasets.Features) -> None:
         path (`str`): Local path, or a URL for `fsspec`.
         features (`datasets.Features`): Columns of the set.
     """
-    with opened_file(path) as file:
-        features_of_file = datasets.Features.from_arrow_schema(_read_schema(path, file))
+    features_of_file = _features_of_file(path)
     for name, feature in features.items():
         feature_of_file = features_of_file.get(name)
         if isinstance(feature_of_file, datasets.ClassLabel) and feature_of_file != feature:

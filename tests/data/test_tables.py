@@ -1,3 +1,5 @@
+import re
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -34,6 +36,88 @@ def test_files_with_other_classes_are_an_error(tmp_path, prefix):
     make_rows([2, 3]).remove_columns("label").to_parquet(tmp_path / "1.parquet")
     with pytest.raises(ValueError, match="must have the column `label`, but `.*1.parquet` has none"):
         list(open_images([f"{prefix}{tmp_path}"]))
+
+
+def write_columns(folder, column, *values_of_files):
+    """Writes Parquet files `0.parquet` and so on with two images each, and one more column."""
+    images = [{"bytes": encode(numbered(number)), "path": f"{number}.png"} for number in range(2)]
+    for number, values in enumerate(values_of_files):
+        pq.write_table(pa.table({"image": images, column: values}), folder / f"{number}.parquet")
+
+
+README = """---
+configs:
+- config_name: default
+  data_files: "*.parquet"
+---
+"""
+README_WITH_TYPES = """---
+configs:
+- config_name: default
+  data_files: "*.parquet"
+dataset_info:
+  features:
+  - {name: image, dtype: image}
+  - {name: caption, dtype: string}
+---
+"""
+
+
+@pytest.mark.parametrize("is_repository", [False, True])
+@pytest.mark.parametrize(
+    ("column", "first", "second", "type_of_file", "type_in_set"),
+    [
+        ("label", pa.array([1, 2]), pa.array([1.5, 2.5]), "Value('float64')", "Value('int64')"),
+        ("label", pa.array([1, 2]), pa.array(["x", "y"]), "Value('string')", "Value('int64')"),
+        ("label", pa.array([1, 2], pa.int8()), pa.array([300, 70000]), "Value('int64')", "Value('int8')"),
+        ("caption", pa.array(["a", "b"]), pa.array([["c"], ["d"]]), "List(Value('string'))", "Value('string')"),
+    ],
+)
+def test_files_with_other_types_are_an_error_that_names_file_and_column(
+    tmp_path, is_repository, column, first, second, type_of_file, type_in_set
+):
+    write_columns(tmp_path, column, first, second)
+    if is_repository:
+        (tmp_path / "README.md").write_text(README)
+    message = f"`{column}` of `{tmp_path}/1.parquet` is {type_of_file}, and {type_in_set} in the set. Convert it."
+    with pytest.raises(ValueError, match="must have columns of one type, but " + re.escape(message)):
+        open_images([str(tmp_path)])
+    assert open_images([str(tmp_path)], keep_labels=False).features == {}
+
+
+def test_a_file_at_a_url_with_other_types_is_an_error_when_it_is_read(tmp_path):
+    write_columns(tmp_path, "label", pa.array([1, 2]), pa.array([1.5, 2.5]))
+    first, second = open_images([f"file://{tmp_path}"]).parts
+    assert [row.values["label"] for row in first.read()] == [1, 2]
+    with pytest.raises(ValueError, match="one type, but `label` of `file://.*1.parquet` is Value.'float64'"):
+        list(second.read())
+
+
+@pytest.mark.parametrize("readme", ["", README, README_WITH_TYPES])
+def test_a_column_that_is_empty_in_a_file_has_the_type_of_another(tmp_path, readme):
+    write_columns(tmp_path, "caption", pa.nulls(2), pa.array(["c", "d"]), pa.nulls(2))
+    if readme:
+        (tmp_path / "README.md").write_text(readme)
+    images = open_images([str(tmp_path)])
+    assert images.features == {"caption": datasets.Value("string")}
+    assert [row.values["caption"] for row in images] == [None, None, "c", "d", None, None]
+
+
+def test_a_column_that_is_empty_in_all_files_stays_empty(tmp_path):
+    write_columns(tmp_path, "caption", pa.nulls(2), pa.nulls(2))
+    assert [row.values["caption"] for row in open_images([str(tmp_path)])] == [None] * 4
+
+
+def test_texts_may_be_stored_as_two_types(tmp_path):
+    write_columns(tmp_path, "caption", pa.array(["a", "b"]), pa.array(["c", "d"], pa.large_string()))
+    assert [row.values["caption"] for row in open_images([str(tmp_path)])] == ["a", "b", "c", "d"]
+
+
+def test_a_file_that_does_not_fit_the_types_in_the_readme_is_named(tmp_path):
+    write_columns(tmp_path, "caption", pa.array(["a", "b"]), pa.array([["c"], ["d"]]))
+    (tmp_path / "README.md").write_text(README_WITH_TYPES)
+    with pytest.raises(ValueError, match="`1.parquet` must have the types of the columns of its set: .* to string"):
+        list(open_images([str(tmp_path)]))
 
 
 CARD = """---
