@@ -281,6 +281,17 @@ def test_folders_of_a_repository_are_classes_if_a_split_has_several(tmp_path, na
             assert images.features["label"].names == ["cat", "dog"]
 
 
+def test_images_in_zip_files_of_a_repository_have_no_labels(tmp_path):
+    for number, name in enumerate(("cat/0.png", "dog/1.png")):
+        save(numbered(number), tmp_path / "photos" / name)
+    folder = tmp_path / "repository"
+    shutil.make_archive(str(folder / "photos"), "zip", tmp_path / "photos")
+    write_repository(folder, {"train": "*.zip"})
+    images = list(open_images([str(folder)]))
+    assert [(row.key, row.values) for row in images] == [("cat/0.png", {}), ("dog/1.png", {})]
+    assert same(images, [numbered(0), numbered(1)])
+
+
 def test_the_readme_of_a_repository_may_say_that_folders_are_no_classes(tmp_path):
     for name in ("train/cat/0.png", "train/dog/1.png", "test/2.png"):
         save(numbered(0), tmp_path / name)
