@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -77,10 +76,11 @@ def remember_validations(
     options: TrainOptions, vqvae: SVQVAE, validation_sets: Sequence[ValidationSet]
 ) -> Validations:
     """Memory of a run's validations. A resumed run must measure the same sets at the same scales."""
-    measured: list[Any] = []
-    for validation_set in validation_sets:
-        measured.append((validation_set.name, validation_set.num_images, validation_set.digest))
-    measured.append(options.validation_scales)
+    measured = {
+        "validation_data_dir": [validation_set.digest for validation_set in validation_sets],
+        "num_validation_images": options.num_validation_images,
+        "validation_scales": options.validation_scales,
+    }
     return Validations(vqvae, options.load_best_model_at_end, measured)
 
 

@@ -203,7 +203,7 @@ def check_step(checkpoint: Path, step: int) -> None:
 def check_resumable(checkpoint: Path, identity: RunIdentity) -> None:
     """Compares a run with its checkpoint, and logs which options have changed.
 
-    Other validation sets are allowed: they change no weight.
+    Other validation sets are allowed: they change no weight. Runs that compare validations check them on their own.
 
     Args:
         checkpoint (`Path`): Folder of the checkpoint.

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from svqvae_hf.trainer.identity import changed_names
+
 STATE = ("first", "chosen", "ids", "step", "score", "weights", "measured")  # attributes that checkpoints store
 
 Numbers = dict[str, dict[str, float]]  # of each set, by its name
@@ -18,7 +20,7 @@ class Validations:
         network (`nn.Module`): The bare network.
         keep_best (`bool`): Choose the validation with the highest mean PSNR over sets and scales, among those that
             quantised, and keep its weights. Otherwise, the last one is chosen.
-        measured (`list`): What is measured: names, sizes and digests of the sets, and scales.
+        measured (`dict[str, Any]`): What is measured, by the option that says it.
 
     Attributes:
         first, chosen (`dict[str, dict[str, float]]`): Numbers of each set in the first and the chosen validation.
@@ -26,11 +28,11 @@ class Validations:
         weights (`dict[str, torch.Tensor]`): Weights of the chosen validation on the CPU, with `keep_best`.
     """
 
-    def __init__(self, network: nn.Module, keep_best: bool, measured: list[Any]):
+    def __init__(self, network: nn.Module, keep_best: bool, measured: Mapping[str, Any]):
         self.network = network
         self.keep_best = keep_best
         # What must be equal in a resumed run, so that its validations can be compared with earlier ones.
-        self.measured: list[Any] = [keep_best, *measured]
+        self.measured = {"load_best_model_at_end": keep_best, **measured}
         self.first: Numbers = {}
         self.chosen: Numbers = {}
         self.ids: dict[str, torch.Tensor] = {}  # of each set, in the first validation that quantised
@@ -90,8 +92,12 @@ class Validations:
         Raises:
             ValueError: If its validations measured something else, or kept the weights of the best or not.
         """
-        if state["first"] and state["measured"] != self.measured:
-            raise ValueError(f"Validations must be of {state['measured']}, as in the checkpoint, got {self.measured}.")
+        changed = changed_names(state["measured"], self.measured)
+        if state["first"] and changed:
+            raise ValueError(
+                f"`--{changed[0]}` must be as in the checkpoint, and so must the images that it names, because later "
+                "validations are compared with earlier ones. Restore it, or start a new run in another `--output_dir`."
+            )
         for name in STATE:
             if name != "measured":
                 setattr(self, name, state[name])

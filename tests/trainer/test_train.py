@@ -186,12 +186,32 @@ def test_stopped_and_killed_run_ends_with_the_weights_of_an_unbroken_one(options
 
 
 def test_the_best_validation_is_a_quantised_one():
-    validations = Validations(torch.nn.Linear(1, 1), keep_best=True, measured=[])
+    validations = Validations(torch.nn.Linear(1, 1), keep_best=True, measured={})
     for step, psnr, ids in ((0, 31.0, []), (5, 25.0, [1]), (9, 24.0, [1])):
         validations.add(step, {"validation": {"psnr@1": psnr}}, {"validation": torch.tensor(ids)})
     assert (validations.step, len(validations.weights)) == (5, 2)
-    with pytest.raises(ValueError, match=r"Validations must be of \[True\], as in the checkpoint, got \[True, 0.5\]"):
-        Validations(torch.nn.Linear(1, 1), True, [0.5]).load_state_dict(validations.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"validation_data_dir": []}, "validation_data_dir"),
+        ({"validation_scales": [1.0]}, "validation_scales"),
+        ({"num_validation_images": 1}, "num_validation_images"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end"),
+        ({"another_image": True}, "validation_data_dir"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_validations(options, inputs, tmp_path, changes, name):
+    held_out = tmp_path / "held_out"
+    shutil.copytree(inputs / "held_out", held_out)
+    options |= SMALL | {"validation_data_dir": [str(held_out)], "max_steps": 1}
+    run(**options)
+    if changes.pop("another_image", False):
+        (image, *_) = held_out.glob("*.png")
+        shutil.copy(image, held_out / "another.png")
+    with pytest.raises(ValueError, match=f"`--{name}` must be as in the checkpoint, and so must the images"):
+        run(**options | {"max_steps": 2, "resume_from_checkpoint": "latest"} | changes)
 
 
 # Two processes
