@@ -11,7 +11,7 @@ import argparse
 
 from svqvae_cli.arguments import Parser, model, positive
 from svqvae_cli.errors import one_line
-from svqvae_cli.files import InputFile, find_images
+from svqvae_cli.files import InputFile, check_trained, find_images
 from svqvae_cli.runs import Run
 
 
@@ -27,6 +27,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes and prints a text for each image."""
+    check_trained(args.model)
     files = find_images(args)
     targets = {file: [file.target(args.output, ".txt")] for file in files}
     with Run(args, targets, "texts") as work:

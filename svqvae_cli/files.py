@@ -21,6 +21,9 @@ from svqvae_files.inputs import is_url, walk_files
 from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import is_writable, nearest_existing
 
+CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
+CHECKPOINT_STATES = ("run_state.pt", "trainer_state.json")  # one of which each checkpoint of a training script has
+
 
 @dataclass(frozen=True)
 class InputFile:
@@ -203,6 +206,42 @@ def check_source(source: str | None, subfolder: bool = False) -> None:
             f"there is no file or folder `{source}`. On the Hub a model is `org/repo`. An original checkpoint, "
             "for `convert` and `info`, is `org/repo:file`."
         )
+
+
+def check_trained(source: str | None) -> None:
+    """Raises ValueError for a checkpoint of a training run, and for the folder of a run that is not finished.
+
+    Args:
+        source (`str`, *optional*): Folder or Hub id of the model; `None` for the bundled model.
+    """
+    if source is None:
+        return
+    folder = Path(source)
+    if _is_checkpoint(folder):
+        raise ValueError(
+            f"a model must be the result of a training run, but `{source}` is a checkpoint. Finish the run with "
+            f"--resume_from_checkpoint latest, and pass `{folder.parent}`."
+        )
+    holds_model = any(folder.glob("*.json"))
+    checkpoints = [path for path in folder.glob("checkpoint-*") if _is_checkpoint(path)]
+    if holds_model or not checkpoints:
+        return
+    last_checkpoint = max(checkpoints, key=_step_of_checkpoint)
+    raise ValueError(
+        f"a model must be the result of a training run, but the run in `{source}` is not finished. Its last "
+        f"checkpoint is {last_checkpoint.name}. Finish it by the same command with --resume_from_checkpoint latest."
+    )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of a training script."""
+    has_name = CHECKPOINT_NAME.fullmatch(folder.name) is not None
+    return has_name and any((folder / name).is_file() for name in CHECKPOINT_STATES)
+
+
+def _step_of_checkpoint(folder: Path) -> int:
+    """Number of steps of a checkpoint."""
+    return int(folder.name.rpartition("-")[2])
 
 
 def check_tiles(source: str | None, tile_size: int | None) -> None:

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 from svqvae_cli.arguments import Parser, grid, model, not_empty, path_or_name, positive, seed
-from svqvae_cli.files import check_source
+from svqvae_cli.files import check_source, check_trained
 from svqvae_cli.runs import Run
 from svqvae_files.file_names import DEFAULT_GENERATOR
 
@@ -52,6 +52,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generates images in batches, and writes each to a file."""
     check_source(args.model)
+    check_trained(args.model)
     check_source(args.adapter)
     conditions: dict[str, int] = {}  # number of an image's class or caption, by the image's file name without suffix
     for condition, name in enumerate(_condition_names(args)):

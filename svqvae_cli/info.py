@@ -14,7 +14,7 @@ from typing import Any
 
 from svqvae_cli.arguments import Parser, path_or_url
 from svqvae_cli.errors import one_line
-from svqvae_cli.files import check_source
+from svqvae_cli.files import check_source, check_trained
 from svqvae_files.file_names import IMAGE_SUFFIXES, REPO_ID, STARTED_TOKEN_SET_FILE, TOKEN_SET_FILE
 from svqvae_files.inputs import find_bundled, is_url
 from svqvae_files.json_files import read_json_object
@@ -63,6 +63,7 @@ def _folder_facts(path: Path) -> dict[str, Any]:
         return _set_facts(str(path))
     if (path / ADAPTER_FILE).is_file():
         return _adapter_facts(path / ADAPTER_FILE)
+    check_trained(str(path))
     has_config = any(path.glob("*.json"))
     if not has_config:
         raise ValueError(f"`{path}` holds no model and no token set. info describes these, and files of tokens.")

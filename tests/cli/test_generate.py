@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from cli_runner import fails, svqvae, visible
+from conftest import ROOT
 from generators import make_autoregressive, make_llamagen, make_next_scale
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from pipeline_parts import text_components
 
 from svqvae_cli import generate
+
+PHOTO = ROOT / "docs" / "images" / "chelsea.png"
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +142,26 @@ def test_classes_whose_names_differ_in_signs_alone_have_files_of_their_own(tmp_p
     words = ["generate", "--model", tmp_path / "pipeline", "--class", "C++", "C#", "C"]
     assert svqvae(*words, "--output", tmp_path / "out") == 0
     assert visible(tmp_path / "out") == ["class_C-1_0.png", "class_C-2_0.png", "class_C_0.png"]
+
+
+@pytest.mark.parametrize("state", ["run_state.pt", "trainer_state.json"])
+def test_an_unfinished_run_is_named(state, tmp_path, capsys):
+    run = tmp_path / "run"
+    for step in (9, 22, 100):
+        checkpoint = run / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "config.json").write_text("{}")
+    (run / "checkpoint-9" / state).touch()
+    (run / "checkpoint-22" / state).touch()  # checkpoint-100 is not whole
+    messages = {
+        run: f"the run in `{run}` is not finished. Its last checkpoint is checkpoint-22. Finish it by",
+        run / "checkpoint-22": f"`{run}/checkpoint-22` is a checkpoint. Finish the run with --resume_from_checkpoint",
+    }
+    for model, message in messages.items():
+        output = ["--output", tmp_path / "out"]
+        assert message in fails(capsys, "generate", "--model", model, *output)
+        assert message in fails(capsys, "caption", PHOTO, "--model", model, *output)
+        assert message in fails(capsys, "info", model)
 
 
 def test_seeds_fit_in_64_bits(saved, tmp_path, capsys):
