@@ -50,10 +50,14 @@ def make_tokenizer(texts: list[str], size: int = VOCABULARY) -> PreTrainedTokeni
 
 
 def example_texts() -> list[str]:
-    """Captions of scenes, and other words."""
+    """Captions of scenes, and common words of English."""
     random = Random(0)
-    captions = [Scene.draw(random, held_out=False).caption(random) for _ in range(CAPTIONS)]
-    return captions + read_wordings("wordnet")["words"]
+    captions = []
+    for _ in range(CAPTIONS):
+        scene = Scene.draw(random, held_out=False)
+        captions.append(scene.caption(random))
+    common_words = read_wordings("wordnet")["words"]
+    return captions + common_words
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:

@@ -9,7 +9,7 @@ one in four pairs of a phrase and a frame in no caption.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -54,7 +54,7 @@ SLOTS = {  # (x, y, side) in pixels: centre and longer side of the object
 }
 # Slots of one object, of two to four of a kind, and of two objects
 ONE = ("small", "large")
-ODDS_OF_ONE = (1, 4)
+ODDS_OF_ONE = (1, 4)  # of the slots in ONE
 TWO = ("left", "right")
 THREE = ("top left", "top right", "bottom")
 FOUR = ("top left", "top right", "bottom left", "bottom right")
@@ -104,7 +104,10 @@ class Scene:
         return [name for _, name in self.objects]
 
     def plain(self) -> list[str]:
-        """Plain captions that the scene fulfils, with and without its ground, the shortest full one first."""
+        """Plain captions that the scene fulfils, with and without its ground.
+
+        The first is the shortest that says all, such as "a fox above a pear on red".
+        """
         captions = []
         for phrase in plain_phrases(self.kind, self.names):
             captions += [f"{phrase} on {self.ground}", phrase]
@@ -128,20 +131,32 @@ class Scene:
 
     @classmethod
     def _draw_any(cls, random: Random, pairs_only: bool) -> "Scene":
-        """Draws a scene: with `pairs_only` of two objects, otherwise also of one, or of two to four of a kind."""
-        names = random.sample(list(OBJECTS), 2)
+        """Draws a scene of any objects.
+
+        Args:
+            random (`Random`): Source of all choices.
+            pairs_only (`bool`): Draw two different objects. Otherwise the scene may also show one object, or two to
+                four of a kind.
+        """
+        # Every scene draws two names and a relation. A scene of one object or of a kind leaves some of them unused.
+        first_name, second_name = random.sample(list(OBJECTS), 2)
         draw = random.random()
-        slots: tuple[str, ...] = random.choice(RELATIONS)
+        relation = random.choice(RELATIONS)
         shows_one = not pairs_only and draw < SHARE_OF_ONE
         shows_a_kind = not pairs_only and SHARE_OF_ONE <= draw < SHARE_OF_ONE + SHARE_OF_A_KIND
+        slots: Sequence[str]
         if shows_one:
-            slots = tuple(random.choices(ONE, ODDS_OF_ONE))
-            names = [names[0]]
-        if shows_a_kind:
+            slots = random.choices(ONE, weights=ODDS_OF_ONE, k=1)
+            names = [first_name]
+        elif shows_a_kind:
             slots = random.choice((TWO, THREE, FOUR))
-            names = [names[0]] * len(slots)
+            names = [first_name] * len(slots)
+        else:
+            slots = relation
+            names = [first_name, second_name]
         ground = random.choice(list(GROUNDS))
-        return cls(ground, tuple(zip(slots, names, strict=True)))
+        objects = tuple(zip(slots, names, strict=True))
+        return cls(ground, objects)
 
     def render(self, objects: Mapping[str, Image.Image], random: Random | None = None) -> Image.Image:
         """Draws the picture.
@@ -158,9 +173,9 @@ class Scene:
                 centre_y += random.choice(SHIFTS)
             shape = objects[name].copy()
             shape.thumbnail((longer_side, longer_side), Image.Resampling.LANCZOS)
-            left = centre_x - shape.width // 2
-            top = centre_y - shape.height // 2
-            picture.paste(shape, (left, top), mask=shape)
+            x = centre_x - shape.width // 2
+            y = centre_y - shape.height // 2
+            picture.paste(shape, (x, y), mask=shape)
         return picture
 
 
@@ -184,16 +199,24 @@ def load_objects(font: Path = FONT) -> dict[str, Image.Image]:
 
 
 def make_rows(seed: int, count: int, held_out: bool, objects: Mapping[str, Image.Image]) -> Iterator[dict]:
-    """Rows of a split."""
+    """Rows of a split: a picture, its captions, and the plain one of them.
+
+    Args:
+        seed (`int`): Seed of the split.
+        count (`int`): Number of rows.
+        held_out (`bool`): Whether all scenes show held-out pairs of objects. Otherwise none does.
+        objects (`Mapping[str, Image.Image]`): Picture of each object, from [`load_objects`].
+    """
     for number in range(count):
         random = Random(f"{seed} {number}")
         scene = Scene.draw(random, held_out)
         image = scene.render(objects, random)
-        plain = scene.plain()[0]
-        captions = [plain]
+        plain_captions = scene.plain()
+        shortest_caption = plain_captions[0]
+        captions = [shortest_caption]
         for _ in range(CAPTIONS):
             captions.append(scene.caption(random))
-        yield {"image": image, "caption": captions, "short_caption": plain}
+        yield {"image": image, "caption": captions, "short_caption": shortest_caption}
 
 
 def main() -> None:

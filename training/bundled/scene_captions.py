@@ -46,6 +46,7 @@ PLAIN = {
 }
 SAME_PLURAL = ("aircraft", "spacecraft", "rotorcraft", "fish", "swine", "longlegs")
 FILLERS = "just really simply actually um maybe now very nice also then well only kind sort".split()
+NOISES = ("no articles", "definite articles", "no punctuation", "a filler")
 LONGEST = 20  # words of a caption, so that batches need little padding
 SIMILES = {"dinosaur", "dinosaurs"}  # in phrases, "as big as a dinosaur", but nothing that a scene shows
 HELD_OUT_EVERY = 4  # one in so many pairs of a phrase and a frame is in no caption of the training set
@@ -68,7 +69,7 @@ class Recipe:
         grounds (`float`): That a frame names the ground.
         leads (`float`): That a lead stands around the caption.
         random_words (`float`): That words of a frame and of a lead are replaced by any others.
-        noise (`float`): That articles or commas are left out, or that a filler is added.
+        noise (`float`): That articles or punctuation are changed or left out, or that a filler is added.
         typos (`float`): That a word has a typing error.
     """
 
@@ -118,21 +119,16 @@ class CaptionWriter:
         """Writes a caption of any length."""
         recipe = self.recipe
         voice = random.choice(self.voices)
-        caption, frame = self.phrase_and_frame(voice, kind, random, held_out)
-        surroundings = PHRASE_SLOT
-        if frame is not None and (held_out or random.random() < recipe.grounds):
-            surroundings = frame
-        if random.random() < recipe.leads:
-            surroundings = random.choice(voice["leads"]).replace(PHRASE_SLOT, surroundings)
-        if random.random() < recipe.random_words:
-            surroundings = self.replace_words(surroundings, random)
-        caption = surroundings.replace(PHRASE_SLOT, caption)
+        phrase, frame = self.phrase_and_frame(voice, kind, random, held_out)  # "a {size} {0}" and "{p} on {g}"
+        surroundings = self.surroundings(voice, frame, random, held_out)  # "please draw {p} on {g}"
+        caption = surroundings.replace(PHRASE_SLOT, phrase)  # "please draw a {size} {0} on {g}"
         if random.random() < recipe.noise:
             caption = add_noise(caption, random)
-        caption = caption.replace(GROUND_SLOT, self.colour(ground, random))
+        caption = caption.replace(GROUND_SLOT, self.colour(ground, random))  # "please draw a {size} {0} on sky blue"
         if kind in ("small", "large"):
-            caption = caption.replace(SIZE_SLOT, self.size(kind, random))
-        caption = fill(caption, [self.name(name, random) for name in names])
+            caption = caption.replace(SIZE_SLOT, self.size(kind, random))  # "please draw a tiny {0} on sky blue"
+        chosen_names = [self.name(name, random) for name in names]
+        caption = fill(caption, chosen_names)  # "please draw a tiny fox on sky blue"
         if random.random() < recipe.typos:
             caption = add_typo(caption, random)
         return caption
@@ -140,30 +136,58 @@ class CaptionWriter:
     def phrase_and_frame(
         self, voice: dict[str, Any], kind: str, random: Random, held_out: bool
     ) -> tuple[str, str | None]:
-        """Chooses a phrase and the frame around it, which is None for a phrase that names the ground itself."""
+        """Chooses a phrase such as "a {0} above a {1}" and a frame such as "{p} on a {g} background".
+
+        A phrase that names the ground itself, such as "a {g} wall with a {0}", needs no frame: the frame is None.
+        Only pairs of a phrase and a frame can be held out. So with `held_out`, such phrases are drawn again, as are
+        pairs that captions of the training set may have. Without it, held-out pairs are drawn again.
+        """
         while True:
             phrase = random.choice(voice[kind])
-            names_ground = GROUND_SLOT in phrase
-            if names_ground and not held_out:
+            phrase_names_ground = GROUND_SLOT in phrase
+            if phrase_names_ground and not held_out:
                 return phrase, None
             frame = random.choice(voice["frames"])
-            if not names_ground and _is_held_out(phrase, frame) == held_out:
+            if phrase_names_ground:
+                continue
+            if _is_held_out(phrase, frame) == held_out:
                 return phrase, frame
 
-    def name(self, name: str, random: Random) -> str:
-        """Chooses a name of an object. A name that more writers use is more frequent."""
-        draw = random.random()
-        options = []
-        if draw < self.recipe.names:
-            options = self.pool("objects", name)
-        elif draw < self.recipe.names + self.recipe.wordnet_names:
-            options = self.wordnet["objects"][name]
-        text = name
-        if options:
-            text = random.choice(options)
-        if random.random() < self.recipe.adjectives:
-            return f"{random.choice(self.wordnet['adjectives'])} {text}"
+    def surroundings(self, voice: dict[str, Any], frame: str | None, random: Random, held_out: bool) -> str:
+        """Chooses the words around a phrase, such as "please draw {p} on {g}": a lead, the frame, both or neither."""
+        text = PHRASE_SLOT
+        if frame is not None:
+            uses_frame = held_out or random.random() < self.recipe.grounds
+            if uses_frame:
+                text = frame
+        if random.random() < self.recipe.leads:
+            lead = random.choice(voice["leads"])  # "please draw {p}"
+            text = lead.replace(PHRASE_SLOT, text)
+        if random.random() < self.recipe.random_words:
+            text = self.replace_words(text, random)
         return text
+
+    def name(self, name: str, random: Random) -> str:
+        """Chooses a name of an object, sometimes with an adjective before it.
+
+        The name is one that writers use, one of WordNet, or the plain one. A name that more writers use is more
+        frequent. An object keeps its plain name where writers or WordNet have no other.
+        """
+        writers_share = self.recipe.names
+        wordnet_share = self.recipe.wordnet_names
+        other_names = []
+        draw = random.random()
+        if draw < writers_share:
+            other_names = self.pool("objects", name)
+        elif draw < writers_share + wordnet_share:
+            other_names = self.wordnet["objects"][name]
+        chosen_name = name
+        if other_names:
+            chosen_name = random.choice(other_names)
+        if random.random() < self.recipe.adjectives:
+            adjective = random.choice(self.wordnet["adjectives"])
+            return f"{adjective} {chosen_name}"
+        return chosen_name
 
     def colour(self, ground: str, random: Random) -> str:
         """Chooses a name of a colour."""
@@ -179,11 +203,16 @@ class CaptionWriter:
         return random.choice(self.pool("sizes", kind))
 
     def pool(self, part: str, key: str) -> list[str]:
-        """What all writers wrote for an object, a colour or a size, with repetitions."""
-        options = []
+        """What all writers wrote for an object, a colour or a size: a text is repeated if several wrote it.
+
+        Args:
+            part (`str`): "objects", "colours" or "sizes".
+            key (`str`): The object, colour or size.
+        """
+        texts = []
         for voice in self.voices:
-            options += voice[part].get(key, [])
-        return options
+            texts += voice[part].get(key, [])
+        return texts
 
     def replace_words(self, text: str, random: Random) -> str:
         """Replaces words by any others, so that a model learns to pass over words that it does not know."""
@@ -240,16 +269,18 @@ def plural(noun: str) -> str:
 
 
 def add_noise(caption: str, random: Random) -> str:
-    """Leaves out articles or punctuation, or adds a filler."""
-    kind = random.randrange(4)
-    if kind == 0:
+    """Changes a caption in one of the ways of `NOISES`."""
+    noise = random.choice(NOISES)
+    if noise == "no articles":
         return re.sub(r"\b(a|an|the) ", "", caption)
-    if kind == 1:
+    if noise == "definite articles":
         return re.sub(r"\b(a|an) ", "the ", caption)
-    if kind == 2:
+    if noise == "no punctuation":
         return re.sub(r"[,.:;!?]", "", caption)
     words = caption.split()
-    words.insert(random.randrange(len(words) + 1), random.choice(FILLERS))
+    position = random.randrange(len(words) + 1)
+    filler = random.choice(FILLERS)
+    words.insert(position, filler)
     return " ".join(words)
 
 
@@ -299,12 +330,19 @@ def known_names() -> set[str]:
 
 
 def texts_of(part: Any) -> list[str]:
-    """All texts of wordings, which are a text, a list of wordings, or wordings by texts."""
+    """All texts in a part of a file of `wordings/`.
+
+    Args:
+        part (`Any`): A text, a list of parts, or a dictionary whose keys are texts and whose values are parts, such as
+            `{"fox": ["fox cub", "vixen"]}`.
+    """
     if isinstance(part, str):
         return [part]
     if isinstance(part, dict):
-        return texts_of(list(part.values())) + list(part)
+        keys = list(part)
+        values = list(part.values())
+        return texts_of(values) + keys
     texts = []
-    for value in part:
-        texts += texts_of(value)
+    for entry in part:
+        texts += texts_of(entry)
     return texts
