@@ -49,7 +49,7 @@ def to_oklab(colour: str) -> np.ndarray:
 
 
 def colour_word(name: str) -> str | None:
-    """The ground, or brown or teal, that the last word of a name says: `green` for "grass green"."""
+    """The ground, brown or teal that the last word of a name says: "green" for "grass green", None for "emerald"."""
     last_word = name.split()[-1]
     if last_word in GROUNDS:
         return last_word
@@ -57,13 +57,45 @@ def colour_word(name: str) -> str | None:
 
 
 def is_sure(name: str, ground: str, votes: int) -> bool:
-    """Whether a name means a ground that has so many votes of its neighbours, and may stand in captions."""
+    """Whether a name surely means a ground, and may stand in captions.
+
+    Args:
+        name (`str`): Name of a colour, such as "grass green" or "emerald".
+        ground (`str`): The ground that most of its neighbours are named after.
+        votes (`int`): How many of its `NUM_NEIGHBOURS` neighbours are.
+    """
     other_words = {*GROUNDS, *OTHER_NAMES} - {ground}
     if NOT_IN_NAMES.search(name) or not other_words.isdisjoint(name.split()):
         return False
     if colour_word(name) is None:
         return votes >= MIN_NEIGHBOURS
     return votes >= MIN_NEIGHBOURS_IF_NAMED
+
+
+def vote_of_neighbours(number: int, names: list[str], positions: np.ndarray) -> tuple[str, int]:
+    """The word that most of the nearest colours with a colour's word are named after, and how many of them are.
+
+    Args:
+        number (`int`): Number of the colour whose neighbours vote.
+        names (`list[str]`): Names of all colours.
+        positions (`np.ndarray`): Positions of all colours in Oklab, `(names, 3)`.
+    """
+    distances = np.square(positions - positions[number]).sum(1)
+    words: list[str] = []
+    for neighbour in np.argsort(distances, kind="stable"):
+        word = colour_word(names[neighbour])
+        if word is not None and neighbour != number:
+            words.append(word)
+    votes_of_words = Counter(words[:NUM_NEIGHBOURS])
+    return votes_of_words.most_common(1)[0]
+
+
+def names_of_objects() -> set[str]:
+    """Names of the objects, by all writers."""
+    names = set(OBJECTS)
+    for voice in VOICES:
+        names.update(texts_of(read_wordings(voice)["objects"]))
+    return names
 
 
 def main() -> None:
@@ -73,17 +105,12 @@ def main() -> None:
     out = parser.parse_args().out
     names = [name.removeprefix("xkcd:").replace("/", " ") for name in XKCD_COLORS]
     positions = np.stack([to_oklab(colour) for colour in XKCD_COLORS.values()])  # (names, 3)
-    numbers_with_word = [number for number, name in enumerate(names) if colour_word(name) is not None]
-    excluded_words = set(OBJECTS)
-    for voice in VOICES:
-        excluded_words.update(texts_of(read_wordings(voice)["objects"]))
+    excluded_words = names_of_objects()
     names_of_ground: dict[str, list[str]] = {ground: [] for ground in GROUNDS}
     for number, name in enumerate(names):
-        distances = np.square(positions - positions[number]).sum(1)
-        others = [other for other in numbers_with_word if other != number]
-        nearest = sorted(others, key=lambda other: distances[other])[:NUM_NEIGHBOURS]
-        ((word, votes),) = Counter(colour_word(names[other]) for other in nearest).most_common(1)
-        if word in GROUNDS and is_sure(name, word, votes) and excluded_words.isdisjoint(name.split()):
+        names_an_object = not excluded_words.isdisjoint(name.split())
+        word, votes = vote_of_neighbours(number, names, positions)
+        if word in GROUNDS and is_sure(name, word, votes) and not names_an_object:
             names_of_ground[word].append(name)
     out.write_text(json.dumps({"colours": names_of_ground}, indent=0) + "\n", encoding="utf-8")
 

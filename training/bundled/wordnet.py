@@ -22,7 +22,7 @@ from svqvae_hf.pipelines.known_objects_file import write_known_objects
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
 WORDNET = Path("/usr/share/wordnet")
-SENSES = {  # that mean the object, counted from 1; of all other objects, the first one does
+SENSES = {  # which senses of a name mean the object, counted from 1; of all other names, only the first does
     **{"banana": [2], "bell": [1, 2], "carrot": [1, 3], "cow": [1, 2], "crown": [4], "dolphin": [2], "octopus": [2]},
     **{"hedgehog": [1, 2], "mushroom": [1, 2, 3], "pineapple": [2], "tiger": [2], "turtle": [2], "whale": [2]},
 }
@@ -36,7 +36,7 @@ NOT_NAMES = set(  # kinds in WordNet that people do not mean by the object
 )
 SHAPED_FILES = {"05": "animal", "06": "artifact", "13": "food", "20": "plant"}  # of lexicographers, see lexnames(5)
 SHAPED_KINDS = ("imaginary_being",)  # kinds of things with a shape in other files
-GROUND_KINDS = tuple(  # and places and meals: what prompts name besides the objects
+GROUND_KINDS = tuple(  # kinds of grounds, places and meals, which prompts name besides the objects
     "fabric linen floor_cover curtain paper bedclothes room workplace plot tract meal nutriment course".split()
 )
 NOT_THINGS = set("john bot dinky flipper tail milk salad soup flag moon sun star".split())
@@ -47,8 +47,10 @@ COLOUR_NOUNS = set(
 )
 NOT_IN_NAMES = re.compile("missile|bomb|wildcat")
 ONE_OR_TWO_WORDS = re.compile(r"[a-z'\-]{3,}(_[a-z'\-]+)?")
-# Fields of a line of data.noun, see wndb(5): offset, file, type, number of words, then a word and its number for each
-# word, number of pointers, then four fields for each pointer, of which the first is a symbol and the second a synset.
+# A line of data.noun, see wndb(5), of a synset with two words and two pointers:
+#     02122725 05 n 02 tom 1 tomcat 0 002 @ 02121808 n 0000 ~ 02122810 n 0000 | male cat
+# Its fields are: offset, file, type, number of words, then a word and its number for each word, number of pointers,
+# then four fields for each pointer, of which the first is a symbol and the second a synset.
 FIRST_WORD = 4
 FIELDS_PER_WORD = 2
 FIELDS_PER_POINTER = 4
@@ -98,21 +100,29 @@ class Nouns:
 
     def _add_synset(self, line: str) -> None:
         """Adds a synset from a line of data.noun."""
-        fields = line.split(" | ")[0].split(" ")  # without the definition
+        record, _, _definition = line.partition(" | ")
+        fields = record.split(" ")
         synset = fields[0]
-        num_words = int(fields[3], 16)
+        num_words = int(fields[3], 16)  # the file writes it in hexadecimal digits
         end_of_words = FIRST_WORD + FIELDS_PER_WORD * num_words
-        pointers = fields[end_of_words + 1 :]  # without their number
+        num_pointers = int(fields[end_of_words])
+        first_pointer = end_of_words + 1
+        kinds = []
+        for number in range(num_pointers):
+            start = first_pointer + FIELDS_PER_POINTER * number
+            symbol = fields[start]
+            target = fields[start + 1]
+            if symbol == POINTER_TO_KIND:
+                kinds.append(target)
         self.files[synset] = fields[1]
         self.lemmas[synset] = fields[FIRST_WORD:end_of_words:FIELDS_PER_WORD]
-        self.kinds[synset] = []
-        for start in range(0, len(pointers) - FIELDS_PER_POINTER + 1, FIELDS_PER_POINTER):
-            symbol, target = pointers[start : start + 2]
-            if symbol == POINTER_TO_KIND:
-                self.kinds[synset].append(target)
+        self.kinds[synset] = kinds
 
     def _add_senses(self, line: str) -> None:
-        """Adds the senses of a word from a line of index.noun, which ends with them."""
+        """Adds the senses of a word from a line of index.noun, which ends with them.
+
+        Such a line is `zebra n 1 3 @ ~ #m 1 0 02391049`, whose third field is the number of senses.
+        """
         fields = line.split()
         word = fields[0]
         num_senses = int(fields[2])
@@ -133,6 +143,8 @@ class Nouns:
         to_visit = list(synsets)
         while to_visit:
             synset = to_visit.pop()
+            if synset in reached:  # a synset may be right below several others
+                continue
             reached.add(synset)
             for kind in self.kinds[synset]:
                 if kind not in stops:
@@ -145,15 +157,17 @@ class Nouns:
         Its first sense must be among them, and most of its uses, or half of its senses if no use is counted.
         """
         senses = self.senses[word]
-        if senses[0] not in synsets:
+        commonest_sense = senses[0]
+        if commonest_sense not in synsets:
             return False
         uses = self.uses[word]
         if not uses:
             num_senses_among = len(synsets.intersection(senses))
             return num_senses_among >= len(senses) / 2
         num_uses_among = 0
-        for sense, count in uses.items():
-            if senses[sense - 1] in synsets:
+        for number, count in uses.items():
+            synset = senses[number - 1]  # senses are counted from 1
+            if synset in synsets:
                 num_uses_among += count
         return num_uses_among >= SHARE_OF_USES * uses.total()
 
@@ -171,37 +185,44 @@ def synsets_of(name: str, nouns: Nouns) -> list[str]:
 
 
 def find_names(nouns: Nouns, adjectives: set[str]) -> dict[str, list[str]]:
-    """Synonyms and kinds of each object, without names that another object or a writer has."""
+    """Synonyms and kinds of each object, without names that another object has or a writer uses."""
     names_of_object: dict[str, set[str]] = {}
-    uses_of_name: Counter = Counter()  # by objects, and by writers
+    counts: Counter = Counter()  # how often each name is WordNet's for an object, or a writer's
     for object_name in OBJECTS:
-        names_of_object[object_name] = names_of(object_name, nouns, adjectives)
-        uses_of_name.update(names_of_object[object_name])
+        names = names_of(object_name, nouns, adjectives)
+        names_of_object[object_name] = names
+        counts.update(names)
         for voice in VOICES:
-            uses_of_name.update(read_wordings(voice)["objects"].get(object_name, []))
+            names_by_writer = read_wordings(voice)["objects"].get(object_name, [])
+            counts.update(names_by_writer)
     unique_names = {}
     for object_name, names in names_of_object.items():
-        unique_names[object_name] = sorted(name for name in names if uses_of_name[name] == 1)
+        # The object itself counts 1. A higher count says that another object or a writer also has the name.
+        unique_names[object_name] = sorted(name for name in names if counts[name] == 1)
     return unique_names
 
 
 def names_of(object_name: str, nouns: Nouns, adjectives: set[str]) -> set[str]:
-    """Everyday synonyms and kinds of an object."""
+    """Everyday synonyms and kinds of an object, without kinds that are another of the objects."""
     synsets_of_others: set[str] = set()
     for other_name in OBJECTS:
         if other_name != object_name:
             synsets_of_others.update(synsets_of(other_name, nouns))
-    synsets = nouns.below(synsets_of(object_name, nouns), synsets_of_others)
+    synsets = nouns.below(synsets_of(object_name, nouns), stops=synsets_of_others)
     names = set()
     for synset in synsets:
         for word in nouns.lemmas[synset]:
             if is_everyday(word, object_name, nouns, adjectives) and nouns.means(word.lower(), synsets):
-                names.add(word.lower().replace("_", " "))
+                name = word.lower().replace("_", " ")
+                names.add(name)
     return names
 
 
 def is_everyday(word: str, object_name: str, nouns: Nouns, adjectives: set[str]) -> bool:
-    """Whether a word may name an object: one or two English words, no colour, no Latin, and no other object in it."""
+    """Whether a word may name an object: one or two English words, no colour, no Latin, and no other object in it.
+
+    WordNet writes an underscore for a space, as in "brown_bear".
+    """
     lower = word.lower()
     if lower in OBJECTS or lower in NOT_NAMES or lower not in nouns.senses:
         return False
@@ -209,11 +230,12 @@ def is_everyday(word: str, object_name: str, nouns: Nouns, adjectives: set[str])
         return False
     if is_latin(word, nouns):
         return False
-    for part in re.split(r"[_\-]", lower):
+    for part in re.split(r"[_\-]", lower):  # colours and objects are also looked for beside a hyphen
         is_other_object = part in OBJECTS and part != object_name
         if part in COLOURS or is_other_object:
             return False
-    return all(part in nouns.senses or part in adjectives for part in lower.split("_"))
+    words = lower.split("_")  # WordNet has words with a hyphen as they are
+    return all(part in nouns.senses or part in adjectives for part in words)
 
 
 def is_latin(word: str, nouns: Nouns) -> bool:
@@ -232,27 +254,49 @@ def find_things(nouns: Nouns, names: set[str]) -> list[str]:
         nouns ([`Nouns`]): All nouns.
         names (`set[str]`): Names and words of captions.
     """
-    shaped = nouns.below(nouns.senses[kind][0] for kind in SHAPED_KINDS)
-    grounds: set[str] = set()
-    for kind in GROUND_KINDS:
-        grounds |= nouns.below(nouns.senses[kind])
-    drawable: set[str] = set()
-    for name in OBJECTS:
-        drawable |= nouns.below(synsets_of(name, nouns))
+    shaped = shaped_synsets(nouns)
+    grounds = ground_synsets(nouns)
+    drawable = drawable_synsets(nouns)
     words = set(DICTIONARY.read_text("utf-8").split())
     words -= names | COLOUR_NOUNS | NOT_THINGS | CATEGORIES
     things = []
     for word, senses in nouns.senses.items():
-        if word not in words or len(word) < 3 or senses[0] in grounds:
+        if word not in words or len(word) < 3:
             continue
-        is_mostly_no_noun = nouns.other_uses[word] > nouns.uses[word].total()  # "flies", "acoustic"
+        # The senses of a word are synsets, the commonest first.
+        has_shape = not shaped.isdisjoint(senses[:2])
+        is_ground = senses[0] in grounds
         may_be_drawable = not drawable.isdisjoint(senses[:3])  # "boxer", which is also a dog
-        if is_mostly_no_noun or may_be_drawable:
-            continue
-        has_shape = any(nouns.files[sense] in SHAPED_FILES or sense in shaped for sense in senses[:2])
-        if has_shape:
+        is_mostly_no_noun = nouns.other_uses[word] > nouns.uses[word].total()  # "flies", "acoustic"
+        is_excluded = is_ground or may_be_drawable or is_mostly_no_noun
+        if has_shape and not is_excluded:
             things.append(word)
     return sorted(things)
+
+
+def shaped_synsets(nouns: Nouns) -> set[str]:
+    """Synsets of things that have a shape: those of some files, and kinds of imaginary beings."""
+    synsets = {synset for synset, file in nouns.files.items() if file in SHAPED_FILES}
+    for kind in SHAPED_KINDS:
+        commonest_sense = nouns.senses[kind][0]
+        synsets |= nouns.below([commonest_sense])
+    return synsets
+
+
+def ground_synsets(nouns: Nouns) -> set[str]:
+    """Synsets of grounds, places and meals, in all senses of their words."""
+    synsets: set[str] = set()
+    for kind in GROUND_KINDS:
+        synsets |= nouns.below(nouns.senses[kind])
+    return synsets
+
+
+def drawable_synsets(nouns: Nouns) -> set[str]:
+    """Synsets of the objects that scenes show, and of their kinds."""
+    synsets: set[str] = set()
+    for name in OBJECTS:
+        synsets |= nouns.below(synsets_of(name, nouns))
+    return synsets
 
 
 def common_words(folder: Path, part: str) -> list[str]:
