@@ -13,17 +13,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 LETTERS = (11, 48)  # sizes of letters in pixels
 ICON_SIDES = (16, 24, 32, 48, 64)
-CHARTS = 5  # kinds of charts
+CHARTS = ("curves", "bars", "points", "pie", "map")
+SHARE_ON_SHEET = 0.7  # drawings of a sheet that stand on the ground of the sheet
 
 Draw = Callable[[int], Image.Image]  # takes the side in pixels
 Colour = tuple[int, int, int]
 
 
 def on_ground(drawing: Image.Image, ground: Image.Image) -> Image.Image:
-    """Draws at the centre of a ground."""
-    left = (ground.width - drawing.width) // 2
-    top = (ground.height - drawing.height) // 2
-    ground.paste(drawing, (left, top), drawing)
+    """Puts a drawing in RGBA at the centre of a ground, and returns the ground."""
+    x = (ground.width - drawing.width) // 2
+    y = (ground.height - drawing.height) // 2
+    ground.paste(drawing, (x, y), mask=drawing)
     return ground
 
 
@@ -50,26 +51,38 @@ class Artist:
         return red, green, blue
 
     def ground(self, side: int) -> Image.Image:
-        """A white, plain or photographic square."""
+        """A square ground: white in half of the cases, a photograph in a fifth, otherwise of one colour.
+
+        If there are no photographs, grounds that are not white have one colour.
+        """
         draw = self.random.random()
         if draw < 0.2 and self.photographs:
-            with Image.open(self.random.choice(self.photographs)) as photograph:
-                cut_side = min(side, *photograph.size)
-                return photograph.resize((side, side), box=(0, 0, cut_side, cut_side))
+            return self._photographic_ground(side)
         if draw < 0.5:
             return Image.new("RGB", (side, side), self.colour())
         return Image.new("RGB", (side, side), "white")
 
+    def _photographic_ground(self, side: int) -> Image.Image:
+        """The top left corner of a photograph. A photograph that is smaller than the ground is enlarged."""
+        with Image.open(self.random.choice(self.photographs)) as photograph:
+            cut_side = min(side, photograph.width, photograph.height)
+            corner = (0, 0, cut_side, cut_side)
+            return photograph.resize((side, side), box=corner)
+
     def ink(self, ground: Image.Image) -> Colour:
-        """A colour that can be read on a ground: black or white in half of the cases."""
+        """A colour that can be read on a ground: dark on a light one, and light on a dark one.
+
+        Half of the dark colours are black, and half of the light ones are white.
+        """
         strength = self.random.choice((0, 0.4))  # 0 makes black
         red, green, blue = self.colour()
-        dark = (round(strength * red), round(strength * green), round(strength * blue))
+        dark_red = round(strength * red)
+        dark_green = round(strength * green)
+        dark_blue = round(strength * blue)
         is_light_ground = np.asarray(ground.convert("L")).mean() > 128
         if is_light_ground:
-            return dark
-        red, green, blue = dark
-        return 255 - red, 255 - green, 255 - blue
+            return dark_red, dark_green, dark_blue
+        return 255 - dark_red, 255 - dark_green, 255 - dark_blue
 
     def phrase(self, count: int) -> str:
         """Random words."""
@@ -80,21 +93,24 @@ class Artist:
         return ImageFont.truetype(self.random.choice(self.fonts), size)
 
     def write(self, ground: Image.Image, font: ImageFont.FreeTypeFont, ink: Colour) -> Image.Image:
-        """Fills a ground with lines of text."""
-        left = self.random.randrange(ground.width // 8 + 1)
-        spacing = self.random.uniform(1.1, 1.7)
-        for y in range(0, ground.height, round(font.size * spacing)):
-            line = self.phrase(2 + ground.width // round(3 * font.size))
-            ImageDraw.Draw(ground).text((left, y), line, fill=ink, font=font)
+        """Fills a ground with lines of text, and returns the ground."""
+        margin = self.random.randrange(ground.width // 8 + 1)
+        spacing = self.random.uniform(1.1, 1.7)  # in sizes of a letter
+        line_height = round(font.size * spacing)
+        words_per_line = 2 + ground.width // round(3 * font.size)
+        for y in range(0, ground.height, line_height):
+            line = self.phrase(words_per_line)
+            ImageDraw.Draw(ground).text((margin, y), line, fill=ink, font=font)
         return ground
 
     def text(self, side: int) -> Image.Image:
         """A page of text in one font, size and colour; small letters are more frequent."""
         ground = self.ground(side)
-        smallest, largest = np.log(LETTERS)
-        size = round(np.exp(self.random.uniform(smallest, largest)))
-        font = self.font(size)
-        return self.write(ground, font, self.ink(ground))
+        log_smallest, log_largest = np.log(LETTERS)
+        log_size = self.random.uniform(log_smallest, log_largest)
+        font = self.font(round(np.exp(log_size)))
+        ink = self.ink(ground)
+        return self.write(ground, font, ink)
 
     def screen(self, icons: Sequence[Draw], side: int) -> Image.Image:
         """Windows with a title, text, icons and buttons."""
@@ -110,13 +126,18 @@ class Artist:
         y = self.random.randrange(side // 3)
         width = self.random.randrange(side // 3, side)
         height = self.random.randrange(side // 3, side)
-        paper = self.random.choice(("white", "white", "#222222", self.colour()))
+        any_colour = self.colour()
+        paper = self.random.choice(("white", "white", "#222222", any_colour))
         page = Image.new("RGB", (width, height), paper)
         ink = self.ink(page)
         font = self.font(self.random.randrange(10, 17))
-        screen.paste(self.write(page, font, ink), (x, y))
-        bar = Image.new("RGB", (width, self.random.randrange(18, 40)), self.colour())
-        screen.paste(self.write(bar, font, self.ink(bar)), (x, y))
+        self.write(page, font, ink)
+        screen.paste(page, (x, y))
+        bar_height = self.random.randrange(18, 40)
+        bar = Image.new("RGB", (width, bar_height), self.colour())
+        bar_ink = self.ink(bar)
+        self.write(bar, font, bar_ink)
+        screen.paste(bar, (x, y))
         self._draw_icons(screen, icons, x + 8, y + height // 2)
         draw = ImageDraw.Draw(screen)
         self._draw_buttons(draw, font, ink, x + 10, y + height - 40)
@@ -127,7 +148,7 @@ class Artist:
         for column in range(self.random.randrange(6)):
             draw_icon = self.random.choice(icons)
             icon = draw_icon(self.random.choice(ICON_SIDES))
-            screen.paste(icon, (left + 72 * column, top), icon)
+            screen.paste(icon, (left + 72 * column, top), mask=icon)
 
     def _draw_buttons(
         self, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, ink: Colour, left: int, top: int
@@ -141,59 +162,83 @@ class Artist:
 
     def chart(self, side: int) -> Image.Image:
         """Curves, bars, points, a pie or a map of values."""
-        numbers = np.random.default_rng(self.random.randrange(2**32))
-        kind = self.random.randrange(CHARTS)
+        generator = np.random.default_rng(self.random.randrange(2**32))
+        kind = self.random.choice(CHARTS)
         font = self.font(8)
         font_manager.fontManager.addfont(str(font.path))
         style = {"font.family": font.getname()[0], "axes.unicode_minus": False}
         content = io.BytesIO()
         with plt.style.context([self.random.choice(plt.style.available), style]):
             figure, axes = plt.subplots(figsize=(side / 100, side / 100), dpi=100, layout="constrained")
-            self._draw_values(axes, kind, numbers)
+            self._draw_values(axes, kind, generator)
             axes.set_title(self.phrase(3)[:40])
             figure.savefig(content, format="png", dpi=100)
             plt.close(figure)
         return Image.open(content).convert("RGB").resize((side, side))
 
-    def _draw_values(self, axes: plt.Axes, kind: int, numbers: np.random.Generator) -> None:
-        """Draws random values in a chart of a kind, below `CHARTS`."""
-        colours = numbers.random((6, 3))
-        num_series = numbers.integers(1, 5)
-        if kind == 3:
+    def _draw_values(self, axes: plt.Axes, kind: str, generator: np.random.Generator) -> None:
+        """Draws random values in a chart of a kind of `CHARTS`."""
+        colours = generator.random((6, 3))  # six colours, of red, green and blue
+        num_series = generator.integers(1, 5)
+        if kind == "pie":
             labels = [self.phrase(1)[:12] for _ in colours]
-            axes.pie(numbers.uniform(1, 5, 6), colors=colours, labels=labels)
-            return
-        if kind == 4:
-            axes.imshow(numbers.normal(size=(12, 12)).cumsum(0), cmap=self.random.choice(plt.colormaps()))
-            return
-        for number, colour in enumerate(colours[:num_series]):
-            if kind == 0:
-                axes.plot(numbers.normal(size=12).cumsum(), color=colour, linewidth=numbers.uniform(1, 4))
-            elif kind == 1:
-                axes.bar(np.arange(12) + number / 5, numbers.uniform(size=12), 0.2, color=colour)
-            else:
-                x, y = numbers.normal(size=(2, 60))
-                axes.scatter(x, y, numbers.uniform(4, 60), color=colour)
+            axes.pie(generator.uniform(1, 5, 6), colors=colours, labels=labels)
+        elif kind == "map":
+            values = generator.normal(size=(12, 12)).cumsum(0)
+            axes.imshow(values, cmap=self.random.choice(plt.colormaps()))
+        else:
+            for number, colour in enumerate(colours[:num_series]):
+                _draw_series(axes, kind, number, colour, generator)
 
     def sheet(self, cells: Sequence[Draw], side: int, square: int) -> Image.Image:
-        """Draws cells of some side on one square, row by row: pages, or drawings of different sizes on a ground."""
+        """Draws cells on a square ground, row by row.
+
+        Args:
+            cells (`Sequence[Draw]`): Drawings, or `self.text` for pages of text.
+            side (`int`): Side of a cell in pixels.
+            square (`int`): Side of the sheet in pixels.
+        """
         sheet = self.ground(square)
         columns = square // side
         for number, draw in enumerate(cells):
             x = side * (number % columns)
             y = side * (number // columns)
-            ground = sheet.crop((x, y, x + side, y + side))
-            sheet.paste(self._cell(draw, side, ground), (x, y))
+            part_of_sheet = sheet.crop((x, y, x + side, y + side))
+            cell = self._cell(draw, side, part_of_sheet)
+            sheet.paste(cell, (x, y))
         return sheet
 
-    def _cell(self, draw: Draw, side: int, ground: Image.Image) -> Image.Image:
-        """A page of text, or a drawing on this ground or on a ground of its own."""
-        if draw == self.text:
+    def _cell(self, draw: Draw, side: int, part_of_sheet: Image.Image) -> Image.Image:
+        """A page of text, or a smaller drawing on the ground of the sheet or on one of its own."""
+        is_page = draw == self.text
+        if is_page:
             return draw(side)
-        drawing = draw(round(side * self.random.uniform(0.75, 1)))
-        if self.random.random() < 0.7:
-            return on_ground(drawing, ground)
+        drawing_side = round(side * self.random.uniform(0.75, 1))
+        drawing = draw(drawing_side)
+        if self.random.random() < SHARE_ON_SHEET:
+            return on_ground(drawing, part_of_sheet)
         return on_ground(drawing, self.ground(side))
+
+
+def _draw_series(axes: plt.Axes, kind: str, number: int, colour: np.ndarray, generator: np.random.Generator) -> None:
+    """Draws one series of random values: curves, bars or points of one colour.
+
+    Args:
+        axes (`plt.Axes`): Where to draw.
+        kind (`str`): "curves", "bars" or "points".
+        number (`int`): Number of the series. It moves bars to the right, so that those of several series stand side by
+            side.
+        colour (`np.ndarray`): Red, green and blue, between 0 and 1.
+        generator (`np.random.Generator`): Source of the values.
+    """
+    if kind == "curves":
+        axes.plot(generator.normal(size=12).cumsum(), color=colour, linewidth=generator.uniform(1, 4))
+    elif kind == "bars":
+        positions = np.arange(12) + number / 5
+        axes.bar(positions, generator.uniform(size=12), width=0.2, color=colour)
+    else:
+        x, y = generator.normal(size=(2, 60))
+        axes.scatter(x, y, s=generator.uniform(4, 60), color=colour)
 
 
 def _words_of_the_docs() -> list[str]:

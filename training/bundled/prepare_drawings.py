@@ -13,7 +13,6 @@ import io
 import shutil
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -39,14 +38,15 @@ FONTS = {  # SIL OFL 1.1, Apache-2.0, Bitstream Vera's licence, AGPL with an exc
 SYMBOLS = ("Symbols", "D050000L")  # fonts without letters
 SHEETS = {"text": 400, "screens": 240, "charts": 140}  # squares of the training part
 HELD_OUT = 48  # images per kind in each of the other parts
-HELD_OUT_EVERY = 20  # groups of drawings that look alike
+HELD_OUT_EVERY = 20  # of so many groups of drawings that look alike, each held-out part has one
 ALIKE = 14.0  # root mean square difference of thumbnails that look alike, whose values are in [0, 255]
 THUMBNAIL = 8  # side of a thumbnail in pixels
 GROUP_CAP = 6  # drawings that look alike, at most
 FOLDER_CAP = 120  # drawings of a folder of clip art, at most
 SMALL = 128  # side of a drawing in pixels
 LARGE = 256
-EMOJI = 109  # the only size of the emoji font
+EMOJI_SIZE = 109  # the only size of the emoji font
+HELD_OUT_LETTERS = 14  # size in pixels of the letters of a held-out kind
 FIRST_SYMBOL = 0x2000  # code points before it are letters
 
 
@@ -60,20 +60,22 @@ def draw_clip_art(path: Path, side: int) -> Image.Image:
 
 def draw_emoji(font: ImageFont.FreeTypeFont, character: str, side: int) -> Image.Image:
     """Draws an emoji whose longer side becomes `side`, in RGBA."""
-    left, top, right, bottom = font.getbbox(character)
-    drawn_width = max(1, round(right - left))
-    drawn_height = max(1, round(bottom - top))
+    min_x, min_y, max_x, max_y = font.getbbox(character)
+    drawn_width = max(1, round(max_x - min_x))
+    drawn_height = max(1, round(max_y - min_y))
     image = Image.new("RGBA", (drawn_width, drawn_height))
-    ImageDraw.Draw(image).text((-left, -top), character, font=font, embedded_color=True)
+    ImageDraw.Draw(image).text((-min_x, -min_y), character, font=font, embedded_color=True)
     longer = max(image.size)
     width = max(1, side * image.width // longer)
     height = max(1, side * image.height // longer)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def alone(draw: Draw, side: int) -> Image.Image:
-    """Draws a drawing on a white square of this side."""
-    return on_ground(draw(side), Image.new("RGB", (side, side), "white"))
+def draw_on_white(draw: Draw, side: int) -> Image.Image:
+    """Draws a drawing, as large as fits, at the centre of a white square of this side."""
+    drawing = draw(side)
+    square = Image.new("RGB", (side, side), "white")
+    return on_ground(drawing, square)
 
 
 def group_alike(vectors: np.ndarray, distance: float) -> list[list[int]]:
@@ -96,14 +98,19 @@ def group_alike(vectors: np.ndarray, distance: float) -> list[list[int]]:
 
 
 def split_groups(groups: Sequence[Sequence[int]], every: int, cap: int) -> dict[str, list[int]]:
-    """Distributes whole groups over the parts, at most `cap` of each; of `every` groups, two are held out."""
+    """Distributes whole groups over the parts, at most `cap` members of each.
+
+    Of `every` consecutive groups, the first is for `test`, the middle one for `choose`, and all others for `train`.
+    """
     parts: dict[str, list[int]] = {"train": [], "choose": [], "test": []}
     for number, group in enumerate(groups):
-        part = "train"
-        if number % every == 0:
+        position = number % every
+        if position == 0:
             part = "test"
-        elif number % every == every // 2:
+        elif position == every // 2:
             part = "choose"
+        else:
+            part = "train"
         parts[part] += group[:cap]
     return parts
 
@@ -120,7 +127,7 @@ class Part:
         """Draws the training part: each drawing in two sizes or twice, text, screens and charts."""
         clip_art = self.drawings["clip_art"]
         emoji = self.drawings["emoji"]
-        shuffled_emoji = self.artist.random.sample(emoji, len(emoji))
+        shuffled_emoji = shuffled(emoji, self.artist.random)
         pages_of_text: list[Draw] = [self.artist.text] * (4 * SHEETS["text"])  # four on a sheet
         draw_screen = partial(self.artist.screen, clip_art + emoji)
         self.folder.mkdir(parents=True)
@@ -147,20 +154,23 @@ class Part:
             draw(SQUARE).save(self.folder / f"{kind}-{number:04d}.bmp")
 
     def draw_held_out(self) -> None:
-        """Draws a held-out part: each drawing alone on white, text, screens and charts."""
+        """Draws a held-out part: each drawing alone on white, text, screens and charts; larger images are fewer."""
         for kind, draws in self.drawings.items():
-            draws_alone = [partial(alone, draw) for draw in draws[:HELD_OUT]]
-            self._save(kind, SMALL, draws_alone)
+            draws_on_white: list[Draw] = []
+            for draw in draws[:HELD_OUT]:
+                draws_on_white.append(partial(draw_on_white, draw))
+            self._save(kind, SMALL, draws_on_white)
         draw_screen = partial(self.artist.screen, self.drawings["clip_art"])
         self._save("text", LARGE, [self.artist.text] * (HELD_OUT // 2))
-        self._save("text_14", SQUARE, [self._letters] * (HELD_OUT // 8))
+        self._save(f"text_{HELD_OUT_LETTERS}", SQUARE, [self._draw_black_letters] * (HELD_OUT // 8))
         self._save("screens", SQUARE, [draw_screen] * (HELD_OUT // 4))
         self._save("charts", SQUARE, [self.artist.chart] * (HELD_OUT // 4))
 
-    def _letters(self, side: int) -> Image.Image:
-        """Black letters of 14 pixels on white."""
+    def _draw_black_letters(self, side: int) -> Image.Image:
+        """Draws a white page with black letters, all of one size."""
         page = Image.new("RGB", (side, side), "white")
-        return self.artist.write(page, self.artist.font(14), (0, 0, 0))
+        font = self.artist.font(HELD_OUT_LETTERS)
+        return self.artist.write(page, font, ink=(0, 0, 0))
 
     def _save(self, kind: str, side: int, draws: Sequence[Draw]) -> None:
         """Draws and saves the images of a kind of a held-out part, `side` pixels wide and high."""
@@ -171,25 +181,33 @@ class Part:
 
 def find_drawings(folder: Path, random: Random) -> dict[str, list[Draw]]:
     """Clip art and emoji of the unpacked packages, in a random order."""
+    clip_art: list[Draw] = []
+    for path in choose_clip_art(folder, random):
+        clip_art.append(partial(draw_clip_art, path))
+    font_file = next(folder.rglob("NotoColorEmoji.ttf"))
+    font = ImageFont.truetype(font_file, EMOJI_SIZE)
+    emoji: list[Draw] = []
+    for code_point in TTFont(font_file).getBestCmap():
+        character = chr(code_point)
+        is_visible = font.getlength(character) > 0
+        if code_point > FIRST_SYMBOL and is_visible:
+            emoji.append(partial(draw_emoji, font, character))
+    return {"clip_art": shuffled(clip_art, random), "emoji": shuffled(emoji, random)}
+
+
+def choose_clip_art(folder: Path, random: Random) -> list[Path]:
+    """SVG files below a folder, at most `FOLDER_CAP` of each folder that holds some."""
     clip_art_folders = {path.parent for path in folder.rglob("*.svg")}
     paths: list[Path] = []
     for clip_art_folder in sorted(clip_art_folders):
         files = sorted(clip_art_folder.glob("*.svg"))
         paths += random.sample(files, min(len(files), FOLDER_CAP))
-    font_file = next(folder.rglob("NotoColorEmoji.ttf"))
-    font = ImageFont.truetype(font_file, EMOJI)
-    characters = []
-    for code_point in TTFont(font_file).getBestCmap():
-        character = chr(code_point)
-        is_visible = font.getlength(character) > 0
-        if code_point > FIRST_SYMBOL and is_visible:
-            characters.append(character)
-    shuffled_paths = random.sample(paths, len(paths))
-    shuffled_characters = random.sample(characters, len(characters))
-    return {
-        "clip_art": [partial(draw_clip_art, path) for path in shuffled_paths],
-        "emoji": [partial(draw_emoji, font, character) for character in shuffled_characters],
-    }
+    return paths
+
+
+def shuffled(draws: Sequence[Draw], random: Random) -> list[Draw]:
+    """All drawings in a random order."""
+    return random.sample(draws, len(draws))
 
 
 def split_drawings(drawings: Sequence[Draw]) -> dict[str, list[Draw]]:
@@ -197,18 +215,28 @@ def split_drawings(drawings: Sequence[Draw]) -> dict[str, list[Draw]]:
     drawable = []
     thumbnails = []
     for draw in tqdm(drawings):
-        with suppress(ValueError, OSError):  # the drawing is broken
-            is_empty = draw(SMALL).getbbox() is None
-            if is_empty:
-                continue
-            thumbnail = alone(draw, 4 * THUMBNAIL).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-            thumbnails.append(np.asarray(thumbnail, np.float32).ravel())
+        thumbnail = draw_thumbnail(draw)
+        if thumbnail is not None:
             drawable.append(draw)
+            thumbnails.append(thumbnail)
     groups = group_alike(np.stack(thumbnails), ALIKE)
     parts = {}
     for part, numbers in split_groups(groups, HELD_OUT_EVERY, GROUP_CAP).items():
         parts[part] = [drawable[number] for number in numbers]
     return parts
+
+
+def draw_thumbnail(draw: Draw) -> np.ndarray | None:
+    """Values in [0, 255] of a thumbnail, `(THUMBNAIL * THUMBNAIL * 3,)`; None for a broken or an empty drawing."""
+    try:
+        is_empty = draw(SMALL).getbbox() is None  # all pixels are transparent
+        if is_empty:
+            return None
+        picture = draw_on_white(draw, 4 * THUMBNAIL)
+    except (ValueError, OSError):  # the drawing is broken
+        return None
+    thumbnail = picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)  # means of 4 x 4 pixels
+    return np.asarray(thumbnail, np.float32).ravel()
 
 
 def find_fonts(packages: str, folder: Path) -> list[Path]:
@@ -235,16 +263,18 @@ def main() -> None:
     shutil.rmtree(incomplete, ignore_errors=True)
     with tempfile.TemporaryDirectory() as temporary:
         packages_folder = fetch_debian_packages(DRAWINGS, Path(temporary, "drawings"))
-        parts_of_kind = {}
-        for kind, draws in find_drawings(packages_folder, Random(0)).items():
-            parts_of_kind[kind] = split_drawings(draws)
-        for seed, (part, font_packages) in enumerate(FONTS.items()):
-            fonts = find_fonts(font_packages, Path(temporary, part))
-            drawings = {kind: parts[part] for kind, parts in parts_of_kind.items()}
-            if part == "train":
-                Part(Artist(fonts, photographs, seed), drawings, incomplete / part).draw_train()
+        drawings = find_drawings(packages_folder, Random(0))
+        clip_art_of_part = split_drawings(drawings["clip_art"])
+        emoji_of_part = split_drawings(drawings["emoji"])
+        for seed, (name, font_packages) in enumerate(FONTS.items()):
+            fonts = find_fonts(font_packages, Path(temporary, name))
+            drawings_of_part = {"clip_art": clip_art_of_part[name], "emoji": emoji_of_part[name]}
+            if name == "train":
+                artist = Artist(fonts, photographs, seed)
+                Part(artist, drawings_of_part, incomplete / name).draw_train()
             else:
-                Part(Artist(fonts, [], seed), drawings, incomplete / part).draw_held_out()
+                artist = Artist(fonts, [], seed)  # held-out parts show no photographs
+                Part(artist, drawings_of_part, incomplete / name).draw_held_out()
     incomplete.rename(options.out)
 
 
