@@ -17,7 +17,7 @@ from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.metrics import count_codes
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
-LEVELS = 13  # of red, green and blue
+LEVELS = 13  # values of red, of green and of blue
 SIDE = 64  # pixels of a flat image
 SCALES = (1.0, 0.5, 0.25)  # at which the use of codes is counted
 BATCH = 49
@@ -25,16 +25,27 @@ COUNTED = 200  # images, spread over the set
 
 
 def colour_latents(model: SVQVAE, levels: int) -> torch.Tensor:
-    """Latents at the centres of flat images, whose colours are the centres of the cells of a lattice."""
-    axis = (torch.arange(levels) + 0.5) / levels
-    colours = torch.cartesian_prod(axis, axis, axis)  # (levels**3, 3)
-    centre = SIDE // 2 // model.f
+    """Encodes colours that are spread evenly over the RGB cube.
+
+    Each colour is encoded as a flat image. Its latent is read at the centre, away from the edges.
+
+    Args:
+        model ([`SVQVAE`]): Model that encodes.
+        levels (`int`): Number of values of red, of green and of blue.
+
+    Returns:
+        `torch.Tensor`: A latent of length 1 for each colour, `(levels**3, C)`. Codes are compared at this length.
+    """
+    levels_of_channel = (torch.arange(levels) + 0.5) / levels  # between 0 and 1
+    colours = torch.cartesian_prod(levels_of_channel, levels_of_channel, levels_of_channel)  # (levels**3, 3)
+    centre = SIDE // 2 // model.f  # row and column of a latent
     latents_at_centre = []
     for batch in tqdm(colours.split(BATCH), desc="colours"):
         sample = batch[..., None, None].expand(-1, -1, SIDE, SIDE)  # (B, 3, SIDE, SIDE)
         latents = model.encode(sample).latents  # (B, C, h, w)
         latents_at_centre.append(latents[..., centre, centre])  # (B, C)
-    return F.normalize(torch.cat(latents_at_centre).float(), dim=-1)
+    latents_of_colours = torch.cat(latents_at_centre).float()  # (levels**3, C)
+    return F.normalize(latents_of_colours, dim=-1)
 
 
 def count_uses(model: SVQVAE, rows: list[ImageRow]) -> torch.Tensor:

@@ -26,9 +26,9 @@ def render(shape: Image.Image, ground: str) -> Image.Image:
     picture = Image.new("RGB", (SIDE, SIDE), GROUNDS[ground])
     shape = shape.copy()
     shape.thumbnail((OBJECT_SIDE, OBJECT_SIDE), Image.Resampling.LANCZOS)
-    left = (SIDE - shape.width) // 2
-    top = (SIDE - shape.height) // 2
-    picture.paste(shape, (left, top), shape)
+    x = (SIDE - shape.width) // 2
+    y = (SIDE - shape.height) // 2
+    picture.paste(shape, (x, y), mask=shape)
     return picture
 
 

@@ -94,13 +94,13 @@ def _squares_of(image: Image.Image) -> list[Image.Image]:
     """The squares that fit around the centre, row by row."""
     columns = image.width // SQUARE
     rows = image.height // SQUARE
-    left = (image.width - columns * SQUARE) // 2
-    top = (image.height - rows * SQUARE) // 2
+    margin_x = (image.width - columns * SQUARE) // 2
+    margin_y = (image.height - rows * SQUARE) // 2
     cuts = []
     for row in range(rows):
         for column in range(columns):
-            x = left + column * SQUARE
-            y = top + row * SQUARE
+            x = margin_x + column * SQUARE
+            y = margin_y + row * SQUARE
             cuts.append(image.crop((x, y, x + SQUARE, y + SQUARE)))
     return cuts
 
