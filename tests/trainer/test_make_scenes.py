@@ -29,7 +29,7 @@ def names_in(text):
 
 
 def test_captions_name_the_objects_and_the_ground_of_their_scene():
-    own_words = {"names": 0, "wordnet_names": 0, "adjectives": 0, "colours": 0, "typos": 0}
+    own_words = {"names": 0, "wordnet_names": 0, "adjectives": 0, "colours": 0, "xkcd_colours": 0, "typos": 0}
     writer = CaptionWriter(Recipe(**own_words))
     random = Random(0)
     for scene in scenes(200, False) + scenes(50, True):
