@@ -3,6 +3,7 @@ import shlex
 from dataclasses import fields
 
 import pytest
+import torch.distributed.run
 import yaml
 from conftest import ROOT
 from diffusion_options import DiffusionOptions
@@ -180,6 +181,16 @@ def test_command_of_a_recipe_is_valid_from_any_folder(path, tmp_path, monkeypatc
         assert SVQVAE.load_config(config.model_config_name_or_path)
     launcher = re.search(r"--config_file (\S+)", command)
     assert launcher is None or (ROOT / launcher[1]).is_file()
+
+
+def test_torchrun_leaves_the_options_of_the_script_alone():
+    text = (ROOT / "docs" / "training.md").read_text().replace("\\\n", "")
+    (words,) = re.findall("^ACCELERATE_USE_CPU=true torchrun (.*)$", text, re.MULTILINE)
+    launcher = torch.distributed.run.parse_args([*shlex.split(words), "--start", "linear"])
+    assert launcher.training_script == "training/train.py"
+    config, *flags = launcher.training_script_args
+    (options,) = read_options([TrainOptions], [str(ROOT / config), *flags])
+    assert options.start == "linear"
 
 
 def test_new_model_quantises_from_its_first_kmeans_and_a_pretrained_one_at_once():
