@@ -331,11 +331,14 @@ def read_texts(files: Sequence[str], processor: SVQVAEProcessor, context: int) -
         context (`int`): Largest number of tokens of a text with its images and its end.
 
     Raises:
-        ValueError: If a line is something else, or too long.
+        ValueError: If a file is not UTF-8, or a line is something else, or too long.
     """
     texts = []
     for file in files:
-        content = Path(file).read_text("utf-8")
+        try:
+            content = Path(file).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"`{file}` must be UTF-8 text, but is not: {error}. Save it as UTF-8.") from error
         if not content.strip():
             raise ValueError(f"line 1 of `{file}` must be a JSON object with a `text` and its `images`, got none.")
         for number, line in enumerate(content.split("\n"), start=1):

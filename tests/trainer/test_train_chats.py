@@ -158,6 +158,13 @@ def test_wrong_texts_are_refused_by_their_line(line, reason, tmp_path):
     assert reason in str(error.value)
 
 
+def test_texts_of_another_encoding_are_refused_by_their_file(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_bytes('{"text": "café"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"`{file}` must be UTF-8 text, but is not: .* Save it as UTF-8"):
+        read_texts([str(file)], load_extended("qwen")[1], 512)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_examples_do_not_see_each_other(tokens, family):
     model, _ = load_extended(family)
