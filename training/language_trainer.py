@@ -355,7 +355,7 @@ class LanguageModelTrainer(Trainer):
             logs["eval_loss"] = total_loss / total_tokens
 
     def last_numbers(self) -> dict[str, str]:
-        """Last losses and other numbers of a validation, as rows of a card."""
+        """Last losses and other numbers of a validation, and the step of the best weights, as rows of a card."""
         last_values: dict[str, float] = {}
         for log_entry in self.state.log_history:
             last_values |= log_entry
@@ -363,6 +363,9 @@ class LanguageModelTrainer(Trainer):
         for name in sorted(last_values):
             if name.startswith(("loss", "eval_loss", "eval_accuracy", "eval_bits")):
                 rows[name.replace("_", " ")] = f"{last_values[name]:.4g}"
+        has_best_weights = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        if has_best_weights:
+            rows["weights"] = f"after step {self.state.best_global_step:,}, with the best validation"
         return rows
 
 

@@ -241,6 +241,7 @@ def test_a_moved_run_saves_its_best_weights(moved):
     folder = train(**moved)
     best = load_file(folder / "checkpoint-1" / "model.safetensors")
     torch.testing.assert_close(load_file(folder / WEIGHTS), best, rtol=0, atol=0)
+    assert "| weights | after step 1, with the best validation |" in (folder / "README.md").read_text()
 
 
 def test_a_run_without_its_best_checkpoint_is_not_resumed(moved):
