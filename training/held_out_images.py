@@ -14,6 +14,7 @@ from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data.image_parts import IndexedRows
 from svqvae_hf.data.image_rows import ImageRow, read_image
 from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.trainer.data.crop_batches import has_label
 from svqvae_hf.trainer.data.crop_loader import prepare_worker
 from svqvae_hf.trainer.data.crops import CropPolicy
 from svqvae_hf.trainer.data.image_source import ImageSource
@@ -128,7 +129,7 @@ def read_held_out(options: DiffusionOptions, held_out: HeldOut, numbers: range) 
             continue
         if options.label_column is not None:
             label = row.values[options.label_column]
-            if label is None:
+            if not has_label(label):
                 continue
             labels.append(label)
         numbers_of_crops.append(number)

@@ -179,6 +179,22 @@ def test_a_denoiser_is_not_resumed_with_another_tokenizer_of_the_same_name(optio
             run_training(train_latent_diffusion.train, DiffusionOptions(**(options | changes)))
 
 
+def test_images_with_the_label_of_no_class_are_skipped(class_options, parts, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for folder, angle in (("photos", 0), ("held_out", 180)):
+        (tmp_path / folder).mkdir()
+        rows = []
+        for path in (parts / "photos").rglob("*.png"):
+            with Image.open(path) as photo:
+                photo.rotate(angle).save(tmp_path / folder / path.name)
+            label = -1 if path.name == "2.png" else 3
+            rows.append(json.dumps({"file_name": path.name, "label": label}))
+        (tmp_path / folder / "metadata.jsonl").write_text("\n".join(rows))
+    paths = {"train_data_dir": f"{tmp_path}/photos", "validation_data_dir": f"{tmp_path}/held_out"}
+    diffuse(**class_options | paths | {"per_device_train_batch_size": 4})
+    assert "Skipped `2.png`: it has no label." in caplog.text
+
+
 def test_classes_that_diffusers_would_confuse_are_refused(class_options, photo, tmp_path):
     check_label_names(["tench, Tinca tinca", "cat"])
     for name in ("crane, bird", "crane, machine"):

@@ -18,6 +18,7 @@ from svqvae_hf.trainer.data.sample_order import Share
 from svqvae_hf.trainer.data.synthetic import synthetic_crop
 
 CROP, SYNTHETIC, MIXED = 1, 4, 5  # first words of the seeds of crops, synthetic crops and mixed images
+NO_LABEL = -1  # of `datasets.ClassLabel`
 MAX_IN_A_ROW = 1000  # unreadable images, before the image set is given up
 
 
@@ -54,6 +55,11 @@ class _Crop:
 
 class _SkippedError(ValueError):
     """An image that no crop can be cut from."""
+
+
+def has_label(label: Any) -> bool:
+    """Whether an image has a label. Sets on the Hub write -1 for images without one."""
+    return label is not None and label != NO_LABEL
 
 
 @dataclass
@@ -176,8 +182,7 @@ class CropCutter:
             image = read_image(row)
         except (OSError, ValueError) as error:
             raise _SkippedError(fault_of(error)) from error
-        lacks_label = self.label_column is not None and label is None
-        if lacks_label:
+        if self.label_column is not None and not has_label(label):
             raise _SkippedError("it has no label.")
         cropped_image = self.policy.cut(image, side, seed)
         is_enlarged = min(image.size) < side
