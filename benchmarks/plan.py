@@ -191,11 +191,10 @@ def tokenizing_rows(rates: Rates, options: argparse.Namespace) -> list[Row]:
     lines = [("on CPUs alone", f"{core_hours:,.0f} core hours")]
     if options.gpu_rate is not None:
         gpu_hours = rows / options.gpu_rate / SECONDS_PER_HOUR
-        cores = options.gpu_rate / rates.read + options.gpu_rate / rates.store
         lines += [
             ("on GPUs", f"{gpu_hours:,.0f} GPU hours"),
             (f"with {options.workers} GPUs", f"{gpu_hours / options.workers:,.1f} hours"),
-            ("cores that read and store for one GPU", f"{math.ceil(cores)}"),
+            ("cores that read and store for one GPU", f"{cores_per_gpu(rates, options.gpu_rate)}"),
             (
                 "photographs read for one GPU",
                 megabytes_per_second(options.gpu_rate * rates.photo_bytes),
@@ -245,11 +244,16 @@ def commands(rates: Rates, options: argparse.Namespace) -> str:
     tokenize = f"svqvae tokenize PHOTOS --output TOKENS --model MODEL --crops {options.crops}"
     tokenize += f" --resolution {options.side} --num-parts {num_parts}"
     minutes = 4 * options.part_minutes
+    resources = "--cpus-per-task=1"
+    if options.gpu_rate is not None:
+        num_cores = cores_per_gpu(rates, options.gpu_rate)
+        resources = f"--gres=gpu:1 --cpus-per-task={num_cores}"
+        tokenize += f" --workers {num_cores}"
     lines = [
         "try one part, on one worker:",
         f"    {tokenize} --part 0",
         f"all parts, {options.workers} at a time, with Slurm:",
-        f"    sbatch --array=0-{num_parts - 1}%{options.workers} --time={minutes} --requeue --wrap \\",
+        f"    sbatch --array=0-{num_parts - 1}%{options.workers} {resources} --time={minutes} --requeue --wrap \\",
         f"        '{tokenize} --part $SLURM_ARRAY_TASK_ID'",
         "what is missing:",
         "    svqvae info TOKENS",
@@ -266,6 +270,12 @@ def count_parts(rates: Rates, options: argparse.Namespace) -> int:
     """Parts that a worker makes in at most `--part-minutes` each, and enough of them to keep all workers busy."""
     rows_per_part = worker_rate(rates, options) * 60 * options.part_minutes
     return max(PARTS_PER_WORKER * options.workers, math.ceil(count_rows(options) / rows_per_part))
+
+
+def cores_per_gpu(rates: Rates, gpu_rate: float) -> int:
+    """Cores that read photographs, and store rows, as fast as one GPU encodes."""
+    cores = gpu_rate / rates.read + gpu_rate / rates.store
+    return math.ceil(cores)
 
 
 def worker_rate(rates: Rates, options: argparse.Namespace) -> float:
