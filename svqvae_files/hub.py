@@ -17,19 +17,34 @@ HUB_REASONS: tuple[tuple[type[BaseException], str], ...] = (
 
 
 def hub_reason(error: BaseException) -> str:
-    """Explains an error of the Hub and what to do about it, in text that ends with a full stop."""
+    """Explains an error of the Hub and what to do about it, in text that ends with a full stop.
+
+    Libraries wrap the errors of the Hub's client, so the causes of the error are looked at as well. An error without
+    an explanation is repeated in its own words.
+    """
     for cause in _chain(error):
-        for kind, reason in HUB_REASONS:
-            if isinstance(cause, kind):
-                return reason
+        reason = _known_reason(cause)
+        if reason is not None:
+            return reason
         hub_has_answered = isinstance(cause, errors.HfHubHTTPError)
-        if hub_has_answered and _is_unauthorized(cause):
-            return "you are not logged in. Log in with `hf auth login`."
-        if hub_has_answered:
-            return _one_sentence(error)
-        if isinstance(cause, errors.HTTPError):
-            return f"the Hub cannot be reached. {CHECK_NETWORK}"
+        if hub_has_answered:  # with an error of the server; the causes below it say nothing more
+            break
     return _one_sentence(error)
+
+
+def _known_reason(error: BaseException) -> str | None:
+    """Explains a single error of the Hub, without its causes. None if there is no explanation for it."""
+    for kind, reason in HUB_REASONS:
+        if isinstance(error, kind):
+            return reason
+    hub_has_answered = isinstance(error, errors.HfHubHTTPError)
+    if hub_has_answered and _is_unauthorized(error):
+        return "you are not logged in. Log in with `hf auth login`."
+    if hub_has_answered:
+        return None
+    if isinstance(error, errors.HTTPError):
+        return f"the Hub cannot be reached. {CHECK_NETWORK}"
+    return None
 
 
 def _is_unauthorized(error: BaseException) -> bool:
@@ -45,10 +60,13 @@ def _one_sentence(error: BaseException) -> str:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An error and its causes, because libraries wrap the errors of the Hub's client."""
+    """An error, its cause, the cause of the cause, and so on."""
     errors_in_order: list[BaseException] = []
     cause: BaseException | None = error
-    while cause is not None and not any(cause is earlier for earlier in errors_in_order):  # chains may be circles
+    while cause is not None:
+        is_circle = any(cause is earlier for earlier in errors_in_order)
+        if is_circle:
+            break
         errors_in_order.append(cause)
         cause = cause.__cause__ or cause.__context__
     return errors_in_order

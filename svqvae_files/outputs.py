@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{8}\.tmp")  # of what [`temporary_path`] returns
+TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{8}\.tmp")  # name of a path that [`temporary_path`] returns
 
 
 def temporary_path(path: Path) -> Path:
@@ -36,11 +36,11 @@ def new_file(path: Path) -> Iterator[Path]:
     """
     temporary = temporary_path(path)
     try:
-        with explained(path, "written"):
+        with explained(path, done="written"):  # errors say that `path` cannot be written
             yield temporary
             temporary.replace(path)
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # after success there is no temporary file any more
             temporary.unlink()
 
 
@@ -124,7 +124,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         OSError: The folder cannot be written.
     """
-    with explained(out, "written"):
+    with explained(out, done="written"):  # errors say that `out` cannot be written
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
             folder = Path(beside, out.name)

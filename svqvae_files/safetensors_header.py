@@ -8,6 +8,7 @@ from svqvae_files.json_files import parse_json_object
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # as the library allows
+ENTRY_KEYS = ("dtype", "shape", "data_offsets")
 
 
 def read_header(file: BinaryIO, name: str | os.PathLike) -> dict[str, Any]:
@@ -30,23 +31,27 @@ def read_header(file: BinaryIO, name: str | os.PathLike) -> dict[str, Any]:
     (length,) = struct.unpack("<Q", length_field)
     if length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
         raise ValueError(f"`{name}` must be a safetensors file, but its header is damaged or cut.")
-    tensors = parse_json_object(file.read(length), name)
-    tensors.pop("__metadata__", None)
-    last_byte = 0
-    for tensor in tensors.values():
-        if not _is_entry(tensor):
+    entries = parse_json_object(file.read(length), name)
+    entries.pop("__metadata__", None)
+    num_data_bytes = 0
+    for entry in entries.values():
+        if not _is_entry(entry):
             raise ValueError(f"`{name}` must be a safetensors file, but its header is damaged.")
-        last_byte = max(last_byte, tensor["data_offsets"][1])
-    if LENGTH_BYTES + length + last_byte != size:
+        end_of_tensor = entry["data_offsets"][1]  # counted from the end of the header
+        num_data_bytes = max(num_data_bytes, end_of_tensor)
+    if LENGTH_BYTES + length + num_data_bytes != size:
         raise ValueError(f"`{name}` must be a safetensors file, but is cut or has further bytes.")
-    return tensors
+    return entries
 
 
-def _is_entry(tensor: Any) -> bool:
-    """Whether an entry of a header has a type, a shape and the places of a first and a last byte."""
-    if not isinstance(tensor, dict) or not {"dtype", "shape", "data_offsets"} <= tensor.keys():
+def _is_entry(value: Any) -> bool:
+    """Whether a value of a header is an entry of a tensor: its type, its shape, and where its bytes start and end."""
+    if not isinstance(value, dict):
         return False
-    offsets = tensor["data_offsets"]
+    has_all_keys = all(key in value for key in ENTRY_KEYS)
+    if not has_all_keys:
+        return False
+    offsets = value["data_offsets"]
     if not isinstance(offsets, list) or len(offsets) != 2:
         return False
     if not all(isinstance(offset, int) for offset in offsets):
