@@ -54,13 +54,13 @@ def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:
 
     model = load_encoder(args)
     context_model = _context_model(model, args)
-    for file, image in work.read(load_image):
-        with work.attempt(file, ValueError):
+    for file, image in work.read(load_image):  # skips files that cannot be read
+        with work.attempt(file, ValueError):  # skips the image if a ValueError is raised here
             with prefix_errors(file.path):
                 tiles = choose_tiles(model, image.height, image.width, args.scales, args.tile_size, args.overlap)
             tokens = encode_image(model, image, args.scales, args.scale_from, tiles)
-            path = work.outputs(file)[0]
-            save_tokens(path, tokens, context_model)
+            token_file = work.outputs(file)[0]  # the only one
+            save_tokens(token_file, tokens, context_model)
 
 
 def _encode_large(args: argparse.Namespace, work: Run[InputFile]) -> None:
@@ -71,12 +71,12 @@ def _encode_large(args: argparse.Namespace, work: Run[InputFile]) -> None:
 
     model = load_encoder(args)
     context_model = _context_model(model, args)
-    for file, _ in work.read(_check_large_image):
-        with work.attempt(file, ValueError):
+    for file, _ in work.read(_check_large_image):  # skips files that cannot be read
+        with work.attempt(file, ValueError):  # skips the image if a ValueError is raised here
             tiles = model.tiles_of_call(args.tile_size, args.overlap)
             tokens = encode_large(model, file.path, tiles)
-            path = work.outputs(file)[0]
-            save_tokens(path, tokens, context_model)
+            token_file = work.outputs(file)[0]  # the only one
+            save_tokens(token_file, tokens, context_model)
 
 
 def _check_large_image(path: Path) -> None:

@@ -49,7 +49,7 @@ class Run(Generic[Item]):
         check_output(args.output)
         self.targets = targets
         self.noun = noun
-        self._check_clashes()  # of the outputs in `targets`
+        self._check_clashes()
         self.folder = OutputFolder(args, default_model)
         self.sources: dict[Item, Source] = {}
         for item in targets:
@@ -78,14 +78,18 @@ class Run(Generic[Item]):
                 writers[output] = item
 
     def _source(self, item: Item) -> Source:
-        """An input as the record names it. One that is no file, such as a caption, is named by its text alone."""
-        if not isinstance(item, InputFile):
-            return Source("", InputIdentity(str(item), 0, ""))
+        """An input, a file or a text, as the record of the output folder names it."""
+        if isinstance(item, InputFile):
+            return self._source_of_file(item)
+        return _source_of_text(str(item))
+
+    def _source_of_file(self, file: InputFile) -> Source:
+        """An input file as the record names it."""
         try:
-            identity = input_identity(item.folder, str(item.name))
-        except OSError:  # a broken link, which `read` will skip
-            identity = InputIdentity(item.name.as_posix(), 0, "")
-        return self.folder.source(item.folder, identity)
+            identity = input_identity(file.folder, str(file.name))
+        except OSError:  # a broken link has only a name; `read` will skip it
+            identity = InputIdentity(name=file.name.as_posix(), size=0, version="")
+        return self.folder.source(file.folder, identity)
 
     def _is_done(self, item: Item) -> bool:
         """Whether earlier runs have made all outputs of an input."""
@@ -201,6 +205,11 @@ class Run(Generic[Item]):
         tqdm.write(f"svqvae: skipped: {one_line(reason)}", sys.stderr)  # above the progress bars
 
 
+def _source_of_text(text: str) -> Source:
+    """A text, such as a caption, as the record names it. It lies in no folder, and has no version."""
+    return Source(folder="", input=InputIdentity(name=text, size=0, version=""))
+
+
 def print_leftovers(leftovers: Leftovers) -> None:
     """Says which outputs of earlier runs were deleted, and which have changed and stay."""
     if leftovers.deleted:
@@ -212,7 +221,7 @@ def print_leftovers(leftovers: Leftovers) -> None:
 
 
 def _real_path(path: Path, real_folders: dict[Path, Path]) -> Path:
-    """Path whose folders are not links. The file may be one, because a command replaces a link as it does a file.
+    """Path whose folders are not links. The file itself may be a link, because writing the file replaces the link.
 
     Args:
         path (`Path`): Path of a file.
