@@ -109,19 +109,18 @@ def kinds_in_images(grids: Sequence[tuple[int, int]]) -> torch.Tensor:
 def grammar_regex(vocabulary: ImageVocabulary, grid: tuple[int, int]) -> str:
     r"""Regular expression of the answer to a prompt that ends with `processor.begin_image(grid)`: codes and the end.
 
-    Servers with structured output take it. It matches one image and no text. For 20 codes and a grid of 16 x 16, it is
-    `(?:<\|image_(?:000[0-0]\d|0001[0-8]|00019)\|>){256}<\|image_end\|>`.
+    It is for servers with structured output. It matches one image and no text. For a grid of 16 x 16, it is
+    `(?:<\|image_(?:NUMBERS)\|>){256}<\|image_end\|>`, where `NUMBERS` matches the number of any code, such as `00019`.
 
     Example:
         >>> pattern = grammar_regex(processor.vocabulary, (16, 16))
         >>> re.fullmatch(pattern, tokenizer.decode(tokens))
     """
-    name_of_first_code = vocabulary.names[0]  # such as "<|image_00000|>"
-    num_digits = name_of_first_code.count("0")
-    last_code = vocabulary.codebook_size - 1
-    last_number = str(last_code).zfill(num_digits)  # such as "00019"
-    number = _numbers_regex(last_number)
-    code = rf"<\|image_(?:{number})\|>"
+    # The names of the codes are, for 20 codes, "<|image_00000|>" to "<|image_00019|>".
+    name_of_last_code = vocabulary.names[vocabulary.codebook_size - 1]
+    last_number = name_of_last_code.removeprefix("<|image_").removesuffix("|>")  # "00019"
+    numbers = _numbers_regex(last_number)
+    code = rf"<\|image_(?:{numbers})\|>"
     rows, columns = grid
     repetitions = "{" + str(rows * columns) + "}"  # such as "{256}"
     end = re.escape(END)

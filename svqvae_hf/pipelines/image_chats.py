@@ -34,7 +34,8 @@ class ImageChats:
     Args:
         language_model ([`~transformers.PreTrainedModel`]): Language model.
         processor ([`SVQVAEProcessor`]): Its processor.
-        known_objects ([`KnownObjects`], *optional*): What the model can draw, for warnings of other things.
+        known_objects ([`KnownObjects`], *optional*): What the model can draw, for warnings about prompts that name
+            something else.
 
     Raises:
         ValueError: The language model has no image tokens, or others than the processor.
@@ -99,17 +100,17 @@ class ImageChats:
         return self
 
     def undrawable(self, prompts: Sequence[str | None]) -> list[str]:
-        """Words of prompts for things that the model cannot draw; none if it has no `known_objects`."""
+        """Nouns in prompts that name what the model cannot draw, each once. Empty if it has no `known_objects`."""
         if self.known_objects is None:
             return []
-        things: list[str] = []
+        undrawable_nouns: list[str] = []
         for prompt in prompts:
             if prompt is None:
                 continue
-            for thing in self.known_objects.unknown(prompt):
-                if thing not in things:
-                    things.append(thing)
-        return things
+            for noun in self.known_objects.unknown(prompt):
+                if noun not in undrawable_nouns:
+                    undrawable_nouns.append(noun)
+        return undrawable_nouns
 
     @torch.inference_mode()
     def rewrite(self, prompts: Sequence[str]) -> list[str]:
@@ -183,7 +184,7 @@ class ImageChats:
             ValueError: If an argument of sampling is out of its range, the model does not know the grid, there are
                 no captions or not as many images, masks or generators, or the tokenizer knows no word of a caption.
         """
-        texts = [prompts] if prompts is None or isinstance(prompts, str) else list(prompts)
+        texts = _list_of_prompts(prompts)
         _check_prompts(texts)
         sampling = self._choose_sampling(
             guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
@@ -191,9 +192,9 @@ class ImageChats:
         check_generators(generator, len(texts))
         if grid is None:
             grid = self.processor.vocabulary.grids[0]
-        things = self.undrawable(texts)
-        if things:
-            warnings.warn(say_undrawable(things), stacklevel=2)
+        undrawable_nouns = self.undrawable(texts)
+        if undrawable_nouns:
+            warnings.warn(say_undrawable(undrawable_nouns), stacklevel=2)
         questions = self._questions(texts)
         begin_image = self.processor.begin_image(grid)
         starts_of_answers = [caption + begin_image for caption in self._captions_to_draw(texts)]
@@ -309,8 +310,8 @@ class ImageChats:
             mask = mask.convert("RGB")  # without transparency
         # The image processor scales masks of floats and of 16 bits to 8 bits.
         pixels = self.image_processor(mask)["pixel_values"]
-        (rgb,) = self.image_processor.postprocess(pixels)
-        grey = np.asarray(rgb.convert("L"))  # (height, width)
+        images = self.image_processor.postprocess(pixels)  # a list of one image
+        grey = np.asarray(images[0].convert("L"))  # (height, width)
         cropped = _crop_to_aspect_ratio(grey, grid)
         is_white = torch.from_numpy(cropped > LIGHTEST_BLACK)
         # Each code takes the maximum of its part of the mask, because a mean would lose thin strokes.
@@ -326,8 +327,8 @@ class ImageChats:
         """
         if starts_of_answers is None:
             starts_of_answers = [""] * len(questions)
-        # Some templates write more before an answer than at the end of a chat without one. So the chats get an answer,
-        # and the prompts end before it.
+        # The prompts are chats that are cut before their answer, `ANSWER`. Chats without an answer would not do: some
+        # templates write something before each answer, such as the name of the role.
         conversations = []
         for question in questions:
             user = {"role": "user", "content": question}
@@ -355,6 +356,13 @@ class ImageChats:
         return chats
 
 
+def _list_of_prompts(prompts: str | Sequence[str | None] | None) -> list[str | None]:
+    """Prompts in a list. A single prompt may be a text, or None for an image without a caption."""
+    if prompts is None or isinstance(prompts, str):
+        return [prompts]
+    return list(prompts)
+
+
 def _check_masks(images: Sequence[Image.Image], masks: Sequence[Image.Image], num_prompts: int) -> None:
     """Raises ValueError unless there is one image per prompt, and a mask of its size."""
     image_sizes = [image.size for image in images]
@@ -367,13 +375,19 @@ def _check_masks(images: Sequence[Image.Image], masks: Sequence[Image.Image], nu
 
 
 def _check_prompts(prompts: Sequence[Any]) -> None:
-    """Raises unless there is at least one caption, and each is None, or a text with words."""
+    """Raises ValueError unless there is at least one prompt, and each is a text or None.
+
+    An empty text is allowed. Any other text must have a word or a symbol, and not just spaces, for example.
+    """
     if not prompts:
         raise ValueError("`prompts` must hold at least one caption, or None for an image without one, got none.")
     for prompt in prompts:
-        if prompt is not None and not isinstance(prompt, str):
+        if prompt is None:
+            continue
+        if not isinstance(prompt, str):
             raise ValueError(f"`prompts` must hold texts, or None for an image without one, got {prompt!r:.80}.")
-        if prompt and not has_words(prompt):
+        is_empty = prompt == ""
+        if not is_empty and not has_words(prompt):
             raise ValueError(f"a prompt must have a word or a symbol, got {prompt!r:.80}. Say what to draw.")
 
 

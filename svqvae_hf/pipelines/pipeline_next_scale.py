@@ -92,17 +92,19 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
-        check_scale_from(scale_from)
-        check_fit(vqvae, transformer)
+        check_scale_from(scale_from)  # is the name of a way to make scales
+        check_same_codebook(vqvae, transformer)
         self.trained_schedule = schedule_of_training(schedule, vqvae)
+        schedule_in_json = [list(size) for size in self.trained_schedule]  # JSON has no tuples
         self._register(
             {"vqvae": vqvae, "transformer": transformer, "tokenizer": tokenizer},
             num_classes=transformer.config["num_classes"],
-            fingerprints=[codebook_fingerprint],
+            fingerprints=[codebook_fingerprint],  # a list, because other pipelines know several
             class_names=class_names,
-            schedule=[list(size) for size in self.trained_schedule],
+            schedule=schedule_in_json,
             scale_from=scale_from,
         )
+        # Converts masks to tensors of zeros and ones, of one channel and as large as the mask.
         self.mask_processor = VaeImageProcessor(
             do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
@@ -295,8 +297,8 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             return make_schedule(size, num_inference_steps)
         if size == self.trained_schedule[-1]:
             return self.trained_schedule
-        longer_side = max(size)  # a schedule has at most as many steps
-        num_steps = min(len(self.trained_schedule), longer_side)
+        most_steps = max(size)  # one per id along the longer side
+        num_steps = min(len(self.trained_schedule), most_steps)
         return make_schedule(size, num_steps)
 
     def _encode_images_to_edit(
@@ -440,8 +442,8 @@ def prompts_of_images(prompt: str | list[str] | None, num_images_to_edit: int) -
 
 def check_prompts(prompts: Any) -> list[str]:
     """Captions as a list. Raises ValueError unless there is at least one, and all are texts."""
-    is_list = isinstance(prompts, list | tuple) and len(prompts) > 0
-    if not is_list or not all(isinstance(caption, str) for caption in prompts):
+    is_filled_list = isinstance(prompts, list | tuple) and len(prompts) > 0
+    if not is_filled_list or not all(isinstance(caption, str) for caption in prompts):
         raise ValueError(f"`prompt` must be a caption or a list of captions, got {reprlib.repr(prompts)}.")
     return list(prompts)
 
@@ -451,8 +453,8 @@ def default_schedule(side: int) -> list[Size]:
     return make_schedule((side, side), min(DEFAULT_STEPS, side))
 
 
-def check_fit(vqvae: SVQVAE, transformer: NextScaleTransformer) -> None:
-    """Raises unless the transformer has the codebook size and dimension of the tokenizer."""
+def check_same_codebook(vqvae: SVQVAE, transformer: NextScaleTransformer) -> None:
+    """Raises ValueError unless the codebooks of both models have the same size and dimension."""
     expected = _codebook_shape(vqvae)
     shape = _codebook_shape(transformer)
     if shape != expected:
@@ -462,4 +464,5 @@ def check_fit(vqvae: SVQVAE, transformer: NextScaleTransformer) -> None:
 
 
 def _codebook_shape(model: SVQVAE | NextScaleTransformer) -> str:
+    """Size and dimension of the codebook of a model, in words."""
     return f"{model.config['codebook_size']} x {model.config['codebook_embed_dim']}"

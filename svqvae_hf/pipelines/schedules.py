@@ -8,9 +8,9 @@ from typing import Any
 Size = tuple[int, int]  # height and width
 Scale = int | Sequence[int]  # longer side, or height and width
 
-BISECTIONS = 60  # more than the bits of a float
+BISECTIONS = 60  # halvings of an interval; a float has fewer bits, so more would change nothing
 GUIDANCE_MODES = ("rising", "constant")
-RISING_STEPS = 9  # after which rising guidance has reached its scale, as in VAR
+RISING_STEPS = 9  # number of steps after which rising guidance has reached `guidance_scale`, as in VAR
 
 
 def make_schedule(size: Size, steps: int) -> list[Size]:
@@ -86,18 +86,28 @@ def fit_schedule(schedule: Sequence[Scale], size: Size) -> list[Size]:
 
 
 def size_of_scale(entry: Any, size: Size) -> Size:
-    """Height and width of an entry of a schedule: a pair, or the longer side of a scale that is shaped like `size`.
+    """Height and width of the scale that an entry of a schedule stands for.
+
+    Args:
+        entry (`int` or `(height, width)`): A single number is the longer side of the scale.
+        size (`tuple[int, int]`): Height and width of the image in ids. With a single number, the scale has the aspect
+            ratio of the image.
 
     Raises:
         ValueError: The entry is not one or two integers above 0.
     """
     sides = list(entry) if isinstance(entry, list | tuple) else [entry]
-    are_positive_integers = all(type(side) is int and side > 0 for side in sides)
+    are_positive_integers = all(type(side) is int and side > 0 for side in sides)  # `True` is not an `int` here
     if len(sides) not in (1, 2) or not are_positive_integers:
         raise ValueError(f"`schedule` must hold sides or pairs (height, width), integers above 0, got {entry!r}.")
-    if len(sides) == 2:
-        return (sides[0], sides[1])
-    longer_side = sides[0]
+    if len(sides) == 1:
+        return _size_with_longer_side(sides[0], size)
+    height, width = sides
+    return (height, width)
+
+
+def _size_with_longer_side(longer_side: int, size: Size) -> Size:
+    """Height and width of a scale with the aspect ratio of `size`, whose longer side is known."""
     height, width = size
     if height >= width:
         return (longer_side, _rounded_side(longer_side * width / height))
