@@ -15,6 +15,7 @@ from svqvae_hf.loaders.folder_checks import check_files
 from svqvae_hf.models.loading import check_weights
 
 MAX_REASON = 300  # characters of an original message
+# Errors that transformers raises for damaged files, or if the weights do not fit the config at all
 DAMAGE_ERRORS = (AttributeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError, TypeError)
 
 
@@ -32,22 +33,22 @@ def load_causal_model(source: str | os.PathLike, **options: Any) -> PreTrainedMo
     check_files(source)
     # Wrong shapes are ignored here, because `check_weights` reports all faults in one line.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with misfit_explained(source):
+    with damage_explained(source):
         model, info = from_hub(AutoModelForCausalLM.from_pretrained, source, **options)
     check_weights(os.fspath(source), info)
     return model
 
 
 @contextmanager
-def misfit_explained(source: str | os.PathLike) -> Iterator[None]:
-    """Names the source in the errors that transformers raises if weights do not fit a config at all.
+def damage_explained(source: str | os.PathLike) -> Iterator[None]:
+    """Turns the errors that transformers raises for damaged files into a ValueError that names the source.
 
     Raises:
         ValueError: One line, with the start of the original message.
     """
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError that says nothing about the files
+    except torch.OutOfMemoryError:  # one of the `DAMAGE_ERRORS`, because it is a RuntimeError; the files are intact
         raise
     except DAMAGE_ERRORS as error:
         message = " ".join(str(error).split())  # the message of transformers has several lines

@@ -15,7 +15,7 @@ from svqvae_hf.hub.model_cards import model_card
 from svqvae_hf.hub.origin import find_origin
 from svqvae_hf.hub.publishing import CardMixin
 from svqvae_hf.hub.repositories import from_hub, public_name
-from svqvae_hf.loaders.causal_models import misfit_explained
+from svqvae_hf.loaders.causal_models import damage_explained
 from svqvae_hf.loaders.checkpoint_files import Checkpoint
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.loaders.folder_checks import check_files
@@ -190,7 +190,7 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
         # transformers must not raise for wrong shapes, because `check_weights` below raises one error of one line that
         # lists missing, unexpected and misshapen weights.
         kwargs["ignore_mismatched_sizes"] = True
-        with misfit_explained(source):
+        with damage_explained(source):
             model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         check_weights(source, info)
         if wants_info:

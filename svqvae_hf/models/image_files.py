@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 # Supported formats by Pillow's names, with their file suffixes. JPEG includes MPO.
 IMAGE_FORMATS = {
@@ -138,19 +138,19 @@ def _check_values(image: Image.Image) -> None:
 
 
 def _check_planes(tags: Mapping[int, Any]) -> None:
-    """Raises for uncompressed TIFFs with a plane per channel, unless their values have 8 bits, or 1, black the lowest.
+    """Raises for uncompressed TIFFs with a plane per channel, unless they have 1 or 8 bits and black is the lowest.
 
-    Pillow decodes such a plane by the first letter of the layout alone: `R` of `RGB;16L`, which is a channel of 8
-    bits, or `L` of `L;I`, which is not inverted.
+    Pillow has a name for the layout of the pixels, such as `RGB;16L` for colours of 16 bits, or `L;I` for inverted
+    grey. It decodes a plane by the first letter of this name alone, as a channel of 8 bits that is not inverted.
     """
-    has_raw_planes = (
-        tags.get(TAG_PLANAR_CONFIGURATION) == PLANES_APART and tags.get(TAG_COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED
-    )
-    if not has_raw_planes:
+    has_planes = tags.get(TAG_PLANAR_CONFIGURATION) == PLANES_APART
+    is_uncompressed = tags.get(TAG_COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED
+    if not has_planes or not is_uncompressed:
         return
     bits_of_channels = set(tags.get(TAG_BITS_PER_SAMPLE, (1,)))
+    has_supported_bits = bits_of_channels.issubset({1, 8})
     is_inverted = tags.get(TAG_PHOTOMETRIC) == WHITE_IS_LOWEST
-    if is_inverted or not bits_of_channels <= {1, 8}:
+    if is_inverted or not has_supported_bits:
         raise ValueError(
             "an uncompressed TIFF with a plane per channel must have 8 bits per channel, black the lowest. Convert it."
         )
@@ -242,9 +242,9 @@ def _put_on_white(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def opened_image(file: BinaryIO, name: str, formats: tuple[str, ...]) -> Iterator[Image.Image]:
-    """Opens an image file to decode it. Raises one kind of error, because decoders raise almost any kind.
+    """Opens an image file to decode it in a `with` block.
 
-    The caller decodes the image in its `with` block. Errors of that block become ValueErrors, too.
+    Decoders raise errors of almost any type. Here all errors become ValueErrors, also in the `with` block.
 
     Args:
         file (binary file object): Open file.
@@ -256,16 +256,15 @@ def opened_image(file: BinaryIO, name: str, formats: tuple[str, ...]) -> Iterato
         `PIL.Image.Image`: The image, not decoded yet.
 
     Raises:
-        ValueError: The file is of another format, broken, or a decompression bomb: it has over twice
-            `PIL.Image.MAX_IMAGE_PIXELS`, is a BMP with run lengths, which have no size limit, or exhausts the memory.
+        ValueError: The file is of another format, or it is broken. Or it may be a decompression bomb, a small file
+            that decodes to a huge image: it has more than twice `PIL.Image.MAX_IMAGE_PIXELS`, is a run-length encoded
+            BMP, or takes more memory than there is.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # raised at half the limit
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of images between the limit and its half
             with Image.open(file, formats=formats) as image:
-                has_run_lengths = any(tile.codec_name == BMP_RUN_LENGTHS for tile in image.tile)
-                if has_run_lengths:  # a few bytes could decode to any size
-                    raise UnidentifiedImageError
+                _check_run_lengths(image)
                 yield image
     except Image.DecompressionBombError as error:
         raise ValueError(
@@ -283,3 +282,13 @@ def opened_image(file: BinaryIO, name: str, formats: tuple[str, ...]) -> Iterato
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{name} is not a readable image: {reason}") from error
+
+
+def _check_run_lengths(image: ImageFile.ImageFile) -> None:
+    """Raises the error that Pillow raises for unknown formats if an image is a run-length encoded BMP.
+
+    A few bytes of such a file can decode to an image of any size.
+    """
+    has_run_lengths = any(tile.codec_name == BMP_RUN_LENGTHS for tile in image.tile)
+    if has_run_lengths:
+        raise UnidentifiedImageError

@@ -18,13 +18,14 @@ WEIGHTS_NAME = "diffusion_pytorch_model"  # start of the names of diffusers' fil
 class StrictLoadingMixin(ModelMixin, ConfigMixin):
     """Loads models of diffusers only if the weights are exactly what the config asks for."""
 
+    # Keys of configs that the constructor does not take, because it computes their values or they are not its own
     derived_config = (
         "block_out_channels",
         "latent_channels",
         "vq_embed_dim",
         "num_vq_embeddings",
         "lookup_from_codebook",
-        "auto_map",  # of a repository with code
+        "auto_map",  # names the code in a repository that has code
     )
     component_name: str  # subfolder of the model in a pipeline or beside a language model
     # Code that came from a repository is saved with its model.
@@ -57,12 +58,11 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
             TypeError: If an argument is unknown.
         """
         returns_info = kwargs.pop("output_loading_info", False)
-        kwargs.pop("low_cpu_mem_usage", None)  # diffusers keeps the codebook in float32 only with it
+        # Leaves this option at diffusers' default, `True`: otherwise the codebook would not stay in float32.
+        kwargs.pop("low_cpu_mem_usage", None)
         source = os.fspath(pretrained_model_name_or_path)
         cls._check_source(source, kwargs.get("subfolder"))
-        for name in ("dtype", "torch_dtype"):
-            if isinstance(kwargs.get(name), str):  # diffusers would load float32
-                raise TypeError(f"`{name}` must be a torch.dtype such as torch.float16, got {kwargs[name]!r}.")
+        check_dtypes(kwargs)
         try:
             model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
         except ValueError as error:
@@ -130,8 +130,8 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """Splits a config into constructor arguments and the rest, without values that the constructor derives."""
         class_name = config_dict.get("_class_name", cls.__name__)
-        names_of_bases = [base.__name__ for base in cls.__mro__]  # and of the class itself
-        if class_name not in names_of_bases:
+        names_of_class_and_bases = [base.__name__ for base in cls.__mro__]
+        if class_name not in names_of_class_and_bases:
             raise ValueError(
                 f"The config must be of class {cls.__name__}, got {class_name}. Load it with that class. "
                 "`from_single_file` loads original checkpoints."
@@ -140,6 +140,14 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         for key in cls.derived_config:
             config.pop(key, None)
         return super().extract_init_dict(config, **kwargs)
+
+
+def check_dtypes(arguments: Mapping[str, Any]) -> None:
+    """Raises TypeError for the name of a type of numbers, such as "float16". diffusers would load float32 instead."""
+    for name in ("dtype", "torch_dtype"):
+        dtype = arguments.get(name)
+        if isinstance(dtype, str):
+            raise TypeError(f"`{name}` must be a torch.dtype such as torch.float16, got {dtype!r}.")
 
 
 def check_weights(source: str, loading_info: Mapping[str, Any]) -> None:

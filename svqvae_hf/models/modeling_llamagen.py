@@ -256,8 +256,10 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
     ) -> dict[str, Any]:
         """Chooses the arguments of the next call of `forward` in transformers' `generate`.
 
-        `generate` counts tokens. One token, the condition token, stands for a whole caption, but the caption has
-        `num_condition_tokens` positions. So whatever transformers makes with one entry per token is too short here.
+        `generate` counts tokens. One of them, the condition token, stands for a whole caption, which takes
+        `num_condition_tokens` positions of the model. So the mask, the positions and the cache of fixed length that
+        transformers makes with one entry per token are too short for a model with captions. The mask and the positions
+        are left out, because `forward` finds them by itself. The cache is replaced.
 
         Args:
             input_ids (`torch.Tensor` of shape `(batch, length)`): Tokens.
@@ -266,19 +268,21 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
             **kwargs: Further arguments of `generate`.
         """
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        if self.config.caption_dim is None:
+        has_captions = self.config.caption_dim is not None
+        if not has_captions:
             return inputs
-        for name in ("attention_mask", "position_ids"):  # both have one entry per token
-            inputs.pop(name, None)
-        is_first_call = kwargs.get("is_first_iteration")
-        reads_all_tokens_again = not kwargs.get("use_cache", True)
-        if not is_first_call and not reads_all_tokens_again:
+        inputs.pop("attention_mask", None)
+        inputs.pop("position_ids", None)
+        is_first_call = bool(kwargs.get("is_first_iteration"))
+        uses_cache = bool(kwargs.get("use_cache", True))
+        cache_holds_caption = uses_cache and not is_first_call
+        if cache_holds_caption:
             return inputs
         if prompt_embeds is None:
             raise ValueError(MISSING_CAPTIONS)
         inputs["prompt_embeds"] = prompt_embeds
         if isinstance(inputs.get("cache"), StaticCache):
-            # This cache is as long as the tokens, too.
+            # Its length is fixed, to one position per token. This one has room for the caption and a whole image.
             length = self.config.max_position_embeddings
             inputs["cache"] = StaticCache(config=self.config, max_cache_len=length)
         return inputs

@@ -77,8 +77,8 @@ class Attention(nn.Module, AttentionModuleMixin):
         super().__init__()
         self.num_heads = num_heads
         self.layer = layer
-        # The names of the parameters are FlexVAR's. The shape of `scale_mul_1H11` is (1, heads, 1, 1), as its name
-        # says. Keys have no bias.
+        # The names of the parameters are FlexVAR's. Keys have no bias. `scale_mul_1H11` is the logarithm of the length
+        # of the queries of each head. "1H11" is its shape, (1, heads, 1, 1).
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(INITIAL_QUERY_LENGTH)))
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
@@ -92,28 +92,49 @@ class Attention(nn.Module, AttentionModuleMixin):
         query = self._split_heads(query + self.q_bias)  # (batch, heads, tokens, head width)
         key = self._split_heads(key)  # (batch, heads, tokens, head width)
         value = self._split_heads(value + self.v_bias)  # (batch, heads, tokens, head width)
-        # The model learns the logarithm of the length of the queries of each head. Keys have length one.
-        log_of_query_length = self.scale_mul_1H11.float().clamp(max=MAX_LOG_LENGTH)  # (1, heads, 1, 1)
-        query = set_length(query, log_of_query_length.exp())
+        query = set_length(query, self._query_length())
         key = set_length(key, 1.0)
         if cache is not None:
-            # Returns the keys and values of all tokens so far, `(batch, heads, cached tokens + tokens, head width)`.
+            # Adds the keys and values to the cache, which returns them for all tokens so far:
+            # (batch, heads, cached tokens + tokens, head width).
             key, value = cache.update(key, value, self.layer)
+        attended = self._attend_by_scale(query, key, value, lengths)  # (batch, tokens, heads, head width)
+        return self.proj(attended.flatten(2))
+
+    def _query_length(self) -> torch.Tensor:
+        """Length of the queries of each head, `(1, heads, 1, 1)`, float32. The model learns its logarithm."""
+        log_of_length = self.scale_mul_1H11.float().clamp(max=MAX_LOG_LENGTH)
+        return log_of_length.exp()
+
+    def _attend_by_scale(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """Attention of the tokens of each scale to the cached tokens, the scales before and their own scale.
+
+        These are all tokens up to the last one of the scale. So one attention per scale needs no mask.
+
+        Args:
+            query (`torch.Tensor` of shape `(batch, heads, tokens, head width)`): Queries of the new tokens.
+            key (`torch.Tensor` of shape `(batch, heads, cached tokens + tokens, head width)`): Keys of all tokens.
+            value (`torch.Tensor` of shape `(batch, heads, cached tokens + tokens, head width)`): Values of all tokens.
+            lengths (`Sequence[int]`): Numbers of tokens of the scales, whose sum is `tokens`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, tokens, heads, head width)`.
+        """
         # The attention takes the tokens before the heads.
         query = query.transpose(1, 2)  # (batch, tokens, heads, head width)
         key = key.transpose(1, 2)  # (batch, cached tokens + tokens, heads, head width)
         value = value.transpose(1, 2)  # (batch, cached tokens + tokens, heads, head width)
-        num_cached = key.shape[1] - query.shape[1]
-        # A scale sees all tokens up to its own last one, so no mask is needed.
-        num_visible = num_cached
+        num_visible = key.shape[1] - query.shape[1]  # the cached tokens, and then those of one scale after the other
         attended = []
         for query_of_scale in query.split(list(lengths), dim=1):
             num_visible += query_of_scale.shape[1]
             visible_key = key[:, :num_visible]
             visible_value = value[:, :num_visible]
+            # `scale` is a factor of the products of queries and keys. It is 1, because the queries have a length.
             attended.append(self.processor(query_of_scale, visible_key, visible_value, scale=1.0))
-        joined = torch.cat(attended, dim=1)  # (batch, tokens, heads, head width)
-        return self.proj(joined.flatten(2))
+        return torch.cat(attended, dim=1)
 
     def _split_heads(self, features: torch.Tensor) -> torch.Tensor:
         """`(batch, tokens, width)` -> `(batch, heads, tokens, head width)`."""
@@ -153,10 +174,11 @@ class NextScaleBlock(nn.Module):
             lengths (`Sequence[int]`): Numbers of tokens of the caption, if any, and of each scale.
             cache ([`~transformers.DynamicCache`], *optional*): Keys and values of the scales before.
         """
-        gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(condition).chunk(6, dim=-1)
-        attended = self.attn(modulate(hidden, scale1, shift1), lengths, cache)
+        # Six vectors (batch, 1, width) from the class: 1 is for the attention, 2 for the MLP.
+        gate1, gate2, factor1, factor2, shift1, shift2 = self.ada_lin(condition).chunk(6, dim=-1)
+        attended = self.attn(modulate(hidden, factor1, shift1), lengths, cache)
         hidden = torch.addcmul(hidden, gate1, attended)  # hidden + gate1 * attended
-        transformed = self.ffn(modulate(hidden, scale2, shift2))
+        transformed = self.ffn(modulate(hidden, factor2, shift2))
         return torch.addcmul(hidden, gate2, transformed)  # hidden + gate2 * transformed
 
 
@@ -169,8 +191,8 @@ class ModulatedNorm(nn.Module):
 
     def forward(self, hidden: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """`(batch, tokens, width)` -> the same shape."""
-        scale, shift = self.ada_lin(condition).chunk(2, dim=-1)
-        return modulate(hidden, scale, shift)
+        factor, shift = self.ada_lin(condition).chunk(2, dim=-1)  # (batch, 1, width) each
+        return modulate(hidden, factor, shift)
 
 
 class NextScaleTransformer(StrictLoadingMixin):
@@ -371,10 +393,13 @@ def check_number_of_codes(codes: Sequence[torch.Tensor], sizes: Sequence[Size], 
         raise ValueError(f"`codes` must hold the codes before each of the {len(sizes)} scales, got {len(codes)}.")
 
 
-def modulate(hidden: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Normalises tokens `(batch, tokens, width)` without weights, then scales and shifts them."""
+def modulate(hidden: torch.Tensor, factor: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Normalises tokens without weights, multiplies them by `1 + factor`, and adds `shift`.
+
+    Tokens have shape `(batch, tokens, width)`, `factor` and `shift` have shape `(batch, 1, width)`.
+    """
     normed = F.layer_norm(hidden, hidden.shape[-1:], eps=NORM_EPS)
-    return torch.addcmul(shift, normed, 1 + scale)
+    return torch.addcmul(shift, normed, 1 + factor)  # shift + normed * (1 + factor)
 
 
 def set_length(vectors: torch.Tensor, length: torch.Tensor | float = 1.0) -> torch.Tensor:
