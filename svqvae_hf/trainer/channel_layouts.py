@@ -49,12 +49,13 @@ class ChannelLayout:
                 self.content.append(channel)
         self.constant = self.positive + self.negative
 
-        # Two of the channels of a group hold +B and -B, which adds 2 * B**2 / channels_per_group to its variance. B is
-        # chosen so that they add NORM_RATIO.
-        self.constant_value = math.sqrt(NORM_RATIO * channels_per_group / 2)
-        variance_of_constants = 2 * self.constant_value**2 / channels_per_group
+        # The mean of a group is about 0, so its variance is the sum of all squares over the number of channels. The
+        # squares of the constants, +B and -B, contribute 2 * B**2 / channels_per_group, which shall be `NORM_RATIO`.
+        self.constant_value = math.sqrt(NORM_RATIO * channels_per_group / 2)  # B
+        variance_of_constants = 2 * self.constant_value**2 / channels_per_group  # `NORM_RATIO`
         variance_of_content = 1  # about
-        self.norm_weight = math.sqrt(variance_of_content + variance_of_constants)  # standard deviation of the group
+        # A norm divides by the standard deviation of the group. This weight multiplies by it again.
+        self.norm_weight = math.sqrt(variance_of_content + variance_of_constants)
 
 
 Layouts = dict[int, ChannelLayout]  # by number of channels
@@ -71,7 +72,10 @@ def make_layouts(vqvae: SVQVAE) -> Layouts:
 
 
 def write_constants(layer: Convolution, layouts: Layouts) -> None:
-    """Makes a convolution of the main path write constants, ignore those it reads, and shrinks its random weights."""
+    """Makes a convolution of the main path write the constants, and ignore the constants that it reads.
+
+    The random weights between all other channels are scaled by `SPARE_SCALE`.
+    """
     if layer.in_channels in layouts:
         constant_inputs = layouts[layer.in_channels].constant
         layer.weight[:, constant_inputs] = 0
@@ -108,7 +112,7 @@ def copy_content(shortcut: Convolution | None, layouts: Layouts, count: int) -> 
     Args:
         shortcut (`nn.Conv2d`, *optional*): The convolution. Without one, the block passes all channels on.
         layouts (`dict[int, ChannelLayout]`): Layouts.
-        count (`int`): Number of channels to copy, if both sides have as many.
+        count (`int`): Largest number of channels to copy. Fewer are copied if the convolution reads or writes fewer.
 
     Returns:
         `int`: Number of channels that are copied.
@@ -158,5 +162,5 @@ def set_rows(
     outputs = torch.tensor(output_channels[:num_outputs])
     inputs = torch.tensor(input_channels[:num_inputs])
     layer.weight[outputs] = 0
-    layer.weight[outputs[:, None], inputs] = weight
+    layer.weight[outputs[:, None], inputs] = weight  # (outputs, inputs, 3, 3)
     layer.bias[outputs] = bias

@@ -53,7 +53,7 @@ def initialise_codebook(quantizer: VectorQuantizer, latents: torch.Tensor, seed:
 
 
 def _draw_rows(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Draws random rows without repetition."""
+    """Draws random rows without repetition, by PyTorch's generator."""
     order = torch.randperm(len(rows), generator=generator)
     return rows[order[:count].to(rows.device)]
 
@@ -87,7 +87,7 @@ class CodebookAverage(nn.Module):
         super().__init__()
         self.decay = decay
         all_ids = torch.arange(quantizer.size, device=quantizer.embedding.weight.device)
-        self.register_buffer("weights", torch.ones(quantizer.size))  # 1: used as often as the mean code
+        self.register_buffer("weights", torch.ones(quantizer.size))  # 1 if a code is used as often as the mean code
         self.register_buffer("sums", quantizer.embedding.lookup(all_ids).detach())
 
     @torch.no_grad()
@@ -129,7 +129,7 @@ class CodebookAverage(nn.Module):
         weights = mean(weights)
         sums = mean(sums)
         if not sums.isfinite().all():
-            return  # the optimizer skips this step as well; a code that is not finite would never recover
+            return  # a code that is not finite would never recover
         self.weights.lerp_(weights, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         is_averaged = self.weights > FORGOTTEN  # (size,)
@@ -171,23 +171,25 @@ class DeadCodeReset(nn.Module):
             step (`int`): Step of the run.
 
         Returns:
-            `torch.Tensor`: Ids of the replaced codes, sorted, int64, for [`forget_codes`].
+            `torch.Tensor` of shape `(replaced,)`: Ids of the replaced codes, sorted, int64. The optimizer and averages
+                still remember the old codes, so pass the ids to [`forget_codes`] and [`CodebookAverage.restart`].
         """
         rng = np.random.default_rng((seed, step))
         latents = finite_rows(latents).float()
         dead_ids = (self.counts == 0).nonzero().flatten()
         num_replaced = min(len(dead_ids), len(latents), limit)
-        replaced_ids = _permuted(dead_ids, rng)[:num_replaced].sort().values
-        drawn_latents = _permuted(latents, rng)[:num_replaced]
+        drawn_ids = _draw(dead_ids, num_replaced, rng)
+        drawn_latents = _draw(latents, num_replaced, rng)  # (replaced, C)
+        replaced_ids = drawn_ids.sort().values
         quantizer.embedding.weight[replaced_ids] = as_codes(quantizer, drawn_latents)
         self.counts.zero_()
         return replaced_ids
 
 
-def _permuted(rows: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Rows in a random order."""
+def _draw(rows: torch.Tensor, count: int, rng: np.random.Generator) -> torch.Tensor:
+    """Draws random rows without repetition, by NumPy's generator."""
     order = torch.from_numpy(rng.permutation(len(rows)))
-    return rows[order.to(rows.device)]
+    return rows[order[:count].to(rows.device)]
 
 
 @torch.no_grad()

@@ -172,21 +172,25 @@ class RunOptions:
         return min(500, self.max_steps // 10)
 
     def check_sources(self, *names: str) -> None:
-        """Raises ValueError if an option names neither a file, nor a folder, nor what could be a Hub id."""
+        """Raises ValueError if the value of an option is not a file, a folder or a Hub id.
+
+        Whether the Hub has a repository is not checked here, but only the form `org/name`.
+        """
         for name in names:
             source = getattr(self, name)
             if source is None or Path(source).exists():
                 continue
-            looks_like_hub_id = re.fullmatch(REPO_ID, source) is not None
-            is_json_file = source.endswith(".json")
-            if is_json_file or not looks_like_hub_id:
+            has_form_of_hub_id = re.fullmatch(REPO_ID, source) is not None
+            names_config = source.endswith(".json")  # "folder/config.json" has this form, too, but is a missing file
+            may_be_on_hub = has_form_of_hub_id and not names_config
+            if not may_be_on_hub:
                 raise ValueError(f"`--{name}` must be a file, folder or Hub id, org/name, but there is no {source!r}.")
 
     def exactly_one_faults(self, name: str, other_name: str) -> Iterator[str]:
         """Yields an error message unless exactly one of two options is given."""
-        is_given = getattr(self, name) is not None
-        other_is_given = getattr(self, other_name) is not None
-        if is_given == other_is_given:
+        values = [getattr(self, name), getattr(self, other_name)]
+        num_given = sum(value is not None for value in values)
+        if num_given != 1:
             yield f"Exactly one of `--{name}` and `--{other_name}` must be given."
 
 

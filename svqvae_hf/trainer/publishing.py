@@ -26,9 +26,11 @@ SAMPLES = "samples/*.png"
 PARTIAL_RESULT = "result.partial"  # holds a result while it is saved; the next run deletes it if this one is killed
 
 # Options that name what a result is made from
-SET_OPTIONS = ("token_set", "dataset_name", "train_data_dir", "mix_data_dir")
-BASE_OPTIONS = ("pretrained_model_name_or_path", "model_name_or_path", "pipeline_name_or_path")  # are trained further
-CONFIG_OPTION = "model_config_name_or_path"  # names no weights, so a result has nothing from it
+SET_OPTIONS = ("token_set", "dataset_name", "train_data_dir", "mix_data_dir")  # sets that it is trained on
+# Models that are trained further. All other options that end with `MODEL_SUFFIX` name parts of the result that stay
+# frozen, such as `text_encoder_name_or_path`.
+BASE_OPTIONS = ("pretrained_model_name_or_path", "model_name_or_path", "pipeline_name_or_path")
+CONFIG_OPTION = "model_config_name_or_path"  # the exception: config of a new model, without weights
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -55,7 +57,7 @@ class Result:
         self.push_to_hub = push_to_hub
         self.output_dir = Path(options.output_dir)
         self.name = options.hub_model_id or self.output_dir.absolute().name
-        if is_main and push_to_hub:  # only the main process uses the name
+        if is_main and push_to_hub:  # only the main process publishes, so only it needs the name of the repository
             is_private = True if options.hub_private_repo else None  # with `None`, the Hub's settings decide
             self.name = prepare_repo(self.name, private=is_private, license=origin.license)
         if is_main:
@@ -113,21 +115,26 @@ def find_sources(options: Any) -> Origin:
     Raises:
         ValueError: If the sources have different licences, and the options have none.
     """
-    sets = {}
-    models = {}
-    for option, value in vars(options).items():
-        if option in SET_OPTIONS:
-            title = option.replace("_", " ")  # such as "token set"
-            sets[title] = value
-        if value is None or option == CONFIG_OPTION:
+    # Folders, files, URLs or Hub ids, by the names of their rows in the card
+    sets: dict[str, str] = {}
+    models: dict[str, str] = {}
+    for option, source in vars(options).items():
+        if source is None:
             continue
-        if option in BASE_OPTIONS:
-            models[STARTED_FROM] = value
-        elif option.endswith(MODEL_SUFFIX):
+        names_frozen_part = option.endswith(MODEL_SUFFIX) and option != CONFIG_OPTION
+        if option in SET_OPTIONS:
+            sets[_row_name(option)] = source
+        elif option in BASE_OPTIONS:
+            models[STARTED_FROM] = source
+        elif names_frozen_part:
             part = option.removesuffix(MODEL_SUFFIX)
-            title = part.replace("_", " ")  # such as "text encoder"
-            models[title] = value
+            models[_row_name(part)] = source
     return find_origin(models, sets, options.license)
+
+
+def _row_name(option: str) -> str:
+    """Name of an option in the card, such as "token set" for `token_set`."""
+    return option.replace("_", " ")
 
 
 def provenance(script: str, steps: int, batch: int, examples: str) -> dict[str, str]:

@@ -49,10 +49,11 @@ class Weights:
         self.ema = None
         if use_ema:
             self.ema = EMAModel(network.parameters(), decay=options.ema_decay)
-        # Loading a checkpoint replaces hyperparameters by older ones. `load_state_dict` sets them to these again.
-        self.groups = hyperparameters(lr_scheduler)
+        # Hyperparameters of each group of the optimizer, as the options of this run set them. When a run is resumed,
+        # accelerate overwrites them by older ones, and `load_state_dict` restores them.
+        self.hyperparameters = hyperparameters(lr_scheduler)
         self.lr = float(lr_scheduler.get_last_lr()[0])
-        self.skipped = 0  # steps in a row
+        self.skipped = 0  # number of updates that were skipped since the last one that was not
 
     def update(self) -> dict[str, torch.Tensor]:
         """Clips the gradients, updates weights and average, and sets the gradients to zero.
@@ -111,23 +112,28 @@ class Weights:
         return self.network.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """Progress of the schedule, the average, and the skipped updates; models and optimizers are accelerate's."""
+        """Progress of the schedule, the average, and the skipped updates.
+
+        accelerate saves and loads models and optimizers by itself, so they are left out.
+        """
         state: dict[str, Any] = {"updates": self.lr_scheduler.last_epoch, "skipped": self.skipped}
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resumes from a state, with the hyperparameters of this run, after accelerate has loaded the optimizer.
+        """Resumes from what `state_dict` returned, with the hyperparameters of this run.
+
+        accelerate has loaded the model and the optimizer of the checkpoint before.
 
         Raises:
             ValueError: If the weights are averaged, but the state has no average, or the other way round.
         """
-        state_has_average = "ema" in state
-        run_has_average = self.ema is not None
-        if run_has_average != state_has_average:
-            raise ValueError(f"`--use_ema` must be {state_has_average}, as in the run that wrote the checkpoint.")
-        resume_schedule(self.lr_scheduler, state["updates"], self.groups)
+        checkpoint_used_ema = "ema" in state
+        run_uses_ema = self.ema is not None
+        if run_uses_ema != checkpoint_used_ema:
+            raise ValueError(f"`--use_ema` must be {checkpoint_used_ema}, as in the run that wrote the checkpoint.")
+        resume_schedule(self.lr_scheduler, state["updates"], self.hyperparameters)
         self.skipped = state["skipped"]
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])

@@ -22,23 +22,38 @@ def synthetic_crop(side: int, rng: np.random.Generator) -> np.ndarray:
         `np.ndarray` of shape `(side, side, 3)`: uint8.
     """
     kind = rng.choice(KINDS)
-    first = _colour(rng)
-    second = _colour(rng)
-    if kind == "flat":
-        second = first
+    first_colour = _colour(rng)  # (3,)
+    second_colour = _colour(rng)  # (3,)
     angle = rng.uniform(0, 2 * np.pi)
-    columns = np.linspace(-1, 1, side)  # (side,), 0 at the centre
-    rows = columns[:, None]  # (side, 1)
-    # Distance of each pixel from a line through the centre
-    distance = np.cos(angle) * rows + np.sin(angle) * columns  # (side, side)
-    if kind == "edge":
+    # Fraction of the second colour in each pixel, (side, side)
+    if kind == "flat":
+        share_of_second = np.zeros((side, side))
+    elif kind == "edge":
         edge = rng.uniform(-0.7, 0.7)
-        share_of_second = (distance > edge).astype(np.float64)
+        is_beyond_edge = _distances(side, angle) > edge
+        share_of_second = is_beyond_edge.astype(np.float64)
     else:
-        largest_difference = max(np.ptp(distance), 1e-9)  # not 0 for a single pixel
-        share_of_second = (distance - distance.min()) / largest_difference
-    crop = first + share_of_second[..., None] * (second - first)  # (side, side, 3)
+        share_of_second = _gradient(side, angle)
+    crop = first_colour + share_of_second[:, :, None] * (second_colour - first_colour)  # (side, side, 3)
     return np.rint(crop).astype(np.uint8)
+
+
+def _distances(side: int, angle: float) -> np.ndarray:
+    """Distance of each pixel from a line through the centre of a crop, `(side, side)`.
+
+    Distances are negative on one side of the line. From the centre of the crop to its border it is 1.
+    """
+    positions = np.linspace(-1, 1, side)  # of the rows or columns of pixels; the centre is at 0
+    y = positions[:, None]  # (side, 1)
+    x = positions[None, :]  # (1, side)
+    return np.cos(angle) * y + np.sin(angle) * x
+
+
+def _gradient(side: int, angle: float) -> np.ndarray:
+    """Numbers that rise linearly from 0 at one end of a crop to 1 at the other, `(side, side)`."""
+    distances = _distances(side, angle)
+    largest_difference = max(np.ptp(distances), 1e-9)  # not 0 for a single pixel
+    return (distances - distances.min()) / largest_difference
 
 
 def _colour(rng: np.random.Generator) -> np.ndarray:
