@@ -123,7 +123,9 @@ def train(run: Run[TrainOptions]) -> None:
                 # Codes, outside gradient descent
                 if quantize:
                     codes.follow_average(output)
-                    numbers |= codes.replace_dead(output, step)
+                    codes.count_uses(output)
+                    if codes.is_replacement_due(step):
+                        numbers |= codes.replace_dead(step)
                 megapixels = sample[:, 0].numel() / 1e6
                 run.log.add({"loss": loss} | numbers, images=len(sample), megapixels=megapixels)
                 statistics.add(scales, pairs, output.ids or [])
@@ -171,7 +173,8 @@ class Adversary:
         discriminator (`nn.Module`): Network that tells reconstructions from images.
 
     Attributes:
-        weights ([`Weights`]): Its weights and their optimizer, whose schedule has only the steps that train it.
+        weights ([`Weights`]): Weights of the discriminator, with their optimizer. The learning rate schedule counts
+            only the steps in which the discriminator is trained.
     """
 
     def __init__(self, run: Run[TrainOptions], objective: Objective, discriminator: nn.Module):
@@ -179,7 +182,7 @@ class Adversary:
         self.objective = objective
         self.discriminator = discriminator
         num_steps = run.options.max_steps - run.options.adversarial_start
-        # Only makes the optimizer. `update` trains.
+        # In spite of its name, `run.train` trains nothing yet: it makes the optimizer. `update` trains.
         self.weights = run.train(
             discriminator, DISCRIMINATOR_LEARNING_RATE, num_steps=num_steps, decayed_ndim=KERNEL_NDIM, use_ema=False
         )
@@ -236,7 +239,7 @@ class Codes:
         codebook = self.quantizer.embedding.weight
         broadcast(codebook.data)  # sums of floats may differ in their last bits between processes
         all_ids = torch.arange(len(codebook), device=codebook.device)
-        self._restart_state(all_ids)
+        self._forget_past(all_ids)
 
     def follow_average(self, output: SVQVAEOutput) -> None:
         """Moves each code to the moving average of its latents, with `--codebook_decay`."""
@@ -249,37 +252,37 @@ class Codes:
         mean_over_processes = partial(self.accelerator.reduce, reduction="mean")
         self.codebook_average.update(self.quantizer, latents, ids, mean_over_processes)
 
-    def replace_dead(self, output: SVQVAEOutput, step: int) -> dict[str, torch.Tensor]:
-        """Counts the codes of a batch. In some steps, replaces the codes that no batch has used since the last time.
+    def count_uses(self, output: SVQVAEOutput) -> None:
+        """Counts how often the batches of all processes use each code, with `--dead_code_reset_steps`."""
+        if self.options.dead_code_reset_steps:
+            uses_of_codes = count_codes(ids_of_all_scales(output), self.quantizer.size)  # (codes,)
+            self.dead_code_reset.counts += self.accelerator.reduce(uses_of_codes, "sum")
 
-        At most as many codes are replaced as one batch has latents.
-
-        Returns:
-            `dict[str, torch.Tensor]`: The number of replaced codes for the log, in steps that replace some.
-        """
-        options = self.options
-        if not options.dead_code_reset_steps:
-            return {}
-        uses_of_codes = count_codes(ids_of_all_scales(output), self.quantizer.size)  # (codes,)
-        self.dead_code_reset.counts += self.accelerator.reduce(uses_of_codes, "sum")
-        if not self._is_reset_due(step):
-            return {}
-        fresh_crops = self._fresh_crops(RESET_BATCHES, step)
-        fresh_latents = self._latents(fresh_crops)  # (n, codebook_embed_dim)
-        latents_per_batch = len(fresh_latents) // RESET_BATCHES
-        # Replaces the codes whose count is 0, and then sets all counts to 0.
-        replaced_ids = self.dead_code_reset.reset(
-            self.quantizer, fresh_latents, limit=latents_per_batch, seed=options.seed, step=step
-        )
-        self._restart_state(replaced_ids)
-        num_replaced = torch.tensor(float(len(replaced_ids)), device=self.accelerator.device)
-        return {"reset_codes": num_replaced}
-
-    def _is_reset_due(self, step: int) -> bool:
+    def is_replacement_due(self, step: int) -> bool:
         """Whether dead codes are replaced after the current batch, with `--dead_code_reset_steps`."""
+        if not self.options.dead_code_reset_steps:
+            return False
         is_last_batch_of_step = self.accelerator.sync_gradients
         is_step_of_reset = (step + 1) % self.options.dead_code_reset_steps == 0
         return is_last_batch_of_step and is_step_of_reset
+
+    def replace_dead(self, step: int) -> dict[str, torch.Tensor]:
+        """Replaces dead codes, which no batch has used since the last replacement, by latents of fresh crops.
+
+        At most as many codes are replaced as one batch has latents. All uses are then counted from 0 again.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The number of replaced codes for the log.
+        """
+        fresh_crops = self._fresh_crops(RESET_BATCHES, step)
+        fresh_latents = self._latents(fresh_crops)  # (n, codebook_embed_dim)
+        latents_per_batch = len(fresh_latents) // RESET_BATCHES
+        replaced_ids = self.dead_code_reset.reset(
+            self.quantizer, fresh_latents, limit=latents_per_batch, seed=self.options.seed, step=step
+        )
+        self._forget_past(replaced_ids)
+        num_replaced = torch.tensor(float(len(replaced_ids)), device=self.accelerator.device)
+        return {"reset_codes": num_replaced}
 
     def _fresh_crops(self, num_batches: int, step: int) -> Iterator[torch.Tensor]:
         """Crops that the run does not train on."""
@@ -305,8 +308,8 @@ class Codes:
         self.vqvae.train()
         return torch.cat(all_latents)
 
-    def _restart_state(self, replaced_ids: torch.Tensor) -> None:
-        """Starts the averages and the optimizer's moments of replaced codes anew."""
+    def _forget_past(self, replaced_ids: torch.Tensor) -> None:
+        """Lets replaced codes start anew: their moving averages, their EMA, and the optimizer's moments of them."""
         self.codebook_average.restart(self.quantizer, replaced_ids)
         codebook = self.quantizer.embedding.weight
         forget_codes(self.vqvae, codebook, replaced_ids, self.weights.optimizer, self.weights.ema)

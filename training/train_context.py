@@ -33,7 +33,7 @@ from svqvae_hf.trainer.data.held_out import check_held_out_tokens
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
 NAT = STEPS_PER_NAT << LOGIT_SHIFT  # one nat in integer logits
-# Integers that stand for 1.0
+# Integers that stand for 1.0, by the names of the parameters of `ContextNetwork`
 WEIGHTS = {"weight_1": 256, "weight_2": 256, "weight_member": 256, "weight_group": 64, "weight_code": 64}
 BIASES = {"bias_1": 256 * 64, "bias_2": 256 * 64, "bias_member": 256 * 64, "bias_group": NAT, "bias_code": NAT}
 SMOOTHING = 0.3  # occurrences of an id that never occurs
@@ -101,30 +101,39 @@ class ContextNetwork(nn.Module):
 
     def logits(self, inputs: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Integer logits of an id's group `(n, groups)`, and of its member in the stated group `(n, members)`."""
-        hidden = self.activate(inputs @ self.weight("weight_1") + self.bias("bias_1"), "1")
-        hidden = self.activate(hidden @ self.weight("weight_2") + self.bias("bias_2"), "2")  # (n, hidden)
-        group_logits = hidden @ self.weight("weight_group") + self.bias("bias_group")  # (n, groups)
-        member_sums = hidden @ self.weight("weight_member") + self.bias("bias_member")[group]
-        features = self.activate(member_sums, "member")  # (n, features)
+        sums_1 = inputs @ self.integer_weight("weight_1") + self.integer_bias("bias_1")  # (n, hidden)
+        hidden = self.activate(sums_1, "1")
+        sums_2 = hidden @ self.integer_weight("weight_2") + self.integer_bias("bias_2")  # (n, hidden)
+        hidden = self.activate(sums_2, "2")
+        group_logits = hidden @ self.integer_weight("weight_group") + self.integer_bias("bias_group")  # (n, groups)
+        bias_of_group = self.integer_bias("bias_member")[group]  # (n, features)
+        member_sums = hidden @ self.integer_weight("weight_member") + bias_of_group  # (n, features)
+        features = self.activate(member_sums, "member")
         return group_logits, self.member_logits(features, group)
 
     def member_logits(self, features: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
         """Integer logits `(n, members)` of the members of groups `(n,)`, from features `(n, features)`."""
+        weight = self.integer_weight("weight_code")  # (codes, features), group by group
+        bias = self.integer_bias("bias_code")  # (codes,)
+        num_codes = len(bias)
         num_groups = len(self.bias_member)
-        num_missing = num_groups * self.group_size - len(self.rank)  # members that the last group lacks
-        padded_weight = F.pad(self.weight("weight_code"), (0, 0, 0, num_missing))  # with rows of zeros
-        padded_bias = F.pad(self.bias("bias_code"), (0, num_missing), value=NEVER)  # so that they are never predicted
-        weight_of_groups = padded_weight.unflatten(0, (num_groups, self.group_size))  # (groups, members, features)
-        bias_of_groups = padded_bias.unflatten(0, (num_groups, self.group_size))  # (groups, members)
+        # The last group may have fewer members than the others. Members that are never predicted fill it up.
+        num_missing = num_groups * self.group_size - num_codes
+        missing_weight = weight.new_zeros(num_missing, weight.shape[1])
+        missing_bias = bias.new_full((num_missing,), NEVER)
+        all_weights = torch.cat([weight, missing_weight])  # (groups * members, features)
+        all_biases = torch.cat([bias, missing_bias])  # (groups * members,)
+        weight_of_groups = all_weights.unflatten(0, (num_groups, self.group_size))  # (groups, members, features)
+        bias_of_groups = all_biases.unflatten(0, (num_groups, self.group_size))  # (groups, members)
         return linear_by_group(features, group, weight_of_groups, bias_of_groups)
 
-    def weight(self, name: str) -> torch.Tensor:
-        """Weights of a layer as integers in [-`LIMIT`, `LIMIT`]."""
+    def integer_weight(self, name: str) -> torch.Tensor:
+        """Parameter of this name, a weight of a layer, as integers in [-`LIMIT`, `LIMIT`]."""
         scaled = getattr(self, name) * WEIGHTS[name]
         return straight_through(scaled.clamp(-LIMIT, LIMIT), torch.round)
 
-    def bias(self, name: str) -> torch.Tensor:
-        """Bias of a layer as integers."""
+    def integer_bias(self, name: str) -> torch.Tensor:
+        """Parameter of this name, a bias of a layer, as integers."""
         scaled = getattr(self, name) * BIASES[name]
         return straight_through(scaled, torch.round)
 
@@ -140,9 +149,9 @@ class ContextNetwork(nn.Module):
         """Returns the context model in integers."""
         tensors = {"codes": self.codes.to(torch.int8).numpy(), "order": self.order.to(torch.int32).numpy()}
         for name in WEIGHTS:
-            tensors[name] = self.weight(name).to(torch.int8).numpy()
+            tensors[name] = self.integer_weight(name).to(torch.int8).numpy()
         for name in BIASES:
-            tensors[name] = self.bias(name).to(torch.int32).numpy()
+            tensors[name] = self.integer_bias(name).to(torch.int32).numpy()
         return ContextModel(tensors, codebook_fingerprint)
 
 
@@ -233,8 +242,8 @@ def halve_codes(codes: np.ndarray, ids: np.ndarray, group_size: int) -> list[np.
     if num_groups <= 1:
         return [ids]
     centred = codes[ids] - codes[ids].mean(0)  # (ids, dim)
-    vectors = np.linalg.eigh(centred.T @ centred)[1]
-    direction = vectors[:, -1]  # of the largest variance
+    directions = np.linalg.eigh(centred.T @ centred).eigenvectors  # (dim, dim), by rising variance
+    direction = directions[:, -1]  # of the largest variance
     order = np.argsort(centred @ direction, kind="stable")
     sorted_ids = ids[order]
     middle = num_groups // 2 * group_size  # a whole number of groups
@@ -302,20 +311,17 @@ def draw_level(random: np.random.Generator, num_levels: int) -> int:
 
 def bits_per_id(context_model: ContextModel, pyramids: list[Pyramid]) -> str:
     """Bits per id of the finest scale alone, and of each scale given the coarser one."""
-    images = []  # grids of each image, from coarse to fine
-    for pyramid in pyramids:
-        images.append([unpad(padded) for padded in pyramid])
-    finest = [grids_of_image[-1] for grids_of_image in images]
-    no_coarse = [None] * len(images)
-    rate_alone = rate(context_model, finest, no_coarse)
+    finest_grids = [unpad(pyramid[-1]) for pyramid in pyramids]
+    no_grids = [None] * len(pyramids)
+    rate_alone = rate(context_model, finest_grids, coarse_grids=no_grids)
     texts = [f"finest alone {rate_alone:.3f}"]
-    coarse: Sequence[np.ndarray | None] = no_coarse
-    num_scales = len(images[0])
+    coarse_grids: Sequence[np.ndarray | None] = no_grids  # the coarsest scale has none
+    num_scales = len(pyramids[0])
     for scale in range(num_scales):
-        grids = [grids_of_image[scale] for grids_of_image in images]
-        rate_of_scale = rate(context_model, grids, coarse)
+        grids = [unpad(pyramid[scale]) for pyramid in pyramids]
+        rate_of_scale = rate(context_model, grids, coarse_grids)
         texts.append(f"scale {scale} {rate_of_scale:.3f}")
-        coarse = grids
+        coarse_grids = grids  # of the next scale
     return ", ".join(texts)
 
 
@@ -396,7 +402,7 @@ def train(options: argparse.Namespace, network: ContextNetwork, pyramids: list[P
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_cosine)
     batches = draw_batches(pyramids, network.codes.numpy(), options.seed)
     start_time = time.monotonic()
-    total = 0.0  # of the loss, since the last line
+    sum_of_losses = 0.0  # since the last line of the log
     for step in range(1, options.max_steps + 1):
         inputs, ids = next(batches)
         loss = network(inputs, ids).mean()
@@ -404,11 +410,12 @@ def train(options: argparse.Namespace, network: ContextNetwork, pyramids: list[P
         loss.backward()
         optimizer.step()
         schedule.step()
-        total += loss.item()
+        sum_of_losses += loss.item()
         if step % LOGGED_STEPS == 0:
             seconds = time.monotonic() - start_time
-            print(f"step {step}: {total / LOGGED_STEPS:.3f} bits per id, {seconds:.0f} s", flush=True)
-            total = 0.0
+            mean_loss = sum_of_losses / LOGGED_STEPS
+            print(f"step {step}: {mean_loss:.3f} bits per id, {seconds:.0f} s", flush=True)
+            sum_of_losses = 0.0
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from denoiser import (
 )
 from diffusers import DDIMScheduler, DiTPipeline
 from diffusion_options import DiffusionOptions
-from held_out_images import HeldOut, load_held_out, open_held_out
+from held_out_images import HeldOut, HeldOutBatch, load_held_out, open_held_out
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
@@ -85,7 +85,7 @@ def train(run: Run[DiffusionOptions]) -> None:
                 noise_of_step = denoise.draw_noise(batch_generator(options.seed, step), loader.share.step_size)
                 numbers_of_batch = loader.share.numbers(loader.batch - 1)  # its samples within the step
                 noise = noise_of_step.rows(numbers_of_batch)
-                is_dropped = noise.draws < options.condition_dropout
+                is_dropped = noise.dropout_draws < options.condition_dropout
                 if options.label_column is None:
                     labels = no_labels(len(sample))
                 else:
@@ -121,17 +121,18 @@ class Noise:
     Args:
         values (`torch.Tensor` of shape `(n, channels, h, w)`): Normal noise.
         timesteps (`torch.Tensor` of shape `(n,)`): Timesteps, int64.
-        draws (`torch.Tensor` of shape `(n,)`): Numbers in [0, 1] that decide whether a label is dropped.
+        dropout_draws (`torch.Tensor` of shape `(n,)`): Numbers in [0, 1). The label of a sample is dropped if its
+            number is below `--condition_dropout`.
     """
 
     values: torch.Tensor
     timesteps: torch.Tensor
-    draws: torch.Tensor
+    dropout_draws: torch.Tensor
 
     def rows(self, numbers: range) -> "Noise":
         """Noise for the samples with these numbers."""
         chosen = list(numbers)
-        return Noise(self.values[chosen], self.timesteps[chosen], self.draws[chosen])
+        return Noise(self.values[chosen], self.timesteps[chosen], self.dropout_draws[chosen])
 
 
 @dataclass
@@ -170,12 +171,13 @@ class Denoising:
     def draw_noise(self, generator: torch.Generator, count: int) -> Noise:
         """Draws noise for `count` samples."""
         channels = self.vqvae.config["codebook_embed_dim"]
-        side = self.resolution // self.vqvae.f
+        pixels_per_latent = self.vqvae.f  # along each side
+        side = self.resolution // pixels_per_latent
         values = torch.randn((count, channels, side, side), generator=generator)
         num_timesteps = self.noise_schedule.config["num_train_timesteps"]
         timesteps = torch.randint(num_timesteps, (count,), generator=generator)
-        draws = torch.rand(count, generator=generator)
-        return Noise(values, timesteps, draws)
+        dropout_draws = torch.rand(count, generator=generator)
+        return Noise(values, timesteps, dropout_draws)
 
     def __call__(self, sample: torch.Tensor, labels: torch.Tensor, noise: Noise) -> Velocities:
         """Predicts the velocities of images `(B, 3, side, side)` with labels `(B,)`."""
@@ -195,8 +197,8 @@ def join_noise(parts: Sequence[Noise]) -> Noise:
     """Noise of several samples, one after the other."""
     values = torch.cat([part.values for part in parts])
     timesteps = torch.cat([part.timesteps for part in parts])
-    draws = torch.cat([part.draws for part in parts])
-    return Noise(values, timesteps, draws)
+    dropout_draws = torch.cat([part.dropout_draws for part in parts])
+    return Noise(values, timesteps, dropout_draws)
 
 
 def no_labels(count: int) -> torch.Tensor:
@@ -233,28 +235,33 @@ def measure(run: Run[DiffusionOptions], denoise: Denoising, held_out: HeldOut) -
 
     The processes share the images. So the loss depends neither on their number nor on the size of a batch.
     """
-    options = run.options
     accelerator = run.accelerator
-    sum_of_losses = 0.0
+    sum_of_losses = 0.0  # of the images of this process
     num_images = 0
-    for batch in load_held_out(options, held_out, accelerator):
-        if not batch.numbers:
-            continue
-        if batch.labels is None:
-            labels = no_labels(len(batch.numbers))
-        else:
-            labels = label_tensor(batch.labels)
-        noise = noise_of_images(denoise, batch.numbers)
-        velocities = denoise(batch.sample.to(accelerator.device), labels, noise)
-        errors = F.mse_loss(velocities.predicted, velocities.expected, reduction="none")  # (B, C, h, w)
-        losses = errors.mean((1, 2, 3))  # (B,)
-        sum_of_losses += losses.double().sum().item()
-        num_images += len(losses)
+    for batch in load_held_out(run.options, held_out, accelerator):
+        has_images = len(batch.numbers) > 0  # unreadable images are left out of a batch, perhaps all of them
+        if has_images:
+            losses = losses_of_images(denoise, batch, accelerator.device)  # (B,)
+            sum_of_losses += losses.double().sum().item()
+            num_images += len(losses)
+    # Sums over all processes. The processes may have different numbers of images, so their means cannot be averaged.
     sums = torch.tensor([sum_of_losses, num_images], device=accelerator.device)
     total_loss, total_images = accelerator.reduce(sums, "sum").tolist()
     if total_images == 0:
         raise ValueError("`--validation_data_dir` must hold at least one readable image, but holds none.")
     return total_loss / total_images
+
+
+def losses_of_images(denoise: Denoising, batch: HeldOutBatch, device: torch.device) -> torch.Tensor:
+    """Loss of each held-out image of a batch, `(B,)`."""
+    if batch.labels is None:
+        labels = no_labels(len(batch.numbers))
+    else:
+        labels = label_tensor(batch.labels)
+    noise = noise_of_images(denoise, batch.numbers)
+    velocities = denoise(batch.sample.to(device), labels, noise)
+    errors = F.mse_loss(velocities.predicted, velocities.expected, reduction="none")  # (B, C, h, w)
+    return errors.mean((1, 2, 3))  # (B,)
 
 
 def noise_of_images(denoise: Denoising, numbers: Sequence[int]) -> Noise:

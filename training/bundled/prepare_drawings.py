@@ -52,22 +52,27 @@ FIRST_SYMBOL = 0x2000  # code points before it are letters
 
 def draw_clip_art(path: Path, side: int) -> Image.Image:
     """Renders an SVG whose longer side becomes `side`, in RGBA."""
-    image = Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_path=str(path), width=side, dpi=96)))
-    if image.height > side:
-        image = Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_path=str(path), height=side, dpi=96)))
+    png = resvg_py.svg_to_bytes(svg_path=str(path), width=side, dpi=96)
+    image = Image.open(io.BytesIO(png))
+    is_taller_than_wide = image.height > side
+    if is_taller_than_wide:
+        png = resvg_py.svg_to_bytes(svg_path=str(path), height=side, dpi=96)
+        image = Image.open(io.BytesIO(png))
     return image
 
 
 def draw_emoji(font: ImageFont.FreeTypeFont, character: str, side: int) -> Image.Image:
     """Draws an emoji whose longer side becomes `side`, in RGBA."""
+    # Box of the pixels of the emoji, relative to the position at which it is drawn
     min_x, min_y, max_x, max_y = font.getbbox(character)
     drawn_width = max(1, round(max_x - min_x))
     drawn_height = max(1, round(max_y - min_y))
     image = Image.new("RGBA", (drawn_width, drawn_height))
-    ImageDraw.Draw(image).text((-min_x, -min_y), character, font=font, embedded_color=True)
-    longer = max(image.size)
-    width = max(1, side * image.width // longer)
-    height = max(1, side * image.height // longer)
+    position = (-min_x, -min_y)  # so that the box begins at (0, 0)
+    ImageDraw.Draw(image).text(position, character, font=font, embedded_color=True)
+    longer_side = max(image.size)
+    width = max(1, side * image.width // longer_side)
+    height = max(1, side * image.height // longer_side)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
