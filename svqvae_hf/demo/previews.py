@@ -48,29 +48,32 @@ def preview_scales(model: SVQVAE, tokens: ImageTokens, original: Image.Image) ->
 
     Args:
         model ([`SVQVAE`]): Model that made the ids.
-        tokens ([`ImageTokens`]): Ids of the image.
+        tokens ([`ImageTokens`]): Ids of the image, a grid per scale. The page calls an id a token.
         original (`PIL.Image.Image`): The image that was encoded.
 
     Yields:
         [`ScalePreview`]: One per scale, in the order of `tokens`, as soon as it is decoded.
     """
     for index, scale in enumerate(tokens.scales):
-        ids = tokens.ids[index]
+        ids = tokens.ids[index]  # (height, width) of the grid
         tokens_of_scale = dataclasses.replace(tokens, ids=[ids], scales=(scale,))
-        (image,) = decode_image(model, tokens_of_scale, tiles=tokens.tiles)
-        (measured,) = measure_reconstructions(original, tokens_of_scale, [image])
+        # Both functions return a list with one entry per scale, here of one entry.
+        images = decode_image(model, tokens_of_scale, tiles=tokens.tiles)
+        measurements = measure_reconstructions(original, tokens_of_scale, images)
+        image = images[0]
+        psnr = measurements[0].psnr
         grid_height, grid_width = ids.shape
         figures = {
             "size": f"{image.width} × {image.height}",
             "tokens": f"{grid_width} × {grid_height} = {ids.numel():,}",
             "bits per pixel": f"{tokens.bits_per_pixel(index):.3f}",
-            "PSNR": f"{measured.psnr:.2f} dB",
+            "PSNR": f"{psnr:.2f} dB",
         }
         yield ScalePreview(scale, image, figures, _code_grid(model, ids))
 
 
 def draw_codes(model: SVQVAE, codes: torch.Tensor) -> np.ndarray:
-    """Draws codes: decodes a 2 x 2 grid filled with each code and keeps the middle.
+    """Draws codes. For each code, decodes a 2 x 2 grid that holds only this code, and keeps the middle.
 
     Args:
         model ([`SVQVAE`]): Model with the codebook.
@@ -81,7 +84,7 @@ def draw_codes(model: SVQVAE, codes: torch.Tensor) -> np.ndarray:
     """
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     start = model.f // 2
-    middle = slice(start, start + model.f)  # of the 2 * f rows or columns of pixels
+    middle = slice(start, start + model.f)  # f of the 2 * f rows or columns of pixels
     looks: list[np.ndarray] = []
     with torch.inference_mode():
         for batch in codes.split(CODES_AT_ONCE):

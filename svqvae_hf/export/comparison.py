@@ -15,7 +15,8 @@ from svqvae_hf.models.resizing import map_range
 
 PHOTOGRAPHS = ("osprey.webp", "wren.webp")
 PHOTOGRAPHS_FOLDER = Path(__file__).parent / "photographs"
-# Rows and columns of ids. The first grid is at f = 8 a photograph of 640 x 360 pixels as it is. Its sums are long.
+# Rows and columns of ids. With f = 8, the first grid is the size of the photographs, 640 x 360 pixels. It is large, so
+# that sums over all positions have many terms, whose rounding errors add up.
 PHOTOGRAPH_GRIDS = ((45, 80), (20, 31))
 # Batch, rows and columns of ids. No grid equals the traced one. They include a single id, a single row and column,
 # unequal sides, and more ids than the model searches at once.
@@ -146,7 +147,6 @@ def size_of(sample: torch.Tensor) -> str:
 
 def photographs(model: SVQVAE) -> Iterator[torch.Tensor]:
     """Yields each photograph at several sizes, as `(1, in_channels, height, width)` in the model's `pixel_range`."""
-    channels = torch.arange(model.config["in_channels"]) % 3  # repeats red, green and blue for other models
     for name in PHOTOGRAPHS:
         with Image.open(PHOTOGRAPHS_FOLDER / name) as file:
             photograph = file.convert("RGB")
@@ -154,13 +154,13 @@ def photographs(model: SVQVAE) -> Iterator[torch.Tensor]:
             size = (columns * model.f, rows * model.f)  # width and height in pixels
             resized = photograph.resize(size, Image.Resampling.LANCZOS)
             pixels = torch.from_numpy(np.array(resized))  # (height, width, 3)
-            sample = pixels.permute(2, 0, 1)[None, channels]  # (1, in_channels, height, width)
-            yield map_range(sample / 255, (0, 1), model.config["pixel_range"])
+            yield sample_of_pixels(model, pixels.permute(2, 0, 1))
 
 
 def noise(model: SVQVAE) -> Iterator[torch.Tensor]:
-    """Yields batches of noise. Most sides are no multiples of `f`."""
+    """Yields batches of noise, `(batch, in_channels, height, width)`. Most sides are not multiples of `f`."""
     for number, grid in enumerate(NOISE_GRIDS):
+        # Any numbers of rows and columns to cut off, less than f
         top = number % model.f
         left = 3 * number % model.f
         yield coarse_noise(model, grid)[..., top:, left:]
@@ -169,9 +169,25 @@ def noise(model: SVQVAE) -> Iterator[torch.Tensor]:
 def flat_colours(model: SVQVAE) -> Iterator[torch.Tensor]:
     """Yields images of one colour each."""
     rows, columns = COLOUR_GRID
-    channels = torch.arange(model.config["in_channels"]) % 3  # repeats red, green and blue for other models
+    height = rows * model.f  # in pixels
+    width = columns * model.f
     for name in COLOURS:
-        red_green_blue = torch.tensor(ImageColor.getrgb(name))
-        pixels = red_green_blue[channels][None, :, None, None]  # (1, in_channels, 1, 1)
-        sample = map_range(pixels / 255, (0, 1), model.config["pixel_range"])
-        yield sample.repeat(1, 1, rows * model.f, columns * model.f)
+        red_green_blue = torch.tensor(ImageColor.getrgb(name))  # (3,)
+        pixel = red_green_blue.view(3, 1, 1)
+        pixels = pixel.repeat(1, height, width)  # (3, height, width)
+        yield sample_of_pixels(model, pixels)
+
+
+def sample_of_pixels(model: SVQVAE, pixels: torch.Tensor) -> torch.Tensor:
+    """Turns an image into an input of the model. If it has more than three channels, they repeat red, green and blue.
+
+    Args:
+        model ([`SVQVAE`]): The model.
+        pixels (`torch.Tensor` of shape `(3, height, width)`): Red, green and blue in [0, 255].
+
+    Returns:
+        `torch.Tensor` of shape `(1, in_channels, height, width)`: Image in the model's `pixel_range`.
+    """
+    channels = torch.arange(model.config["in_channels"]) % 3  # 0, 1, 2, 0, 1, ...
+    sample = pixels[channels].unsqueeze(0)  # (1, in_channels, height, width)
+    return map_range(sample / 255, (0, 1), model.config["pixel_range"])

@@ -18,7 +18,8 @@ from transformers import DynamicCache, PreTrainedModel
 from svqvae_hf.export.onnx_graphs import to_onnx
 from svqvae_hf.models.image_vocabulary import ImageVocabulary
 
-ROWS = 2  # one with the caption and one without it, for guidance
+ROWS = 2  # of tokens in a batch: one with the caption and one without it, for guidance
+KEYS_AND_VALUES = 2  # size of the dimension that holds first the keys, then the values
 # Example input of a step, from which the graph is traced. Any values would do.
 TRACED_LENGTH = 5  # new tokens
 TRACED_PADS = [0, 1]
@@ -90,9 +91,9 @@ class DrawingStep(nn.Module):
         """
         length = tokens.shape[1]
         past_length = past.shape[4]
-        new_places = past_length + torch.arange(length)
-        all_places = torch.arange(past_length + length)
-        keys_and_values = []  # of each layer
+        new_places = past_length + torch.arange(length)  # of the new tokens in the sequence
+        all_places = torch.arange(past_length + length)  # also of the tokens before
+        keys_and_values = []  # a pair per layer
         for layer in range(past.shape[0]):
             keys_and_values.append((past[layer, 0], past[layer, 1]))
         output = self.language_model(
@@ -110,7 +111,9 @@ class DrawingStep(nn.Module):
         conditional = logits[:1]
         unconditional = logits[1:]
         guided = unconditional + guidance * (conditional - unconditional)
-        present = [torch.stack([layer.keys, layer.values]) for layer in output.past_key_values.layers]
+        present = []  # keys and values of each layer, with the new tokens
+        for layer in output.past_key_values.layers:
+            present.append(torch.stack([layer.keys, layer.values]))  # (2, 2, heads, past length + length, head_dim)
         return guided, text_token, torch.stack(present)
 
 
@@ -236,12 +239,15 @@ def trace_step(language_model: PreTrainedModel, vocabulary: ImageVocabulary) -> 
 
 
 def cache_shape(language_model: PreTrainedModel, num_tokens: int | None = None) -> list[Any]:
-    """Shape of keys and values `(layers, 2, rows, heads, tokens, head_dim)`; `None` for any number of tokens."""
+    """Shape of the keys and values of all layers, `(layers, 2, rows, heads, tokens, head_dim)`.
+
+    `num_tokens` is `None` for any number of tokens.
+    """
     config = language_model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None)
-    if heads is None:
+    if heads is None:  # the config does not tell keys and values from queries, so both have as many heads
         heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None)
-    if head_dim is None:
+    if head_dim is None:  # the heads share the channels of the model
         head_dim = config.hidden_size // config.num_attention_heads
-    return [config.num_hidden_layers, 2, ROWS, heads, num_tokens, head_dim]
+    return [config.num_hidden_layers, KEYS_AND_VALUES, ROWS, heads, num_tokens, head_dim]

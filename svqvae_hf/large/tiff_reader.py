@@ -18,8 +18,11 @@ from svqvae_hf.models.image_files import to_rgb
 from svqvae_hf.untrusted.images import MAX_CHUNK_BYTES, check_segments, is_chunk_too_large
 
 TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are of BigTIFF
-EXTRA_CHANNELS = {1: (), 3: (), 4: (EXTRASAMPLE.UNASSALPHA,)}  # by the number of channels
-DECODER_ERRNOS = (None, errno.EINVAL)  # of an OSError that a decoder raises for a damaged file
+HEADER_BYTES = 4
+UPRIGHT = 1  # value of the tag of the orientation
+# What the channels beyond grey or RGB hold, by the number of channels: nothing, or alpha in the fourth channel
+EXTRA_CHANNELS = {1: (), 3: (), 4: (EXTRASAMPLE.UNASSALPHA,)}
+DECODER_ERRNOS = (None, errno.EINVAL)  # error numbers of an OSError that a decoder raises for a damaged file
 
 
 class LargeImage:
@@ -45,7 +48,7 @@ class LargeImage:
         is_grey = values.shape[2] == 1
         has_16_bits = values.dtype == np.uint16
         if is_grey:
-            values = values[..., 0]  # (rows, columns); `to_rgb` converts grey of 16 bits
+            values = values[..., 0]  # (rows, columns); `to_rgb` below converts grey of 8 and of 16 bits
         elif has_16_bits:
             values = (values >> 8).astype(np.uint8)  # Pillow reads 16-bit colours like this
         image = to_rgb(Image.fromarray(values))
@@ -93,8 +96,9 @@ class LargeImage:
             tables["jpegtables"] = page.jpegtables
         if page.jpegheader is not None:
             tables["jpegheader"] = page.jpegheader
-        planes, *_ = page.decode(content, number, **tables)  # (depth, height, width, channels)
-        return planes[0]
+        decoded = page.decode(content, number, **tables)  # values, position and shape of the tile
+        values = decoded[0]  # (depth, height, width, channels)
+        return values[0]
 
 
 def _tiles_under(window: slice, tile_side: int) -> range:
@@ -133,15 +137,23 @@ def open_large_image(path: str | os.PathLike) -> Iterator[LargeImage]:
         ValueError: If it is an image of another kind, broken or cut short.
     """
     path = Path(path)
+    # `_named_errors` says that the file cannot be read. It does not surround the `yield`, because errors of the caller
+    # may be about something else.
     with _named_errors(path):
-        with path.open("rb") as header:
-            if header.read(4) not in TIFF_HEADERS:
-                raise ValueError("a large image must be a TIFF. Convert it, or leave out --large.")
+        _check_header(path)
         file = tifffile.TiffFile(path)
-    with file:
+    with file:  # closes it at the end
         with _named_errors(path):
             image = LargeImage(path, file.pages[0])
-        yield image  # outside of `_named_errors`, because errors of the caller are not about this file
+        yield image
+
+
+def _check_header(path: Path) -> None:
+    """Raises ValueError if the first bytes of a file are not a header of TIFF."""
+    with path.open("rb") as file:
+        header = file.read(HEADER_BYTES)
+    if header not in TIFF_HEADERS:
+        raise ValueError("a large image must be a TIFF. Convert it, or leave out --large.")
 
 
 @contextmanager
@@ -193,7 +205,7 @@ def _is_supported(page: Any) -> bool:
     has_supported_channels = EXTRA_CHANNELS.get(num_channels) == page.extrasamples
     has_supported_bits = page.bitspersample in (8, 16) and page.dtype in (np.uint8, np.uint16)
     is_plane = page.axes in ("YX", "YXS")  # rows and columns, with or without channels
-    is_upright = _orientation(page) == 1
+    is_upright = _orientation(page) == UPRIGHT
     return (
         (is_grey or is_coloured)
         and has_supported_channels
@@ -205,5 +217,5 @@ def _is_supported(page: Any) -> bool:
 
 
 def _orientation(page: Any) -> Any:
-    """Orientation of a page as its tag says it; 1 is upright."""
-    return page.tags.valueof("Orientation", 1)
+    """Orientation of a page as its tag says it. A page without the tag is upright."""
+    return page.tags.valueof("Orientation", UPRIGHT)
