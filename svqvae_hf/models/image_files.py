@@ -138,7 +138,7 @@ def _check_values(image: Image.Image) -> None:
 
 
 def _check_planes(tags: Mapping[int, Any]) -> None:
-    """Raises for uncompressed TIFFs with a plane per channel, unless they have 1 or 8 bits and black is the lowest.
+    """Raises for uncompressed TIFFs with a plane per channel, unless they have 1 or 8 bits, black the lowest.
 
     Pillow has a name for the layout of the pixels, such as `RGB;16L` for colours of 16 bits, or `L;I` for inverted
     grey. It decodes a plane by the first letter of this name alone, as a channel of 8 bits that is not inverted.
