@@ -16,7 +16,7 @@ from svqvae_hf.trainer.optimization import hyperparameters, resume_schedule
 
 TRAINER_STATE = "trainer_state.json"  # in a checkpoint, written last
 BEST_CHECKPOINT = "best_model_checkpoint"  # in that file: path of the best checkpoint when it was written
-# Of the settings of an optimizer, those that options set. The others may count its steps.
+# Settings of an optimizer's groups that come from options. A checkpoint brings other settings, such as counts of steps.
 OPTIMIZER_OPTIONS = ("initial_lr", "betas", "eps", "weight_decay")
 PARTIAL = "partial-"  # start of the names of checkpoints that a killed run left unfinished
 
@@ -140,7 +140,7 @@ class OptionsOnResume(TrainerCallback):
             self.groups.append(group)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Sets both, after the checkpoint was loaded."""
+        """Restores the options of the optimizer, and sets the best checkpoint, after a checkpoint was loaded."""
         is_resumed = state.global_step > 0
         if not is_resumed:
             return
