@@ -16,7 +16,7 @@ from svqvae_hf.trainer.optimization import hyperparameters, resume_schedule
 
 TRAINER_STATE = "trainer_state.json"  # in a checkpoint, written last
 BEST_CHECKPOINT = "best_model_checkpoint"  # in that file: path of the best checkpoint when it was written
-# Settings of an optimizer's groups that come from options. A checkpoint brings other settings, such as counts of steps.
+# Settings of an optimizer that come from options. A checkpoint brings other settings, such as counts of steps.
 OPTIMIZER_OPTIONS = ("initial_lr", "betas", "eps", "weight_decay")
 PARTIAL = "partial-"  # start of the names of checkpoints that a killed run left unfinished
 
