@@ -146,9 +146,13 @@ class ChatExamples(Dataset):
         return self.chat_example(self.conversation(row, rng))
 
     def text_example(self, row: dict[str, Any]) -> dict[str, list[int]]:
-        """A text with any number of images. All of its tokens are learned."""
+        """A text with any number of images. All of its tokens are learned, but the first, which has none before it.
+
+        A tokenizer that pads on the left would have it predicted from padding.
+        """
         tokens = text_tokens(self.processor, row)
-        return {"input_ids": tokens, "labels": list(tokens)}  # a copy, because transformers pads tokens in place
+        labels = [IGNORED, *tokens[1:]]
+        return {"input_ids": tokens, "labels": labels}
 
     def conversation(self, row: dict[str, Any], rng: np.random.Generator) -> list[dict[str, str]]:
         """Messages that ask for an image, or for its first caption."""

@@ -67,9 +67,8 @@ OPTIONS = [{"num_beams": 3}, {"cache_implementation": "static", "do_sample": Tru
 def test_generate_makes_images_only(options):
     torch.manual_seed(0)
     model, processor = load_extended("qwen")
-    processor.tokenizer.padding_side = "left"
     texts = [f"{text}{processor.begin_image((2, 3))}" for text in ("a", "a cat left of a pear")]
-    inputs = processor(text=texts, padding=True, return_tensors="pt")
+    inputs = processor(text=texts, padding=True, padding_side="left", return_tensors="pt")
     grammar = ImageGrammar(model.config)
     tokens = model.generate(**inputs, max_new_tokens=7, logits_processor=[grammar], **options)
     for parts in processor.post_process_multimodal_output(tokens, generation_mode="mixed"):

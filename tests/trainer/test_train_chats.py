@@ -134,8 +134,11 @@ def test_texts_with_images_are_learned_whole(tokens, tmp_path):
     processor = load_extended("qwen")[1]
     made = examples(None, read_texts([str(tmp_path / "texts.jsonl")], processor, 512), text_fraction=1.0)
     image = processor.image_text(torch.tensor(ids))
-    known = [["", f"left {image} right {image}<|im_end|>"], ["", "a text<|im_end|>"]]
-    assert sorted(learned(made[index]) for index in range(2)) == sorted(known)
+    known = [f"left {image} right {image}<|im_end|>", "a text<|im_end|>"]
+    both = [made[index] for index in range(2)]
+    assert sorted(processor.decode(example["input_ids"]) for example in both) == sorted(known)
+    for example in both:
+        assert example["labels"] == [IGNORED, *example["input_ids"][1:]]
 
 
 @pytest.mark.parametrize(
@@ -413,7 +416,9 @@ def test_changes_on_resume_are_told(train, capsys):
     ]
 
 
-def test_the_loss_of_a_validation_does_not_depend_on_its_batches(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_loss_of_a_validation_does_not_depend_on_its_batches(side, tmp_path, monkeypatch):
+    monkeypatch.setattr(load_extended("qwen")[1].tokenizer, "padding_side", side)
     texts = [{"text": "a cat"}, {"text": "a pear above a red key"}, {"text": "a"}]
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
     losses = []
