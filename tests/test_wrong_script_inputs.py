@@ -9,10 +9,11 @@ from conftest import ROOT
 from training_runs import cpu
 
 TRAIN = "--output_dir out --train_data_dir two_images --model_config_name_or_path"
+NO_IMAGES = "--output_dir out --train_data_dir ./nowhere --model_config_name_or_path {model}"
 PIPELINE = "--output_dir out --vqvae_name_or_path {model} --model_config_name_or_path network.json"
 WRONG = {  # words on the command line, and a part of the message
     "training/train.py": [
-        (f"{TRAIN} {{model}} --train_data_dir ./nowhere", "no file or folder matches: `./nowhere`"),
+        (NO_IMAGES, "no file or folder matches: `./nowhere`"),
         (f"{TRAIN} broken.json", "`broken.json` must hold a JSON object"),
     ],
     "training/train_latent_diffusion.py": [
