@@ -152,6 +152,19 @@ class RowRange(IndexedRows):
         return self.rows[self.range[index]]
 
 
+def shard_name(path: str, root: str) -> str:
+    """Name of a tar, Parquet or Arrow file: its path below the folder of the set, or its file name.
+
+    Args:
+        path (`str`): Absolute path or URL.
+        root (`str`): Folder of the set.
+    """
+    start = f"{root}/"
+    if path.startswith(start):
+        return readable(path.removeprefix(start))
+    return readable(os.path.basename(path))
+
+
 def row_key(source: Any, root: str, default: str) -> str:
     """Key of an image in a row of a table.
 

@@ -29,11 +29,13 @@ class ImageRow(NamedTuple):
         key (`str`): Path of the file in the set, or part and row if the image has no file.
         source (`ImageSource`): Where [`read_image`] finds the image.
         values (`dict[str, Any]`): Values of other columns by name.
+        shard (`str`): Name of the tar, Parquet or Arrow file that holds the image; empty for an image file.
     """
 
     key: str
     source: ImageSource
     values: dict[str, Any]
+    shard: str = ""
 
 
 def all_columns(rows: Iterable[Iterable[str]]) -> list[str]:

@@ -61,6 +61,11 @@ class ImageSet:
         return None
 
     @property
+    def has_folder_labels(self) -> bool:
+        """Whether the labels are the names of subfolders."""
+        return isinstance(self.files, SetFiles) and self.files.kind == "image" and not self.files.metadata
+
+    @property
     def files_digest(self) -> str:
         """Digest of all files, whichever of their images and columns are read."""
         return set_digest(self.files.inputs())
@@ -234,7 +239,7 @@ def _open_tables(files: SetFiles, selection: Selection) -> ImageSet:
 
 def _open_tars(files: InputFiles, selection: Selection) -> ImageSet:
     """Opens tar files with our own reader, because the one of `datasets` takes only samples of equal suffixes."""
-    parts = open_tars(files.paths(), selection)
+    parts = open_tars(files.paths(), files.root, selection)
     return ImageSet(parts, parts[0].features, files, selection.image_column)
 
 

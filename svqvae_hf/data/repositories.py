@@ -77,7 +77,7 @@ class StreamPart:
                 image = row.pop(self.image_column)
                 source = confine_row(image, self.repository)
                 key = row_key(source, self.root, default=f"{self.number}-{index}")
-                yield ImageRow(key, source, values=row)
+                yield ImageRow(key, source, values=row, shard=self.name)
         except TypeError as error:  # of a conversion that does not exist, such as of lists to texts
             raise ValueError(f"`{self.name}` must have the types of the columns of its set: {error}.") from error
         except (ValueError, OSError, pa.ArrowException) as error:

@@ -1,6 +1,5 @@
 """Image sets in tables: Parquet and Arrow files, each of which is a part."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -10,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from svqvae_files.errors import is_unreachable
-from svqvae_files.inputs import is_url, readable
-from svqvae_hf.data.image_parts import row_key
+from svqvae_files.inputs import is_url
+from svqvae_hf.data.image_parts import row_key, shard_name
 from svqvae_hf.data.image_rows import ImageRow, fault_of, unreadable
 from svqvae_hf.data.metadata import EMPTY
 from svqvae_hf.data.opened_files import opened_file
@@ -47,7 +46,7 @@ class TablePart:
     @property
     def name(self) -> str:
         """Name of the file."""
-        return readable(os.path.basename(self.path))
+        return shard_name(self.path, self.root)
 
     def read(self) -> Iterator[ImageRow]:
         """Yields the images.
@@ -81,7 +80,7 @@ class TablePart:
         image = row.pop(self.image_column)
         source = confine_row(_source(image), repository)
         key = row_key(source, self.root, default=f"{self.number}-{index}")
-        return ImageRow(key, source, values=row)
+        return ImageRow(key, source, values=row, shard=self.name)
 
 
 def open_tables(paths: Sequence[str], root: str, selection: Selection) -> tuple[list[TablePart], datasets.Features]:

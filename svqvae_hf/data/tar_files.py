@@ -1,6 +1,5 @@
 """Image sets in tar files, in WebDataset's form: consecutive members of one name, told apart by their suffixes."""
 
-import os
 import re
 import tarfile
 import zlib
@@ -16,6 +15,7 @@ import datasets
 
 from svqvae_files.errors import is_unreachable
 from svqvae_files.inputs import is_url, readable
+from svqvae_hf.data.image_parts import shard_name
 from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, all_columns, fault_of, unreadable
 from svqvae_hf.data.opened_files import opened_file
 from svqvae_hf.data.selection import Selection
@@ -65,14 +65,15 @@ class TarPart:
 
     Args:
         path (`str`): Local path, or a path for `fsspec`.
+        root (`str`): Folder of the set.
         features (`datasets.Features`): Columns to keep, by the suffixes of their members.
         selection ([`Selection`]): The suffix of the images, by default any suffix of images; and the columns that were
             asked for.
     """
 
-    def __init__(self, path: str, features: datasets.Features, selection: Selection):
+    def __init__(self, path: str, root: str, features: datasets.Features, selection: Selection):
         self.path = path
-        self.name = readable(os.path.basename(path))
+        self.name = shard_name(path, root)
         self.features = features
         self.selection = selection
         self.image_suffix = selection.image_column
@@ -87,7 +88,7 @@ class TarPart:
         """
         try:
             for sample in _samples(self.path):
-                yield self._row(sample)
+                yield self._row(sample)._replace(shard=self.name)
         except TAR_ERRORS as error:
             if is_unreachable(error, is_url(self.path)):
                 raise
@@ -140,11 +141,12 @@ class TarPart:
                 )
 
 
-def open_tars(paths: Sequence[str], selection: Selection) -> list[TarPart]:
+def open_tars(paths: Sequence[str], root: str, selection: Selection) -> list[TarPart]:
     """Finds the columns of tar files, from the first samples of the first file that has any.
 
     Args:
         paths (`Sequence[str]`): Local paths, or paths for `fsspec`.
+        root (`str`): Folder of the set.
         selection ([`Selection`]): The suffix of the images, which is required if samples have several; and suffixes of
             further members to keep. Those of [`LABEL_COLUMNS`] need not be in the first samples.
 
@@ -164,7 +166,7 @@ def open_tars(paths: Sequence[str], selection: Selection) -> list[TarPart]:
     for suffix in suffixes:
         if selection.keeps(suffix):
             features[suffix] = _feature_of_labels(suffix, samples)
-    return [TarPart(path, features, selection) for path in paths]
+    return [TarPart(path, root, features, selection) for path in paths]
 
 
 def _check_images(samples: Sequence[Sample], suffixes: Sequence[str], image_suffix: str | None) -> None:

@@ -106,6 +106,7 @@ class CroppedImage(NamedTuple):
         fault (`str`, *optional*): Reason why the image could not be read.
         unreachable (`bool`): Whether the image could not be fetched, as opposed to decoded.
         enlarged (`bool`): Whether the image is smaller than its crops.
+        shard (`str`): Name of the tar, Parquet or Arrow file that holds the image; empty for an image file.
     """
 
     key: str
@@ -114,6 +115,7 @@ class CroppedImage(NamedTuple):
     fault: str | None = None
     unreachable: bool = False
     enlarged: bool = False
+    shard: str = ""
 
 
 def read_crops(
@@ -164,9 +166,10 @@ class _CropReader(Dataset):
             image = read_image(row)
         except OSError as error:
             fault = fault_of(error)
-            return CroppedImage(row.key, row.values, crops=None, fault=fault, unreachable=_is_remote(row))
+            unreachable = _is_remote(row)
+            return CroppedImage(row.key, row.values, None, fault, unreachable=unreachable, shard=row.shard)
         except ValueError as error:
-            return CroppedImage(row.key, row.values, crops=None, fault=fault_of(error))
+            return CroppedImage(row.key, row.values, None, fault_of(error), shard=row.shard)
         arrays = [np.asarray(crop) for crop in make_crops(image, self.crops, self.resolution)]
         crops = np.stack(arrays).transpose(0, 3, 1, 2)  # (crops, 3, height, width)
         is_enlarged = self.resolution is not None and min(image.size) < self.resolution

@@ -120,7 +120,7 @@ class RowEncoder:
             record.images += 1
             record.enlarged += image.enlarged
             if image.crops is None:
-                record.skipped.append({"key": image.key, "reason": str(image.fault)})
+                record.skipped.append(_skipped_entry(image))
                 on_image()
                 continue
             crops = torch.from_numpy(image.crops)  # (crops, 3, height, width)
@@ -197,3 +197,12 @@ class RowEncoder:
             raise ValueError(f"`{key}`: {error}") from error
         self.tiles[shape] = tiles
         return tiles
+
+
+def _skipped_entry(image: CroppedImage) -> dict[str, str]:
+    """Entry of `skipped.jsonl`. Several tar files may have members of one name, so it names the file, too."""
+    entry = {"key": image.key}
+    if image.shard:
+        entry["file"] = image.shard
+    entry["reason"] = str(image.fault)
+    return entry
