@@ -14,6 +14,7 @@ from svqvae_files.file_names import (
     DEFAULT_MODEL,
     IMAGE_SUFFIXES,
     REPO_ID,
+    STARTED_TOKEN_SET_FILE,
     TOKEN_SET_FILE,
     TOKEN_SUFFIXES,
 )
@@ -156,9 +157,12 @@ def _is_same(folder: Path, output: Path | None) -> bool:
 
 
 def is_token_set(name: str) -> bool:
-    """Whether an input is the folder of a token set, its URL or its name on the Hub."""
-    if is_url(name) or os.path.isfile(os.path.join(name, TOKEN_SET_FILE)):
+    """Whether an input is the folder of a token set, also of one that is not complete, its URL or its Hub name."""
+    if is_url(name):
         return True
+    for file in (TOKEN_SET_FILE, STARTED_TOKEN_SET_FILE):
+        if os.path.isfile(os.path.join(name, file)):
+            return True
     may_be_on_hub = re.fullmatch(REPO_ID, name) is not None and not name.endswith(TOKEN_SUFFIXES)
     return may_be_on_hub and not os.path.lexists(name)
 

@@ -20,6 +20,7 @@ from svqvae_files.json_files import parse_json_object
 from svqvae_hf.data.set_errors import explained_set
 from svqvae_hf.token_sets.settings import (
     SETTINGS_FILE,
+    absent_set_error,
     download_set_file,
     is_token_set_on_hub,
     parse_settings,
@@ -64,7 +65,8 @@ class PartRecord:
         rows (`int`): Rows that were written.
         ids (`int`): Ids in them, of all scales.
         enlarged (`int`): Images that are smaller than their crops.
-        skipped (`list[dict[str, str]]`): `key` and `reason` of each image that could not be read.
+        skipped (`list[dict[str, str]]`): `key` and `reason` of each image that could not be read, and the tar, Parquet
+            or Arrow `file` that holds it, if any.
         files (`list[TokenFile]`): Parquet files.
     """
 
@@ -159,23 +161,25 @@ class TokenSet:
 
     Raises:
         OSError: The set does not exist or cannot be reached.
-        ValueError: It is not a token set, or its manifest is damaged.
+        ValueError: It is not a token set, is not complete, or its manifest is damaged.
     """
 
     def __init__(self, name: str | os.PathLike):
         self.name = os.fspath(name).rstrip("/")
         content = read_set_file(self.name, SETTINGS_FILE)
         if content is None:
-            raise FileNotFoundError(
-                f"a token set must be a folder with {SETTINGS_FILE} or a set on the Hub, but `{self.name}` is neither."
-                " Make one with `svqvae tokenize`, which writes that file last."
-            )
+            raise absent_set_error(self.name)
         self.settings = parse_settings(content, self.name)
         entry = parse_json_object(content, f"{self.name}/{SETTINGS_FILE}")
         self.options: dict[str, Any] = entry.get("options", {})
         self.totals: dict[str, int] = entry.get("totals", {})
         self.files = self._read_manifest(entry.get(MANIFEST_CHECKSUM))
         self.digest: str = entry[MANIFEST_CHECKSUM]
+
+    @property
+    def features(self) -> datasets.Features:
+        """Columns of the rows, as the set was made with them."""
+        return datasets.Features.from_dict(self.options.get("columns", {}))
 
     @property
     def num_rows(self) -> int:

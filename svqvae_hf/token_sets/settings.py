@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from svqvae_files.file_names import TOKEN_SET_FILE
+from svqvae_files.file_names import STARTED_TOKEN_SET_FILE, TOKEN_SET_FILE
 from svqvae_files.folders import Folder
 from svqvae_files.inputs import is_url
 from svqvae_hf.data.repositories import is_hub_set
@@ -104,16 +104,26 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
 
     Raises:
         OSError: The set does not exist or cannot be reached.
-        ValueError: It is not a token set, or has another format version.
+        ValueError: It is not a token set, is not complete, or has another format version.
     """
     name = os.fspath(path)
     content = read_set_file(name, SETTINGS_FILE)
     if content is None:
-        raise FileNotFoundError(
-            f"a token set must be a folder with {SETTINGS_FILE} or a set on the Hub, but `{name}` is neither. Make "
-            "one with `svqvae tokenize`, which writes that file last."
-        )
+        raise absent_set_error(name)
     return parse_settings(content, name)
+
+
+def absent_set_error(name: str) -> Exception:
+    """Error for a folder or URL without the settings of a token set. They are written last."""
+    if read_set_file(name, STARTED_TOKEN_SET_FILE) is not None:
+        return ValueError(
+            f"a token set must be complete, but parts of `{name}` are missing. Run the same `svqvae tokenize` again. "
+            "`svqvae info` says which are missing."
+        )
+    return FileNotFoundError(
+        f"a token set must be a folder with {SETTINGS_FILE} or a set on the Hub, but `{name}` is neither. Make one "
+        "with `svqvae tokenize`, which writes that file last."
+    )
 
 
 def parse_settings(content: bytes, name: str) -> TokenSettings:
