@@ -31,7 +31,8 @@ OPTIONS_FILE = STARTED_TOKEN_SET_FILE
 RECORDS = os.path.dirname(OPTIONS_FILE)
 SKIPPED_FILE = "skipped.jsonl"
 CARD_FILE = "README.md"
-OPTIONS_OF_IMAGES = ("images", "image_set", "image_files")  # their number, and digests of the set and of its files
+NUM_IMAGES = "images"  # option that holds their number
+DIGESTS_OF_IMAGES = ("image_set", "image_files")  # options that hold digests of the set and of its files
 RECORD_NAME = re.compile(r"(\d{7})\.json")
 SHARD_NAME = re.compile(DATA + r"/\d{4}-\d{4}/train-(\d{7})-\d{5}\.parquet")
 
@@ -97,12 +98,23 @@ def check_options(folder: Folder, options: Mapping[str, Any]) -> None:
         value = options.get(name)
         if recorded_value == value:
             continue
-        reason = "the images have changed since" if name in OPTIONS_OF_IMAGES else "it was made otherwise"
+        if name in DIGESTS_OF_IMAGES:
+            raise _changed_images(folder)
+        reason = "the images have changed since" if name == NUM_IMAGES else "it was made otherwise"
         raise ValueError(
             f"`{folder.url}` must be continued with the same images and options, but {reason}: `{name}` was "
             f"{recorded_value!r:.80} and is now {value!r:.80}. Pass --overwrite to start over, or choose another "
             "folder."
         )
+
+
+def _changed_images(folder: Folder) -> ValueError:
+    """Error for images with another digest. Which of them differ is not recorded."""
+    return ValueError(
+        f"`{folder.url}` must be continued with the same images, but names, sizes or times of change of their files, "
+        "or columns or classes, differ. Restore them: `cp -p` and `rsync -t` keep the times of copies. Or pass "
+        "--overwrite to start over."
+    )
 
 
 # Records of finished parts

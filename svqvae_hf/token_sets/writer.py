@@ -367,7 +367,10 @@ def count_parts(images: ImageSet, num_parts: int | None = None) -> int:
         return min(MAX_PARTS, math.ceil(images.max_parts / IMAGES_PER_PART))
     if not 1 <= num_parts <= images.max_parts:
         unit = "files" if is_stream else "images"
-        raise ValueError(f"`num_parts` must be in [1, {images.max_parts}], the number of {unit}, got {num_parts}.")
+        message = f"`--num-parts` must be in [1, {images.max_parts}], the number of {unit}, got {num_parts}."
+        if is_stream and num_parts > images.max_parts:
+            message += f" A part reads whole files. Pass at most {images.max_parts}, or pack the images in more files."
+        raise ValueError(message)
     return num_parts
 
 

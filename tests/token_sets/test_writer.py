@@ -8,6 +8,7 @@ import torch
 from accelerate import cpu_offload
 from cli_runner import fails, svqvae
 from conftest import make_tiny
+from numbered_images import write_tar
 from PIL import Image
 from token_set_parts import SCALES, SIZES, content, load, make_other, make_tiled, save_parquet, save_photos, tokenize
 
@@ -15,6 +16,7 @@ from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data.image_parts import FileRows
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.crops import CROPS, make_crops
+from svqvae_hf.token_sets.manifest import TokenSet
 from svqvae_hf.token_sets.parts import describe_state
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.token_sets.writer import encoder_digest, tokenize_set
@@ -152,7 +154,9 @@ def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
             run()
         (photos / "7.png").unlink()
         os.utime(photos / "1.png", (0, 0))
-        with pytest.raises(ValueError, match="the images have changed since: `image_set` was"):
+        with pytest.raises(
+            ValueError, match="names, sizes or times of change of their files, .* `cp -p` and `rsync -t` keep"
+        ):
             run()
         os.utime(photos / "1.png", ns=(time, time))
         assert content(tmp_path / "out") == before
@@ -182,6 +186,9 @@ def test_status_names_missing_parts(photos, tmp_path):
     tokenize(make_tiny(), photos, tmp_path / "out", parts=[0, 1, 5], num_parts=7)
     state = {"parts": "7 (not complete; finished: 3)", "missing": "2-4,6"}
     assert describe_state(tmp_path / "out") == state
+    for read in (read_settings, TokenSet):
+        with pytest.raises(ValueError, match="parts of `.*out` are missing. Run the same `svqvae tokenize` again"):
+            read(tmp_path / "out")
     tokenize(make_tiny(), photos, tmp_path / "out", num_parts=7)
     assert describe_state(tmp_path / "out") == {"parts": "7 (complete; finished: 7)"}
     with pytest.raises(ValueError, match="must be a token set, but has no record of one"):
@@ -194,7 +201,7 @@ def test_status_names_missing_parts(photos, tmp_path):
         ({"crops": "left"}, "`crops` must be one of whole, whole-flip, centre, centre-flip, ten-crop, got 'left'"),
         ({"crops": "centre"}, "must be the side of the crops in pixels, got None for `crops` 'centre'. Pass it"),
         ({"resolution": 16}, "got 16 for `crops` 'whole'. Leave it out"),
-        ({"num_parts": 8}, "`num_parts` must be in [1, 7], the number of images, got 8"),
+        ({"num_parts": 8}, "`--num-parts` must be in [1, 7], the number of images, got 8"),
         ({"num_parts": 3, "parts": [0, 3]}, "A part (`--part`) must be in [0, 2], got [0, 3]"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"scales": [1, 1]}, "scales must differ within six digits"),
@@ -204,6 +211,30 @@ def test_options_out_of_range_raise_before_the_work(tiny_model, photos, tmp_path
     with pytest.raises(ValueError, match=re.escape(message)):
         tokenize(tiny_model, photos, tmp_path / "out", **options)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_more_parts_than_tar_files_are_an_error(tiny_model, photos, tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.png", (photos / "0.png").read_bytes())])
+    message = "`--num-parts` must be in [1, 1], the number of files, got 2. A part reads whole files. Pass at most 1"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tokenize(tiny_model, tmp_path / "a.tar", tmp_path / "out", num_parts=2)
+
+
+def test_a_broken_image_is_listed_with_its_file(tiny_model, photos, tmp_path):
+    content_of_image = (photos / "0.png").read_bytes()
+    for folder in ("a", "b"):
+        (tmp_path / "tars" / folder).mkdir(parents=True)
+        write_tar(tmp_path / "tars" / folder / "0.tar", [("0.png", content_of_image), ("1.png", b"broken")])
+    (tmp_path / "tars" / "b" / "1.tar").write_bytes(b"damaged" * 100)
+    tokenize(tiny_model, tmp_path / "tars", tmp_path / "out")
+    entries = [(entry["key"], entry.get("file")) for entry in skipped(tmp_path / "out")]
+    assert entries == [("1.png", "a/0.tar"), ("1.png", "b/0.tar"), ("b/1.tar", None)]
+
+    rows = datasets.Dataset.from_dict({"image": [content_of_image, b"broken"]})
+    rows.to_parquet(tmp_path / "c.parquet")
+    tokenize(tiny_model, tmp_path / "c.parquet", tmp_path / "out_of_parquet")
+    (entry,) = skipped(tmp_path / "out_of_parquet")
+    assert (entry["key"], entry["file"]) == ("0-1", "c.parquet")
 
 
 def test_the_folder_must_be_new_and_one_image_readable(tiny_model, photos, tmp_path):
