@@ -329,15 +329,18 @@ class OptionParser(HfArgumentParser):
 
     def check_no_repeats(self, words: Sequence[str]) -> None:
         """Raises ValueError for the first option that is given twice, because argparse would take its last value."""
-        names = set()
+        names = {}  # of options, by flag: `--token_set` and `--token-set`, `--random_flip` and `--no_random_flip`
+        for action in self._actions:
+            for flag in action.option_strings:
+                names[flag] = action.dest
+        names_before = set()
         for word in words:
             flag = word.partition("=")[0]
-            action = self._option_string_actions.get(flag)
-            if action is None:
+            if flag not in names:
                 continue
-            if action.dest in names:  # of `--token_set`, `--token-set`, or `--random_flip` and `--no_random_flip`
+            if names[flag] in names_before:
                 raise ValueError(f"`{flag}` must be given once, but is given twice. Leave one of them out.")
-            names.add(action.dest)
+            names_before.add(names[flag])
 
     def error(self, message: str) -> NoReturn:
         """Raises the error, without the usage, which lists every option."""
