@@ -138,8 +138,9 @@ def _image_facts(record: Mapping[str, Any], bits_per_scale: Sequence[float]) -> 
 def _set_facts(source: str) -> dict[str, Any]:
     """Facts about a token set in a folder or at a URL. If it is not complete, its parts."""
     from svqvae_files.folders import Folder
+    from svqvae_hf.token_sets.classes import describe_classes
+    from svqvae_hf.token_sets.manifest import TokenSet
     from svqvae_hf.token_sets.parts import describe_state, read_totals
-    from svqvae_hf.token_sets.settings import read_settings
 
     folder = Folder(source)
     parts = describe_state(source)  # raises if a file is missing, cut or foreign
@@ -150,7 +151,10 @@ def _set_facts(source: str) -> dict[str, Any]:
     facts["rows"] = totals.get("rows")
     facts["ids"] = totals.get("ids")
     facts["Parquet files"] = totals.get("files")
-    settings = read_settings(source)
+    token_set = TokenSet(source)
+    for column, classes in describe_classes(token_set.features).items():
+        facts[f"classes of {column}"] = classes
+    settings = token_set.settings
     facts["model"] = settings.model
     facts["crops"] = settings.crops
     facts["resolution"] = settings.resolution or "of the images"

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from svqvae_cli.arguments import Parser, image_set_options, not_empty, path_or_url, positive
-from svqvae_cli.errors import check_none_skipped
+from svqvae_cli.errors import check_none_skipped, one_line
 from svqvae_cli.files import check_data, check_source, check_tiles
 from svqvae_files.file_names import DEFAULT_MODEL
 from svqvae_files.outputs import check_new_folder
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
     check_out(args.output)
     images = open_images(args.data, columns=args.keep, results=args.output, **image_set_options(args))
     num_parts = count_parts(images, args.num_parts)
+    if process.rank == 0:
+        _tell_classes(images)
     model = load_model(args.model, _device(args, process), args.dtype)
     context_model = None
     if args.compress:
@@ -89,6 +92,18 @@ def run(args: argparse.Namespace) -> None:
     is_scheduled = process.is_launched or args.part is not None
     if not is_scheduled:  # a scheduler would take the exit code for skipped images for a crash
         check_none_skipped(report.skipped, report.images)
+
+
+def _tell_classes(images: Any) -> None:
+    """Prints the classes of an image set, because they may be names of folders that were not meant as classes."""
+    from svqvae_hf.token_sets.classes import describe_classes
+
+    origin = ""
+    if images.has_folder_labels:
+        origin = ", the names of subfolders"
+    for column, classes in describe_classes(images.features).items():
+        line = one_line(f"{column}{origin}: {classes}")
+        print(f"classes  {line}")
 
 
 @dataclass(frozen=True)

@@ -59,12 +59,26 @@ def test_info_of_a_token_set(two_images, tmp_path, saved_model, capsys):
     assert facts["codebook"] == f"64 codes, sha256 {SVQVAE.from_pretrained(saved_model).codebook_fingerprint()}"
 
 
+def test_classes_of_subfolders_are_told(photo, tmp_path, saved_model, capsys):
+    for number in range(12):
+        folder = tmp_path / "photos" / f"{2000 + number}"
+        folder.mkdir(parents=True)
+        photo.crop((100, 100, 116, 116)).save(folder / "0.png")
+    svqvae("tokenize", tmp_path / "photos", "--output", tmp_path / "set", "--model", saved_model, "--workers", "0")
+    classes = "12 (2000, 2001, 2002, 2003, 2004, 2005, 2006, 2007, 2008, 2009, ...)"
+    assert capsys.readouterr().out.startswith(f"classes  label, the names of subfolders: {classes}\nwritten  ")
+    svqvae("info", tmp_path / "set")
+    assert f"classes of label  {classes}" in capsys.readouterr().out
+
+
 def test_info_of_a_token_set_that_is_not_complete(two_images, tmp_path, saved_model, capsys):
     argv = ["--model", saved_model, "--workers", "0", "--num-parts", "2", "--part", "1"]
     svqvae("tokenize", two_images, "--output", tmp_path / "set", *argv)
     capsys.readouterr()
     assert svqvae("info", f"file://{tmp_path / 'set'}") == 0
     assert read_facts(capsys) == {"kind": "token set", "parts": "2 (not complete; finished: 1)", "missing": "0"}
+    error = fails(capsys, "decode", tmp_path / "set", "--output", tmp_path / "out", "--model", saved_model)
+    assert f"parts of `{tmp_path / 'set'}` are missing. Run the same `svqvae tokenize` again." in error
 
 
 def test_info_of_an_adapter(tmp_path, capsys):
