@@ -1,7 +1,8 @@
 """Code in repositories: copies of the files that define a model, which load it where this package is not installed."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,32 @@ def write_code(folder: Path) -> None:
             for auto_class, name_of_loaded_class in auto_classes.items():
                 auto_map[auto_class] = f"{module}.{name_of_loaded_class}"
             config["auto_map"] = auto_map
-            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-            path.write_text(text, encoding="utf-8")
+            _write_config(path, config)
+
+
+@contextmanager
+def kept_code(*paths: Path) -> Iterator[None]:
+    """Keeps the code that configs name when the block writes them again. Otherwise the repository would not load.
+
+    Args:
+        *paths (`Path`): Configs, which need not exist.
+    """
+    auto_maps = {}
+    for path in paths:
+        if path.is_file():
+            auto_maps[path] = read_json_object(path).get("auto_map")
+    yield
+    for path, auto_map in auto_maps.items():
+        config = read_json_object(path)
+        if auto_map is not None and "auto_map" not in config:
+            config["auto_map"] = auto_map
+            _write_config(path, config)
+
+
+def _write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Writes a config."""
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    path.write_text(text, encoding="utf-8")
 
 
 def _class_names(config: Mapping[str, Any], file_name: str) -> list[Any]:

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from svqvae_hf.hub.code import write_code
+from svqvae_hf.hub.code import kept_code, write_code
 from svqvae_hf.hub.model_cards import model_card
 from svqvae_hf.hub.origin import find_origin
 from svqvae_hf.hub.publishing import CardMixin
@@ -272,10 +272,11 @@ class SVQVAEImageProcessor(HubMixin, image_processing_svqvae.SVQVAEImageProcesso
     """
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Saves the config."""
+        """Saves the config. The folder of a standalone repository keeps its code."""
         # `auto_map` names the code in the repository that the processor was loaded from. That code is not copied.
         self.__dict__.pop("auto_map", None)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        with kept_code(Path(save_directory, "preprocessor_config.json")):
+            return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class SVQVAEProcessor(HubMixin, PlainProcessor):
@@ -305,6 +306,13 @@ class SVQVAEProcessor(HubMixin, PlainProcessor):
         # Calls `check_parts`, which may download, and explains the errors of the Hub.
         from_hub(check_parts, source, subfolder=subfolder, **hub_options)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @functools.wraps(PlainProcessor.save_pretrained)
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Saves the processor. The folder of a standalone repository keeps its code."""
+        configs = [Path(save_directory, "processor_config.json"), Path(save_directory, VQVAE_FOLDER, "config.json")]
+        with kept_code(*configs):
+            return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 AutoConfig.register(LlamaGenConfig.model_type, LlamaGenConfig)

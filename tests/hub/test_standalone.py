@@ -19,9 +19,17 @@ from next_scale_golden import GOLDEN as FLEXVAR
 from next_scale_golden import make_transformer
 from pipeline_parts import text_components
 from safetensors.torch import load_file
+from transformers import AutoImageProcessor
 
 import svqvae_hf
-from svqvae_hf import DEFAULT_GENERATOR, SVQVAE, LlamaGenForCausalLM, NextScaleTransformer, SVQVAENextScalePipeline
+from svqvae_hf import (
+    DEFAULT_GENERATOR,
+    SVQVAE,
+    LlamaGenForCausalLM,
+    NextScaleTransformer,
+    SVQVAEImageProcessor,
+    SVQVAENextScalePipeline,
+)
 from svqvae_hf.conversion.convert import convert
 from svqvae_hf.hub.code import AUTO_CLASSES
 from svqvae_hf.language.image_language_model import ImageLanguageModel
@@ -162,6 +170,19 @@ def test_converted_checkpoint_carries_its_code(tmp_path):
     convert(ROOT / "tests" / "golden" / "svqvae_tiny.safetensors", tmp_path / "out", standalone=True)
     assert {path.stem for path in (tmp_path / "out").glob("*.py")} == MODEL_FILES
     assert "trust_remote_code=True" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_saving_a_processor_keeps_the_code_of_a_repository(repositories, tmp_path):
+    for name, cls in (("tokenizer", SVQVAEImageProcessor), ("drawer", svqvae_hf.SVQVAEProcessor)):
+        folder = shutil.copytree(repositories / name, tmp_path / name)
+        cls.from_pretrained(folder).save_pretrained(folder)
+        for path in (repositories / name).rglob("*config.json"):
+            written = json.loads((folder / path.relative_to(repositories / name)).read_text())
+            assert written.get("auto_map") == json.loads(path.read_text()).get("auto_map"), path
+    processor = SVQVAEImageProcessor()
+    processor.save_pretrained(tmp_path / "tokenizer")
+    loaded = AutoImageProcessor.from_pretrained(tmp_path / "tokenizer", trust_remote_code=True)
+    assert loaded.to_dict()["auto_map"]
 
 
 def test_code_is_written_only_if_asked_for(repositories, tmp_path):
