@@ -7,6 +7,7 @@ second, from `make gpu` or from the log of a run. Without them, the table has no
 
 import argparse
 import math
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,16 +20,18 @@ import numpy as np
 import torch
 from measuring import Row, make_parser, parse_options, report
 
-from svqvae_cli.files import find_inputs
-from svqvae_files.file_names import IMAGE_SUFFIXES
+from svqvae_cli.arguments import positive
+from svqvae_cli.files import check_source
 from svqvae_files.folders import Folder
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
+from svqvae_hf.data.image_rows import image_bytes
 from svqvae_hf.data.image_sets import ImageSet, open_images
 from svqvae_hf.token_sets.crops import CROPS, read_crops
 from svqvae_hf.token_sets.settings import TokenSettings, read_settings
 from svqvae_hf.token_sets.shards import SHARD_BYTES, row_features, write_shards
 from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.trainer.data.token_sequences import TokenSource
+from svqvae_hf.trainer.scripts import one_line_errors
 
 SECONDS_PER_HOUR = 3600
 BATCH = 16  # rows of a batch that are encoded or loaded
@@ -36,6 +39,9 @@ LOADED_BATCHES = 200
 CACHED_BYTES_PER_ID = 2  # 4 if the codebook has more than 65,536 codes
 PARTS_PER_WORKER = 4  # at least, so that all workers end at about the same time
 GIGABYTE = 10**9
+LEAST_JOB_MINUTES = 10  # time limit of a job, which also loads the model
+MEASURED_IMAGES = 500  # of the set, from its start
+SET_OPTIONS = ("config", "split", "image_column")  # as `svqvae tokenize` takes them
 
 
 @dataclass(frozen=True)
@@ -80,12 +86,13 @@ class CpuClock:
 
 
 @torch.inference_mode()
-def measure_rates(options: argparse.Namespace, folder: Path) -> Rates:
+def measure_rates(options: argparse.Namespace, images: ImageSet, folder: Path) -> Rates:
     """Measures the rates of this machine. `folder` holds what is written for it."""
-    images = open_images([str(options.photos)])
     model = SVQVAE.from_pretrained(options.model).eval()
     with CpuClock() as reading:
         crops = read_photos(images, options.side)
+    if not crops:
+        raise ValueError(f"at least one image must be readable, but none of `{options.photos[0]}` is.")
 
     batch = SVQVAEImageProcessor.from_model(model)(crops[:BATCH])["pixel_values"]
     model.encode_tokens(batch)  # warms up
@@ -105,7 +112,7 @@ def measure_rates(options: argparse.Namespace, folder: Path) -> Rates:
         load_rows(source)
 
     return Rates(
-        photo_bytes=mean_file_size(options.photos),
+        photo_bytes=mean_size(images),
         read=len(crops) / reading.seconds,
         encode=len(batch) / encoding.seconds,
         store=len(rows) / storing.seconds,
@@ -115,10 +122,15 @@ def measure_rates(options: argparse.Namespace, folder: Path) -> Rates:
     )
 
 
-def mean_file_size(photos: Path) -> float:
-    """Mean bytes of the image files of a folder."""
-    files = find_inputs([str(photos)], IMAGE_SUFFIXES)
-    return sum(file.path.stat().st_size for file in files) / len(files)
+def mean_size(images: ImageSet) -> float:
+    """Mean bytes of the images that can be opened."""
+    sizes = []
+    for image in images:
+        try:
+            sizes.append(len(image_bytes(image.source)))
+        except (ValueError, OSError):  # as `svqvae tokenize` would skip it
+            continue
+    return sum(sizes) / len(sizes)
 
 
 def read_photos(images: ImageSet, side: int) -> list[np.ndarray]:
@@ -188,12 +200,12 @@ def tokenizing_rows(rates: Rates, options: argparse.Namespace) -> list[Row]:
     """Table of hours to make the set."""
     rows = count_rows(options)
     core_hours = rows / rates.tokenize / SECONDS_PER_HOUR
-    lines = [("on CPUs alone", f"{core_hours:,.0f} core hours")]
+    lines = [("on CPUs alone", duration(core_hours, "core"))]
     if options.gpu_rate is not None:
         gpu_hours = rows / options.gpu_rate / SECONDS_PER_HOUR
         lines += [
-            ("on GPUs", f"{gpu_hours:,.0f} GPU hours"),
-            (f"with {options.workers} GPUs", f"{gpu_hours / options.workers:,.1f} hours"),
+            ("on GPUs", duration(gpu_hours, "GPU")),
+            (f"with {options.workers} GPUs", duration(gpu_hours / options.workers)),
             ("cores that read and store for one GPU", f"{cores_per_gpu(rates, options.gpu_rate)}"),
             (
                 "photographs read for one GPU",
@@ -201,22 +213,23 @@ def tokenizing_rows(rates: Rates, options: argparse.Namespace) -> list[Row]:
             ),
         ]
     else:
-        lines.append((f"with {options.workers} cores", f"{core_hours / options.workers:,.0f} hours"))
+        lines.append((f"with {options.workers} cores", duration(core_hours / options.workers)))
     return table(lines)
 
 
-def part_rows(rates: Rates, options: argparse.Namespace) -> list[Row]:
+def part_rows(rates: Rates, images: ImageSet, options: argparse.Namespace) -> list[Row]:
     """Table of the parts that workers make."""
     num_parts = count_parts(rates, options)
     rows = math.ceil(count_rows(options) / num_parts)
-    minutes = rows / worker_rate(rates, options) / 60
     files = math.ceil(rows * rates.ids * CACHED_BYTES_PER_ID / SHARD_BYTES)
     lines = [
         ("parts", f"{num_parts:,}"),
         ("images of a part", f"{math.ceil(options.images / num_parts):,}"),
         ("Parquet files of a part", f"{files}, {gigabytes(rows * rates.row_bytes)} in all"),
-        ("time of a part, which is lost if its worker is killed", f"{minutes:,.0f} minutes"),
+        ("time of a part, which is lost if its worker is killed", duration(hours_of_part(rates, options))),
     ]
+    if is_stream(images):
+        lines.append(("largest number of parts of PHOTOS, one per file", f"{images.max_parts:,}"))
     return table(lines)
 
 
@@ -226,39 +239,64 @@ def training_rows(rates: Rates, options: argparse.Namespace) -> list[Row]:
     cached_bytes = rows * rates.ids * CACHED_BYTES_PER_ID
     lines = [
         ("copy of the set that `datasets` keeps on each machine", gigabytes(cached_bytes)),
-        ("loading an epoch", f"{rows / rates.load / SECONDS_PER_HOUR:,.1f} core hours"),
+        ("loading an epoch", duration(rows / rates.load / SECONDS_PER_HOUR, "core")),
     ]
     if options.train_rate is not None:
         gpu_hours = rows / options.train_rate / SECONDS_PER_HOUR
         lines += [
-            ("training an epoch", f"{gpu_hours:,.0f} GPU hours"),
+            ("training an epoch", duration(gpu_hours, "GPU")),
             ("cores that load for one GPU", f"{options.train_rate / rates.load:.2f}"),
             ("ids read for one GPU", megabytes_per_second(options.train_rate * rates.ids * CACHED_BYTES_PER_ID)),
         ]
     return table(lines)
 
 
-def commands(rates: Rates, options: argparse.Namespace) -> str:
+def commands(rates: Rates, images: ImageSet, options: argparse.Namespace) -> str:
     """What to run where."""
     num_parts = count_parts(rates, options)
-    tokenize = f"svqvae tokenize PHOTOS --output TOKENS --model MODEL --crops {options.crops}"
-    tokenize += f" --resolution {options.side} --num-parts {num_parts}"
-    minutes = 4 * options.part_minutes
+    tokenize = ["svqvae", "tokenize", *options.photos, "--output", "tokens"]
+    for name in SET_OPTIONS:
+        value = getattr(options, name)
+        if value is not None:
+            tokenize += [f"--{name.replace('_', '-')}", value]
+    if options.model != DEFAULT_MODEL:
+        tokenize += ["--model", options.model]
+    tokenize += ["--crops", options.crops, "--resolution", str(options.side), "--num-parts", str(num_parts)]
     resources = "--cpus-per-task=1"
     if options.gpu_rate is not None:
         num_cores = cores_per_gpu(rates, options.gpu_rate)
         resources = f"--gres=gpu:1 --cpus-per-task={num_cores}"
-        tokenize += f" --workers {num_cores}"
-    lines = [
+        tokenize += ["--workers", str(num_cores)]
+    command = shlex.join(tokenize)
+    minutes = max(LEAST_JOB_MINUTES, math.ceil(4 * 60 * hours_of_part(rates, options)))
+    wrapped = shlex.quote(f"{command} --part $SLURM_ARRAY_TASK_ID")
+    lines = []
+    if is_stream(images) and num_parts > images.max_parts:
+        lines += [
+            f"first, because a part reads whole files and PHOTOS has {images.max_parts:,}:",
+            f"    pack the images in at least {num_parts:,} files, or lower --num-parts",
+        ]
+    lines += [
         "try one part, on one worker:",
-        f"    {tokenize} --part 0",
+        f"    {command} --part 0",
         f"all parts, {options.workers} at a time, with Slurm:",
         f"    sbatch --array=0-{num_parts - 1}%{options.workers} {resources} --time={minutes} --requeue --wrap \\",
-        f"        '{tokenize} --part $SLURM_ARRAY_TASK_ID'",
+        f"        {wrapped}",
         "what is missing:",
-        "    svqvae info TOKENS",
+        "    svqvae info tokens",
     ]
     return "\n".join(lines)
+
+
+def is_stream(images: ImageSet) -> bool:
+    """Whether a set is of files that hold many images, which parts cannot divide."""
+    return images.rows is None
+
+
+def hours_of_part(rates: Rates, options: argparse.Namespace) -> float:
+    """Hours that a worker takes for a part."""
+    rows = math.ceil(count_rows(options) / count_parts(rates, options))
+    return rows / worker_rate(rates, options) / SECONDS_PER_HOUR
 
 
 def count_rows(options: argparse.Namespace) -> int:
@@ -288,6 +326,24 @@ def table(lines: list[tuple[str, str]]) -> list[Row]:
     return [{"what": name, "value": value} for name, value in lines]
 
 
+def duration(hours: float, worker: str = "") -> str:
+    """Hours or minutes in words, such as `3,300 core hours`.
+
+    Args:
+        hours (`float`): Hours.
+        worker (`str`, defaults to `""`): What works for so long, such as `core`.
+    """
+    prefix = f"{worker} " if worker else ""
+    minutes = 60 * hours
+    if hours >= 10:
+        return f"{hours:,.0f} {prefix}hours"
+    if hours >= 2:
+        return f"{hours:.1f} {prefix}hours"
+    if minutes >= 2:
+        return f"{minutes:.0f} {prefix}minutes"
+    return f"{60 * minutes:.2g} {prefix}seconds"
+
+
 def gigabytes(count: float) -> str:
     """Bytes in GB."""
     if count < 10 * GIGABYTE:
@@ -304,29 +360,36 @@ def main() -> None:
     """Reads the arguments, measures, multiplies and reports."""
     parser = make_parser(__doc__, rounds=1)
     parser.set_defaults(threads=1)
-    parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of photographs like those of the set")
+    help = "image set like the one to tokenize, named as `svqvae tokenize` takes it; its first 500 images are measured"
+    parser.add_argument("photos", nargs="+", metavar="PHOTOS", help=help)
+    for name in SET_OPTIONS:
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help="as of `svqvae tokenize`")
     parser.add_argument("--images", type=float, default=100e6, help="of the set (default: 100e6)")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="tokenizer (default: the bundled one)")
-    parser.add_argument("--side", type=int, default=256, metavar="PIXELS", help="of the crops (default: 256)")
+    parser.add_argument("--side", type=positive, default=256, metavar="PIXELS", help="of the crops (default: 256)")
     parser.add_argument("--crops", choices=[name for name in CROPS if name != "whole"], default="centre")
     parser.add_argument("--gpu-rate", type=float, help="crops per second that one GPU encodes")
     parser.add_argument("--train-rate", type=float, help="images per second of one GPU that trains on the set")
-    parser.add_argument("--workers", type=int, default=64, help="GPUs, or cores without --gpu-rate (default: 64)")
-    parser.add_argument("--part-minutes", type=int, default=30, help="longest time of a part (default: 30)")
-    parser.add_argument("--rows", type=int, default=2048, help="rows that are stored for the measurement")
+    parser.add_argument("--workers", type=positive, default=64, help="GPUs, or cores without --gpu-rate (default: 64)")
+    parser.add_argument("--part-minutes", type=positive, default=30, help="longest time of a part (default: 30)")
+    parser.add_argument("--rows", type=positive, default=2048, help="rows that are stored for the measurement")
     options, machine = parse_options(parser, "cpu")
+    check_source(options.model)
+    set_options = {name: getattr(options, name) for name in SET_OPTIONS}
+    images = open_images(options.photos, **set_options)  # a wrong set is an error before anything is measured
     with tempfile.TemporaryDirectory() as folder:
-        rates = measure_rates(options, Path(folder))
+        rates = measure_rates(options, images.first(MEASURED_IMAGES), Path(folder))
     tables = {
         "Measured on one core, and given": rate_rows(rates, options),
         "The set": set_rows(rates, options),
         "Making it": tokenizing_rows(rates, options),
-        "Parts": part_rows(rates, options),
+        "Parts": part_rows(rates, images, options),
         "Training on it": training_rows(rates, options),
     }
     report(options, machine, tables)
-    print(commands(rates, options))
+    print(commands(rates, images, options))
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkouts import checkout
 from conftest import ROOT
+from numbered_images import write_tar
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_windows")]
 
@@ -94,6 +95,38 @@ def test_benchmark_runs(run, inputs, monkeypatch, command):
     monkeypatch.chdir(inputs)
     tables = run(*command.split())
     assert all(rows for rows in tables)
+
+
+def test_plan_of_tar_files_prints_their_commands(run, inputs, monkeypatch, capsys):
+    image = (inputs / "photos" / "cat.png").read_bytes()
+    for name in ("a b.tar", "c.tar"):
+        write_tar(inputs / name, [("cat.png", image)])
+    monkeypatch.chdir(inputs)
+    run("plan", "a b.tar", "c.tar", "--side", "16", "--rows", "4", "--images", "1000", "--workers", "2")
+    text = capsys.readouterr().out
+    assert f"| a photograph's file | {len(image) / 1000:,.0f} KB |" in text
+    assert "| largest number of parts of PHOTOS, one per file | 2 |" in text
+    assert "because a part reads whole files and PHOTOS has 2:\n    pack the images in at least 8 files" in text
+    command = "svqvae tokenize 'a b.tar' c.tar --output tokens --crops centre --resolution 16 --num-parts 8 --part 0"
+    assert command in text
+    assert " 0 core hours" not in text
+    assert "--time=10 " in text
+
+
+def test_plan_of_a_wrong_set_is_one_line(tmp_path):
+    command = [sys.executable, f"{BENCHMARKS}/plan.py", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("plan.py: error: a set must hold images, but the folder has none: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [(3300, "3,300 core hours"), (2.25, "2.2 core hours"), (0.5, "30 core minutes"), (0.001, "3.6 core seconds")],
+)
+def test_durations_are_sensible(load, hours, text):
+    assert load("plan").duration(hours, "core") == text
 
 
 def test_make_gpu_says_in_one_line_that_there_is_no_gpu():

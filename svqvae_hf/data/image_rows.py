@@ -84,14 +84,14 @@ def read_image(source: ImageSource | ImageRow) -> Image.Image:
         return to_rgb(source)
     if isinstance(source, str | Path):
         return load_image(source)
-    if source is None:  # an empty cell of a table
-        source = {}
-    content = _encoded_image(source)
+    content = image_bytes(source)
     return load_image(io.BytesIO(content))
 
 
-def _encoded_image(row: Mapping[str, Any]) -> bytes:
+def image_bytes(row: Mapping[str, Any] | None) -> bytes:
     """Bytes of the image file that an undecoded row of `datasets` holds or names."""
+    if row is None:  # an empty cell of a table
+        row = {}
     if row.get("fault"):  # such as the path of a file outside the set, in a row on the Hub
         raise ValueError(row["fault"])
     if row.get("bytes") is not None:
