@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from svqvae_files.inputs import check_local, find_bundled
 from svqvae_hf.hub.repositories import REPO_ID, check_repo_id, public_name
 from svqvae_hf.models.checks import check_number
-from svqvae_hf.trainer.scripts import script_name
+from svqvae_hf.trainer.scripts import check_no_repeats, script_name
 
 OPTIMIZERS = ("adamw", "soap")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
@@ -273,8 +273,8 @@ def read_options(options_classes: Sequence[type], arguments: Sequence[str]) -> t
     if words and words[0].endswith((".yaml", ".yml")):
         words_of_file = file_flags(Path(words.pop(0)))
     parser = OptionParser(options_classes, prog=script_name(), usage=USAGE, allow_abbrev=False)
-    parser.check_no_repeats(words_of_file)
-    parser.check_no_repeats(words)
+    check_no_repeats(parser, words_of_file)
+    check_no_repeats(parser, words)
     words = words_of_file + words  # flags override the file, because the last of equal flags counts
     parser.check_names(words)
     _check_no_stray_value(parser, words)
@@ -326,21 +326,6 @@ class OptionParser(HfArgumentParser):
             if similar_flags:
                 advice = f"Did you mean `{similar_flags[0]}`?"
             raise ValueError(f"`{flag}` is not an option of the script. {advice}")
-
-    def check_no_repeats(self, words: Sequence[str]) -> None:
-        """Raises ValueError for the first option that is given twice, because argparse would take its last value."""
-        names = {}  # of options, by flag: `--token_set` and `--token-set`, `--random_flip` and `--no_random_flip`
-        for action in self._actions:
-            for flag in action.option_strings:
-                names[flag] = action.dest
-        names_before = set()
-        for word in words:
-            flag = word.partition("=")[0]
-            if flag not in names:
-                continue
-            if names[flag] in names_before:
-                raise ValueError(f"`{flag}` must be given once, but is given twice. Leave one of them out.")
-            names_before.add(names[flag])
 
     def error(self, message: str) -> NoReturn:
         """Raises the error, without the usage, which lists every option."""

@@ -3,9 +3,10 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 TRACEBACK = r"(?s).*Traceback \(most recent call last\):\n(?: [^\n]*\n)*"
 
@@ -18,7 +19,33 @@ def script_name() -> str:
 def script_parser(description: str | None) -> argparse.ArgumentParser:
     """Makes the parser of a script that does not train. Its description shows how to call it."""
     formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description, formatter_class=formatter)
+    return ScriptParser(usage=argparse.SUPPRESS, description=description, formatter_class=formatter)
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """Parser for which an option that is given twice is an error."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Reads words, by default those of the command line. Raises ValueError for an option that is given twice."""
+        words = sys.argv[1:] if args is None else args
+        check_no_repeats(self, words)
+        return super().parse_known_args(words, namespace)
+
+
+def check_no_repeats(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Raises ValueError for the first option that is given twice, because argparse would take its last value."""
+    names = {}  # of options, by flag: `--token_set` and `--token-set`, `--random_flip` and `--no_random_flip`
+    for action in parser._actions:
+        for flag in action.option_strings:
+            names[flag] = action.dest
+    names_before = set()
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag not in names:
+            continue
+        if names[flag] in names_before:
+            raise ValueError(f"`{flag}` must be given once, but is given twice. Leave one of them out.")
+        names_before.add(names[flag])
 
 
 @contextmanager

@@ -96,6 +96,9 @@ def test_a_context_model_is_replaced_only_with_overwrite(is_there_at_the_start, 
         train_context.main()
     assert stop.value.code == 2
     assert "context_model.safetensors` exists." in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*command, "--max_steps=2"])
+    with pytest.raises(ValueError, match="`--max_steps` must be given once, but is given twice"):
+        train_context.main()
     assert ContextModel.from_pretrained(tmp_path).fingerprint == old.fingerprint
     monkeypatch.setattr(sys, "argv", [*command, "--overwrite"])
     train_context.main()
