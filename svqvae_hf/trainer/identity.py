@@ -18,6 +18,7 @@ from svqvae_hf.trainer.configs import read_config
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.options import MODEL_SUFFIX
 
+IMAGE_SET_OPTIONS = ("dataset_name", "train_data_dir", "mix_data_dir", "validation_data_dir")
 UNIMPORTANT = ("output_dir", "resume_from_checkpoint")  # options that do not change the result
 
 
@@ -86,11 +87,16 @@ def check_sources(location: Path, recorded: Mapping[str, str], current: Mapping[
         ValueError: Digests differ.
     """
     changed = changed_names(recorded, current)
-    if changed:
-        raise ValueError(
-            f"`--{changed[0]}` must name what `{location}` was made from, but names something else, or it has changed "
-            "since. Restore it, or start a new run in another `--output_dir`."
-        )
+    if not changed:
+        return
+    name = changed[0]
+    remedy = "Restore it"
+    if name in IMAGE_SET_OPTIONS:
+        remedy = "Restore the names, sizes and times of change of its files (`cp -p` and `rsync -t` keep times)"
+    raise ValueError(
+        f"`--{name}` must name what `{location}` was made from, but names something else, or it has changed since. "
+        f"{remedy}, or start a new run in another `--output_dir`."
+    )
 
 
 def model_digests(options: Any) -> dict[str, str]:

@@ -182,7 +182,7 @@ def more_images_per_step(work):
 
 
 OTHER = {
-    image_replaced_by_an_older_one: "`--train_data_dir` must name what",
+    image_replaced_by_an_older_one: "`--train_data_dir` must name what .*times of change of its files .`cp -p` and",
     image_added: "`--train_data_dir` must name what",
     model_of_the_same_name: "`--model_config_name_or_path` must name what",
     other_seed: "The seed must be 0 as when the checkpoint was written",
