@@ -307,12 +307,17 @@ class SVQVAEProcessor(HubMixin, PlainProcessor):
         from_hub(check_parts, source, subfolder=subfolder, **hub_options)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    @functools.wraps(PlainProcessor.save_pretrained)
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Saves the processor. The folder of a standalone repository keeps its code."""
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Saves the processor. The folder of a standalone repository keeps its code.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder to write to.
+            push_to_hub (`bool`, defaults to `False`): Whether to upload the folder.
+            **kwargs: Further arguments of transformers' method.
+        """
         configs = [Path(save_directory, "processor_config.json"), Path(save_directory, VQVAE_FOLDER, "config.json")]
         with kept_code(*configs):
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            return super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
 
 AutoConfig.register(LlamaGenConfig.model_type, LlamaGenConfig)
