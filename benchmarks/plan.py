@@ -23,6 +23,7 @@ from measuring import Row, make_parser, parse_options, report
 from svqvae_cli.arguments import positive
 from svqvae_cli.files import check_source
 from svqvae_files.folders import Folder
+from svqvae_files.inputs import find_bundled
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.image_rows import image_bytes
 from svqvae_hf.data.image_sets import ImageSet, open_images
@@ -365,7 +366,9 @@ def main() -> None:
     for name in SET_OPTIONS:
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help="as of `svqvae tokenize`")
     parser.add_argument("--images", type=float, default=100e6, help="of the set (default: 100e6)")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="tokenizer (default: the bundled one)")
+    parser.add_argument(
+        "--model", type=find_bundled, default=DEFAULT_MODEL, help="tokenizer (default: the bundled one)"
+    )
     parser.add_argument("--side", type=positive, default=256, metavar="PIXELS", help="of the crops (default: 256)")
     parser.add_argument("--crops", choices=[name for name in CROPS if name != "whole"], default="centre")
     parser.add_argument("--gpu-rate", type=float, help="crops per second that one GPU encodes")
