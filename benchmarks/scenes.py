@@ -276,12 +276,14 @@ def pixels_of(pictures: Sequence[Image.Image]) -> np.ndarray:
 
 @torch.inference_mode()
 def bits_per_id(model: ImageLanguageModel, captions: Sequence[str], grids: Sequence[torch.Tensor]) -> float:
-    """Mean bits of an id after its caption and the ids before."""
+    """Mean bits of an id after its plain caption and the ids before."""
     processor = model.processor
     vocabulary = processor.vocabulary
     nats = []
     for caption, ids in zip(captions, grids, strict=True):
         prompt = processor.apply_chat_template([{"role": "user", "content": caption}], add_generation_prompt=True)
+        if model.rewrites:
+            prompt += caption
         tokens = processor.tokenizer(prompt).input_ids + vocabulary.encode(ids)[:-1]
         logits = model.language_model(input_ids=torch.tensor([tokens])).logits[0]  # (tokens, vocab_size)
         logits_of_ids = logits[
