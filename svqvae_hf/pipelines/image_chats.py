@@ -127,24 +127,7 @@ class ImageChats:
         """
         if not self.rewrites or not prompts:
             return list(prompts)
-        inputs = self._ask(list(prompts))
-        begin = self.processor.vocabulary.begin
-        vocabulary_size = self.language_model.config.get_text_config().vocab_size
-        image_tokens = range(self.processor.vocabulary.first_token, vocabulary_size)
-        tokens = self.language_model.generate(
-            **inputs,
-            max_new_tokens=MAX_REWRITTEN_TOKENS,
-            do_sample=False,
-            suppress_tokens=[token for token in image_tokens if token != begin],
-            eos_token_id=[begin, self.tokenizer.eos_token_id],
-        )  # (prompts, prompt and answer)
-        prompt_length = inputs["input_ids"].shape[1]
-        captions = []
-        for answer in tokens[:, prompt_length:].tolist():
-            if begin in answer:
-                answer = answer[: answer.index(begin)]
-            captions.append(self.tokenizer.decode(answer, skip_special_tokens=True).strip())
-        return captions
+        return self._rewrite(self._questions(prompts))
 
     @torch.inference_mode()
     def draw(
@@ -197,7 +180,7 @@ class ImageChats:
             warnings.warn(say_undrawable(undrawable_nouns), stacklevel=2)
         questions = self._questions(texts)
         begin_image = self.processor.begin_image(grid)
-        starts_of_answers = [caption + begin_image for caption in self._captions_to_draw(texts)]
+        starts_of_answers = [caption + begin_image for caption in self._captions_before_images(questions)]
         guidance_scale = sampling.pop("guidance_scale")
         has_caption = any(text is not None for text in texts)
         guidance = None
@@ -244,15 +227,7 @@ class ImageChats:
         questions = [self.processor.image_token + prompt] * len(images)
         images_of_questions = [[image] for image in images]
         inputs = self._ask(questions, images=images_of_questions)
-        vocabulary_size = self.language_model.config.get_text_config().vocab_size
-        image_tokens = range(self.processor.vocabulary.first_token, vocabulary_size)
-        tokens = self.language_model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, suppress_tokens=list(image_tokens)
-        )  # (images, prompt and answer)
-        prompt_length = inputs["input_ids"].shape[1]
-        answers = tokens[:, prompt_length:]
-        captions = self.processor.batch_decode(answers, skip_special_tokens=True)
-        return [caption.strip() for caption in captions]
+        return self._write(inputs, max_new_tokens)
 
     def _choose_sampling(self, **arguments: Any) -> dict[str, Any]:
         """Checked arguments of sampling. An argument that is None gets the model's default."""
@@ -275,16 +250,42 @@ class ImageChats:
                 questions.append(next(known_captions))
         return questions
 
-    def _captions_to_draw(self, texts: Sequence[str | None]) -> list[str]:
-        """What the model writes before each image: the rewritten prompt, if it rewrites and there is a prompt."""
+    def _captions_before_images(self, questions: Sequence[str]) -> list[str]:
+        """Captions that the model writes before the images of questions; empty if it writes none."""
         if not self.rewrites:
-            return [""] * len(texts)
-        prompts = [text for text in texts if text is not None]
-        rewritten = iter(self.rewrite(prompts))
+            return [""] * len(questions)
         captions = []
-        for text in texts:
-            captions.append("" if text is None else next(rewritten))
+        for question, caption in zip(questions, self._rewrite(questions), strict=True):
+            is_without_prompt = question == self.processor.no_condition
+            captions.append("" if is_without_prompt else caption)
         return captions
+
+    def _rewrite(self, questions: Sequence[str]) -> list[str]:
+        """Captions that the model writes for questions, until an image begins."""
+        inputs = self._ask(list(questions))
+        return self._write(inputs, MAX_REWRITTEN_TOKENS, end=self.processor.vocabulary.begin)
+
+    def _write(self, inputs: BatchFeature, max_new_tokens: int, end: int | None = None) -> list[str]:
+        """Texts after the inputs, by greedy decoding.
+
+        `end` is an image token that ends a text, as the end of sequence does. No other image token is written.
+        """
+        vocabulary_size = self.language_model.config.get_text_config().vocab_size
+        image_tokens = range(self.processor.vocabulary.first_token, vocabulary_size)
+        options: dict[str, Any] = {}
+        if end is not None:
+            options["eos_token_id"] = [end, self.tokenizer.eos_token_id]
+        tokens = self.language_model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            suppress_tokens=[token for token in image_tokens if token != end],
+            **options,
+        )  # (questions, question and answer)
+        question_length = inputs["input_ids"].shape[1]
+        answers = tokens[:, question_length:]
+        texts = self.processor.batch_decode(answers, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def _ids_to_keep(
         self, images: Sequence[Image.Image], masks: Sequence[Image.Image], grid: tuple[int, int], count: int

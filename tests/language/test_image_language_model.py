@@ -108,7 +108,7 @@ def test_a_model_that_rewrites_draws_what_it_writes(monkeypatch):
         tokens = torch.cat([tokens, token.view(1, 1)], dim=1)
     assert answers[0] == processor.decode(tokens[0, num_question_tokens:], skip_special_tokens=True).strip()
     drawn = pipe.draw([*prompts, None], (2, 3), guidance_scale=2.0, temperature=0)
-    monkeypatch.setattr(pipe, "rewrite", lambda _: ["a cat", "a key"])
+    monkeypatch.setattr(pipe, "_rewrite", lambda questions: ["a cat", "a key", "a bee"][: len(questions)])
     others = pipe.draw([*prompts, None], (2, 3), guidance_scale=2.0, temperature=0)
     assert pixels(drawn)[:2] != pixels(others)[:2]
     assert pixels(drawn)[2:] == pixels(others)[2:]
