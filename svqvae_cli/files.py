@@ -23,7 +23,7 @@ from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import is_writable, nearest_existing
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
-CHECKPOINT_STATES = ("run_state.pt", "trainer_state.json")  # one of which each checkpoint of a training script has
+CHECKPOINT_STATES = ("run_state.pt", "trainer_state.json")  # each checkpoint of a training script has one of them
 
 
 @dataclass(frozen=True)

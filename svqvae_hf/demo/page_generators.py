@@ -129,11 +129,11 @@ class PageGenerator(ABC):
         return html.escape(", ".join(facts))
 
     def rewritten(self, prompt: str) -> str:
-        """What the generator draws for a prompt: the prompt, or the caption into which a model rewrites it."""
+        """The prompt itself, or the caption into which a model rewrites it."""
         return prompt
 
     def _prompt_notes(self, prompt: str) -> list[str]:
-        """What is drawn if it is not the prompt; words that the generator does not know; things it cannot draw."""
+        """Notes that tell what is drawn in place of the prompt, which words are left out, and what cannot be drawn."""
         notes = []
         rewritten = self.rewritten(prompt)
         if rewritten != prompt:
@@ -237,7 +237,7 @@ class LanguageModelGenerator(PageGenerator):
         return self.model.undrawable([prompt])
 
     def rewritten(self, prompt: str) -> str:
-        """What the model draws for a prompt."""
+        """The caption into which the model rewrites a prompt, if it rewrites prompts."""
         if not prompt:
             return prompt
         return self.model.rewrite([prompt])[0]
