@@ -10,7 +10,8 @@ from svqvae_hf.models.modeling_svqvae import SVQVAE, GroupNorm
 
 Convolution = Any  # nn.Conv2d, whose type allows no bias, while all of these have one
 
-NORM_RATIO = 10.0  # variance of the constants over the variance of the other channels
+CONTENT_VARIANCE = 1.0  # about the variance of the channels that hold image content
+CONSTANTS_VARIANCE = 10.0  # what the two constants of a group add to its variance
 SPARE_SCALE = 0.5  # of random weights that the start does not use
 
 
@@ -19,7 +20,8 @@ class ChannelLayout:
 
     A norm divides each group of channels by the group's standard deviation. Two channels of each group hold the
     constants +B and -B, which are so large that they decide this standard deviation. So a norm divides any image by
-    nearly the same number, and its weight can undo that.
+    nearly the same number, and its weight can undo that. All convolutions of the linear start read and write image
+    content in the channels of `content` alone.
 
     Args:
         channels (`int`): Number of channels.
@@ -49,13 +51,11 @@ class ChannelLayout:
                 self.content.append(channel)
         self.constant = self.positive + self.negative
 
-        # The mean of a group is about 0, so its variance is the sum of all squares over the number of channels. The
-        # squares of the constants, +B and -B, contribute 2 * B**2 / channels_per_group, which shall be `NORM_RATIO`.
-        self.constant_value = math.sqrt(NORM_RATIO * channels_per_group / 2)  # B
-        variance_of_constants = 2 * self.constant_value**2 / channels_per_group  # `NORM_RATIO`
-        variance_of_content = 1  # about
+        # The mean of a group is about 0, so its variance is the mean of the squares of its channels. The constants +B
+        # and -B add 2 * B**2 / channels_per_group to it. With this B, that is `CONSTANTS_VARIANCE`.
+        self.constant_value = math.sqrt(CONSTANTS_VARIANCE * channels_per_group / 2)  # B
         # A norm divides by the standard deviation of the group. This weight multiplies by it again.
-        self.norm_weight = math.sqrt(variance_of_content + variance_of_constants)
+        self.norm_weight = math.sqrt(CONTENT_VARIANCE + CONSTANTS_VARIANCE)
 
 
 Layouts = dict[int, ChannelLayout]  # by number of channels
@@ -118,7 +118,7 @@ def copy_content(shortcut: Convolution | None, layouts: Layouts, count: int) -> 
         `int`: Number of channels that are copied.
     """
     if shortcut is None:
-        return count
+        return count  # the block adds zeros to its input, so all channels are passed on
     inputs = layouts[shortcut.in_channels].content
     outputs = layouts[shortcut.out_channels].content
     count = min(count, len(inputs), len(outputs))
@@ -159,8 +159,8 @@ def set_rows(
         bias (`torch.Tensor` of shape `(outputs,)`): Bias.
     """
     num_outputs, num_inputs = weight.shape[:2]
-    outputs = torch.tensor(output_channels[:num_outputs])
     inputs = torch.tensor(input_channels[:num_inputs])
-    layer.weight[outputs] = 0
-    layer.weight[outputs[:, None], inputs] = weight  # (outputs, inputs, 3, 3)
-    layer.bias[outputs] = bias
+    for row, output_channel in enumerate(output_channels[:num_outputs]):
+        layer.weight[output_channel] = 0
+        layer.weight[output_channel, inputs] = weight[row]  # (inputs, 3, 3)
+        layer.bias[output_channel] = bias[row]

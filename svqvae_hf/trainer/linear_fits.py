@@ -59,26 +59,31 @@ def principal_components(inputs: Components, max_components: int) -> Components:
     Returns:
         `Components`: Components `(batch, components, h / 2, w / 2)`, by a 2 x 2 convolution of stride 2.
     """
-    # Undoes the division that gave each feature unit variance.
+    # The features have unit variance. This factor returns to each of them the variance that it has in pixels.
     input_stds = inputs.stds[:, None, None]  # (channels, 1, 1)
     unscaled_features = inputs.features * input_stds  # (B, channels, h, w)
-    patches = F.unfold(unscaled_features, 2, stride=2)  # (B, channels * 4, patches)
+    patches = F.unfold(unscaled_features, kernel_size=2, stride=2)  # (B, channels * 4, patches)
     samples = patches.transpose(1, 2).flatten(0, 1)  # (B * patches, channels * 4)
+    # Variances are (components,), and directions are (channels * 4, components).
     variances, directions = _leading_eigenvectors(samples.T.cov(), max_components)
-    stds = variances.clamp(min=0).sqrt()  # (components,); rounding can make a small variance negative
-    # The projection divides by the standard deviations, so that a tiny one would enlarge noise.
-    smallest_std = SMALLEST_STD * variances[0].sqrt()
-    stds = stds.clamp(min=smallest_std)
+    stds = _standard_deviations(variances)  # (components,)
 
-    # Projects samples on the directions, and scales each component to mean 0 and variance 1.
-    projection = (directions / stds).T  # (components, channels * 4)
-    bias = -projection @ samples.mean(0)  # (components,)
-    kernel = projection.unflatten(1, (-1, 2, 2))  # (components, channels, 2, 2)
+    # A component is (sample - mean) @ direction / std. As a linear map of the sample, it is weight @ sample + bias.
+    matrix = (directions / stds).T  # (components, channels * 4)
+    bias = -matrix @ samples.mean(0)  # (components,)
+    weight_for_unscaled = matrix.unflatten(1, (-1, 2, 2))  # (components, channels, 2, 2)
 
-    # A convolution reads the features without the factor `input_stds`, so its weight takes the factor over.
-    weight = kernel * input_stds
+    # The convolution reads the features themselves, without the factor, so each channel of its weight has the factor.
+    weight = weight_for_unscaled * input_stds  # (components, channels, 2, 2)
     features = F.conv2d(inputs.features, weight, bias, stride=2)  # (B, components, h / 2, w / 2)
     return Components(weight, bias, stds, features)
+
+
+def _standard_deviations(variances: torch.Tensor) -> torch.Tensor:
+    """Square roots of variances `(components,)`, largest first. A floor keeps later divisions from enlarging noise."""
+    stds = variances.clamp(min=0).sqrt()  # rounding can make a small variance negative
+    smallest_std = SMALLEST_STD * variances[0].sqrt()
+    return stds.clamp(min=smallest_std)
 
 
 def _leading_eigenvectors(covariance: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,10 +103,10 @@ class Fit:
 
 
 def regress(inputs: torch.Tensor, targets: torch.Tensor, ridge: float, border: int) -> Fit:
-    """Ridge regression of targets on 3 x 3 neighbours, by normal equations in float64.
+    """Finds the 3 x 3 convolution that best computes targets from inputs, by ridge regression.
 
-    With the neighbours of each position as a row of X, and its targets as a row of Y, the solution W of
-    (X^T X + penalty) W = X^T Y is the weight of a convolution.
+    X has a row for each position of each image: the 3 x 3 neighbours of the position, and a one. Y has a row for each
+    position: its targets. The solution W of (X^T X + penalty) W = X^T Y holds the weight and the bias.
 
     Args:
         inputs (`torch.Tensor` of shape `(batch, channels, h, w)`): Inputs.
@@ -111,27 +116,39 @@ def regress(inputs: torch.Tensor, targets: torch.Tensor, ridge: float, border: i
     """
     largest_border = (min(inputs.shape[-2:]) - 1) // 2  # leaves at least one row and one column
     border = min(border, largest_border)
-    generator = torch.Generator().manual_seed(0)
-    max_positions_per_image = POSITIONS // len(inputs) + 1
-    num_columns = 9 * inputs.shape[1] + 1  # neighbours, and a column of ones for the bias
+    gram, products = _normal_equations(inputs, targets, border)
+    penalty = torch.zeros_like(gram.diagonal())  # (columns,)
+    penalty[:-1] = ridge * gram.diagonal().mean()  # only weights are kept small, not the bias, which is last
+    solution = torch.linalg.solve(gram + penalty.diag(), products).to(inputs.dtype)  # (columns, targets)
+    weight_rows = solution[:-1].T  # (targets, channels * 9)
+    weight = weight_rows.unflatten(1, (-1, 3, 3)).contiguous()  # (targets, channels, 3, 3)
+    return Fit(weight, bias=solution[-1])
+
+
+def _normal_equations(inputs: torch.Tensor, targets: torch.Tensor, border: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums X^T X `(columns, columns)` and X^T Y `(columns, targets)` over random positions, in float64.
+
+    The columns of X are the 3 x 3 neighbours, channel by channel as in the weight of a convolution, and a last column
+    of ones, whose coefficient is the bias.
+    """
+    num_columns = 9 * inputs.shape[1] + 1
     gram = inputs.new_zeros(num_columns, num_columns, dtype=torch.float64)  # X^T X
     products = inputs.new_zeros(num_columns, targets.shape[1], dtype=torch.float64)  # X^T Y
+    generator = torch.Generator().manual_seed(0)
+    max_positions_per_image = POSITIONS // len(inputs) + 1
     # One image at a time, because neighbours take nine times the memory.
     for image, target in zip(inputs, targets, strict=True):
-        neighbours = F.unfold(image[None], 3, padding=1)[0]  # (channels * 9, h * w)
-        neighbours = neighbours.unflatten(1, image.shape[-2:])  # (channels * 9, h, w)
-        input_rows = _inner_positions(neighbours, border)  # (positions, channels * 9)
+        flat_neighbours = F.unfold(image[None], kernel_size=3, padding=1)[0]  # (channels * 9, h * w)
+        neighbours = flat_neighbours.unflatten(1, image.shape[-2:])  # (channels * 9, h, w)
+        neighbour_rows = _inner_positions(neighbours, border)  # (positions, channels * 9)
         target_rows = _inner_positions(target, border)  # (positions, targets)
         order = torch.randperm(len(target_rows), generator=generator)
         chosen = order[:max_positions_per_image].to(target_rows.device)
-        rows = F.pad(input_rows[chosen], (0, 1), value=1.0).double()  # (chosen, columns), with the column of ones
-        gram += rows.T @ rows
-        products += rows.T @ target_rows[chosen].double()
-    penalty = ridge * gram.diagonal().mean() * torch.ones_like(gram[0])  # (columns,)
-    penalty[-1] = 0  # only weights are kept small, not the bias
-    solution = torch.linalg.solve(gram + penalty.diag(), products).to(inputs.dtype)  # (columns, targets)
-    weight = solution[:-1].T.unflatten(1, (-1, 3, 3)).contiguous()  # (targets, channels, 3, 3)
-    return Fit(weight, bias=solution[-1])
+        x_rows = F.pad(neighbour_rows[chosen], (0, 1), value=1.0).double()  # (chosen, columns), with ones
+        y_rows = target_rows[chosen].double()  # (chosen, targets)
+        gram += x_rows.T @ x_rows
+        products += x_rows.T @ y_rows
+    return gram, products
 
 
 def _inner_positions(image: torch.Tensor, border: int) -> torch.Tensor:

@@ -5,7 +5,11 @@ the contrast of each image. Training then spends hours learning what a linear ma
 only, so the architecture and the file format stay:
 
 - **Neutral norms.** In each group of each norm, two channels are constants, +B and -B. They dominate the variance, so
-  the norm is almost a fixed scale. The weight of the norm undoes that scale for the other channels.
+  the norm is almost a fixed scale. The weight of the norm undoes that scale for the other channels, which hold image
+  content. `ChannelLayout` lists both kinds of channels for each number of channels.
+- **Features in order.** The features of a resolution fill its content channels from the first one on.
+- **Pairs.** Encoder and decoder apply silu before their last convolution. Since silu(x) - silu(-x) = x,
+  the convolution restores a value x from two channels that hold x and -x before silu.
 - **Principal components.** Each strided convolution computes the principal components of 2 x 2 neighbours. The latents
   are the leading components of f x f blocks. The decoder's convolutions are regressed, level by level, on the
   encoder's features.
@@ -91,8 +95,8 @@ def _unmet_requirement(vqvae: SVQVAE, layouts: Layouts) -> str | None:
     if config["z_channels"] < latent_channels:
         return "`z_channels` of at least `codebook_embed_dim`"
 
-    # The last activations of encoder and decoder need two channels, x and -x, for each value x that they pass on. Only
-    # channels that hold no constant can do this.
+    # Before the last convolutions of encoder and decoder, two channels hold each value, as x and as -x. These must be
+    # content channels, because the others hold constants.
     last_encoder_layout = layouts[vqvae.encoder.conv_out.in_channels]
     last_decoder_layout = layouts[vqvae.decoder.conv_out.in_channels]
     encoder_is_too_narrow = len(last_encoder_layout.content) < 2 * latent_channels
@@ -106,7 +110,7 @@ def _unmet_requirement(vqvae: SVQVAE, layouts: Layouts) -> str | None:
 
 
 def _write_constants_everywhere(vqvae: SVQVAE, layouts: Layouts) -> None:
-    """Lets each convolution of the main path write the constants of its feature map.
+    """Lets each convolution of the main path write +B and -B to the constant channels of its output.
 
     The main path is what is left of the network if residual branches and attention add nothing: the first
     convolutions, the changes of resolution, and the shortcuts of blocks that change the number of channels.
@@ -158,25 +162,38 @@ def _fit_encoder(vqvae: SVQVAE, layouts: Layouts, pixels: torch.Tensor) -> list[
     components = colour_components(pixels)
     _write_colours(encoder.conv_in, layouts, components)
     features_of_levels = [components.features]
-    for level in levels_with_downsample:
-        max_components = len(layouts[level.downsample.conv.out_channels].content)
-        if level is levels_with_downsample[-1]:
-            # The last level, which follows, holds each component twice, as x and as -x.
-            num_last_channels = len(layouts[encoder.conv_out.in_channels].content)
-            max_components = min(max_components, num_last_channels // 2)
+    limits = _limits_of_components(encoder, layouts)
+    for level, max_components in zip(levels_with_downsample, limits, strict=True):
         components = _fit_level(level, layouts, components, max_components)
         features_of_levels.append(components.features)
+    # The last level keeps the resolution. The shortcut of its first block doubles the components to x and -x.
     copy_content_and_negative(last_level.res[0].nin_shortcut, layouts, count=len(components.stds))
     _write_latents(vqvae, layouts, components.stds)
     return features_of_levels
 
 
+def _limits_of_components(encoder: Any, layouts: Layouts) -> list[int]:
+    """Maximum number of components at each lower resolution, one for each content channel that can hold it.
+
+    At the lowest resolution, the last level must also have two content channels for each component.
+    """
+    levels_with_downsample = list(encoder.conv_blocks)[:-1]
+    limits = []
+    for level in levels_with_downsample:
+        content_channels = layouts[level.downsample.conv.out_channels].content
+        limits.append(len(content_channels))
+    channels_of_last_level = layouts[encoder.conv_out.in_channels].content
+    limits[-1] = min(limits[-1], len(channels_of_last_level) // 2)
+    return limits
+
+
 def _write_colours(conv_in: Convolution, layouts: Layouts, colours: Components) -> None:
     """Lets the first convolution compute brightness and two colour differences, by the centre of its kernel."""
-    outputs = layouts[conv_in.out_channels].content[: len(COLOURS)]
-    conv_in.weight[outputs] = 0
-    conv_in.weight[outputs, :, 1, 1] = colours.weight[:, :, 0, 0]
-    conv_in.bias[outputs] = colours.bias
+    content_channels = layouts[conv_in.out_channels].content
+    colour_channels = content_channels[: len(COLOURS)]
+    conv_in.weight[colour_channels] = 0
+    conv_in.weight[colour_channels, :, 1, 1] = colours.weight[:, :, 0, 0]  # (colours, 3)
+    conv_in.bias[colour_channels] = colours.bias
 
 
 def _fit_level(level: Any, layouts: Layouts, components: Components, max_components: int) -> Components:
@@ -194,17 +211,25 @@ def _fit_level(level: Any, layouts: Layouts, components: Components, max_compone
     copy_content(level.res[0].nin_shortcut, layouts, count=len(components.stds))
     next_components = principal_components(components, max_components)
     downsample = level.downsample.conv
-    content = layouts[downsample.out_channels].content  # of its input and output, which have equally many channels
-    kernel = F.pad(next_components.weight, (0, 1, 0, 1))  # 2 x 2 to 3 x 3, by a row and a column of zeros
-    set_rows(downsample, output_channels=content, input_channels=content, weight=kernel, bias=next_components.bias)
+    # The 3 x 3 kernel starts at the first pixel of each 2 x 2 block. Its last row and column lie in other blocks, so
+    # they are zeros.
+    kernel = F.pad(next_components.weight, (0, 1, 0, 1))  # (components, channels, 3, 3)
+    # The convolution has equally many channels in and out, so input and output have the same layout.
+    content_channels = layouts[downsample.out_channels].content
+    set_rows(
+        downsample,
+        output_channels=content_channels,
+        input_channels=content_channels,
+        weight=kernel,
+        bias=next_components.bias,
+    )
     return next_components
 
 
 def _write_latents(vqvae: SVQVAE, layouts: Layouts, stds: torch.Tensor) -> None:
     """Lets the last convolution of the encoder write the leading components to the channels of the latents.
 
-    The activation silu stands before this convolution. It has silu(x) - silu(-x) = x, so the convolution reads each
-    component x from two channels, which held x and -x before the activation.
+    Before silu, two channels hold each component, as x and as -x. The convolution restores x as silu(x) - silu(-x).
 
     Args:
         vqvae ([`SVQVAE`]): The model.
@@ -215,9 +240,10 @@ def _write_latents(vqvae: SVQVAE, layouts: Layouts, stds: torch.Tensor) -> None:
     conv_out: Any = vqvae.encoder.conv_out
     latent_channels = vqvae.config["codebook_embed_dim"]
     conv_out.bias.zero_()
+    # The first output channels hold the latents. Any further ones are spare, and keep small random weights.
     conv_out.weight.mul_(SPARE_SCALE)
     conv_out.weight[:latent_channels] = 0
-    first_latent = 0
+    first_latent = 0  # that holds a component
     if vqvae.config["codebook_l2_norm"]:
         # The quantizer compares directions of latents. With a constant 1 as the first value of each latent, latents
         # of nearly equal pixels have nearly equal directions, also where the pixels are near the mean.
@@ -225,13 +251,14 @@ def _write_latents(vqvae: SVQVAE, layouts: Layouts, stds: torch.Tensor) -> None:
         first_latent = 1
 
     num_components = len(stds)
-    content = layouts[conv_out.in_channels].content
-    positive_channels = content[:num_components]  # hold x of each component
-    negative_channels = content[num_components : 2 * num_components]  # hold -x of each component
+    content_channels = layouts[conv_out.in_channels].content
+    positive_channels = content_channels[:num_components]  # hold x of each component
+    negative_channels = content_channels[num_components : 2 * num_components]  # hold -x of each component
     gains = stds / stds[0]
     num_latents = min(num_components, latent_channels - first_latent)
     for component in range(num_latents):
         kernels = conv_out.weight[first_latent + component]  # (channels, 3, 3), a view
+        # Only the centre of the 3 x 3 kernel is not 0.
         kernels[positive_channels[component], 1, 1] = gains[component]
         kernels[negative_channels[component], 1, 1] = -gains[component]
     pass_on(vqvae.quant_conv, latent_channels)
@@ -256,7 +283,11 @@ class _Hidden:
 def _fit_decoder(
     vqvae: SVQVAE, layouts: Layouts, pixels: torch.Tensor, features_of_levels: Sequence[torch.Tensor]
 ) -> None:
-    """Fits the convolutions of the decoder, level by level, to the encoder's features one resolution up."""
+    """Fits the convolutions of the decoder, level by level, so that they restore the encoder's features.
+
+    The first convolution restores the features at the resolution of the latents. Each level but the last then doubles
+    the resolution, and restores the features there. The last convolution restores the pixels.
+    """
     decoder: Any = vqvae.decoder
     levels = list(decoder.conv_blocks)
     levels_with_upsample = levels[:-1]
@@ -268,7 +299,7 @@ def _fit_decoder(
     targets = _targets_of_levels(features_of_levels)
     for level, target in zip(levels_with_upsample, targets, strict=True):
         hidden = _pass_shortcut(level, layouts, hidden)
-        border = 2 * border  # as many positions of the finer resolution
+        border = 2 * border  # each row of the coarse resolution becomes two rows of the finer one
         hidden = _fit_upsample(level.upsample, layouts, hidden, target, border)
     hidden = _pass_shortcut(levels[-1], layouts, hidden)
     _fit_last_layer(decoder, layouts, hidden, pixels, border)
@@ -277,7 +308,8 @@ def _fit_decoder(
 def _targets_of_levels(features_of_levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Features that each level of the decoder restores when it doubles the resolution, from coarse to fine.
 
-    At full resolution, each feature is there as x and as -x, because the last activation needs both.
+    With features of 256, 128, 64 and 32 pixels a side, the levels restore those of 64, 128 and 256 pixels. At full
+    resolution, each feature x is restored as x and as -x, because silu before the last convolution needs both.
 
     Args:
         features_of_levels (`Sequence[torch.Tensor]`): Features of the encoder, full resolution first.
@@ -302,16 +334,21 @@ def _fit_first_layer(vqvae: SVQVAE, layouts: Layouts, latents: torch.Tensor, fea
     conv_in: Any = vqvae.decoder.conv_in
     latent_channels = vqvae.config["codebook_embed_dim"]
     pass_on(vqvae.post_quant_conv, latent_channels)
-    content = layouts[conv_in.out_channels].content
+    content_channels = layouts[conv_in.out_channels].content
+    restored_features = features[:, : len(content_channels)]  # no more features than channels that can hold them
+    # Without their means, latents have a mean square that is their variance. The ridge is relative to it.
     means = latents.mean((0, 2, 3))  # (C,)
-    centred = latents - means[:, None, None]  # so that the zeros of the padding are the mean
-    fit = regress(centred, features[:, : len(content)], LATENT_RIDGE, border=1)
+    centred = latents - means[:, None, None]  # (B, C, h, w)
+    # The outermost positions are left out, because their 3 x 3 neighbours include padding.
+    fit = regress(centred, restored_features, LATENT_RIDGE, border=1)
     # The fitted convolution reads centred latents, but the decoder's reads the latents themselves. Its bias makes up
     # for this: weight * (latents - means) + bias = weight * latents + (bias - weight * means).
     weight_of_means = fit.weight.sum((2, 3))  # (features, C)
     bias = fit.bias - weight_of_means @ means
-    set_rows(conv_in, content, range(latent_channels), fit.weight, bias)
-    return _Hidden(conv_in(vqvae.post_quant_conv(latents)), num_features=len(fit.weight))
+    latent_inputs = range(latent_channels)  # `post_quant_conv` passes the latents on in its first channels
+    set_rows(conv_in, output_channels=content_channels, input_channels=latent_inputs, weight=fit.weight, bias=bias)
+    values = conv_in(vqvae.post_quant_conv(latents))  # (B, channels, h, w)
+    return _Hidden(values, num_features=restored_features.shape[1])
 
 
 def _pass_shortcut(level: Any, layouts: Layouts, hidden: _Hidden) -> _Hidden:
@@ -334,17 +371,29 @@ def _fit_upsample(upsample: Any, layouts: Layouts, hidden: _Hidden, target: torc
         border (`int`): Rows and columns at each side of the target that depend on padding.
     """
     convolution = upsample.conv
-    content = layouts[convolution.out_channels].content  # of its input and output, which have equally many channels
-    features = hidden.values[:, content[: hidden.num_features]]  # (B, features, h, w)
+    # The convolution has equally many channels in and out, so input and output have the same layout.
+    content_channels = layouts[convolution.out_channels].content
+    channels_of_features = content_channels[: hidden.num_features]
+    features = hidden.values[:, channels_of_features]  # (B, features, h, w)
     enlarged = features.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)  # (B, features, 2 * h, 2 * w)
-    restored = target[:, : len(content)]  # no more features than there are channels for them
-    fit = regress(enlarged, restored, RIDGE, border)
-    set_rows(convolution, output_channels=content, input_channels=content, weight=fit.weight, bias=fit.bias)
-    return _Hidden(upsample(hidden.values), num_features=len(fit.weight))
+    restored_features = target[:, : len(content_channels)]  # no more features than channels that can hold them
+    fit = regress(enlarged, restored_features, RIDGE, border)
+    set_rows(
+        convolution,
+        output_channels=content_channels,
+        input_channels=content_channels,
+        weight=fit.weight,
+        bias=fit.bias,
+    )
+    values = upsample(hidden.values)  # (B, channels, 2 * h, 2 * w)
+    return _Hidden(values, num_features=restored_features.shape[1])
 
 
 def _fit_last_layer(decoder: Any, layouts: Layouts, hidden: _Hidden, pixels: torch.Tensor, border: int) -> None:
-    """Lets the decoder's last convolution restore the pixels from the colours, which it reads as x and as -x.
+    """Lets the decoder's last convolution restore the pixels.
+
+    Before silu, the first content channels hold each of the three colours x of [`colour_components`]: three channels
+    as x, and three as -x. The convolution restores x as silu(x) - silu(-x).
 
     Args:
         decoder (`nn.Module`): The decoder.
@@ -353,10 +402,12 @@ def _fit_last_layer(decoder: Any, layouts: Layouts, hidden: _Hidden, pixels: tor
         pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Images.
         border (`int`): Rows and columns at each side that depend on padding.
     """
-    num_channels = 2 * len(COLOURS)
-    content = layouts[decoder.conv_out.in_channels].content[:num_channels]
+    conv_out = decoder.conv_out
+    content_channels = layouts[conv_out.in_channels].content
+    colour_channels = content_channels[: 2 * len(COLOURS)]
     activated = F.silu(decoder.norm_out(hidden.values))  # (B, channels, H, W)
-    fit = regress(activated[:, content], pixels, RIDGE, border)
-    decoder.conv_out.weight.zero_()
-    decoder.conv_out.weight[:, content] = fit.weight
-    decoder.conv_out.bias.copy_(fit.bias)
+    activated_colours = activated[:, colour_channels]  # (B, 6, H, W)
+    fit = regress(activated_colours, pixels, RIDGE, border)
+    conv_out.weight.zero_()
+    conv_out.weight[:, colour_channels] = fit.weight
+    conv_out.bias.copy_(fit.bias)
