@@ -75,6 +75,13 @@ class CropCutter:
         label_column (`str`, *optional*): Column of the labels.
         mixed ([`~svqvae_hf.data.image_sets.ImageSet`], *optional*): Other images that are mixed in.
         mix_fraction (`float`, defaults to 0.0): Fraction of the crops that are cut from them.
+
+    Attributes:
+        sides (`np.ndarray` of shape `(num_steps,)`): Side of the crops of each step, in pixels.
+        crops_per_largest (`np.ndarray` of shape `(num_steps,)`): Number of crops of each step that have as many pixels
+            as one crop of the largest side. It is 4 if the side of the step is half of the largest.
+        crops_per_largest_before (`np.ndarray` of shape `(num_steps,)`): Sum of `crops_per_largest` of all steps before
+            each step.
     """
 
     policy: CropPolicy
@@ -88,21 +95,28 @@ class CropCutter:
 
     def __post_init__(self) -> None:
         self.sides = self.policy.sides_of(self.num_steps, self.seed)
-        # For each step: the number of its crops that have as many pixels as one crop of the largest side, and the sum
-        # of these numbers over the steps before it.
         self.crops_per_largest = (max(self.policy.sides) // self.sides) ** 2
         self.crops_per_largest_before = np.cumsum(self.crops_per_largest) - self.crops_per_largest
         self.processor = SVQVAEImageProcessor(pixel_range=self.pixel_range)
 
+    def num_crops(self, step: int) -> int:
+        """Number of crops of a step, of all its batches and all processes."""
+        return int(self.crops_per_largest[step]) * self.share.step_size
+
+    def num_crops_before(self, step: int) -> int:
+        """Number of crops of all steps before a step, of all processes."""
+        return int(self.crops_per_largest_before[step]) * self.share.step_size
+
     def cut_batch(self, batch: int, images_for: Callable[[int], Iterator[ImageRow]]) -> CropBatch:
         """Cuts the crops of this process in a batch.
 
-        A step has `share.batches` batches. All crops of a step, of all batches and processes, are numbered from 0.
+        A step has `share.batches` batches. All crops of a step, of all batches and processes, are numbered from 0. The
+        number of a crop decides, by the seed, whether it is cut from an image of `mixed` or of the training set.
 
         Args:
             batch (`int`): Number of the batch in the run.
-            images_for (`Callable`): Returns the image for a crop of the step, and images that may replace it, by the
-                number of the crop.
+            images_for (`Callable`): Takes the number of a crop. Returns images of the training set without an end: the
+                first one is for the crop, and the others replace it if it is unreadable.
 
         Raises:
             ValueError: If 1000 images in a row are unreadable.
@@ -117,8 +131,9 @@ class CropCutter:
                 images = self._images_of_mixed_set(step, crop_number)
             else:
                 images = images_for(crop_number)
-            crop = self._first_readable_crop(images, step, crop_number, skipped)
+            crop, skipped_images = self._first_readable_crop(images, step, crop_number)
             crops.append(crop)
+            skipped += skipped_images
         pixels = [crop.pixels for crop in crops]
         labels = [crop.label for crop in crops]
         num_enlarged = sum(crop.is_enlarged for crop in crops)
@@ -151,16 +166,23 @@ class CropCutter:
         return self.mixed.rows
 
     def _first_readable_crop(
-        self, images: Iterator[ImageRow], step: int, crop_number: int, skipped: list[tuple[str, str]]
-    ) -> _Crop:
-        """Cuts the first image that is readable. Adds the images before it to `skipped`, each with the reason."""
+        self, images: Iterator[ImageRow], step: int, crop_number: int
+    ) -> tuple[_Crop, list[tuple[str, str]]]:
+        """Cuts the first image that is readable.
+
+        Returns:
+            `tuple`: The crop, and the skipped images before it: the key of each, and the reason.
+        """
         side = int(self.sides[step])
         seed = (CROP, self.seed, step, crop_number)
+        skipped: list[tuple[str, str]] = []
         for image in islice(images, MAX_IN_A_ROW):
             try:
-                return self._cut(image, side, seed)
+                crop = self._cut(image, side, seed)
             except _SkippedError as error:
                 skipped.append((image.key, str(error)))
+            else:
+                return crop, skipped
         key, reason = skipped[-1]  # of the last of `MAX_IN_A_ROW` images, because `images` has no end
         raise ValueError(f"{MAX_IN_A_ROW} images in a row are not readable, the last one `{key}`: {reason}")
 
@@ -170,14 +192,15 @@ class CropCutter:
         Raises:
             _SkippedError: The image cannot be read, or has no label.
         """
+        rng = np.random.default_rng((SYNTHETIC, *seed))
+        is_synthetic = rng.random() < self.policy.synthetic_fraction
+        if is_synthetic:
+            crop = synthetic_crop(side, rng)
+            # No run has both synthetic crops and labels.
+            return _Crop(self._pixels(crop), label=None, is_enlarged=False)
         label = None
         if self.label_column is not None:
             label = row.values[self.label_column]
-        rng = np.random.default_rng((SYNTHETIC, *seed))
-        is_synthetic = rng.random() < self.policy.synthetic_fraction
-        if is_synthetic:  # such runs have no labels, so none is missing
-            crop = synthetic_crop(side, rng)
-            return _Crop(self._pixels(crop), label, is_enlarged=False)
         try:
             image = read_image(row)
         except (OSError, ValueError) as error:

@@ -40,15 +40,14 @@ class CropRows(Dataset[CropBatch]):
         unreadable, the one at position 9 replaces it, then the one at 13, and so on.
         """
         cutter = self.cutter
-        share = cutter.share
-        step = batch // share.batches
-        first_position = int(cutter.crops_per_largest_before[step]) * share.step_size
-        crops_of_step = int(cutter.crops_per_largest[step]) * share.step_size
+        step = batch // cutter.share.batches
+        first_position = cutter.num_crops_before(step)
+        crops_of_step = cutter.num_crops(step)
 
         def images_for(crop_number: int) -> Iterator[ImageRow]:
             """Yields the image of a crop of the step, and then images that may replace it, without an end."""
-            positions = itertools.count(start=first_position + crop_number, step=crops_of_step)
-            for position in positions:
+            position_of_crop = first_position + crop_number
+            for position in itertools.count(start=position_of_crop, step=crops_of_step):
                 row = row_at(position, len(self.rows), cutter.seed)
                 yield self.rows[row]
 
@@ -144,11 +143,16 @@ class CropLoader(OrderedLoader):
             yield crops
 
     def _load(self, dataset: Dataset, batches: range | None) -> DataLoader[Any]:
-        """Makes PyTorch's loader of batches. `batches` are their numbers, None for a stream."""
+        """Makes PyTorch's loader of batches.
+
+        Args:
+            dataset (`Dataset`): [`CropRows`], or [`CropStream`] for a stream. Each of its items is a whole batch.
+            batches (`range`, *optional*): Numbers of the batches; `None` for a stream, which knows them.
+        """
         return DataLoader(
             dataset,
-            batch_size=None,
-            sampler=batches,
+            batch_size=None,  # items are not put together to batches
+            sampler=batches,  # the indices of the items
             num_workers=self.num_workers,
             generator=torch.Generator(),  # not the global one
             worker_init_fn=prepare_worker,

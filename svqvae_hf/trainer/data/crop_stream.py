@@ -17,7 +17,17 @@ SHUFFLE = 3  # first word of the seeds of shuffle buffers
 
 
 class Place(NamedTuple):
-    """Place of a reader in its images: the epoch, the shard, the first image of the buffer, and how many it used."""
+    """Place of a reader in its images: where its buffer starts, and how many images of the buffer it has used.
+
+    `Place(epoch=2, shard=1, row=500, used=30)` means that in epoch 2, the buffer starts with image 500 of shard 1, and
+    30 images of the shuffled buffer are used.
+
+    Args:
+        epoch (`int`): Number of the epoch.
+        shard (`int`): Number of the shard among the shards that the reader reads in this epoch.
+        row (`int`): Number of images of this shard that stand before the buffer.
+        used (`int`): Number of images of the shuffled buffer that the reader has used.
+    """
 
     epoch: int = 0
     shard: int = 0
@@ -49,7 +59,7 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
     batches: range
     places: Sequence[Place]
     buffer_size: int
-    place: Place = field(init=False)  # of the reader of this process
+    place: Place = field(init=False)  # of the reader that this process or worker is, after its last image
 
     def __iter__(self) -> Iterator[tuple[Place, CropBatch]]:
         """Yields the batches of this worker."""
@@ -59,15 +69,15 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
         first_batch = self.batches.start + worker_number
         reader = first_batch % num_readers
         self.place = self.places[reader]
-        images = self._images_of_reader(reader)
+        remaining_images = self._images_of_reader(reader)  # each image that is taken moves `self.place`
 
-        def next_images(crop_number: int) -> Iterator[ImageRow]:
-            """The next images of the stream, whichever crop of the step they are for."""
-            return images
+        def images_for(crop_number: int) -> Iterator[ImageRow]:
+            """Images that are not used yet. Each crop takes the next one, whatever its number is."""
+            return remaining_images
 
         batches_of_reader = range(first_batch, self.batches.stop, num_readers)
         for batch in batches_of_reader:
-            crops = self.cutter.cut_batch(batch, next_images)
+            crops = self.cutter.cut_batch(batch, images_for)
             yield self.place, crops
 
     def _images_of_reader(self, reader: int) -> Iterator[ImageRow]:
@@ -88,13 +98,16 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
             epoch = self.place.epoch
             order = row_order(len(self.shards), self.cutter.seed, epoch)
             shards_of_reader = [self.shards[shard] for shard in order[reader::num_readers]]
-            unread_images = self._unread(shards_of_reader)
+            unread_images = self._unread(shards_of_reader, start=self.place)
             for buffer in self._buffers(unread_images):
                 yield from self._shuffled(buffer, reader)
+                # All images of the buffer are used. The next buffer starts after its last image.
                 last_image = buffer[-1]
-                self.place = Place(epoch, last_image.shard, last_image.row)
-            has_read_nothing = self.place == Place(epoch)  # each image moves the place away from the epoch's start
-            if has_read_nothing:
+                self.place = Place(epoch, shard=last_image.shard, row=last_image.next_row)
+            # A run that resumes at the end of an epoch finds no more images, but its place is behind the last one.
+            start_of_epoch = Place(epoch)
+            has_no_images = self.place == start_of_epoch
+            if has_no_images:
                 raise ValueError("Each shard of a stream must hold images, but some hold none. Remove them.")
             self.place = Place(epoch + 1)
 
@@ -110,28 +123,45 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
         """Yields the images of a buffer in a random order, without those that were used before a resume.
 
         The seed depends on where the buffer starts, so a resumed run has the same order.
+
+        Args:
+            buffer (`Sequence[_ReadImage]`): Images from the start of the buffer on, used ones among them.
+            reader (`int`): Number of the reader among the readers of all processes.
         """
-        start = self.place
-        seed = (SHUFFLE, self.cutter.seed, reader, start.epoch, start.shard, start.row)
+        epoch, shard, row, used_before_resume = self.place
+        seed = (SHUFFLE, self.cutter.seed, reader, epoch, shard, row)
         order = np.random.default_rng(seed).permutation(len(buffer))
-        for num_used in range(start.used, len(buffer)):
-            self.place = start._replace(used=num_used + 1)  # counts the image that is yielded next
+        for num_used in range(used_before_resume, len(buffer)):
+            # The image counts as used before it is yielded, because this function only goes on when the next image is
+            # taken. By then, the place may have been saved together with the batch of this image.
+            self.place = Place(epoch, shard, row, used=num_used + 1)
             position = order[num_used]
             yield buffer[position].image
 
-    def _unread(self, shards: Sequence[ImagePart]) -> "Iterator[_ReadImage]":
-        """Images of an epoch, from the start of the buffer on."""
-        start = self.place
+    def _unread(self, shards: Sequence[ImagePart], start: Place) -> "Iterator[_ReadImage]":
+        """Yields the images of an epoch, from the start of the buffer of a place on.
+
+        Args:
+            shards (`Sequence[ImagePart]`): Shards that the reader reads in this epoch.
+            start ([`Place`]): The place, whose `used` has no effect.
+        """
         for shard in range(start.shard, len(shards)):
             num_read = start.row if shard == start.shard else 0
-            for row_after, image in enumerate(shards[shard].read(), start=1):
-                if row_after > num_read:
-                    yield _ReadImage(shard, row_after, image)
+            for next_row, image in enumerate(shards[shard].read(), start=1):
+                is_unread = next_row > num_read
+                if is_unread:
+                    yield _ReadImage(shard, next_row, image)
 
 
 class _ReadImage(NamedTuple):
-    """An image, the number of its shard among the shards of the reader, and the row after the image in its shard."""
+    """An image of a stream.
+
+    Args:
+        shard (`int`): Number of its shard among the shards that the reader reads in the epoch.
+        next_row (`int`): Number of images of the shard up to and including this one.
+        image (`ImageRow`): The image.
+    """
 
     shard: int
-    row: int
+    next_row: int
     image: ImageRow

@@ -77,7 +77,9 @@ def centre_crops(images: Iterable[ImageRow], count: int, side: int, pixel_range:
     crops: list[Any] = []
     for row in images:
         with suppress(OSError, ValueError):  # unreadable
-            crops.append(_crop(read_image(row), side, 1.0, CENTRE))
+            image = read_image(row)
+            crop = _crop(image, side, factor=1.0, position=CENTRE)
+            crops.append(crop)
         if len(crops) == count:
             break
     if not crops:

@@ -104,8 +104,10 @@ def _find_shared_key(held_out: TokenSet, trained: TokenSet) -> str | None:
         return None
     if _are_of_same_files(held_out, trained):  # then a key names the same file in both
         return keys[int(row_numbers[0])].as_py()
+    # The keys may name different images. Equal images have the same key and the same ids.
     held_out_images = set(_images(held_out_rows, held_out.settings))
-    for image in _images(rows.select(row_numbers), trained.settings):
+    rows_with_shared_keys = rows.select(row_numbers)
+    for image in _images(rows_with_shared_keys, trained.settings):
         if image in held_out_images:
             return image.key
     return None

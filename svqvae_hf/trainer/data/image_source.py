@@ -106,8 +106,9 @@ class ImageSource:
             resize_range=options.resize_range,
             synthetic_fraction=self.synthetic_fraction,
         )
-        # How this process shares each step with the others: as the options say, but with the stated number of batches.
-        share = replace(Share.of(options, self.accelerator), batches=batches_per_step)
+        # Which crops of each step are those of this process: as the options say, but with another number of batches.
+        share_of_options = Share.of(options, self.accelerator)
+        share = replace(share_of_options, batches=batches_per_step)
         cutter = CropCutter(
             policy=policy,
             pixel_range=self.pixel_range,
@@ -115,7 +116,7 @@ class ImageSource:
             num_steps=num_steps,
             seed=seed,
             label_column=self.label_column,
-            mixed=self.mixed,
+            mixed=self.mixed,  # the images of `--mix_data_dir`
             mix_fraction=options.mix_fraction,
         )
         return CropLoader(self.images, cutter, options.dataloader_num_workers, options.shuffle_buffer)

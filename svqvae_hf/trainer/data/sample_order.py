@@ -41,7 +41,9 @@ class Share:
     """Share of a process in the samples of each step.
 
     The samples of a step are numbered. Its batches hold them one after the other, and within a batch the processes
-    take turns. So a step holds the same samples for any division into batches and processes of the same product.
+    take turns. So a step holds the same samples for any division into batches and processes of the same product. With
+    2 processes, 2 batches per step and a batch size of 2, process 1 has the samples 1 and 3 of each step in its first
+    batch, and 5 and 7 in its second.
 
     Args:
         batch_size (`int`): Samples of a batch of one process.

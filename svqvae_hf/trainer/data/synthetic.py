@@ -25,15 +25,15 @@ def synthetic_crop(side: int, rng: np.random.Generator) -> np.ndarray:
     first_colour = _colour(rng)  # (3,)
     second_colour = _colour(rng)  # (3,)
     angle = rng.uniform(0, 2 * np.pi)
-    # Fraction of the second colour in each pixel, (side, side)
+    # `share_of_second` is the fraction of the second colour in each pixel, from 0 to 1.
     if kind == "flat":
         share_of_second = np.zeros((side, side))
     elif kind == "edge":
-        edge = rng.uniform(-0.7, 0.7)
-        is_beyond_edge = _distances(side, angle) > edge
-        share_of_second = is_beyond_edge.astype(np.float64)
+        distance_of_edge = rng.uniform(-0.7, 0.7)  # from the centre; the border of the crop is at -1 and at 1
+        is_beyond_edge = _distances(side, angle) > distance_of_edge
+        share_of_second = is_beyond_edge.astype(np.float64)  # (side, side)
     else:
-        share_of_second = _gradient(side, angle)
+        share_of_second = _gradient(side, angle)  # (side, side)
     crop = first_colour + share_of_second[:, :, None] * (second_colour - first_colour)  # (side, side, 3)
     return np.rint(crop).astype(np.uint8)
 

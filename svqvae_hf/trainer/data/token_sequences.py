@@ -76,9 +76,10 @@ class TokenSource:
         if caption_column is not None:
             check_captions(self.rows, caption_column)
             self.num_classes = 1  # the class "with its caption"
-        scales_from_coarse = np.argsort(self.settings.scales).tolist()  # numbers of the scales, in the settings
-        self.id_columns = [f"ids_{scale_number}" for scale_number in scales_from_coarse]
-        self.grids = self._grids_of_scales(scales_from_coarse)
+        # The scales (1, 0.25, 0.5) have the numbers 0, 1 and 2. From coarse to fine, their numbers are 1, 2 and 0.
+        scale_numbers_from_coarse = np.argsort(self.settings.scales).tolist()
+        self.id_columns = [f"ids_{scale_number}" for scale_number in scale_numbers_from_coarse]
+        self.grids = self._grids_of_scales(scale_numbers_from_coarse)
         columns = list(self.id_columns)
         for column in (label_column, caption_column):
             if column is not None:
@@ -144,7 +145,7 @@ class TokenSource:
 
     def _count_classes(self, column: str) -> int:
         """Number of classes of a column. If it has integers without names, they are the classes 0 to the largest."""
-        feature = self.rows.features.get(column)
+        feature = self.rows.features.get(column)  # type of the column, or `None` if there is no such column
         if not holds_classes(self.rows, column):
             raise ValueError(
                 f"`--label_column` must hold a class, or an integer of at least 0, in each row, but {column!r} holds "
@@ -178,17 +179,16 @@ def check_captions(rows: datasets.Dataset, column: str) -> None:
             f"`--caption_column` must hold texts or lists of texts, but {column!r} holds {feature}. The columns "
             f"are {', '.join(rows.features)}."
         )
-    captions = rows.data.column(column)  # texts, or lists of texts
+    captions = rows.data.column(column)  # a text, or a list of texts, per row
+    has_missing_rows = captions.null_count > 0
+    has_empty_lists = False
+    texts = captions
     if holds_lists:
+        has_empty_lists = pc.min(pc.list_value_length(captions)).as_py() == 0
         texts = pc.list_flatten(captions)
-        shortest_list = pc.min(pc.list_value_length(captions)).as_py()
-        has_empty_rows = captions.null_count > 0 or shortest_list == 0
-    else:
-        texts = captions
-        has_empty_rows = captions.null_count > 0
-    shortest_text = pc.min(pc.utf8_length(texts)).as_py()
-    has_empty_texts = texts.null_count > 0 or shortest_text == 0
-    if has_empty_rows or has_empty_texts:
+    has_missing_texts = texts.null_count > 0
+    has_empty_texts = pc.min(pc.utf8_length(texts)).as_py() == 0
+    if has_missing_rows or has_empty_lists or has_missing_texts or has_empty_texts:
         raise ValueError(f"`--caption_column` must hold captions, but {column!r} has empty rows. Remove them.")
 
 
@@ -221,9 +221,10 @@ class SequenceLoader(OrderedLoader):
         num_batches = self.num_steps * self.share.batches
         while self.batch < num_batches:
             step = self.batch // self.share.batches
-            first_position = step * self.share.step_size  # of the step, in the order of the rows
+            first_position = step * self.share.step_size  # of the samples of the step, in the order of all epochs
+            numbers_in_step = self.share.numbers(self.batch)  # of the samples of this process in the batch
             rows = []
-            for number in self.share.numbers(self.batch):
+            for number in numbers_in_step:
                 row = row_at(first_position + number, self.num_rows, self.seed)
                 rows.append(row)
             self.batch += 1

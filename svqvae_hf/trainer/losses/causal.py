@@ -24,9 +24,10 @@ def mean_of_one_process(value: torch.Tensor) -> torch.Tensor:
 def causal_loss(latents: torch.Tensor, mean: Mean = mean_of_one_process) -> torch.Tensor:
     """Mean logarithm of the squared error of predicting latents from earlier ones in raster order.
 
-    Each latent is predicted as the linear combination of the latents to its left and above that is the best for the
-    batch. Gradients reach latents as neighbours and as targets, but not through the coefficients. The bits of an id
-    grow with the logarithm of this error, so halving the error counts as much where it is small as where it is large.
+    Each latent is predicted as a linear combination of the latents to its left and above. The coefficients are those
+    with the least squared error over the whole batch. They are constants for the gradient, which reaches latents as
+    inputs and as targets of the prediction. The bits of an id grow with the logarithm of the squared error, so halving
+    the error counts as much where it is small as where it is large.
 
     Args:
         latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Latents before quantisation.
