@@ -74,7 +74,9 @@ class TrainOptions(ImageOptions):
         yield from self._crop_faults()
         yield from self._adversarial_faults()
         yield from self._scale_faults()
-        yield from self._codebook_faults()
+        yield from self._kmeans_faults()
+        if self.train == "decoder":
+            yield from self._decoder_faults()
 
     @property
     def initial_model(self) -> str:
@@ -101,8 +103,10 @@ class TrainOptions(ImageOptions):
         if not self.adversarial_weight:
             return
         smallest_side = min([self.resolution, *self.crop_sizes])
-        if self.scale_probabilities:  # a step may have the smallest scale alone
-            smallest_side = int(smallest_side * min(self.scales, default=1))
+        if self.scale_probabilities:
+            # A step may have the smallest scale alone. Scales are factors of the side.
+            smallest_scale = min(self.scales, default=1)
+            smallest_side = int(smallest_side * smallest_scale)
         if smallest_side < MIN_SIDE:
             yield f"The discriminator needs images of at least {MIN_SIDE} pixels, but one has {smallest_side}."
         if self.adversarial_start >= self.max_steps:
@@ -113,10 +117,12 @@ class TrainOptions(ImageOptions):
 
     def _scale_faults(self) -> Iterator[str]:
         """Yields an error message for each fault in the scales."""
+        if not self.validation_scales:
+            yield "`--validation_scales` must not be empty."
         all_scales = self.scales + self.validation_scales
         are_positive_and_finite = all(0 < scale < math.inf for scale in all_scales)
-        if not are_positive_and_finite or not self.validation_scales:
-            yield "`--validation_scales` must not be empty, and they and `--scales` must be finite and more than 0."
+        if not are_positive_and_finite:
+            yield f"`--validation_scales` and `--scales` must be finite and more than 0, got {all_scales}."
         if self.scales and 1 not in self.scales:
             yield f"`--scales` must contain 1, but are {self.scales}."
         if self.token_budget is not None:
@@ -138,13 +144,14 @@ class TrainOptions(ImageOptions):
         sum_to_one = math.isclose(sum(self.scale_probabilities), 1)
         return are_not_negative and sum_to_one
 
-    def _codebook_faults(self) -> Iterator[str]:
-        """Yields an error message for each fault in the options of the codebook."""
-        are_in_run = all(0 < step < self.max_steps for step in self.kmeans_steps)
-        if not are_in_run:
+    def _kmeans_faults(self) -> Iterator[str]:
+        """Yields an error message if k-means shall run at a step that the run does not have."""
+        steps_are_in_run = all(0 < step < self.max_steps for step in self.kmeans_steps)
+        if not steps_are_in_run:
             yield f"`--kmeans_steps` must lie between 0 and `--max_steps` = {self.max_steps}, got {self.kmeans_steps}."
-        if self.train != "decoder":
-            return
+
+    def _decoder_faults(self) -> Iterator[str]:
+        """Yields an error message for each option that contradicts `--train decoder`."""
         for name in ("kmeans_steps", "codebook_decay", "dead_code_reset_steps", "causal_weight"):
             if getattr(self, name):
                 yield f"`--train decoder` keeps the codes, but `--{name}` moves them."
