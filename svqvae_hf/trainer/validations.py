@@ -56,28 +56,31 @@ class Validations:
             ids (`dict[str, torch.Tensor]`): Ids `(n,)` of each set in an order that does not depend on batches; empty
                 if nothing was quantised.
         """
+        was_quantised = has_ids(ids)
+        if was_quantised:
+            self._add_ids_kept(numbers, ids)
         if not self.first:
             self.first = numbers
-        if not has_ids(self.ids):
-            self.ids = dict(ids)
-        self._add_ids_kept(numbers, ids)
         if not self.keep_best:
-            self.step = steps_done
-            self.chosen = numbers
+            self._choose(steps_done, numbers)
             return
         # Without quantisation, reconstructions are better than they can be with it, and say nothing about the result.
-        was_quantised = has_ids(ids)
         score = total_psnr(numbers)
-        if was_quantised and score > self.score:
+        is_best = was_quantised and score > self.score
+        if is_best:
             self.score = score
-            self.step = steps_done
-            self.chosen = numbers
+            self._choose(steps_done, numbers)
             self.weights = {name: value.cpu().clone() for name, value in self.network.state_dict().items()}
 
+    def _choose(self, steps_done: int, numbers: Numbers) -> None:
+        """Remembers a validation as the chosen one."""
+        self.step = steps_done
+        self.chosen = numbers
+
     def _add_ids_kept(self, numbers: Numbers, ids: Mapping[str, torch.Tensor]) -> None:
-        """Adds the fraction of the ids of each set that have not changed since the first validation that quantised."""
-        if not has_ids(ids):
-            return
+        """Adds to the numbers of each set the fraction of its ids that are as in the first validation that quantised."""
+        if not has_ids(self.ids):  # this validation is the first one that quantised
+            self.ids = dict(ids)
         for name, current_ids in ids.items():
             is_kept = current_ids == self.ids[name]  # (n,)
             numbers[name]["ids_kept"] = is_kept.float().mean().item()
@@ -90,10 +93,12 @@ class Validations:
         """Continues from a state.
 
         Raises:
-            ValueError: If its validations measured something else, or kept the weights of the best or not.
+            ValueError: If the run of the state has validated already, and with other images, other scales or another
+                `--load_best_model_at_end` than this run.
         """
+        has_validated = bool(state["first"])
         changed = changed_names(state["measured"], self.measured)
-        if state["first"] and changed:
+        if has_validated and changed:
             raise ValueError(
                 f"`--{changed[0]}` must be as in the checkpoint, and so must the images that it names, because later "
                 "validations are compared with earlier ones. Restore it, or start a new run in another `--output_dir`."
