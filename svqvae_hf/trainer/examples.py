@@ -84,8 +84,8 @@ class LlamaGenExamples(Dataset):
         image_class = batch.labels  # (1,)
         is_dropped = rng.random() < self.mix.condition_dropout
         if is_dropped:
-            without_condition = torch.full_like(image_class, source.num_classes)  # by it, the model ignores a caption
-            image_class = without_condition
+            # The class of images without a condition. If an image has it, the model also ignores the image's caption.
+            image_class = torch.full_like(image_class, source.num_classes)
         condition_token = source.settings.codebook_size + image_class  # (1,)
         finest_ids = batch.ids[-1].flatten()
         tokens = torch.cat([condition_token, finest_ids])  # (1 + ids,)
@@ -155,10 +155,15 @@ class ChatExamples(Dataset):
         return {"input_ids": tokens, "labels": labels}
 
     def conversation(self, row: dict[str, Any], rng: np.random.Generator) -> list[dict[str, str]]:
-        """Messages that ask for an image, or for its first caption."""
+        """Messages that ask for an image, or for its first caption.
+
+        The user asks for the image by any caption or, if the condition is dropped, by none. The user asks for the
+        caption by the image.
+        """
         image = self.image_text(row)
         captions = self.captions_of(row)
-        caption_of_question = self.mix.draw_caption(captions, rng)  # drawn in each case, for equal random numbers
+        # Drawn before it is clear whether it is needed, so that the draws after it are the same in each case.
+        caption_of_question = self.mix.draw_caption(captions, rng)
         asks_for_caption = rng.random() < self.mix.caption_fraction
         if asks_for_caption:
             return chat(question=image, answer=captions[0])
@@ -175,14 +180,16 @@ class ChatExamples(Dataset):
         return image
 
     def rewriting_example(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, list[int]]:
-        """A chat without images that asks for the first captions of random rows, about as long as the row's image.
+        """A chat without images, which rewrites captions of random rows into the first captions of these rows.
 
-        The ends of the answers are not learned, because an image follows when the model draws.
+        It has at least as many tokens as the image of `row` has codes, so that it is about as long as other chats.
+        Asked for an image, the model writes the first caption, and then the image. So it must not learn to end its
+        answer after the caption, and the ends of the answers are not learned.
         """
-        num_codes = max(ids.numel() for ids in row_tokens(row, self.settings).ids)
+        num_codes_of_image = max(ids.numel() for ids in row_tokens(row, self.settings).ids)
         conversation: list[dict[str, str]] = []
         num_tokens = 0
-        while num_tokens < num_codes:
+        while num_tokens < num_codes_of_image:
             row_number = int(rng.integers(len(self.caption_rows)))
             captions = self.captions_of(self.caption_rows[row_number])
             turn = chat(question=self.mix.draw_caption(captions, rng), answer=captions[0])
@@ -211,9 +218,11 @@ class ChatExamples(Dataset):
             raise ValueError(f"an image with its caption must fit in {self.context} tokens, but takes {len(tokens)}.")
         labels = [IGNORED] * len(tokens)
         for number in range(1, len(conversation), 2):  # of each answer
-            question = self.processor.apply_chat_template(conversation[:number], add_generation_prompt=True)
+            before_answer = self.processor.apply_chat_template(conversation[:number], add_generation_prompt=True)
             with_answer = self.processor.apply_chat_template(conversation[: number + 1])
-            start = common_start(tokens, tokenize(self.processor, question))
+            # Both are beginnings of the chat. A tokenizer may join their last letters with what follows in the whole
+            # chat, so their last tokens may not be tokens of the chat. The answer starts and stops before these.
+            start = common_start(tokens, tokenize(self.processor, before_answer))
             stop = common_start(tokens, tokenize(self.processor, with_answer))
             labels[start:stop] = tokens[start:stop]
         return {"input_ids": tokens, "labels": labels}
@@ -221,7 +230,8 @@ class ChatExamples(Dataset):
     def check_lengths(self) -> None:
         """Raises unless each caption fits the context together with its image.
 
-        All captions are tokenised, but only the chats that may be too long are made, because images cost more.
+        The length of each chat is estimated from the tokens of its caption. Only the chats that may be too long are
+        made and checked exactly, because this takes longer.
 
         Raises:
             ValueError: A caption is too long. The error names its row.
@@ -259,10 +269,13 @@ class ChatExamples(Dataset):
             captions = self.captions_of(row)
             captions_of_rows.append(captions)
             all_captions += captions
-        tokens_of_captions = iter(self.processor.tokenizer(all_captions).input_ids)
+        all_counts = [len(ids) for ids in self.processor.tokenizer(all_captions).input_ids]
         lengths = []
+        first = 0  # position of the row's first caption among all captions
         for row_number, captions in zip(row_numbers, captions_of_rows, strict=True):
-            counts = [len(next(tokens_of_captions)) for _ in captions]
+            stop = first + len(captions)
+            counts = all_counts[first:stop]
+            first = stop
             num_written_tokens = counts[0] if self.mix.rewrites else 0  # before the image, in the answer
             for caption, count in zip(captions, counts, strict=True):
                 lengths.append(CaptionLength(row_number, caption, count + num_written_tokens))
