@@ -145,15 +145,9 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None, steps: int) -> P
     checkpoint = newest if wanted == "latest" else _find_named(output_dir, wanted)
     if checkpoint is None:
         return None
+    if newest is not None:
+        _check_not_newer(output_dir, newest, checkpoint)
     steps_done = checkpoint_step(checkpoint)
-    # Checkpoints of more steps, which an earlier run left, would count as newer than those of this run. So `latest`
-    # would resume the earlier run, and `--save_total_limit` would delete the checkpoints of this one.
-    if newest is not None and checkpoint_step(newest) > steps_done:
-        raise ValueError(
-            f"A run resumed from {checkpoint.name} needs an `--output_dir` without newer checkpoints, but "
-            f"`{output_dir}` has {newest.name}. Move the newer ones away, or choose another folder and name "
-            f"`{checkpoint}`."
-        )
     if steps_done > steps:
         raise ValueError(f"`--max_steps` must be at least {steps_done}, as in `{checkpoint}`, got {steps}.")
     return checkpoint
@@ -173,6 +167,20 @@ def _check_no_checkpoint(output_dir: str | Path, newest: Path | None) -> None:
         raise ValueError(
             f"A new run needs an `--output_dir` without checkpoints, but `{output_dir}` has {newest.name}. Resume "
             "it with `--resume_from_checkpoint latest`, or choose another folder."
+        )
+
+
+def _check_not_newer(output_dir: str | Path, newest: Path, checkpoint: Path) -> None:
+    """Raises ValueError if the folder of a run has checkpoints of more steps than the one that it resumes from.
+
+    An earlier run has left them. They would count as newer than those that this run saves. So `latest` would later
+    resume the earlier run, and `--save_total_limit` would delete the checkpoints of this one.
+    """
+    if checkpoint_step(newest) > checkpoint_step(checkpoint):
+        raise ValueError(
+            f"A run resumed from {checkpoint.name} needs an `--output_dir` without newer checkpoints, but "
+            f"`{output_dir}` has {newest.name}. Move the newer ones away, or choose another folder and name "
+            f"`{checkpoint}`."
         )
 
 
@@ -235,7 +243,8 @@ def compare_with_checkpoint(checkpoint: Path, recorded: RunIdentity, identity: R
     check_sources(checkpoint, _training_sets(recorded), _training_sets(identity))
     for name in changed_names(recorded.order, identity.order):
         check_same(name, recorded.order.get(name), identity.order.get(name))
-    # As the checkpoint records options: without those that do not change the result, and as JSON holds them.
+    # The options of the checkpoint were read from JSON, without those that do not change the result. A record of this
+    # run has its options in the same form.
     options = identity.to_record()["options"]
     changes = []
     for name in changed_names(recorded.options, options):

@@ -102,13 +102,16 @@ def check_sources(location: Path, recorded: Mapping[str, str], current: Mapping[
 def model_digests(options: Any) -> dict[str, str]:
     """Digests of all models, tokenizers and configs that options name, by the option.
 
+    Such options are `model_config_name_or_path`, `tokenizer_name_or_path` and `pretrained_model_name_or_path`.
+
     Raises:
         OSError: There is no such model.
         ValueError: A file of it is damaged.
     """
     digests = {}
     for name, source in vars(options).items():
-        if source is None or not name.endswith(MODEL_SUFFIX):
+        names_model = name.endswith(MODEL_SUFFIX)
+        if source is None or not names_model:
             continue
         if name.startswith("model_config"):
             digests[name] = config_digest(source)

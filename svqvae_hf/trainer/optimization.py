@@ -82,15 +82,17 @@ def resume_schedule(lr_scheduler: LambdaLR, steps_done: int, groups: Sequence[Ma
         groups (`Sequence[Mapping]`): Hyperparameters of each group in this run, as [`hyperparameters`] returned them
             before the state was loaded.
     """
+    peak_rates = [group["initial_lr"] for group in groups]
+    current_rates = []  # of the groups, at this step
+    for peak_rate, factor_at in zip(peak_rates, lr_scheduler.lr_lambdas, strict=True):
+        current_rates.append(peak_rate * factor_at(steps_done))
     lr_scheduler.last_epoch = steps_done
-    lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
-    learning_rates = []  # of the groups, at this step
-    for peak, factor_at in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True):
-        learning_rates.append(peak * factor_at(steps_done))
+    lr_scheduler.base_lrs = peak_rates
+    lr_scheduler._last_lr = current_rates  # what `get_last_lr` returns
     loaded_groups = lr_scheduler.optimizer.param_groups
-    for loaded_group, group, learning_rate in zip(loaded_groups, groups, learning_rates, strict=True):
-        loaded_group.update(group, lr=learning_rate)
-    lr_scheduler._last_lr = learning_rates
+    for loaded_group, group, current_rate in zip(loaded_groups, groups, current_rates, strict=True):
+        loaded_group.update(group)
+        loaded_group["lr"] = current_rate  # not the rate of `group`, which is the one before the first step
 
 
 def hyperparameters(lr_scheduler: LambdaLR) -> list[dict[str, Any]]:

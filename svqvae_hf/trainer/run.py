@@ -125,8 +125,9 @@ class Run(Generic[Options]):
 
         Args:
             network (`nn.Module`): Network that is trained, for the log.
-            states (`Mapping[str, Stateful]`): All that has a state besides models and optimizers, by name, equal on
-                all processes.
+            states (`Mapping[str, Stateful]`): Objects whose states checkpoints store, by name, such as weights and
+                loaders. Their states are equal on all processes. Models and optimizers are stored without being
+                named here.
             contents (`str`): Size of the training set, in words, for the log.
 
         Raises:
@@ -136,11 +137,11 @@ class Run(Generic[Options]):
         """
         options = self.options
         accelerator = self.accelerator
-        states = {**states, "log": self.log}
-        checkpoints = Checkpoints(options, accelerator, self.checkpoint, states, self.identity)
+        all_states = {**states, "log": self.log}
+        checkpoints = Checkpoints(options, accelerator, self.checkpoint, all_states, self.identity)
         if accelerator.is_main_process:
             self._lock_folder()
-        origin = find_sources(options)
+        origin = find_sources(options)  # licence and sources of the result
         self.result = Result(options, self.identity, origin, options.push_to_hub, accelerator.is_main_process)
         self.log.start(network, contents, checkpoints.first_step)
         return checkpoints

@@ -71,7 +71,8 @@ class Weights:
         self.accelerator.unscale_gradients(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
         is_finite = norm.isfinite()
-        # In fp16, a scaler skips the update itself, and must see the gradients to lower its scale.
+        # In fp16, there is a scaler, and `step` calls it. If a gradient is not finite, the scaler skips the update by
+        # itself, and lowers its scale for the next one. So `step` must then be called, too.
         has_scaler = self.accelerator.scaler is not None
         if is_finite or has_scaler:
             self.optimizer.step()
@@ -92,7 +93,10 @@ class Weights:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients, with the averaged weights if there are any."""
+        """Evaluation mode without gradients, with the averaged weights if there are any.
+
+        After an error, the run ends, so nothing is restored.
+        """
         modules_in_training_mode = [module for module in self.network.modules() if module.training]
         self.network.eval()
         if self.ema is not None:
