@@ -120,7 +120,8 @@ class CodebookAverage(nn.Module):
             mean (`Callable`, *optional*): Averages a tensor over all processes; not needed for one process.
         """
         latents = as_codes(quantizer, latents.float())
-        weight_of_latent = quantizer.size / len(ids)  # so that a code of average use has a weight of 1
+        # All latents of the batch have one weight, such that a code with average use, len(ids) / size, weighs 1.
+        weight_of_latent = quantizer.size / len(ids)
         latent_weights = torch.full((len(ids),), weight_of_latent, device=ids.device)  # (n,)
         weighted_latents = latents * latent_weights[:, None]  # (n, C)
         # Sums over the latents of each code
@@ -130,8 +131,9 @@ class CodebookAverage(nn.Module):
         sums = mean(sums)
         if not sums.isfinite().all():
             return  # a code that is not finite would never recover
-        self.weights.lerp_(weights, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
+        share_of_batch = 1 - self.decay  # in the new averages
+        self.weights.lerp_(weights, share_of_batch)
+        self.sums.lerp_(sums, share_of_batch)
         is_averaged = self.weights > FORGOTTEN  # (size,)
         centres = self.sums[is_averaged] / self.weights[is_averaged, None]
         quantizer.embedding.weight[is_averaged] = as_codes(quantizer, centres)

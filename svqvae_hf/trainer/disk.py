@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of torch, safetensors and the system for a full disk
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a disk without space, and of a user whose quota is used up
 PROBE_BYTES = 2**20
 
 
@@ -24,7 +24,7 @@ def write_fault(folder: Path, error: Exception) -> str:
 
 
 def is_full(folder: Path) -> bool:
-    """Whether the disk of a folder has less than a mebibyte, or its user may not write more."""
+    """Whether a mebibyte cannot be written to a folder, because its disk is full or the user's quota is used up."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(PROBE_BYTES))

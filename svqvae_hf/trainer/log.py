@@ -26,6 +26,7 @@ SHOWN = (
     "lr",
     "images_per_second",
 )
+# Numbers whose last values the model card of the result shows.
 ON_CARDS = ("train/loss", "validation/loss", "validation/accuracy", "validation/bits_per_id")
 
 logger = get_logger(__name__, log_level="INFO")
@@ -45,8 +46,10 @@ class Log:
     def __init__(self, options: RunOptions, accelerator: Accelerator):
         self.options = options
         self.accelerator = accelerator
-        self.numbers: dict[str, list[torch.Tensor]] = defaultdict(list)  # scalars of batches since the last line
-        self.amounts = Counter[str]()  # sums since the last line
+        # What was added since the last line about training: scalars of each batch, whose means are logged, and sums of
+        # amounts, which are logged per second.
+        self.batch_numbers: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.amounts = Counter[str]()
         self.card_rows: dict[str, str] = {}
         self.first_step = 0
         self.start_time = time.monotonic()
@@ -83,7 +86,7 @@ class Log:
     def add(self, numbers: Mapping[str, torch.Tensor], **amounts: float) -> None:
         """Adds numbers of a batch, whose means are logged, and amounts, whose rates per second are logged."""
         for name, value in numbers.items():
-            self.numbers[name].append(value.detach())
+            self.batch_numbers[name].append(value.detach())
         self.amounts.update(amounts)
 
     def write_training(self, steps_done: int, further_numbers: Mapping[str, float]) -> None:
@@ -92,7 +95,7 @@ class Log:
         All processes must have added the same names.
         """
         line = {}
-        for name, values in self.numbers.items():
+        for name, values in self.batch_numbers.items():
             mean_of_process = torch.stack(values).mean()
             line[f"train/{name}"] = self.accelerator.reduce(mean_of_process, "mean").item()
         for name, value in further_numbers.items():
@@ -101,13 +104,13 @@ class Log:
         for name, amount in self.amounts.items():
             amount_of_all_processes = self.accelerator.num_processes * amount
             line[f"train/{name}_per_second"] = amount_of_all_processes / seconds
-        self.numbers.clear()
+        self.batch_numbers.clear()
         self.amounts.clear()
         self.last_time = time.monotonic()
         self.write(steps_done, line)
 
     def write(self, steps_done: int, numbers: Mapping[str, float]) -> None:
-        """Logs numbers, some of them on the terminal with progress, time and memory."""
+        """Logs numbers, some of them on the terminal with progress, time and memory. Remembers those for the card."""
         self.accelerator.log(dict(numbers), step=steps_done)
         for name in ON_CARDS:
             if name in numbers:

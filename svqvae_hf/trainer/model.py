@@ -75,7 +75,8 @@ def load_model(options: TrainOptions) -> SVQVAE:
         initialise(vqvae)
     _check_crop_sides(options, vqvae)
     _check_kmeans(options, vqvae)
-    vqvae.register_to_config(sample_size=options.resolution, _name_or_path=public_name(options.initial_model))
+    name_of_source = public_name(options.initial_model)  # of the pretrained model, or of the config of a new one
+    vqvae.register_to_config(sample_size=options.resolution, _name_or_path=name_of_source)
     if options.gradient_checkpointing:
         vqvae.enable_gradient_checkpointing()
     vqvae.train()

@@ -34,18 +34,20 @@ class ScriptParser(argparse.ArgumentParser):
 
 def check_no_repeats(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Raises ValueError for the first option that is given twice, because argparse would take its last value."""
-    names = {}  # of options, by flag: `--token_set` and `--token-set`, `--random_flip` and `--no_random_flip`
+    # An option may have several flags: `--token_set` and `--token-set`, or `--random_flip` and `--no_random_flip`.
+    option_of_flag = {}
     for action in parser._actions:
         for flag in action.option_strings:
-            names[flag] = action.dest
-    names_before = set()
+            option_of_flag[flag] = action.dest
+    options_before = set()
     for word in words:
         flag = word.partition("=")[0]
-        if flag not in names:
-            continue
-        if names[flag] in names_before:
+        if flag not in option_of_flag:
+            continue  # the word is a value
+        option = option_of_flag[flag]
+        if option in options_before:
             raise ValueError(f"`{flag}` must be given once, but is given twice. Leave one of them out.")
-        names_before.add(names[flag])
+        options_before.add(option)
 
 
 @contextmanager

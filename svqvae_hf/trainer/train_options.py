@@ -118,7 +118,7 @@ class TrainOptions(ImageOptions):
     def _scale_faults(self) -> Iterator[str]:
         """Yields an error message for each fault in the scales."""
         if not self.validation_scales:
-            yield "`--validation_scales` must not be empty."
+            yield "`--validation_scales` must not be empty. Name at least one."
         all_scales = self.scales + self.validation_scales
         are_positive_and_finite = all(0 < scale < math.inf for scale in all_scales)
         if not are_positive_and_finite:

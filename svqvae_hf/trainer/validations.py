@@ -78,7 +78,7 @@ class Validations:
         self.chosen = numbers
 
     def _add_ids_kept(self, numbers: Numbers, ids: Mapping[str, torch.Tensor]) -> None:
-        """Adds to the numbers of each set the fraction of its ids that are as in the first validation that quantised."""
+        """Adds to the numbers of each set the fraction of its ids that are as in the first quantised validation."""
         if not has_ids(self.ids):  # this validation is the first one that quantised
             self.ids = dict(ids)
         for name, current_ids in ids.items():

@@ -59,7 +59,7 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
     batches: range
     places: Sequence[Place]
     buffer_size: int
-    place: Place = field(init=False)  # of the reader that this process or worker is, after its last image
+    place: Place = field(init=False)  # of the reader of this worker, after the last image that it took
 
     def __iter__(self) -> Iterator[tuple[Place, CropBatch]]:
         """Yields the batches of this worker."""
