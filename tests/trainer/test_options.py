@@ -138,6 +138,7 @@ def test_flags_override_a_file_with_nothing(tmp_path):
             "`--kmeans_steps` must lie between 0 and .* = 100000, got .1000000, 100000",
         ),
         ({"validation_scales": [1.0, float("nan")]}, "`--scales` must be finite and more than 0"),
+        ({"validation_scales": []}, "`--validation_scales` must not be empty"),
         ({"adversarial_weight": 1.0, "crop_sizes": [16]}, "at least 24 pixels, but one has 16"),
         ({"scales": [1.0], "scale_probabilities": [0.5, 0.5]}, "one fraction for each of `--scales`"),
         ({"scales": [1.0, 0.5], "scale_probabilities": [0.5, 0.4]}, r"and sum to 1, but are \[0.5, 0.4\]"),
