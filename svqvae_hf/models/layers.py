@@ -135,10 +135,12 @@ class TileContext:
         if torch.compiler.is_compiling():
             return hidden, self
         rows, columns = self._core_in(hidden)
-        core = Area(rows, columns)  # in positions of `hidden`
+        # Both are in positions of `hidden`.
+        core = Area(rows, columns)
         smaller_window = core.widened(margin, hidden.shape[-2:])
         cropped = hidden[..., smaller_window.rows, smaller_window.columns]
-        context = replace(self, size=smaller_window.size, core=core.within(smaller_window))
+        core_in_smaller_window = core.within(smaller_window)
+        context = replace(self, size=smaller_window.size, core=core_in_smaller_window)
         return fast_layout(cropped), context
 
     def _core_in(self, hidden: torch.Tensor) -> tuple[slice, slice]:
@@ -250,7 +252,7 @@ class GroupNorm(nn.GroupNorm):
             # The backward pass is slow in the memory format channels_last. It would take half of a training step.
             hidden = hidden.contiguous()
         if shared is None:
-            # `F.group_norm` would raise an error for a 1 x 1 image with one value per group.
+            # Not `F.group_norm`, which raises an error for a 1 x 1 image with one value per group.
             return torch.group_norm(hidden, self.num_groups, self.weight, self.bias, self.eps)
         variance, mean = shared.moments_of(self, hidden)
         return self._normalise(hidden, variance, mean)
@@ -279,7 +281,13 @@ class GroupNorm(nn.GroupNorm):
 def pad_edges(hidden: torch.Tensor, shared: TileContext | None, before: int = 1) -> torch.Tensor:
     """Pads windows by `before` at the top and left, and by 1 at the bottom and right.
 
-    The padding repeats the edge where a window is cut, and is zero at a border of the image, as without tiles.
+    The padding repeats the edge where a window is cut, and is zero at a border of the image, as without tiles. A
+    window of 2 x 3 that is cut at the left and at the bottom becomes:
+
+        0 0 0 0 0
+        a a b c 0
+        d d e f 0
+        d d e f 0
 
     Args:
         hidden (`torch.Tensor` of shape `(windows, channels, h, w)`): Windows.
@@ -289,20 +297,19 @@ def pad_edges(hidden: torch.Tensor, shared: TileContext | None, before: int = 1)
     padded = F.pad(hidden, (before, 1, before, 1))  # (windows, channels, before + h + 1, before + w + 1)
     if shared is None or shared.cuts is None:
         return padded
-    # Each is (windows, 1, 1, 1): 1 where the window is cut, so that the product with an edge is the edge, and 0 at a
-    # border of the image, so that the product is zero.
-    cut_at_top, cut_at_bottom, cut_at_left, cut_at_right = shared.cuts
+    cut_at_top, cut_at_bottom, cut_at_left, cut_at_right = shared.cuts  # each (windows, 1, 1, 1): 1 if cut, else 0
+    # An edge times 1 repeats the edge. An edge times 0 leaves the padding zero.
     if before == 1:
-        first_row = padded[..., 1:2, :]  # of the window, below the row of padding
-        padded[..., 0:1, :] = first_row * cut_at_top
-    last_row = padded[..., -2:-1, :]  # of the window, above the row of padding
-    padded[..., -1:, :] = last_row * cut_at_bottom
-    # The columns come last, and take the padding above and below them along, so that the corners are filled, too.
+        first_row = padded[:, :, 1:2, :]  # of the window; row 0 is padding
+        padded[:, :, 0:1, :] = first_row * cut_at_top
+    last_row = padded[:, :, -2:-1, :]  # of the window; row -1 is padding
+    padded[:, :, -1:, :] = last_row * cut_at_bottom
+    # The columns are repeated with their padding above and below, which fills the corners.
     if before == 1:
-        first_column = padded[..., 1:2]
-        padded[..., 0:1] = first_column * cut_at_left
-    last_column = padded[..., -2:-1]
-    padded[..., -1:] = last_column * cut_at_right
+        first_column = padded[:, :, :, 1:2]
+        padded[:, :, :, 0:1] = first_column * cut_at_left
+    last_column = padded[:, :, :, -2:-1]
+    padded[:, :, :, -1:] = last_column * cut_at_right
     return padded
 
 
@@ -340,20 +347,24 @@ class RepeatConv2d(nn.Conv2d):
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(windows, channels, h, w)` -> `(windows, channels, 2 * h, 2 * w)`."""
         kernel = self.summed_kernel()
-        if shared is None or shared.cuts is None:
-            return F.conv_transpose2d(hidden, kernel, self.bias, stride=2, padding=1)
-        padded = pad_edges(hidden, shared)  # by one position on each side
         # In a transposed convolution, `padding` is the number of positions that are cropped from each side of the
-        # result. Without tiles it is 1. The padded position of a side adds two positions to the result, because the
-        # stride is 2, and both are cropped as well: 1 + 2 = 3.
-        return F.conv_transpose2d(padded, kernel, self.bias, stride=2, padding=3)
+        # result. It is 1, because the kernel reaches one position beyond the pixels that upsampling makes.
+        crop = 1
+        if shared is None or shared.cuts is None:  # no side is cut, so zeros lie around the window
+            return F.conv_transpose2d(hidden, kernel, self.bias, stride=2, padding=crop)
+        padded = pad_edges(hidden, shared)  # (windows, channels, h + 2, w + 2)
+        # A position of padding becomes two positions of the result, because the stride is 2. Both are cropped as well.
+        return F.conv_transpose2d(padded, kernel, self.bias, stride=2, padding=crop + 2)
 
     def summed_kernel(self) -> torch.Tensor:
         """Kernel of the transposed convolution, `(in_channels, out_channels, 4, 4)`.
 
-        Upsampling makes four pixels of each pixel, and each of the four meets the 3 x 3 kernel. The four kernels lie
-        one position apart, and are summed. They are flipped, because a transposed convolution spreads a pixel over
-        its surroundings, where a convolution gathers them.
+        In one dimension, upsampling makes two equal pixels of each pixel. With a kernel `a b c`, each of the two adds
+        to the results around it, by the flipped kernel. In two dimensions there are four such kernels instead of two:
+
+            c    b    a    .     kernel of the first of the two pixels
+            .    c    b    a     kernel of the second, one position further
+            c   b+c  a+b   a     their sum, the kernel of the pixel that both come from
         """
         weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         flipped = weight.flip(-2, -1).transpose(0, 1)  # (in_channels, out_channels, 3, 3)

@@ -133,19 +133,21 @@ class AttnBlock(nn.Module, AttentionModuleMixin):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
-        """`(images * windows, channels, h, w)` -> the same shape. Without tiles each image is one window."""
-        all_windows, channels, _, _ = hidden.shape
+        """`(images * windows, channels, h, w)` -> the same shape.
+
+        Without `shared`, each window is a whole image. With `shared`, the batch holds the same number of windows of
+        each image, first all windows of the first image. All windows of an image attend to the same keys and values.
+        """
         normed = self.norm(hidden, shared)  # (images * windows, channels, h, w)
         if shared is None:
-            key, value = self.keys_and_values(normed, images=all_windows)
+            images, _, _, _ = hidden.shape
+            key, value = self.keys_and_values(normed, images)  # (images, h * w, 1, channels)
         else:
-            key, value = shared.keys_and_values(self, normed)
-        images = key.shape[0]  # not `len(key)`, which a traced graph would keep as the number of the example
+            key, value = shared.keys_and_values(self, normed)  # (images, positions in all windows, 1, channels)
+            images, _, _, _ = key.shape
         query = to_positions(self.q(normed), images)  # (images, windows * h * w, 1, channels)
-        # All windows of an image attend to the keys `(images, positions, 1, channels)` of their image.
         attended = self.processor(query, key, value)  # (images, windows * h * w, 1, channels)
-        by_window = attended.reshape(all_windows, -1, channels)  # (images * windows, h * w, channels)
-        by_window = by_window.transpose(1, 2).reshape(hidden.shape)  # (images * windows, channels, h, w)
+        by_window = from_positions(attended, hidden.shape)  # (images * windows, channels, h, w)
         return hidden + self.proj_out(by_window)
 
     def keys_and_values(self, normed: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,6 +165,13 @@ def to_positions(hidden: torch.Tensor, images: int) -> torch.Tensor:
     by_image = hidden.unflatten(0, (images, -1))  # (images, windows, channels, h, w)
     positions = by_image.movedim(2, -1).flatten(1, 3)  # (images, windows * h * w, channels)
     return positions.unsqueeze(2).contiguous()
+
+
+def from_positions(positions: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """`(images, windows * h * w, 1, channels)` -> `shape`, `(images * windows, channels, h, w)`."""
+    all_windows, channels, _, _ = shape
+    by_window = positions.reshape(all_windows, -1, channels)  # (images * windows, h * w, channels)
+    return by_window.transpose(1, 2).reshape(shape)
 
 
 class Downsample(nn.Module):
@@ -215,7 +224,7 @@ class ResolutionBlock(nn.Module):
         self.downsample = Downsample(out_channels) if down else None
         self.upsample = Upsample(out_channels) if up else None
         self.gradient_checkpointing = False
-        self._gradient_checkpointing_func: Callable[..., torch.Tensor]
+        self._gradient_checkpointing_func: Callable[..., torch.Tensor]  # diffusers sets it
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, in_channels, h, w)` -> `(batch, out_channels, h', w')`, both sides halved, doubled or kept."""
@@ -307,9 +316,9 @@ class Decoder(nn.Module):
             hidden = block(hidden, shared)
         for level, margin in zip(self.conv_blocks, self.margins, strict=True):
             hidden = level(hidden, shared)
-            is_last_level = margin == 0  # see `margins_of_levels`
+            is_last_level = margin == 0  # its output is cropped at the end, by `core_of`
             if shared is not None and not is_last_level:
-                # Crops to what the later levels read. The new `shared` describes the smaller window.
+                # Keeps what the later levels read. The new `shared` describes the smaller window.
                 hidden, shared = shared.crop(hidden, margin)
         hidden = self.conv_out(silu(self.norm_out(hidden, shared)), shared)
         if shared is None:
@@ -320,19 +329,19 @@ class Decoder(nn.Module):
 def margins_of_levels(num_levels: int, num_blocks: int) -> list[int]:
     """Margin around the core that must be kept of the output of each decoder level, because later levels read it.
 
-    Margins are in positions of the output of the level. Nothing needs to be cropped after the last level: margin 0.
+    Margins are in positions of the output of the level. The margin of the last level is 0. With 3 levels of 3 blocks,
+    for example, the margins are `[10, 7, 0]`. The last level has 7 convolutions, which read 7 positions around the
+    core. They are kept of the output of the middle level, whose input has half the resolution. There they are
+    7 // 2 = 3 positions, and the 7 convolutions of the middle level read 7 positions more: 3 + 7 = 10.
     """
     # Each 3 x 3 convolution reads one position on each side. A residual block has two of them. One more follows the
     # blocks of a level: in its upsampling, or at the end of the decoder.
-    margin_of_convolutions = 2 * num_blocks + 1
-    margin_of_next_level = 0  # of the last level, because the loop begins at the level before it
-    margins = [margin_of_next_level]  # from the last level to the first
+    num_convolutions = 2 * num_blocks + 1
+    margins = [0]  # from the last level to the first
     for _ in range(num_levels - 1):
-        # The next level doubles the sides, so its margin is half as long in positions of its input.
-        margin_in_input_of_next_level = margin_of_next_level // 2
-        margin = margin_in_input_of_next_level + margin_of_convolutions
-        margins.append(margin)
-        margin_of_next_level = margin
+        margin_of_next_level = margins[-1]
+        margin_in_its_input = margin_of_next_level // 2
+        margins.append(margin_in_its_input + num_convolutions)
     margins.reverse()
     return margins
 
@@ -682,7 +691,9 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
         """Resizes and crops a decoded sample to the size of the original image at `scale`.
 
         The grid of ids is rounded to whole latents, so it may be a little larger or smaller than the padded image at
-        `scale`. Then the sample is resized before it is cropped, so that its content keeps its position.
+        `scale`. For example, an image of 100 pixels is padded to 112 pixels, 7 latents of f = 16. At scale 0.5 it has
+        4 latents, which are decoded to 64 pixels. These 64 pixels show what 112 pixels show at scale 0.5. So they are
+        resized to 56 pixels, and cropped to 50.
 
         Args:
             decoded (`torch.Tensor` of shape `(batch, out_channels, h * f, w * f)`): Decoded ids.
