@@ -65,25 +65,38 @@ def tile_axis(length: int, tile: int, overlap: int) -> list[tuple[slice, slice]]
     if length <= tile:
         whole = slice(0, length)
         return [(whole, whole)]
-    shared = 2 * overlap  # fewest positions that neighbouring windows share
-    # Each window covers `window - shared` positions that the windows before it do not cover, and the first window
-    # covers `shared` more. So `count` windows cover the axis if `count * (window - shared)` is at least this:
-    length_to_share_out = length - shared
-    count = divide_rounding_up(length_to_share_out, tile - shared)  # as few windows as possible
-    window = shared + divide_rounding_up(length_to_share_out, count)  # as short as possible
-    starts = _spread(length - window, count)
-    core_stops = []
-    for start, next_start in itertools.pairwise(starts):
-        stop = start + window
-        middle_of_shared = (next_start + stop) // 2  # both windows have the positions from `next_start` to `stop`
-        core_stops.append(middle_of_shared)
-    core_stops.append(length)
-    windows_and_cores = []
+    count, window_length = _count_windows(length, tile, overlap)
+    starts = _spread(length - window_length, count)
+    windows = [slice(start, start + window_length) for start in starts]
+    cores = _cores_of_windows(windows)
+    return list(zip(windows, cores, strict=True))
+
+
+def _count_windows(length: int, tile: int, overlap: int) -> tuple[int, int]:
+    """Number of windows that cover an axis, as few as possible, and their length, as short as possible.
+
+    Neighbouring windows share `2 * overlap` positions, or more. In the example of [`tile_axis`] they share 2, so the
+    first window of 6 covers 6 positions of the axis, and the next one 4 more: `shared + count * new_per_window`, which
+    is 2 + 2 * 4, must be at least the length of the axis, 10.
+    """
+    shared = 2 * overlap
+    count = divide_rounding_up(length - shared, tile - shared)
+    new_per_window = divide_rounding_up(length - shared, count)
+    return count, shared + new_per_window
+
+
+def _cores_of_windows(windows: Sequence[slice]) -> list[slice]:
+    """Parts of overlapping windows that partition an axis. Neighbouring cores meet in the middle of the overlap."""
+    cores = []
     core_start = 0
-    for start, core_stop in zip(starts, core_stops, strict=True):
-        windows_and_cores.append((slice(start, start + window), slice(core_start, core_stop)))
-        core_start = core_stop
-    return windows_and_cores
+    for window, next_window in itertools.pairwise(windows):
+        # Both windows have the positions from the start of the next one to the stop of this one.
+        middle_of_overlap = (next_window.start + window.stop) // 2
+        cores.append(slice(core_start, middle_of_overlap))
+        core_start = middle_of_overlap
+    end_of_axis = windows[-1].stop
+    cores.append(slice(core_start, end_of_axis))
+    return cores
 
 
 def window_origins(size: Sequence[int], side: int, count: int) -> list[tuple[int, int]]:
@@ -158,31 +171,41 @@ def sample_windows(run: TiledRun) -> WindowSample:
     Returns:
         [`WindowSample`]: The statistics of each norm and the keys and values of each attention in these windows.
     """
-    image_height, image_width = run.size
     side = min(CONTEXT_WINDOW_SIDE, run.tile)
-    # All windows have this height and width, which are smaller than `side` only in a smaller image.
-    height = min(side, image_height)
-    width = min(side, image_width)
-    windows = []
-    cut_sides = []
-    for top, left in window_origins(run.size, side, CONTEXT_WINDOWS):
-        area = Area(slice(top, top + height), slice(left, left + width))
-        windows.append(run.read_area(area))  # (images, channels, height, width)
-        cut_sides.append(CutSides.of_window(area, run.size))
+    areas = _areas_of_sample(run.size, side)
+    windows = [run.read_area(area) for area in areas]  # each (images, channels, height, width)
     by_image = torch.stack(windows, dim=1)  # (images, windows, channels, height, width)
     images = len(by_image)
     batch = by_image.flatten(0, 1)  # all windows of the first image, then all windows of the second, ...
+    cut_sides = [CutSides.of_window(area, run.size) for area in areas]
     cut_sides_of_batch = cut_sides * images  # windows lie at the same places in each image
     cuts = make_cuts(cut_sides_of_batch, like=batch)
-    core_rows = _core_of_window(image_height, side)
-    core_columns = _core_of_window(image_width, side)
-    sample = WindowSample((height, width), Area(core_rows, core_columns), cuts, images=images)
-    run.network(batch, sample)  # its norms and attentions store their values in the sample; the result is not needed
+    core = _core_of_sample(run.size, side)
+    sample = WindowSample(size=areas[0].size, core=core, cuts=cuts, images=images)
+    # While the network runs, its norms and attentions store their values in the sample. Its result is not needed.
+    run.network(batch, sample)
     return sample
 
 
-def _core_of_window(length: int, side: int) -> slice:
-    """Part of a window of `side` latents that statistics are gathered from, along an axis of `length` latents.
+def _areas_of_sample(image_size: Sequence[int], side: int) -> list[Area]:
+    """Areas of the sampled windows in latents: squares of `side`, shorter along an axis where the image is."""
+    image_height, image_width = image_size
+    height = min(side, image_height)
+    width = min(side, image_width)
+    areas = []
+    for top, left in window_origins(image_size, side, CONTEXT_WINDOWS):
+        areas.append(Area(slice(top, top + height), slice(left, left + width)))
+    return areas
+
+
+def _core_of_sample(image_size: Sequence[int], side: int) -> Area:
+    """Part of each sampled window that its values are gathered from: all but a margin, which may lie next to a cut."""
+    image_height, image_width = image_size
+    return Area(_core_along_axis(image_height, side), _core_along_axis(image_width, side))
+
+
+def _core_along_axis(length: int, side: int) -> slice:
+    """Core of windows of `side` latents, along an axis of `length` latents.
 
     A window as long as the axis counts whole. A shorter one counts without a margin at either end.
     """
@@ -203,13 +226,13 @@ def run_tiles(run: TiledRun) -> Iterator[tuple[Area, torch.Tensor]]:
         yield whole, run.network(run.read_area(whole))
         return
     height, width = run.size
-    sample = sample_windows(run)  # the statistics, keys and values that all tiles share
+    values_of_all_tiles = sample_windows(run)  # statistics, keys and values
     for window_rows, core_rows in tile_axis(height, run.tile, run.overlap):
         for window_columns, core_columns in tile_axis(width, run.tile, run.overlap):
-            window = Area(window_rows, window_columns)
-            core = Area(core_rows, core_columns)
+            window = Area(window_rows, window_columns)  # what the network reads: the core, and an overlap around it
+            core = Area(core_rows, core_columns)  # where its result is kept
             tile_input = run.read_area(window)
-            context = sample.tile(tile_input, core.within(window), run.input_stride)
+            context = values_of_all_tiles.tile(tile_input, core.within(window), run.input_stride)
             yield core, run.network(tile_input, context)
 
 
@@ -286,10 +309,11 @@ class TilingMixin(ModelMixin):
     def tiles_of_call(self, tile_size: int | None = None, overlap: int | None = None) -> Tiles | None:
         """Tiles of a call with these arguments; `None` if images are not tiled.
 
+        A call uses tiles if one of the arguments is given, or after [`~SVQVAE.enable_tiling`].
+
         Args:
-            tile_size (`int`, *optional*): By default the model's. If one of the arguments is given, or after
-                [`~SVQVAE.enable_tiling`], the call uses tiles.
-            overlap (`int`, *optional*): By default the model's, or a quarter of a small tile.
+            tile_size (`int`, *optional*): Tile size in pixels, by default the model's.
+            overlap (`int`, *optional*): Overlap in pixels, by default the model's, or a quarter of a small tile.
 
         Raises:
             ValueError: If `tile_size` or `overlap` does not fit.
@@ -374,8 +398,9 @@ class TilingMixin(ModelMixin):
         longer_side = max(source.shape[-2:]) // input_stride
         if longer_side <= tile:
             return network(source)
-        if torch.is_grad_enabled() and self.is_gradient_checkpointing:
-            # The values that tiles share are the statistics of the norms, and the keys and values of the attentions.
+        runs_blocks_again = torch.is_grad_enabled() and self.is_gradient_checkpointing
+        if runs_blocks_again:
+            # A block that runs again stores new statistics, keys and values in place of those that the tiles read.
             raise ValueError(
                 "Gradient checkpointing must be off for tiles with gradients, because it runs the network again after "
                 "the values that tiles share have changed. Disable gradient checkpointing, tiling or gradients."
