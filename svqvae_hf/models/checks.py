@@ -61,7 +61,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _describe_range(least: float, above: float, most: float) -> str:
-    """Words for a range, such as `in [0, 1]` or `above 0`."""
+    """Words for a range, such as `in [0, 1]`, `at least 1` or `above 0`.
+
+    The range includes `least`, and excludes `above`. At most one of them is finite.
+    """
     if least > -math.inf and most < math.inf:
         return f"in [{least:g}, {most:g}]"
     if least > -math.inf:
@@ -286,7 +289,7 @@ def check_ids(ids: torch.Tensor, config: Mapping[str, Any], shape: Sequence[int]
             `(batch, h, w, codebook_embed_dim)`. There must be `batch * h * w` ids.
     """
     if not isinstance(ids, torch.Tensor) or ids.dtype not in INTEGERS:
-        is_encoder_output = hasattr(ids, "latents")
+        is_encoder_output = hasattr(ids, "latents")  # passed to `decode`, which takes ids or latents
         advice = "Pass its `.latents`." if is_encoder_output else "Only `decode` takes latents."
         raise TypeError(f"Ids must be a tensor of an integer type, got {type_name(ids)}. {advice}")
     if shape is None:
@@ -392,9 +395,11 @@ def check_tiles(f: int, tile_size: int, overlap: int | None) -> None:
         return
     _check_pixels("overlap", overlap)
     tile_latents = tile_size // f
-    most_latents = (tile_latents - 1) // 2  # less than half of a tile
-    if overlap % f != 0 or not 0 <= overlap <= most_latents * f:
-        nearest_latents = min(max(0, round(overlap / f)), most_latents)
+    most_latents = (tile_latents - 1) // 2  # of an overlap, which must be less than half of a tile
+    is_in_range = 0 <= overlap <= most_latents * f
+    if overlap % f != 0 or not is_in_range:
+        rounded_latents = max(0, round(overlap / f))
+        nearest_latents = min(rounded_latents, most_latents)
         raise ValueError(
             f"`overlap` must be a multiple of f = {f} and less than half of `tile_size` = {tile_size}, got {overlap}. "
             f"The nearest is {nearest_latents * f}."

@@ -140,8 +140,9 @@ def _check_values(image: Image.Image) -> None:
 def _check_planes(tags: Mapping[int, Any]) -> None:
     """Raises for uncompressed TIFFs with a plane per channel, unless they have 1 or 8 bits, black the lowest.
 
-    Pillow has a name for the layout of the pixels, such as `RGB;16L` for colours of 16 bits, or `L;I` for inverted
-    grey. It decodes a plane by the first letter of this name alone, as a channel of 8 bits that is not inverted.
+    Pillow has a name for the layout of the pixels, such as `1` for 1 bit, `L` for grey of 8 bits, `L;I` for inverted
+    grey, or `RGB;16L` for colours of 16 bits. It decodes a plane by the first letter of this name alone: `1` as 1 bit,
+    and any other letter as 8 bits. So it ignores the 16 bits and the inversion, which stand at the end of the name.
     """
     has_planes = tags.get(TAG_PLANAR_CONFIGURATION) == PLANES_APART
     is_uncompressed = tags.get(TAG_COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED
@@ -168,10 +169,10 @@ def _check_grey_values(image: Image.Image, tags: Mapping[int, Any]) -> None:
 
 
 def _scale_transparent_value(image: Image.Image) -> None:
-    """Scales the colour that a PNG declares transparent to 8 bits.
+    """Scales the colour that a PNG declares transparent to 8 bits, in `image.info`.
 
-    The colour is changed in `image.info`. Pillow scales the pixels of the file when it decodes them, but not this
-    colour, so pixels of the colour would not be found. Call this before the image is decoded.
+    When Pillow decodes the image, it scales the pixels to 8 bits, such as grey 15 of 4 bits to 15 * 17 = 255. It does
+    not scale this colour, so it would find no pixels of the colour. Call this before the image is decoded.
     """
     if image.format != "PNG":
         return
@@ -179,8 +180,7 @@ def _scale_transparent_value(image: Image.Image) -> None:
     decoder_tiles = getattr(image, "tile", [])  # how Pillow will decode the pixels; empty after decoding
     if colour is None or not decoder_tiles:
         return
-    # How the file stores a pixel, by Pillow's name for it, such as "L;4" for grey of 4 bits
-    layout_in_file = decoder_tiles[0].args
+    layout_in_file = decoder_tiles[0].args  # Pillow's name of it, such as "L;4" for grey of 4 bits
     if layout_in_file in PNG_GREY_FACTORS and isinstance(colour, int):
         image.info["transparency"] = colour * PNG_GREY_FACTORS[layout_in_file]
     elif layout_in_file == PNG_RGB_16_BITS:
@@ -262,7 +262,8 @@ def opened_image(file: BinaryIO, name: str, formats: tuple[str, ...]) -> Iterato
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of images between the limit and its half
+            # Pillow warns of more pixels than MAX_IMAGE_PIXELS, and raises an error for more than twice as many.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=formats) as image:
                 _check_run_lengths(image)
                 yield image

@@ -196,9 +196,11 @@ class ImageVocabulary:
             rows, columns = self._grid_of(tokens[size_position])
             first_code = size_position + 1
             end_position = first_code + rows * columns
-            ids = self._check_codes(tokens, first_code, rows, columns)  # also of an image that is cut off
-            if end_position >= len(tokens):
-                return parts  # the sequence ends before the end token of the image
+            self._check_codes(tokens, first_code, rows, columns)
+            is_cut_off = end_position >= len(tokens)
+            if is_cut_off:
+                return parts
+            ids = tokens[first_code:end_position] - self.first_token  # (rows * columns,)
             parts.append(ids.view(rows, columns))
             text_start = end_position + 1
         parts.append(self._check_text(tokens[text_start:], text_start))
@@ -211,17 +213,18 @@ class ImageVocabulary:
             raise ValueError(f"the token after {BEGIN} must be one of the size tokens, got token {size}.")
         return self.grids[size - self.first_size]
 
-    def _check_codes(self, tokens: torch.Tensor, first_code: int, rows: int, columns: int) -> torch.Tensor:
-        """Ids `(rows * columns,)` of an image, fewer if the sequence ends inside the image.
+    def _check_codes(self, tokens: torch.Tensor, first_code: int, rows: int, columns: int) -> None:
+        """Raises ValueError if a token of an image is not a code, or the token after the codes is not the end token.
 
-        Raises ValueError if one of these tokens is not a code, or the token after them is not the end token.
+        If the sequence ends inside the image, only the tokens that are there are checked.
         """
         num_codes = rows * columns
         end_position = first_code + num_codes
-        ids = tokens[first_code:end_position] - self.first_token
+        ids = tokens[first_code:end_position] - self.first_token  # at most `num_codes`
         is_no_code = (ids < 0) | (ids >= self.codebook_size)
         wrong_positions = (first_code + is_no_code.nonzero().flatten()).tolist()
-        if end_position < len(tokens) and tokens[end_position] != self.end:
+        is_whole = end_position < len(tokens)
+        if is_whole and tokens[end_position] != self.end:
             wrong_positions.append(end_position)
         if wrong_positions:
             position = wrong_positions[0]
@@ -229,12 +232,12 @@ class ImageVocabulary:
                 f"an image of {rows} x {columns} must have {num_codes} codes and then {END}, got token "
                 f"{tokens[position]} at position {position}. Correct the prompt, or generate with `ImageGrammar`."
             )
-        return ids
 
     def _check_text(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
         """Tokens of a text that starts at a position of the sequence. Raises for image tokens in it."""
-        is_in_vocabulary = (tokens >= self.first_token) & (tokens < self.stop)
-        is_image_token = is_in_vocabulary & (tokens != self.no_condition)
+        is_in_image_vocabulary = (tokens >= self.first_token) & (tokens < self.stop)
+        # The token for "no condition" belongs to the image vocabulary, but stands in a text, in place of a caption.
+        is_image_token = is_in_image_vocabulary & (tokens != self.no_condition)
         if is_image_token.any():
             position_in_text = int(is_image_token.nonzero()[0])
             raise ValueError(

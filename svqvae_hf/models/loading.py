@@ -58,7 +58,8 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
             TypeError: If an argument is unknown.
         """
         returns_info = kwargs.pop("output_loading_info", False)
-        # Leaves this option at diffusers' default, `True`: otherwise the codebook would not stay in float32.
+        # diffusers keeps the codebook in float32 only if this option is `True`, its default. The caller's value is
+        # dropped.
         kwargs.pop("low_cpu_mem_usage", None)
         source = os.fspath(pretrained_model_name_or_path)
         cls._check_source(source, kwargs.get("subfolder"))

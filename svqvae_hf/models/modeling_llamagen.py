@@ -35,7 +35,10 @@ class LlamaGenRotaryEmbedding(nn.Module):
         self.config = config
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes the factors of the rotation. Both are 0 for condition tokens, whose queries and keys thus vanish.
+        """Computes the factors of the rotation.
+
+        For condition tokens both are 0, as in LlamaGen. Rotating by them turns the queries and keys of these tokens
+        into zeros.
 
         Args:
             x (`torch.Tensor`): Any tensor on the device of the result.
@@ -55,7 +58,8 @@ class LlamaGenRotaryEmbedding(nn.Module):
         angles_by_row = rows * frequencies  # (batch, length, pairs per axis)
         angles_by_column = columns * frequencies  # (batch, length, pairs per axis)
         angles = torch.cat([angles_by_row, angles_by_column], dim=-1)  # (batch, length, pairs)
-        # Ernie 4.5 takes one angle per channel, but reads only the first half. The second half may be anything.
+        # Ernie 4.5 expects an angle per channel, but reads the first half of them, one angle per pair. The second half
+        # only fills the shape.
         angles = torch.cat([angles, angles], dim=-1)  # (batch, length, head_dim)
         is_in_image = positions_in_image >= 0  # False for condition tokens
         return angles.cos() * is_in_image, angles.sin() * is_in_image
@@ -223,10 +227,10 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
                 return None
             num_ids = num_tokens - 1
             return F.pad(prompt_attention_mask, (0, num_ids), value=1)  # all ids are seen
-        mask_of_condition = attention_mask[:, :1]
-        mask_of_ids = attention_mask[:, 1:]
+        mask_of_condition = attention_mask[:, :1]  # (batch, 1)
+        mask_of_ids = attention_mask[:, 1:]  # (batch, ids)
         if prompt_attention_mask is None:
-            # All features are seen if the condition token is seen.
+            # All features are seen if the condition token is seen, and none of them otherwise.
             prompt_attention_mask = mask_of_condition.expand(-1, self.config.num_condition_tokens)
         return torch.cat([prompt_attention_mask, mask_of_ids], dim=1)
 
@@ -256,10 +260,10 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
     ) -> dict[str, Any]:
         """Chooses the arguments of the next call of `forward` in transformers' `generate`.
 
-        `generate` counts tokens. One of them, the condition token, stands for a whole caption, which takes
-        `num_condition_tokens` positions of the model. So the mask, the positions and the cache of fixed length that
-        transformers makes with one entry per token are too short for a model with captions. The mask and the positions
-        are left out, because `forward` finds them by itself. The cache is replaced.
+        transformers makes a mask, positions and, if asked for, a cache of fixed length, with one entry per token. They
+        are too short for a model with captions, where one token, the condition token, stands for a whole caption of
+        `num_condition_tokens` positions. The mask and the positions are left out, because `forward` finds them by
+        itself. The cache is replaced.
 
         Args:
             input_ids (`torch.Tensor` of shape `(batch, length)`): Tokens.
@@ -273,16 +277,17 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
             return inputs
         inputs.pop("attention_mask", None)
         inputs.pop("position_ids", None)
+        # The first call puts the caption into the cache. Without a cache, each call needs the caption.
         is_first_call = bool(kwargs.get("is_first_iteration"))
         uses_cache = bool(kwargs.get("use_cache", True))
-        cache_holds_caption = uses_cache and not is_first_call
-        if cache_holds_caption:
+        needs_caption = is_first_call or not uses_cache
+        if not needs_caption:
             return inputs
         if prompt_embeds is None:
             raise ValueError(MISSING_CAPTIONS)
         inputs["prompt_embeds"] = prompt_embeds
-        if isinstance(inputs.get("cache"), StaticCache):
-            # Its length is fixed, to one position per token. This one has room for the caption and a whole image.
-            length = self.config.max_position_embeddings
+        has_fixed_length = isinstance(inputs.get("cache"), StaticCache)
+        if has_fixed_length:
+            length = self.config.max_position_embeddings  # of the caption and a whole image
             inputs["cache"] = StaticCache(config=self.config, max_cache_len=length)
         return inputs

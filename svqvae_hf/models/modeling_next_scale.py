@@ -34,13 +34,13 @@ from .loading import StrictLoadingMixin
 from .resizing import resize
 
 NORM_EPS = 1e-6
-LENGTH_EPS = 1e-12  # as in `F.normalize`
+SMALLEST_NORM = 1e-12  # as in `F.normalize`
 MLP_RATIO = 4
 POSITION_PERIOD = 10_000  # of the initial positions
-MAX_LOG_LENGTH = math.log(100)  # of queries
+MAX_LOG_NORM = math.log(100)  # of queries
 
 # Factors of FlexVAR's initial weights
-INITIAL_QUERY_LENGTH = 4.0
+INITIAL_QUERY_NORM = 4.0
 HEAD_GAIN = 0.02
 MODULATION_GAIN = 0.5
 GATE_GAIN = 1e-3
@@ -76,10 +76,10 @@ class Attention(nn.Module, AttentionModuleMixin):
     def __init__(self, width: int, num_heads: int, layer: int):
         super().__init__()
         self.num_heads = num_heads
-        self.layer = layer
-        # The names of the parameters are FlexVAR's. Keys have no bias. `scale_mul_1H11` is the logarithm of the length
-        # of the queries of each head. "1H11" is its shape, (1, heads, 1, 1).
-        self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(INITIAL_QUERY_LENGTH)))
+        self.layer = layer  # number of the layer, by which a cache stores its keys and values
+        # The names of the parameters are FlexVAR's. Keys have no bias. `scale_mul_1H11` is the logarithm of the norm
+        # that the queries of each head are scaled to. "1H11" is its shape, (1, heads, 1, 1).
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(INITIAL_QUERY_NORM)))
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
@@ -92,8 +92,8 @@ class Attention(nn.Module, AttentionModuleMixin):
         query = self._split_heads(query + self.q_bias)  # (batch, heads, tokens, head width)
         key = self._split_heads(key)  # (batch, heads, tokens, head width)
         value = self._split_heads(value + self.v_bias)  # (batch, heads, tokens, head width)
-        query = set_length(query, self._query_length())
-        key = set_length(key, 1.0)
+        query = set_norm(query, self._query_norm())
+        key = set_norm(key, 1.0)
         if cache is not None:
             # Adds the keys and values to the cache, which returns them for all tokens so far:
             # (batch, heads, cached tokens + tokens, head width).
@@ -101,10 +101,10 @@ class Attention(nn.Module, AttentionModuleMixin):
         attended = self._attend_by_scale(query, key, value, lengths)  # (batch, tokens, heads, head width)
         return self.proj(attended.flatten(2))
 
-    def _query_length(self) -> torch.Tensor:
-        """Length of the queries of each head, `(1, heads, 1, 1)`, float32. The model learns its logarithm."""
-        log_of_length = self.scale_mul_1H11.float().clamp(max=MAX_LOG_LENGTH)
-        return log_of_length.exp()
+    def _query_norm(self) -> torch.Tensor:
+        """Norm, the length as a vector, of the queries of each head: `(1, heads, 1, 1)` in float32."""
+        log_of_norm = self.scale_mul_1H11.float().clamp(max=MAX_LOG_NORM)
+        return log_of_norm.exp()
 
     def _attend_by_scale(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
@@ -320,7 +320,10 @@ class NextScaleTransformer(StrictLoadingMixin):
     def _embed_codes(
         self, codes: Sequence[torch.Tensor], sizes: Sequence[Size], dtype: torch.dtype
     ) -> list[torch.Tensor]:
-        """Tokens `(batch, height * width, width of the model)` of each scale, from the codes of the scale before."""
+        """Tokens `(batch, height * width, width of the model)` of each scale, from the codes of the scale before.
+
+        Both lists have one entry per scale: its size, and the codes of the scale before, which have another size.
+        """
         tokens = []
         for codes_before, size in zip(codes, sizes, strict=True):
             resized = resize_codes(codes_before, size)  # (batch, height * width, codebook_embed_dim)
@@ -356,6 +359,7 @@ class NextScaleTransformer(StrictLoadingMixin):
             elif is_weight:
                 gain = initial_gain(name, len(self.blocks))
                 nn.init.trunc_normal_(parameter, std=gain * std)
+            # Part of such a weight, which has just been drawn, is drawn once more.
             modulates_block = name.startswith("blocks.") and name.endswith(MODULATION_WEIGHT)
             if modulates_block:
                 draw_gates(parameter, std)
@@ -402,10 +406,10 @@ def modulate(hidden: torch.Tensor, factor: torch.Tensor, shift: torch.Tensor) ->
     return torch.addcmul(shift, normed, 1 + factor)  # shift + normed * (1 + factor)
 
 
-def set_length(vectors: torch.Tensor, length: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """Scales vectors along the last dimension to a length, computed in float32."""
+def set_norm(vectors: torch.Tensor, norm: torch.Tensor | float) -> torch.Tensor:
+    """Scales vectors along the last dimension to a norm (length), computed in float32."""
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float32)
-    factors = length / norms.clamp(min=LENGTH_EPS)
+    factors = norm / norms.clamp(min=SMALLEST_NORM)
     return (vectors * factors).to(vectors.dtype)
 
 

@@ -166,8 +166,9 @@ class SVQVAEProcessor(ProcessorMixin):
         if text is None:
             raise ValueError(f"`text` must be given. For images alone, pass one `{PLACEHOLDER}` per image.")
         _check_texts(text)
-        is_set_by_caller = "add_special_tokens" in kwargs.get("text_kwargs", {})
-        if self._starts_with_bos(text) and not is_set_by_caller:
+        # transformers takes arguments of the tokenizer in `text_kwargs`, or beside it. The caller may use either.
+        is_in_text_kwargs = "add_special_tokens" in kwargs.get("text_kwargs", {})
+        if self._starts_with_bos(text) and not is_in_text_kwargs:
             kwargs.setdefault("add_special_tokens", False)
         features = super().__call__(images=images, text=text, **kwargs)
         for tokens in features["input_ids"]:

@@ -101,8 +101,8 @@ class Codebook(nn.Module):
 def find_nearest(latents: torch.Tensor, codes: torch.Tensor, l2_norm: bool) -> torch.Tensor:
     """Ids `(n,)` of the codes `(size, dim)` nearest to latents `(n, dim)`, in chunks that bound the memory.
 
-    |z - e|^2 = |z|^2 - 2 (z e - |e|^2 / 2), so the nearest code has the largest z e - |e|^2 / 2. Among unit vectors it
-    has the largest z e.
+    The nearest code e of a latent z has the smallest |z - e|^2 = |z|^2 - 2 (z e - |e|^2 / 2), and so the largest score
+    z e - |e|^2 / 2. Among unit vectors it has the largest z e.
     """
     scores_at_once = SEARCH_SCORES if latents.device.type == "cpu" else SEARCH_SCORES_GPU
     rows_at_once = max(1, scores_at_once // len(codes))
@@ -218,7 +218,10 @@ class VectorQuantizer(nn.Module):
         return F.normalize(latents.float(), dim=1).to(latents.dtype)
 
     def _entropy_loss(self, flat: torch.Tensor) -> torch.Tensor:
-        """Rewards a low entropy of each latent's soft assignment and a high entropy of their mean.
+        """Entropy loss, `entropy_loss_ratio * (entropy - entropy_of_mean)`, which training makes small.
+
+        It rewards a low entropy of each latent's soft assignment, so that latents lie near codes, and a high entropy
+        of the mean assignment, so that all codes are used.
 
         The mean is over the latents of all processes. Each process has the same number, so the mean of their gradients
         is the gradient of the joined batch. Source: LlamaGen, `compute_entropy_loss`.
