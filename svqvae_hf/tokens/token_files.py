@@ -46,12 +46,15 @@ class ImageTokens(Encoding):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integers({"height": self.height, "width": self.width})
-        is_list = isinstance(self.ids, list | tuple)
-        has_grid_per_scale = len(self.ids) == len(self.scales) and len(self.ids) > 0
-        if not is_list or not has_grid_per_scale:
+        if not isinstance(self.ids, list | tuple):
             raise ValueError(
-                f"`ids` must be a list of one grid per scale, got a {type(self.ids).__name__} of {len(self.ids)} for "
-                f"{len(self.scales)} scales."
+                f"`ids` must be a list of one grid per scale, got a value of type {type(self.ids).__name__}."
+            )
+        num_grids = len(self.ids)
+        num_scales = len(self.scales)
+        if num_grids == 0 or num_grids != num_scales:
+            raise ValueError(
+                f"`ids` must be a list of one grid per scale, got a list of {num_grids} for {num_scales} scales."
             )
         for ids_of_scale, scale in zip(self.ids, self.scales, strict=True):
             self._check_grid(ids_of_scale, scale)
@@ -220,7 +223,7 @@ def _tokens_from(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> 
     stored_grids = [tensors[name] for name in names]
     grids = [grid.long() for grid in stored_grids]
     record = json.loads(metadata[METADATA_KEY])
-    tokens = ImageTokens.from_record(record, ids=grids)
+    tokens = ImageTokens.from_record(record, ids=grids)  # raises if the record is not a JSON object
     checksum = record.pop(CHECKSUM, None)  # files of version 0.1 have no checksum
     if checksum is not None and checksum != _checksum(record, stored_grids):
         raise ValueError("its checksum differs, so it is damaged.")

@@ -62,6 +62,8 @@ def test_equal_tokens_make_equal_files(tmp_path):
         ({"scale_from": "pixels"}, "`scale_from` must be one of latents, image, got 'pixels'"),
         ({"codebook_size": 23}, r"scale 1 needs integer ids in \[0, 23\), got int64 in \[0, 23\]"),
         ({"scales": (1.0,)}, "`ids` must be a list of one grid per scale, got a list of 2 for 1 scales"),
+        ({"ids": 5}, "`ids` must be a list of one grid per scale, got a value of type int"),
+        ({"ids": torch.zeros(2, 3)}, "`ids` must be a list of one grid per scale, got a value of type Tensor"),
         ({"scales": (0.5, float("nan"))}, r"a scale must be a number above 0 and under 2\*\*31, got nan"),
         ({"scales": (1.0, 1.0)}, "scales must differ within six digits, got 1, 1"),
         ({"scales": (1.0, 0.5)}, r"the ids of scale 1 must have shape \(4, 6\) .* got \(2, 3\)"),
