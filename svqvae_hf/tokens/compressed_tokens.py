@@ -68,6 +68,7 @@ def compress(record: Mapping[str, Any], grids: Sequence[np.ndarray], model: Cont
     for index in order:
         chunks[index] = model.compress(grids[index], coarser_grid)
         coarser_grid = grids[index]
+    # The header has the sizes in the order of the record's scales. The chunks follow in the order of coding.
     chunk_sizes = [len(chunks[index]) for index in range(len(grids))]
     content = _with_checksum(_pack_header(record, chunk_sizes, model.fingerprint))
     for index in order:

@@ -52,9 +52,10 @@ class ContextModel:
         self.tensors = dict(tensors)
         self.codebook_fingerprint = codebook_fingerprint
         self.fingerprint = _fingerprint(tensors, codebook_fingerprint)
-        self.order = tensors["order"].astype(np.int64)  # id of each rank
-        self.rank = np.argsort(self.order)  # rank of each id
-        self.inputs = code_inputs(tensors["codes"])  # inputs that stand for an id, by its number
+        self.order = tensors["order"].astype(np.int64)  # (codes,): the id of each rank
+        self.rank = np.argsort(self.order)  # (codes,): the rank of each id
+        self.inputs = code_inputs(tensors["codes"])  # (codes + 1, dim + 1): for each id, what the network reads
+        self.outside = len(self.order)  # stands for places outside the grid, and follows the last id
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, subfolder: str = "", **options: Any) -> "ContextModel":
@@ -99,14 +100,14 @@ class ContextModel:
             ValueError: If an id is out of range.
         """
         num_codes = len(self.order)
-        outside = num_codes  # the number after the last id stands for places outside the grid
         if ids.min() < 0 or ids.max() >= num_codes:
             raise ValueError(f"ids must be in [0, {num_codes}), got [{ids.min()}, {ids.max()}].")
+        # A rank is `group * num_members + member`, and similar codes are in one group.
         ranks = self.rank[ids.astype(np.int64)]  # (h, w)
         groups = ranks // self.network.num_members  # (h, w)
         members = ranks % self.network.num_members  # (h, w)
-        padded = pad_ids(ids, outside)
-        padded_coarse = None if coarse is None else pad_ids(coarse, outside)
+        padded = pad_ids(ids, self.outside)
+        padded_coarse = None if coarse is None else pad_ids(coarse, self.outside)
         encoder = constriction.stream.queue.RangeEncoder()
         height, width = ids.shape
         for rows, columns in diagonals(height, width):  # both (n,), for the n ids of a diagonal
@@ -136,10 +137,9 @@ class ContextModel:
             ValueError: The content is damaged.
         """
         height, width = shape
-        num_codes = len(self.order)
-        outside = num_codes  # the number after the last id stands for places outside the grid
-        padded = pad_ids(np.full(shape, outside), outside)  # the loop fills in the ids, diagonal by diagonal
-        padded_coarse = None if coarse is None else pad_ids(coarse, outside)
+        empty_grid = np.full(shape, self.outside)
+        padded = pad_ids(empty_grid, self.outside)  # the loop fills in the ids, diagonal by diagonal
+        padded_coarse = None if coarse is None else pad_ids(coarse, self.outside)
         words = np.frombuffer(content, "<u4").astype(np.uint32)
         decoder = constriction.stream.queue.RangeDecoder(words)
         try:
@@ -151,8 +151,10 @@ class ContextModel:
                 member_probabilities = probabilities(self.network.member_logits(hidden, group))
                 member = decoder.decode(categorical(), member_probabilities)  # (n,)
                 rank = group * self.network.num_members + member
-                rank = np.minimum(rank, num_codes - 1)  # damaged content may decode to a member that does not exist
-                padded[rows + MARGIN, columns + MARGIN] = self.order[rank]  # ids, by their ranks
+                last_rank = len(self.order) - 1
+                rank = np.minimum(rank, last_rank)  # damaged content may decode to a member that does not exist
+                ids = self.order[rank]  # (n,)
+                padded[rows + MARGIN, columns + MARGIN] = ids
         except (AssertionError, IndexError) as error:  # constriction raises the first for content that nobody encoded
             raise ValueError("its coded ids or its context model are damaged.") from error
         return padded[MARGIN:-MARGIN, MARGIN:-MARGIN].copy()
@@ -218,8 +220,8 @@ def _find_file(source: str | os.PathLike, subfolder: str, options: Mapping[str, 
         raise FileNotFoundError(file) from error
     except OSError as error:
         reason = hub_reason(error)
-    # This line is reached only if the Hub does not answer. It is outside of `except`, so that the error is not linked
-    # to the Hub's error. Commands that find the Hub's error report that the model itself cannot be loaded.
+    # The Hub does not answer. Within `except`, Python would link this error to the Hub's error. Commands look for such
+    # a link, and would report that the model itself cannot be loaded.
     raise _error_without_hub(repository, file, options.get("revision"), reason)
 
 

@@ -23,7 +23,7 @@ SHIFTS = {"1": 9, "2": 8, "member": 8}  # bits dropped after each layer
 LOGIT_SHIFT = 5  # bits dropped from logits, so that STEPS_PER_NAT steps per nat are left
 STEPS_PER_NAT = 128  # of the table of exponentials
 NATS = 16  # that the table covers
-LAST_ENTRY = STEPS_PER_NAT * NATS  # of the table, which is 0
+LAST_ENTRY = STEPS_PER_NAT * NATS  # index of the last entry of the table, which is 0
 PEAK = 2**20  # first entry of the table
 TOTAL = 2**16  # sum of the frequencies of a distribution
 
@@ -51,10 +51,13 @@ class ContextNetwork:
         num_codes = len(tensors["order"])
         self.num_groups, num_features = tensors["bias_member"].shape
         self.num_members = divide_rounding_up(num_codes, self.num_groups)
-        # The last group may lack members. They get a weight of 0 and a bias that is never the largest.
+        # `weight_code` `(codes, features)` and `bias_code` `(codes,)` have the codes in the order of their ranks: all
+        # members of the first group, then all of the second, and so on. The last group may lack members. They get a
+        # weight of 0 and a bias that is never the largest.
         num_missing = self.num_groups * self.num_members - num_codes
         weight = np.pad(self.weights["weight_code"], ((0, num_missing), (0, 0)))  # (groups * members, features)
         bias = np.pad(self.weights["bias_code"], (0, num_missing), constant_values=NEVER)  # (groups * members,)
+        # Split into groups, so that `member_logits` can look up the members of one group.
         self.code_weight = weight.reshape(self.num_groups, self.num_members, num_features)
         self.code_bias = bias.reshape(self.num_groups, self.num_members)
 
@@ -117,7 +120,7 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 @cache
 def exponentials() -> np.ndarray:
-    """Table of `PEAK * exp(-step / STEPS_PER_NAT)` for each step, rounded down. A 0 follows the last step.
+    """Table of `PEAK * exp(-step / STEPS_PER_NAT)` for each step below `LAST_ENTRY`, rounded down, and then a 0.
 
     It is computed with decimal numbers, because `exp` of floats differs between machines.
     """
@@ -126,7 +129,7 @@ def exponentials() -> np.ndarray:
     for step in range(LAST_ENTRY):
         nats = Decimal(-step) / STEPS_PER_NAT
         entries.append(int(PEAK * nats.exp(precision)))
-    entries.append(0)
+    entries.append(0)  # with the index LAST_ENTRY
     return np.array(entries)
 
 

@@ -140,8 +140,8 @@ def diagonals(height: int, width: int) -> Iterator[tuple[np.ndarray, np.ndarray]
     last_column = width - 1
     num_diagonals = width + SLOPE * (height - 1)
     for diagonal in range(num_diagonals):
-        # In a row, the column is `diagonal - SLOPE * row`. It is at most `last_column` from the first row on, and at
-        # least 0 until the last row.
+        # The column is `diagonal - SLOPE * row`, so it falls from row to row. In the first rows it may be beyond the
+        # last column, and in the last rows below 0. The rows between are those of the diagonal.
         first_row = max(0, divide_rounding_up(diagonal - last_column, SLOPE))
         last_row = min(height - 1, diagonal // SLOPE)
         end_row = last_row + 1
