@@ -32,15 +32,21 @@ def load_pickle(path: Path, safe_globals: Sequence[type] = ()) -> Any:
     try:
         if zipfile.is_zipfile(path):
             _check_unpacked_size(path)
-        with LOCK, torch.serialization.safe_globals(list(safe_globals)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns before it fails
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return _load_weights(path, safe_globals)
     except OSError as error:
-        # A hostile archive may name a position before the start of its file. Seeking there is an invalid argument.
-        seeks_before_start = error.errno == errno.EINVAL
-        if seeks_before_start:
+        # A hostile archive may name a position before the start of its file. Seeking such a position fails with the
+        # error number EINVAL, "invalid argument".
+        names_position_before_start = error.errno == errno.EINVAL
+        if names_position_before_start:
             raise pickle.UnpicklingError("the archive names positions outside the file") from error
         raise
+
+
+def _load_weights(path: Path, safe_globals: Sequence[type]) -> Any:
+    """Content of a file, without torch's warnings. Only one thread at a time may run the block, see `LOCK`."""
+    with LOCK, torch.serialization.safe_globals(list(safe_globals)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns before it fails
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _check_unpacked_size(path: Path) -> None:

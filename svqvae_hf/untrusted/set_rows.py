@@ -33,17 +33,17 @@ def confine_row(source: Any, repository: str | None) -> Any:
 def _is_in_repository(path: str, repository: str) -> bool:
     """Whether a path leads into the repository.
 
-    The path of a file in an archive has several parts, from the inside to the outside. The last part is a file of the
-    repository: `zip://a.png::hf://datasets/org/set@main/a.zip` is the file `a.png` in the archive `a.zip` there.
+    A file of the repository is named like `hf://datasets/org/set@main/a.png`. A file in an archive is named before its
+    archive: `zip://a.png::hf://datasets/org/set@main/a.zip` is `a.png` in `a.zip`. Archives may lie in archives.
     """
-    parts = path.split("::")
-    outermost_file = parts[-1]
-    files_in_archives = parts[:-1]
-    repository_file = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", outermost_file)
-    if repository_file is None:
+    names = path.split("::")
+    name_in_repository = names[-1]  # such as "hf://datasets/org/set@main/a.zip"
+    names_in_archives = names[:-1]  # such as ["zip://a.png"]
+    match = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", name_in_repository)
+    if match is None:
         return False
-    path_in_repository = posixpath.normpath(repository_file[1])
+    path_in_repository = posixpath.normpath(match[1])  # such as "a.zip"
     leads_outside = path_in_repository == ".." or path_in_repository.startswith(("../", "/"))
     if leads_outside:
         return False
-    return all(re.fullmatch(FILE_IN_ARCHIVE, file, re.DOTALL) for file in files_in_archives)
+    return all(re.fullmatch(FILE_IN_ARCHIVE, name, re.DOTALL) for name in names_in_archives)

@@ -28,7 +28,9 @@ class StrictTarInfo(tarfile.TarInfo):
         try:
             return super().fromtarfile(tarfile_)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise  # a HeaderError that stands for the zeros at the end of a file, and is no fault
+            # A file ends with zeros in place of a header. `tarfile` raises this kind of HeaderError for them, and
+            # catches it itself, so it is no fault.
+            raise
         except (tarfile.HeaderError, ValueError, RecursionError) as error:
             raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from error
 
