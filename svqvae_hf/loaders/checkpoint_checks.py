@@ -26,17 +26,15 @@ def select_weights(
     Raises:
         ValueError: The file does not hold these weights.
     """
-    if use_ema:
-        weights = content.get(EMA)
-        if not isinstance(weights, Mapping):
-            raise ValueError(
-                f"`{source}` must hold averaged weights (`{EMA}`) for `use_ema`, but has none. Leave it out."
-            )
-    elif not isinstance(weights, Mapping):
+    selected = content.get(EMA) if use_ema else weights
+    is_mapping = isinstance(selected, Mapping)
+    if use_ema and not is_mapping:
+        raise ValueError(f"`{source}` must hold averaged weights (`{EMA}`) for `use_ema`, but has none. Leave it out.")
+    if not is_mapping:
         raise ValueError(
-            f"`{source}` must hold weights by their names, but holds a {type(weights).__name__}. Download it again."
+            f"`{source}` must hold weights by their names, but holds a {type(selected).__name__}. Download it again."
         )
-    return {key_text(key): without_attributes(value) for key, value in weights.items()}
+    return {key_text(key): without_attributes(value) for key, value in selected.items()}
 
 
 def check_tensors(weights: Mapping[str, Any], source: str | Path) -> None:

@@ -55,7 +55,11 @@ class CheckpointFormat:
         return isinstance(weights, dict) and count_numbers(weights, self.level_prefix) > 0
 
     def to_original(self, key: str, num_levels: int) -> str:
-        """Name in the file of a parameter of this library; the same but for the prefix if no rename fits."""
+        """Name in the file of a parameter of this library; the same but for the prefix if no rename fits.
+
+        With 5 levels, for example, the rename from `decoder.conv_blocks.{level}.res.` to `decoder.up.{flipped}.block.`
+        turns `decoder.conv_blocks.0.res.1.conv1.weight` into `decoder.up.4.block.1.conv1.weight`.
+        """
         for our_pattern, original_pattern in self.renames:
             for level in range(num_levels):
                 our_start = our_pattern.format(level=level)

@@ -64,7 +64,9 @@ def read_checkpoint(
     config = _infer_config(format, weights, source) | config
     expected_shapes = _expected_shapes(model_class, config, source)  # by the names in this library
     state_dict = _rename_and_check(weights, expected_shapes, format, source)
-    return Checkpoint(str(source), path, use_ema, format, config, state_dict)
+    return Checkpoint(
+        source=str(source), path=path, use_ema=use_ema, format=format, config=config, state_dict=state_dict
+    )
 
 
 def _rename_and_check(
@@ -155,23 +157,12 @@ def _infer_config(format: CheckpointFormat, weights: Mapping[str, Any], source: 
     num_levels = count_numbers(weights, format.level_prefix)
     num_blocks = count_numbers(weights, format.to_original("encoder.conv_blocks.0.res.", num_levels))
     check_depth(f"`{source}`", {"levels": num_levels, "residual blocks per level": num_blocks})
-    axes_of_widths = _axes_of_widths("encoder", num_levels) | _axes_of_widths("decoder", num_levels)
-    axes_in_file = {}  # the axes of all sizes, with the names of the weights in the file
-    for key, (name, axis) in (CONFIG_AXES | axes_of_widths).items():
-        axes_in_file[key] = (format.to_original(name, num_levels), axis)
-    sizes = read_sizes(weights, axes_in_file, source)  # all at once, so that one error names all faulty weights
+    sizes = _read_sizes(format, weights, num_levels, source)
     config: dict[str, Any] = {key: sizes[key] for key in CONFIG_AXES}
-    base_channels = sizes["base_channels"]
-    encoder_multipliers = []
-    decoder_multipliers = []
-    for level in range(num_levels):
-        encoder_width = sizes[_key_of_width("encoder", level)]
-        decoder_width = sizes[_key_of_width("decoder", level)]
-        encoder_multipliers.append(encoder_width // base_channels)
-        decoder_multipliers.append(decoder_width // base_channels)
-    decoder_multipliers.reverse()  # the decoder's first level has the lowest resolution
+    encoder_multipliers = _channel_multipliers("encoder", sizes, num_levels)
+    decoder_multipliers = _channel_multipliers("decoder", sizes, num_levels)
     config["encoder_ch_mult"] = tuple(encoder_multipliers)
-    config["decoder_ch_mult"] = tuple(decoder_multipliers)
+    config["decoder_ch_mult"] = tuple(reversed(decoder_multipliers))  # in the config, full resolution comes first
     config["norm_num_groups"] = NORM_NUM_GROUPS
     config["codebook_l2_norm"] = format.codebook_l2_norm
     config["network_range"] = format.network_range
@@ -179,17 +170,33 @@ def _infer_config(format: CheckpointFormat, weights: Mapping[str, Any], source: 
     return config
 
 
-def _key_of_width(network: str, level: int) -> str:
-    """Key of the number of channels of a level, such as `encoder level 0`, beside the keys of `CONFIG_AXES`."""
+def _read_sizes(
+    format: CheckpointFormat, weights: Mapping[str, Any], num_levels: int, source: str | Path
+) -> dict[str, int]:
+    """Sizes of weights: the config values of `CONFIG_AXES`, and the channels of each level of both networks."""
+    axes = dict(CONFIG_AXES)  # for each size, the name of a weight and the axis that has the size
+    for level in range(num_levels):
+        axes[_key_of_channels("encoder", level)] = (f"encoder.conv_blocks.{level}.res.0.conv1.weight", 0)
+        axes[_key_of_channels("decoder", level)] = (f"decoder.conv_blocks.{level}.res.0.conv1.weight", 0)
+    axes_in_file = {}
+    for key, (name, axis) in axes.items():
+        name_in_file = format.to_original(name, num_levels)
+        axes_in_file[key] = (name_in_file, axis)
+    return read_sizes(weights, axes_in_file, source)  # all at once, so that one error names all faulty weights
+
+
+def _key_of_channels(network: str, level: int) -> str:
+    """Key of the channels of a level, such as `encoder level 0`, beside the config values among the sizes."""
     return f"{network} level {level}"
 
 
-def _axes_of_widths(network: str, num_levels: int) -> dict[str, tuple[str, int]]:
-    """For each level of a network, the weight and the axis that have its number of channels, as in `CONFIG_AXES`."""
-    axes = {}
+def _channel_multipliers(network: str, sizes: Mapping[str, int], num_levels: int) -> list[int]:
+    """Channels of each level of a network, from its first level to its last, as multiples of `base_channels`."""
+    multipliers = []
     for level in range(num_levels):
-        axes[_key_of_width(network, level)] = (f"{network}.conv_blocks.{level}.res.0.conv1.weight", 0)
-    return axes
+        channels = sizes[_key_of_channels(network, level)]
+        multipliers.append(channels // sizes["base_channels"])
+    return multipliers
 
 
 def _expected_shapes(

@@ -89,8 +89,11 @@ def read_llamagen(
     config = dict(sizes)
     config["grid_size"] = _find_grid_size(angles, sizes["num_condition_tokens"], grid_size, source)
     config["num_attention_heads"] = num_attention_heads or _find_heads(sizes, source)
-    state_dict = _rename(weights, layout, sizes["num_classes"])
-    return Checkpoint(str(source), path, use_ema, LLAMAGEN, config, state_dict)
+    state_dict = _rename(weights, layout)
+    _join_embeddings(state_dict, sizes["num_classes"])
+    return Checkpoint(
+        source=str(source), path=path, use_ema=use_ema, format=LLAMAGEN, config=config, state_dict=state_dict
+    )
 
 
 def find_language_model(content: Mapping[str | None, Any]) -> dict[Any, Any] | None:
@@ -190,28 +193,32 @@ def _layer_layout(hidden: int, inner: int) -> dict[str, FileWeight]:
     }
 
 
-def _rename(
-    weights: dict[str, torch.Tensor], layout: Mapping[str, FileWeight], num_classes: int
-) -> dict[str, torch.Tensor]:
+def _rename(weights: dict[str, torch.Tensor], layout: Mapping[str, FileWeight]) -> dict[str, torch.Tensor]:
     """Moves weights to this library's names, in float32.
 
     Each weight is removed from `weights` before it is copied, so that memory holds no weight twice for long.
     """
     renamed: dict[str, torch.Tensor] = {}
     for file_name, file_weight in layout.items():
-        stacked_weight = weights.pop(file_name).float()
-        parts = stacked_weight.chunk(len(file_weight.names))
+        weight = weights.pop(file_name).float()
+        num_parts = len(file_weight.names)  # more than 1 for a weight that stacks several weights along its rows
+        parts = weight.chunk(num_parts)
         for name, part in zip(file_weight.names, parts, strict=True):
             renamed[name] = part.clone()
-    # The file has one embedding for the codes and another one for the classes. Here the rows of the classes, and of
-    # the token for no condition, follow the rows of the codes in one embedding.
-    codes = renamed[EMBEDDED]  # (codes, hidden)
-    classes = renamed.pop(CLASSES, None)  # (classes + 1, hidden)
-    if classes is None:
-        # A model with captions reads features in place of these rows, so they may be zeros.
-        classes = codes.new_zeros(num_classes + 1, codes.shape[1])
-    renamed[EMBEDDED] = torch.cat([codes, classes])
     return renamed
+
+
+def _join_embeddings(state_dict: dict[str, torch.Tensor], num_classes: int) -> None:
+    """Joins the embeddings of a file, one for the codes and one for the classes, to one embedding of all tokens.
+
+    The rows of the classes, and of the token for no condition, follow the rows of the codes. A model with captions has
+    no embedding of classes. It reads features in place of these rows, so they may be zeros.
+    """
+    codes = state_dict[EMBEDDED]  # (codes, hidden)
+    classes = state_dict.pop(CLASSES, None)  # (classes + 1, hidden)
+    if classes is None:
+        classes = codes.new_zeros(num_classes + 1, codes.shape[1])
+    state_dict[EMBEDDED] = torch.cat([codes, classes])
 
 
 def _find_grid_size(angles: Any, condition_tokens: int, grid_size: int | None, source: str | Path) -> int:

@@ -49,30 +49,37 @@ def read_next_scale_checkpoint(source: str | Path, model_class: type[nn.Module])
     """
     path = locate_checkpoint(source)
     content = load_checkpoint_file(path, source)
-    trainer = content.get(TRAINER)
-    if isinstance(trainer, Mapping):
-        stored_weights = trainer.get(TRAINED_TRANSFORMER)
-    else:
-        stored_weights = top_level_weights(content)
+    stored_weights = _find_weights(content)
     if not _is_transformer(stored_weights):
         raise ValueError(
             f"`{source}` must be a checkpoint of FlexVAR's transformer, with `{CODES}` and `{POSITIONS}` at the "
             f"top or in `{TRAINER}` > `{TRAINED_TRANSFORMER}`, but is not. Load a tokenizer with "
             "`SVQVAE.from_single_file`."
         )
-    all_weights = select_weights(content, stored_weights, source)
-    weights = {}
-    for key, value in all_weights.items():
-        if not BUFFERS.fullmatch(key):
-            weights[key] = value
+    weights = _without_buffers(select_weights(content, stored_weights, source))
     check_tensors(weights, source)
     config = _infer_config(weights, source)
-    with torch.device("meta"):
+    with torch.device("meta"):  # the weights of this model take no memory
         expected = model_class(**config).state_dict()
-    shapes = {key: tensor.shape for key, tensor in expected.items()}
+    shapes = {name: tensor.shape for name, tensor in expected.items()}
     check_weights(weights, shapes, source)
-    state_dict = {key: tensor.detach().float() for key, tensor in weights.items()}
-    return Checkpoint(str(source), path, False, FLEXVAR, config, state_dict)
+    state_dict = {name: tensor.detach().float() for name, tensor in weights.items()}
+    return Checkpoint(
+        source=str(source), path=path, use_ema=False, format=FLEXVAR, config=config, state_dict=state_dict
+    )
+
+
+def _find_weights(content: Mapping[str | None, Any]) -> Any:
+    """The place in a file where the weights should be: in the part of FlexVAR's trainer, or at the top level."""
+    trainer = content.get(TRAINER)
+    if isinstance(trainer, Mapping):
+        return trainer.get(TRAINED_TRANSFORMER)
+    return top_level_weights(content)
+
+
+def _without_buffers(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a file without the constants that FlexVAR saves with them."""
+    return {name: value for name, value in weights.items() if not BUFFERS.fullmatch(name)}
 
 
 def _infer_config(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict[str, int]:

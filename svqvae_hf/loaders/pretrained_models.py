@@ -205,7 +205,8 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
 
         The decorator shows the arguments of transformers' method, to which all others are forwarded.
         """
-        # `auto_map` names the code in the repository that the model was loaded from. That code is not copied.
+        # `auto_map` names the code in the repository that the model was loaded from. That code is not copied, so the
+        # saved config must not name it.
         self.config.__dict__.pop("auto_map", None)
         super().save_pretrained(save_directory, *args, **kwargs)
         if standalone:
@@ -273,7 +274,8 @@ class SVQVAEImageProcessor(HubMixin, image_processing_svqvae.SVQVAEImageProcesso
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Saves the config. The folder of a standalone repository keeps its code."""
-        # `auto_map` names the code in the repository that the processor was loaded from. That code is not copied.
+        # `auto_map` names the code in the repository that the processor was loaded from. That code is not copied, so
+        # the saved config must not name it.
         self.__dict__.pop("auto_map", None)
         with kept_code(Path(save_directory, "preprocessor_config.json")):
             return super().save_pretrained(save_directory, *args, **kwargs)
@@ -303,7 +305,7 @@ class SVQVAEProcessor(HubMixin, PlainProcessor):
         check_files(folder)  # checks nothing if the source is on the Hub
         check_files(os.path.join(folder, VQVAE_FOLDER))
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        # Calls `check_parts`, which may download, and explains the errors of the Hub.
+        # `from_hub` calls `check_parts` with these arguments, and explains errors of the Hub, from which it may load.
         from_hub(check_parts, source, subfolder=subfolder, **hub_options)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
