@@ -125,7 +125,7 @@ class Converted:
     Args:
         model ([`SVQVAE`] or pipeline): The converted model.
         checkpoint ([`Checkpoint`]): Its source.
-        card (`dict[str, Any]`): Arguments of its card.
+        card (`dict[str, Any]`): Arguments of its card, such as `provenance`, the rows about the sources.
     """
 
     model: Any
@@ -150,10 +150,10 @@ def _convert_llamagen(
     text_encoder: str | None,
     *,
     use_ema: bool,
-    **config: Any,
+    **tokenizer_config: Any,
 ) -> Converted:
     """Reads the checkpoint of a language model of LlamaGen, and makes its pipeline."""
-    vqvae = _load_tokenizer(tokenizer, **config)
+    vqvae = _load_tokenizer(tokenizer, **tokenizer_config)
     grid_size = None
     if image_size is not None:
         grid_size = _latents_side(vqvae, image_size)
@@ -165,28 +165,30 @@ def _convert_llamagen(
     language_model.config.codebook_fingerprint = fingerprint
     pipeline = SVQVAEAutoregressivePipeline(vqvae, language_model, **text_components)
     side = pipeline.grid[0] * vqvae.f
-    rows = {
+    provenance = {
         "images": f"{side} x {side} pixels",
         "tokenizer": f"`{public_name(tokenizer)}`, sha256 of its codebook `{fingerprint}`",
     }
     if text_encoder is not None:
-        rows["text encoder"] = f"`{public_name(text_encoder)}`"
-    card = {"provenance": rows, "tags": ["svqvae", "llamagen", "autoregressive"]}
+        provenance["text encoder"] = f"`{public_name(text_encoder)}`"
+    card = {"provenance": provenance, "tags": ["svqvae", "llamagen", "autoregressive"]}
     return Converted(pipeline, checkpoint, card)
 
 
-def _convert_next_scale(source: str | Path, tokenizer: str | Path, image_size: int | None, **config: Any) -> Converted:
+def _convert_next_scale(
+    source: str | Path, tokenizer: str | Path, image_size: int | None, **tokenizer_config: Any
+) -> Converted:
     """Reads the checkpoint of a transformer of FlexVAR, and makes its pipeline."""
-    checkpoint = read_next_scale_checkpoint(source, NextScaleTransformer)
-    vqvae = _load_tokenizer(tokenizer, **config)
+    checkpoint = read_next_scale_checkpoint(source, model_class=NextScaleTransformer)
+    transformer = checkpoint.model(NextScaleTransformer)
+    vqvae = _load_tokenizer(tokenizer, **tokenizer_config)
     if image_size is None:
         image_size = vqvae.config["sample_size"]
     side = _latents_side(vqvae, image_size)
-    schedule = [list(size) for size in default_schedule(side)]
-    transformer = checkpoint.model(NextScaleTransformer)
+    schedule = [list(size) for size in default_schedule(side)]  # in ids, such as [[1, 1], [2, 2], ...]
     pipeline = SVQVAENextScalePipeline(vqvae, transformer, schedule=schedule, scale_from="latents")
-    rows = {"tokenizer": f"`{public_name(tokenizer)}`"}
-    card = {"provenance": rows, "tags": ["svqvae", "next-scale", "class-conditional"]}
+    provenance = {"tokenizer": f"`{public_name(tokenizer)}`"}
+    card = {"provenance": provenance, "tags": ["svqvae", "next-scale", "class-conditional"]}
     return Converted(pipeline, checkpoint, card)
 
 

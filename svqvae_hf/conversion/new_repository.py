@@ -129,7 +129,8 @@ def _in_half_precision(converted: ModelMixin | DiffusionPipeline, variant: str) 
     Raises:
         ValueError: Weights are out of the range of `variant`.
     """
-    half = deepcopy(converted)  # a model loaded from the new folder would store the folder's name in its config
+    # A copy, and not the model loaded once more, whose config would hold the name of the folder.
+    half = deepcopy(converted)
     for name, model in _models(half).items():
         # LlamaGen runs its text encoder in bfloat16, in which it is saved. T5 overflows in float16.
         dtype = torch.bfloat16 if name == "text_encoder" else VARIANTS[variant]
@@ -157,9 +158,8 @@ def _models(converted: ModelMixin | DiffusionPipeline) -> dict[str, torch.nn.Mod
 
 def _state(converted: ModelMixin | DiffusionPipeline) -> dict[str, Any]:
     """All that outputs depend on, by name: weights, buffers and configs. In a pipeline, names start with the part."""
-    parts: dict[str, Any] = _models(converted)
-    # A model already is under the empty name. A pipeline comes under it beside its models, for its config.
-    parts[""] = converted
+    # A model is the only part. A pipeline has its models as parts, and itself, for its config.
+    parts: dict[str, Any] = {"": converted} | _models(converted)
     state: dict[str, Any] = {}
     for part_name, part in parts.items():
         prefix = f"{part_name}." if part_name else ""

@@ -50,7 +50,10 @@ def write_code(folder: Path) -> None:
 
 @contextmanager
 def kept_code(*paths: Path) -> Iterator[None]:
-    """Keeps the code that configs name when the block writes them again. Otherwise the repository would not load.
+    """Keeps the `auto_map` of configs when the block writes the configs again.
+
+    `auto_map` names the code in the repository that loads it, such as `{"AutoModel": "modeling_svqvae.SVQVAE"}`. The
+    block would write configs without it, and the repository would no longer load.
 
     Args:
         *paths (`Path`): Configs, which need not exist.

@@ -134,7 +134,9 @@ def read_card(source: str, kind: str = "model") -> RepoCard | None:
 
 def _card_content(source: str, kind: str) -> bytes | None:
     """Content of the card of a source; `None` if it has none, or the Hub does not answer."""
-    repository = source if is_hub_id(source) else hub_repo(source)  # `org/name`, or the part of `org/name:file`
+    if is_hub_id(source):
+        return _card_on_hub(source, kind)
+    repository = hub_repo(source)  # `org/name` if the source is `org/name:file`
     if repository is not None:
         return _card_on_hub(repository, kind)
     if is_url(source):
@@ -144,7 +146,7 @@ def _card_content(source: str, kind: str) -> bytes | None:
         return None
     content = Folder(source).read(CARD)
     if content is None and kind == "model":
-        return _card_of_parent(Path(source))
+        return _card_of_parent(Path(source))  # a part of a pipeline has no card of its own
     return content
 
 
