@@ -48,9 +48,9 @@ class LargeImage:
         is_grey = values.shape[2] == 1
         has_16_bits = values.dtype == np.uint16
         if is_grey:
-            values = values[..., 0]  # (rows, columns); `to_rgb` below converts grey of 8 and of 16 bits
+            values = values[..., 0]  # (rows, columns); with 8 or 16 bits, both of which `to_rgb` converts
         elif has_16_bits:
-            values = (values >> 8).astype(np.uint8)  # Pillow reads 16-bit colours like this
+            values = (values >> 8).astype(np.uint8)  # as Pillow reads colours of 16 bits from a file
         image = to_rgb(Image.fromarray(values))
         return np.asarray(image)
 
@@ -120,6 +120,7 @@ def _paste(tile: np.ndarray, values: np.ndarray, top: int, left: int) -> None:
     end_row = min(height, top + tile_height)
     first_column = max(0, left)
     end_column = min(width, left + tile_width)
+    # The same rows and columns, counted from the first of the tile
     part_of_tile = tile[first_row - top : end_row - top, first_column - left : end_column - left]
     values[first_row:end_row, first_column:end_column, :num_channels] = part_of_tile
 
@@ -180,20 +181,28 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 def _check_page(path: Path, page: Any) -> None:
     """Raises if a page cannot be read."""
     if not _is_supported(page):
-        kind = getattr(page.photometric, "name", page.photometric)
-        tiles = "tiles" if page.is_tiled else "no tiles"
         raise ValueError(
-            f"a TIFF must be grey, RGB or RGBA with 8 or 16 bits, upright and in tiles, got {kind} with "
-            f"{page.samplesperpixel} channels, {page.bitspersample} bits, orientation {_orientation(page)} and "
-            f"{tiles}. Convert it: vips autorot INPUT OUTPUT.tif[tile,bigtiff]."
+            "a TIFF must be grey, RGB or RGBA with 8 or 16 bits, upright and in tiles, got "
+            f"{_describe_page(page)}. Convert it: vips autorot INPUT OUTPUT.tif[tile,bigtiff]."
         )
-    if is_chunk_too_large(page.chunks, page.dtype.itemsize):
-        raise ValueError(f"tiles must have at most {MAX_CHUNK_BYTES >> 20} MiB, got {page.chunks}. Use smaller ones.")
+    tile_shape = page.chunks  # (height, width) or (height, width, channels)
+    if is_chunk_too_large(tile_shape, page.dtype.itemsize):
+        raise ValueError(f"tiles must have at most {MAX_CHUNK_BYTES >> 20} MiB, got {tile_shape}. Use smaller ones.")
     has_valid_sides = all(isinstance(side, int) and side > 0 for side in page.shape)
     if not has_valid_sides:
         raise ValueError("its sides must be whole numbers of at least 1.")
-    num_tiles = math.prod(page.chunked)  # rows times columns of tiles
-    check_segments(page.databytecounts, num_tiles, path.stat().st_size)
+    tiles_per_axis = page.chunked  # (rows of tiles, columns of tiles), or with a 1 for the channels after them
+    check_segments(page.databytecounts, math.prod(tiles_per_axis), path.stat().st_size)
+
+
+def _describe_page(page: Any) -> str:
+    """Words for the layout of a page."""
+    kind = getattr(page.photometric, "name", page.photometric)  # such as "RGB", or a number that has no name
+    tiles = "tiles" if page.is_tiled else "no tiles"
+    return (
+        f"{kind} with {page.samplesperpixel} channels, {page.bitspersample} bits, orientation {_orientation(page)} "
+        f"and {tiles}"
+    )
 
 
 def _is_supported(page: Any) -> bool:

@@ -20,6 +20,7 @@ class TiffWriter:
     """
 
     def __init__(self, path: Path, height: int, width: int):
+        # Without pixels, tifffile reserves room in the file for all tiles. `write` fills it.
         tifffile.imwrite(
             path,
             shape=(height, width, 3),
