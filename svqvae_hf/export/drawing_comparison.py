@@ -65,24 +65,34 @@ def compare_drawings(model: ImageChats, draw_row: RowGraph, decode: Graph, capti
 
 
 def compare_rewriting(model: ImageChats, draw_row: RowGraph, caption: str) -> None:
-    """Raises ValueError unless a graph writes the same tokens before an image as the model."""
+    """Raises ValueError unless a graph rewrites a caption as the model does, before it draws."""
     template = prompt_template(model, model.processor.vocabulary.grids[0])
     (expected,) = model.rewrite([caption])
-    written: list[int] = []
-    prompt = template.question_tokens(model.tokenizer, caption)
-    end_of_text = (model.processor.vocabulary.begin, model.tokenizer.eos_token_id)
-    while len(written) < MAX_REWRITTEN_TOKENS:
-        inputs = _greedy_inputs(model, [prompt + written] * 2, num_pads=[0, 0], steps=1)
-        token = draw_row(inputs)[-1].item()
-        if token in end_of_text:
+    question = template.question_tokens(model.tokenizer, caption)
+    ends_of_text = (model.processor.vocabulary.begin, model.tokenizer.eos_token_id)
+    answer: list[int] = []  # tokens that the graph writes, one after the other
+    while len(answer) < MAX_REWRITTEN_TOKENS:
+        token = _next_text_token(model, draw_row, question + answer)
+        if token in ends_of_text:
             break
-        written.append(token)
-    text = model.tokenizer.decode(written, skip_special_tokens=True).strip()
+        answer.append(token)
+    text = model.tokenizer.decode(answer, skip_special_tokens=True).strip()
     if text != expected:
         raise ValueError(
             f"the drawing graph: it must rewrite {caption!r} as the model does, {expected!r}, but writes {text!r}. "
             f"{ADVICE}"
         )
+
+
+def _next_text_token(model: ImageChats, draw_row: RowGraph, tokens: list[int]) -> int:
+    """Likeliest token of a text after these tokens, by a graph.
+
+    The graph takes two rows of tokens, with and without a caption, and returns the next token of the first row. So the
+    second row may be anything of the same length.
+    """
+    inputs = _greedy_inputs(model, [tokens, tokens], num_pads=[0, 0], steps=1)
+    _, _, _, text_tokens = draw_row(inputs)  # text tokens (steps, 1)
+    return text_tokens.item()
 
 
 def likeliest_ids(model: ImageChats, caption: str | None) -> torch.Tensor:
@@ -98,7 +108,11 @@ def likeliest_ids(model: ImageChats, caption: str | None) -> torch.Tensor:
 
 
 def ids_of_rows(model: ImageChats, draw_row: RowGraph, caption: str | None, drawn: torch.Tensor) -> torch.Tensor:
-    """Ids `(rows, columns)` of a graph, each row after the drawn rows above it."""
+    """Ids `(rows, columns)` of a graph, for a comparison with the ids `drawn` by the model, of the same shape.
+
+    For each row, the graph gets the rows above as the model has drawn them, and not its own. Otherwise all rows below
+    a first id that differs would differ, too.
+    """
     rows, columns = drawn.shape
     vocabulary = model.processor.vocabulary
     prompts = _padded_prompts(model, caption, (rows, columns))
@@ -109,8 +123,8 @@ def ids_of_rows(model: ImageChats, draw_row: RowGraph, caption: str | None, draw
         tokens = [prompt + tokens_above for prompt in prompts.tokens]
         inputs = _greedy_inputs(model, tokens, prompts.num_pads, steps=columns)
         _, _, ids, _ = draw_row(inputs)  # ids (columns, 1)
-        ids_of_graph.append(torch.from_numpy(ids[:, 0]))
-    return torch.stack(ids_of_graph)
+        ids_of_graph.append(torch.from_numpy(ids[:, 0]))  # (columns,)
+    return torch.stack(ids_of_graph)  # (rows, columns)
 
 
 def _greedy_inputs(
@@ -146,11 +160,14 @@ def _padded_prompts(model: ImageChats, caption: str | None, grid: tuple[int, int
     """Prompts for an image with this grid: with the caption, if any, and then without it."""
     no_condition = model.processor.no_condition
     template = prompt_template(model, grid)
-    conditional = template.tokens(model.tokenizer, no_condition)
-    if caption is not None:
-        written = model.rewrite([caption])[0] if model.rewrites else ""
-        conditional = template.tokens(model.tokenizer, caption, written)
     unconditional = template.tokens(model.tokenizer, no_condition)
+    if caption is None:
+        conditional = unconditional
+    elif model.rewrites:
+        (rewritten,) = model.rewrite([caption])  # the model writes it before the image
+        conditional = template.tokens(model.tokenizer, caption, rewritten)
+    else:
+        conditional = template.tokens(model.tokenizer, caption)
     length = max(len(conditional), len(unconditional))
     padded_prompts = []
     num_pads = []

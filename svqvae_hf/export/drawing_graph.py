@@ -67,27 +67,29 @@ class DrawingStep(nn.Module):
     def __init__(self, language_model: PreTrainedModel, vocabulary: ImageVocabulary):
         super().__init__()
         self.language_model = language_model
-        self.first_token = vocabulary.first_token
+        # In the vocabulary, the tokens of texts come first, then the codes, then the token that begins an image.
+        self.first_code = vocabulary.first_token
         self.end_of_codes = vocabulary.begin
-        # Nothing but text and the begin of an image is written before an image.
-        self.is_written = torch.arange(language_model.config.get_text_config().vocab_size) < vocabulary.first_token
-        self.is_written[vocabulary.begin] = True
+        all_tokens = torch.arange(language_model.config.get_text_config().vocab_size)
+        # Tokens that an answer may have before its image: texts, and the begin of the image, which ends them
+        self.may_precede_image = (all_tokens < vocabulary.first_token) | (all_tokens == vocabulary.begin)
 
     def forward(
         self, tokens: torch.Tensor, pads: torch.Tensor, past: torch.Tensor, guidance: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Runs the language model on new tokens.
+        """Runs the language model on new tokens of two rows, first with the caption and then without it.
 
         Args:
             tokens (`torch.Tensor` of shape `(2, length)`): New tokens. The first may be padded on the left.
             pads (`torch.Tensor` of shape `(2,)`): Number of pads of each row.
-            past (`torch.Tensor` of shape `(layers, 2, 2, heads, past length, head_dim)`): Keys and values of the
-                tokens before.
+            past (`torch.Tensor` of shape `(layers, 2, 2, heads, past length, head_dim)`): Of each layer the keys, then
+                the values, each of both rows: of the tokens before.
             guidance (`torch.Tensor` of shape `()`): Guidance scale.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Guided logits `(1, codes)`; the likeliest token `(1,)`
-            after the first row that is text or begins an image; and `past` with the new tokens.
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Guided logits `(1, codes)` of the next id, for drawing.
+            For writing, the next token `(1,)` of the row with the caption: the likeliest token of a text, or the begin
+            of an image. And `past` with the keys and values of the new tokens.
         """
         length = tokens.shape[1]
         past_length = past.shape[4]
@@ -106,8 +108,9 @@ class DrawingStep(nn.Module):
         )
         logits_of_tokens = output.logits[:, -1]  # (2, tokens)
         lowest = torch.finfo(torch.float32).min
-        text_token = torch.where(self.is_written, logits_of_tokens[:1], lowest).argmax(-1)  # (1,)
-        logits = logits_of_tokens[:, self.first_token : self.end_of_codes]  # (2, codes)
+        logits_of_text = torch.where(self.may_precede_image, logits_of_tokens[:1], lowest)  # (1, tokens)
+        text_token = logits_of_text.argmax(-1)  # (1,)
+        logits = logits_of_tokens[:, self.first_code : self.end_of_codes]  # (2, codes)
         conditional = logits[:1]
         unconditional = logits[1:]
         guided = unconditional + guidance * (conditional - unconditional)
@@ -120,6 +123,8 @@ class DrawingStep(nn.Module):
 def attention_bias(new_places: torch.Tensor, all_places: torch.Tensor, pads: torch.Tensor) -> torch.Tensor:
     """Bias `(2, 1, length, past length + length)` of attention: 0 for the places that a new token sees, else very low.
 
+    The first dimension is the rows with and without the caption, and the second one stands for all heads.
+
     Args:
         new_places (`torch.Tensor` of shape `(length,)`): Places of the new tokens in the sequence.
         all_places (`torch.Tensor` of shape `(past length + length,)`): All places, from 0.
@@ -127,12 +132,12 @@ def attention_bias(new_places: torch.Tensor, all_places: torch.Tensor, pads: tor
     """
     queries = new_places[None, :, None]  # (1, length, 1)
     keys = all_places[None, None, :]  # (1, 1, past length + length)
-    is_before = keys <= queries
+    is_before = keys <= queries  # (1, length, past length + length)
     is_text = keys >= pads[:, None, None]  # (2, 1, past length + length)
     is_itself = keys == queries  # pads see themselves, so that no row is empty
-    is_seen = (is_before & is_text) | is_itself
+    is_seen = (is_before & is_text) | is_itself  # (2, length, past length + length)
     bias = torch.where(is_seen, 0.0, torch.finfo(torch.float32).min)
-    return bias[:, None]
+    return bias[:, None]  # (2, 1, length, past length + length)
 
 
 def drawing_graph(language_model: PreTrainedModel, vocabulary: ImageVocabulary) -> onnx.ModelProto:
@@ -200,9 +205,18 @@ def drawing_graph(language_model: PreTrainedModel, vocabulary: ImageVocabulary) 
 def loop_body(step: onnx.GraphProto, cache: list[Any]) -> onnx.GraphProto:
     """Joins a step of the language model with the sampling of its id. Weights stay outside.
 
-    The two are joined by the names of their values: `SAMPLING` takes the `logits` of `STEP_OUTPUTS`. ONNX's `Loop`
-    prescribes the order of inputs: the number of the step, whether to go on, and what the step before has returned.
-    The outputs are whether to go on, what the next step takes, and then what is collected from all steps.
+    The nodes of both are joined by the names of their values, which are listed in `STEP_INPUTS`, `STEP_OUTPUTS` and
+    `SAMPLING`: `SAMPLING` takes the `logits` that the step returns.
+
+    ONNX's `Loop` prescribes the order of inputs and outputs:
+
+        input of a step                   output of a step
+        step          its number
+        unfinished    whether to go on    continued       becomes `unfinished` of the next step
+        step_tokens                       id_tokens       becomes `step_tokens` of the next step
+        step_past                         step_present    becomes `step_past` of the next step
+                                          id              collected from all steps
+                                          text_token      collected from all steps
     """
     sampling = onnx.parser.parse_graph(SAMPLING)
     inputs = [
@@ -224,8 +238,8 @@ def loop_body(step: onnx.GraphProto, cache: list[Any]) -> onnx.GraphProto:
 
 def trace_step(language_model: PreTrainedModel, vocabulary: ImageVocabulary) -> ExportedProgram:
     """Traces a step by an example input. The traced program takes any number of new tokens and of tokens before."""
-    tokens = torch.full((ROWS, TRACED_LENGTH), vocabulary.begin)
-    pads = torch.tensor(TRACED_PADS)
+    tokens = torch.full((ROWS, TRACED_LENGTH), vocabulary.begin)  # any token would do
+    pads = torch.tensor(TRACED_PADS)  # one number per row
     past = torch.zeros(cache_shape(language_model, TRACED_PAST))
     guidance = torch.tensor(TRACED_GUIDANCE)
     dynamic_shapes = (
@@ -239,13 +253,13 @@ def trace_step(language_model: PreTrainedModel, vocabulary: ImageVocabulary) -> 
 
 
 def cache_shape(language_model: PreTrainedModel, num_tokens: int | None = None) -> list[Any]:
-    """Shape of the keys and values of all layers, `(layers, 2, rows, heads, tokens, head_dim)`.
+    """Shape of the keys and values of all layers, `(layers, keys and values, rows, heads, tokens, head_dim)`.
 
     `num_tokens` is `None` for any number of tokens.
     """
     config = language_model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None)
-    if heads is None:  # the config does not tell keys and values from queries, so both have as many heads
+    if heads is None:  # such a model has as many heads of keys and values as of queries
         heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None:  # the heads share the channels of the model

@@ -23,13 +23,15 @@ class EncoderGraph(nn.Module):
 
     def __init__(self, model: SVQVAE):
         super().__init__()
-        self.encoder = with_nested_means(model.encoder)
+        self.encoder = with_nested_means(model.encoder)  # its own norms would be inexact in a graph, see `norms.py`
         self.quant_conv = model.quant_conv
-        self.f = model.f
+        self.f = model.f  # pixels per latent along each side
         self.pixel_range = model.config["pixel_range"]
         self.network_range = model.config["network_range"]
         self.l2_norm = model.config["codebook_l2_norm"]
         codes = codebook(model)
+        # `forward` finds the nearest code of a latent. Its score of a code is the product of both, minus half of the
+        # code's squared length.
         self.codes = nn.Buffer(codes.T.contiguous())  # (codebook_embed_dim, codebook_size)
         self.half_squares = nn.Buffer(codes.square().sum(-1) / 2)  # (codebook_size,)
 
@@ -47,7 +49,7 @@ class EncoderGraph(nn.Module):
         latents = self.quant_conv(hidden)
         latents = latents.permute(0, 2, 3, 1)  # (batch, rows, columns, codebook_embed_dim)
         # The nearest code has the highest score, see `find_nearest` in `quantizer.py`.
-        if self.l2_norm:
+        if self.l2_norm:  # all codes have the same length
             scores = F.normalize(latents, dim=-1) @ self.codes  # (batch, rows, columns, codebook_size)
         else:
             scores = latents @ self.codes - self.half_squares  # (batch, rows, columns, codebook_size)
@@ -64,7 +66,7 @@ class DecoderGraph(nn.Module):
     def __init__(self, model: SVQVAE):
         super().__init__()
         self.post_quant_conv = model.post_quant_conv
-        self.decoder = with_nested_means(model.decoder)
+        self.decoder = with_nested_means(model.decoder)  # as in `EncoderGraph`
         self.network_range = model.config["network_range"]
         self.pixel_range = model.config["pixel_range"]
         self.codes = nn.Buffer(codebook(model))  # (codebook_size, codebook_embed_dim)
