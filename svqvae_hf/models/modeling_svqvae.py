@@ -649,9 +649,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             if tile_size is None:
                 tile_size = self.tile_size
                 overlap = self.overlap if overlap is None else overlap
-            check_tiles(self.f, tile_size, None)
-            latents_along_tile = check_scales(patch_nums, "`patch_nums`")
-            scales = [patch_num * self.f / tile_size for patch_num in latents_along_tile]
+            scales = self._scales_of_patches(patch_nums, tile_size)
             scale_from = "latents"
         list_of_scales = [1.0] if scales is None else check_scales(scales)
         tiles = self.tiles_of_call(tile_size, overlap)
@@ -672,12 +670,21 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             samples.append(self.resize_to_image(decoded, sample.shape[-2:], scale))
         if not return_dict:  # the tuple of the original
             losses = self._add_usage(losses, ids)
-        output = SVQVAEOutput(samples, losses, latents_of_scales, ids)
+        output = SVQVAEOutput(sample=samples, losses=losses, latents=latents_of_scales, ids=ids)
         if not is_list_of_scales(scales):
             output = first_scale(output)
         if not return_dict:
             return (output.sample, output.losses)
         return output
+
+    def _scales_of_patches(self, patch_nums: Sequence[int], tile_size: int) -> list[float]:
+        """Scales at which the latents along a tile of `tile_size` pixels are these numbers.
+
+        At scale 1 they are `tile_size / f`, so 8 latents along a tile of 256 pixels, for f = 16, mean a scale of 0.5.
+        """
+        check_tiles(self.f, tile_size, None)
+        latents_along_tile = check_scales(patch_nums, "`patch_nums`")
+        return [patch_num * self.f / tile_size for patch_num in latents_along_tile]
 
     def _add_usage(self, losses: list[VQLosses], ids: list[torch.Tensor]) -> list[tuple]:
         """Losses of each scale in the form of the original, `(vq, commit, entropy, usage)`."""
