@@ -91,7 +91,7 @@ def _next_text_token(model: ImageChats, draw_row: RowGraph, tokens: list[int]) -
     second row may be anything of the same length.
     """
     inputs = _greedy_inputs(model, [tokens, tokens], num_pads=[0, 0], steps=1)
-    _, _, _, text_tokens = draw_row(inputs)  # text tokens (steps, 1)
+    _, _, _, text_tokens = draw_row(inputs)  # text tokens (1, 1)
     return text_tokens.item()
 
 

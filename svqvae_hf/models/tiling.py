@@ -75,9 +75,9 @@ def tile_axis(length: int, tile: int, overlap: int) -> list[tuple[slice, slice]]
 def _count_windows(length: int, tile: int, overlap: int) -> tuple[int, int]:
     """Number of windows that cover an axis, as few as possible, and their length, as short as possible.
 
-    Neighbouring windows share `2 * overlap` positions, or more. In the example of [`tile_axis`] they share 2, so the
-    first window of 6 covers 6 positions of the axis, and the next one 4 more: `shared + count * new_per_window`, which
-    is 2 + 2 * 4, must be at least the length of the axis, 10.
+    A window shares `shared` positions with the next one, and has `new_per_window` others. So `count` windows cover
+    `shared + count * new_per_window` positions, which must be at least the length of the axis. In the example of
+    [`tile_axis`], two windows of 6 cover 2 + 2 * 4 = 10 positions.
     """
     shared = 2 * overlap
     count = divide_rounding_up(length - shared, tile - shared)
