@@ -27,14 +27,13 @@ def select_weights(
         ValueError: The file does not hold these weights.
     """
     selected = content.get(EMA) if use_ema else weights
-    is_mapping = isinstance(selected, Mapping)
-    if use_ema and not is_mapping:
+    if isinstance(selected, Mapping):
+        return {key_text(key): without_attributes(value) for key, value in selected.items()}
+    if use_ema:
         raise ValueError(f"`{source}` must hold averaged weights (`{EMA}`) for `use_ema`, but has none. Leave it out.")
-    if not is_mapping:
-        raise ValueError(
-            f"`{source}` must hold weights by their names, but holds a {type(selected).__name__}. Download it again."
-        )
-    return {key_text(key): without_attributes(value) for key, value in selected.items()}
+    raise ValueError(
+        f"`{source}` must hold weights by their names, but holds a {type(selected).__name__}. Download it again."
+    )
 
 
 def check_tensors(weights: Mapping[str, Any], source: str | Path) -> None:
