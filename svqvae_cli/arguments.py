@@ -92,8 +92,8 @@ class Parser(argparse.ArgumentParser):
     def add_scales(self, default: list[float]) -> None:
         """Adds the scales to encode at, and whether the image or its latents are resized to them."""
         shown = " ".join(f"{value:g}" for value in default)
-        help = f"output side over input side, one or more (default: {shown})"
-        self.option("--scales", scale, "SCALE", help, nargs="+", action=_Scales, default=default)
+        scales_help = f"output side over input side, one or more (default: {shown})"
+        self.option("--scales", scale, "SCALE", scales_help, nargs="+", action=_Scales, default=default)
         self.choice("--scale-from", SCALE_SOURCES, "resize this to each scale (default: image)", "image")
 
     def add_tiles(self, tile_size: str = TILES, overlap: str = "32") -> None:
@@ -129,8 +129,8 @@ class Parser(argparse.ArgumentParser):
         self.option("data", path_or_url, "DATA", kinds, nargs="+")
         self.option("--config", not_empty, "NAME", "configuration of the data set")
         self.option("--split", not_empty, "NAME", "split of the data set, required if it has several")
-        help = "column of the images, or their suffix in tar files (default: by type)"
-        self.option("--image-column", not_empty, "NAME", help)
+        column_help = "column of the images, or their suffix in tar files (default: by type)"
+        self.option("--image-column", not_empty, "NAME", column_help)
         self.option("--max-images", int, "N", "stop after N images (default: all)")
 
 

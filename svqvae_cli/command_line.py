@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from svqvae_cli.arguments import Parser, nearest
 from svqvae_cli.errors import SkippedError, one_line
@@ -41,19 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: Exit code: 0 after success; 1 if some inputs were skipped; 2 after a user's mistake or out of memory,
         with one line on stderr; 130 after Ctrl-C; 141 if the reader of stdout has closed it.
     """
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes temporary files
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # from libraries, about code that is not the user's
-    _open_closed_streams()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain any bytes
+    _prepare_process()
     try:
         _run(argv)
     except KeyboardInterrupt:
         print("svqvae: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail too
+        _discard_output()
         return 141
     except SkippedError as error:
         print(f"svqvae: {error}", file=sys.stderr)
@@ -67,6 +62,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(OUT_OF_MEMORY)
     return 0
+
+
+def _prepare_process() -> None:
+    """Sets what this process does at SIGTERM, which warnings it shows, and how it prints."""
+    signal.signal(signal.SIGTERM, _exit_at_signal)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # from libraries, about code that is not the user's
+    _open_closed_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain any bytes
+
+
+def _exit_at_signal(number: int, _: Any) -> NoReturn:
+    """Exits by an exception, so that `with` blocks delete their temporary files. By default a signal skips them."""
+    sys.exit(128 + number)
+
+
+def _discard_output() -> None:
+    """Discards what is still to be printed, because nobody reads stdout any more.
+
+    Otherwise the interpreter would fail when it writes the rest of its buffer at exit.
+    """
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
 
 
 def _run(argv: Sequence[str] | None) -> None:

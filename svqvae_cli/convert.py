@@ -22,19 +22,19 @@ def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     parser.option("source", path_or_name, "SOURCE", "checkpoint file, or org/repo:file on the Hub")
     parser.add_output("folder to create")
-    help = "tokenizer of a generator: file, org/repo:file, folder or Hub id"
-    parser.option("--tokenizer", model, "MODEL", help)
+    tokenizer_help = "tokenizer of a generator: file, org/repo:file, folder or Hub id"
+    parser.option("--tokenizer", model, "MODEL", tokenizer_help)
     parser.option("--image-size", int, "PIXELS", "side of the training images of a generator; LlamaGen needs it")
-    help = "heads of LlamaGen's model (default: as LlamaGen defines them)"
-    parser.option("--num-heads", int, "COUNT", help, dest="num_attention_heads")
+    num_heads_help = "heads of LlamaGen's model (default: as LlamaGen defines them)"
+    parser.option("--num-heads", int, "COUNT", num_heads_help, dest="num_attention_heads")
     parser.option("--text-encoder", path_or_name, "MODEL", "T5 encoder of captions, such as google/flan-t5-xl")
     parser.flag("--use-ema", "use the EMA weights of a LlamaGen file")
-    help = "black and white in training (default: as in the format)"
-    parser.option("--network-range", float, ("LOW", "HIGH"), help, nargs=2)
+    network_range_help = "black and white in training (default: as in the format)"
+    parser.option("--network-range", float, ("LOW", "HIGH"), network_range_help, nargs=2)
     parser.flag("--no-codebook-l2-norm", "do not normalise the codebook (default: depends on the format)")
     parser.choice("--variant", ("fp16", "bf16"), "also write half-precision weights")
-    help = "licence for the card, by its id on the Hub (default: from the sources' cards)"
-    parser.option("--license", not_empty, "ID", help)
+    license_help = "licence for the card, by its id on the Hub (default: from the sources' cards)"
+    parser.option("--license", not_empty, "ID", license_help)
     parser.flag("--standalone", "also write the code of the models, for use without svqvae-hf")
     parser.option("--repo-id", not_empty, "ORG/NAME", "name on the Hub, for the card (default: the name of DIR)")
 

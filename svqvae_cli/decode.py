@@ -31,11 +31,11 @@ LARGE_ENDING = "_x1.tif"  # of an image that is too large for memory
 
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
-    help = (
+    inputs_help = (
         "token files, folders of them, which are searched with their subfolders, or globs; or one token set: its "
         "folder, its URL or its name on the Hub"
     )
-    parser.add_files(help, not_empty)
+    parser.add_files(inputs_help, not_empty)
     parser.add_model()
     parser.add_tiles(tile_size="as encoded", overlap="as encoded")
     parser.option("--max-images", positive, "N", "stop after N rows of a token set (default: all)")
@@ -94,20 +94,26 @@ def _source_of_set(name: str, folder: OutputFolder) -> Source:
     """A token set as the source of images: its place and the digest of its settings and its files."""
     from svqvae_files.identity import value_digest
     from svqvae_hf.token_sets.manifest import MANIFEST_FILE
-    from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_set_file
+    from svqvae_hf.token_sets.settings import SETTINGS_FILE
 
-    contents: list[str | None] = []
-    for file in (SETTINGS_FILE, MANIFEST_FILE):
-        content = read_set_file(name, file)
-        if content is None:
-            contents.append(None)
-        else:
-            contents.append(content.decode(errors="replace"))
+    settings = _text_of_set_file(name, SETTINGS_FILE)
+    manifest = _text_of_set_file(name, MANIFEST_FILE)
+    digest = value_digest([settings, manifest])
     # The set as a whole is not a file in a folder, so it has no name there and no size. The digest identifies it.
-    identity = InputIdentity(name="", size=0, version=value_digest(contents))
+    identity = InputIdentity(name="", size=0, version=digest)
     if Path(name).exists():
         return folder.source(Path(name), identity)
     return Source(name, identity)
+
+
+def _text_of_set_file(name: str, file: str) -> str | None:
+    """Content of a file of a token set, as a text for a digest; `None` if the set has no such file."""
+    from svqvae_hf.token_sets.settings import read_set_file
+
+    content = read_set_file(name, file)
+    if content is None:
+        return None
+    return content.decode(errors="replace")
 
 
 @contextmanager
@@ -130,14 +136,16 @@ def _decode_files(args: argparse.Namespace) -> None:
         from svqvae_cli.loading import load_model
 
         model = load_model(args.model, args.device, args.dtype)
-        for file, tokens in work.read(partial(_read_tokens, model=model, args=args)):
-            with work.attempt(file, ValueError), prefix_errors(file.path):
-                _decode_file(file, tokens, model, args, work)
+        read_tokens = partial(_read_tokens, model=model, args=args)
+        for file, tokens in work.read(read_tokens):  # skips files that cannot be read
+            with work.attempt(file, ValueError):  # skips the file if a ValueError is raised here
+                with prefix_errors(file.path):
+                    _decode_file(file, tokens, model, args, work)
 
 
 def _targets(file: InputFile, args: argparse.Namespace) -> list[Path]:
     """Paths of the images of a token file; none if the file cannot be read."""
-    if args.large:  # such an image has one scale
+    if args.large:  # encoded at scale 1 alone
         return [file.target(args.output, LARGE_ENDING)]
 
     from svqvae_files.outputs import scale_endings

@@ -32,19 +32,19 @@ OPTIONS_OF_MODELS = (*OPTIONS_OF_SVQVAES, "model", "beside", "codecs", "lpips_we
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     parser.add_image_set()
-    help = "folder or Hub id: SVQVAE, or VQModel or AutoencoderKL of diffusers (default: bundled)"
-    parser.option("--model", model, "MODEL", help)
+    model_help = "folder or Hub id: SVQVAE, or VQModel or AutoencoderKL of diffusers (default: bundled)"
+    parser.option("--model", model, "MODEL", model_help)
     parser.add_output()
     parser.option("--generated", path_or_name, "DIR", "compare DATA with the generated images in this folder instead")
     parser.flag("--overwrite", "replace an existing report (default: an error)")
     parser.option("--beside", model, "OTHER", "also measure further models and image files", nargs="*")
-    help = "resize the shorter side and crop the centre (default: images as they are)"
-    parser.option("--resolution", int, "PIXELS", help)
+    resolution_help = "resize the shorter side and crop the centre (default: images as they are)"
+    parser.option("--resolution", int, "PIXELS", resolution_help)
     parser.add_scales(default=[1.0, 0.5, 0.25])
-    help = (
+    codecs_help = (
         "image files to compare with: jpeg, webp, avif, or no value (default: all three, if tokenizers are compared)"
     )
-    parser.add_argument("--codecs", nargs="*", choices=CODEC_NAMES, metavar="CODEC", help=help)
+    parser.add_argument("--codecs", nargs="*", choices=CODEC_NAMES, metavar="CODEC", help=codecs_help)
     parser.add_tiles()
     parser.option("--lpips-weights", path, "FILE", "weights of the LPIPS network, to add LPIPS")
     parser.choice("--lpips-net", ("alex", "vgg", "squeeze"), "LPIPS network (default: alex)", "alex")
@@ -59,9 +59,9 @@ def run(args: argparse.Namespace) -> None:
         from svqvae_hf.data.image_sets import open_images
         from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
 
-    state = _start_process(args)
+    process = _start_process(args)
     if args.device is None:
-        args.device = _device_of_process(state.device)
+        args.device = _device_of_process(process.device)
     networks: dict[str, Any] = {"lpips": None, "inception": None}
     if args.lpips_weights is not None:
         networks["lpips"] = load_lpips(args.lpips_net, args.lpips_weights)
@@ -72,16 +72,21 @@ def run(args: argparse.Namespace) -> None:
     else:
         images = open_images(args.data, keep_labels=False, results=args.output, **image_set_options(args))
         report = _evaluate(args, images, networks)
-    if state.is_main_process:
+    if process.is_main_process:
         _write(args, report)
-    state.destroy_process_group()
-    is_launched = state.num_processes > 1
-    if not is_launched:  # a launcher would take the exit code for skipped images for a crash
+    process.destroy_process_group()
+    # Skipped images set the exit code 1. A launcher of several processes would report a crash.
+    is_launched = process.num_processes > 1
+    if not is_launched:
         _check_none_skipped(report)
 
 
 def _start_process(args: argparse.Namespace) -> Any:
-    """Starts accelerate in this process, which may be one of several. Returns its state."""
+    """Tells accelerate to set up this process, which may be one of several.
+
+    Returns:
+        `accelerate.PartialState`: Number and device of this process, and the number of processes.
+    """
     from accelerate import PartialState
 
     from svqvae_cli.loading import find_device
@@ -108,7 +113,7 @@ def _check(args: argparse.Namespace) -> None:
     """Raises ValueError for paths and options that are wrong, before anything slow is imported."""
     if args.generated is not None:
         forbid_options(args, "is not for generated images", *OPTIONS_OF_MODELS)
-        find_inputs([args.generated], IMAGE_SUFFIXES, args.output)
+        find_inputs([args.generated], IMAGE_SUFFIXES, args.output)  # raises if there are no images
     else:
         for source in _models(args):
             check_source(source, subfolder=True)
@@ -172,7 +177,10 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -
         forbid_options(args, "is for SVQVAEs", *OPTIONS_OF_SVQVAES)
     measures_one_svqvae = class_names == ["SVQVAE"] and args.beside is None and args.codecs is None
     if not measures_one_svqvae:
-        tokenizers += _codec_tokenizers(args.codecs)
+        codec_names = args.codecs
+        if codec_names is None:  # --codecs is left out, so all are compared
+            codec_names = CODEC_NAMES
+        tokenizers += _codec_tokenizers(codec_names)
     report = evaluate(
         tokenizers,
         images,
@@ -185,12 +193,10 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -
     return report
 
 
-def _codec_tokenizers(names: Sequence[str] | None) -> list[Any]:
-    """Image files at several qualities, which are compared with tokenizers; of all codecs if no names are given."""
+def _codec_tokenizers(names: Sequence[str]) -> list[Any]:
+    """Image files at several qualities, as tokenizers. The names of their codecs are in lower case, such as `jpeg`."""
     from svqvae_hf.evaluation.codecs import CODECS, QUALITIES, CodecTokenizer
 
-    if names is None:
-        names = CODEC_NAMES
     tokenizers = []
     for codec in CODECS:
         if codec.lower() in names:
@@ -244,10 +250,11 @@ def _open_reference(args: argparse.Namespace) -> _Reference:
     from svqvae_hf.data.image_sets import open_images
     from svqvae_hf.evaluation.reference_batch import ReferenceBatch
 
+    set_options = image_set_options(args)  # values by the names of the options, such as `split`
     is_reference_batch = len(args.data) == 1 and args.data[0].endswith(REFERENCE_SUFFIX)
     if not is_reference_batch:
-        images = open_images(args.data, keep_labels=False, results=args.output, **image_set_options(args))
+        images = open_images(args.data, keep_labels=False, results=args.output, **set_options)
         return _Reference(images, args.resolution, statistics={})
-    forbid_options(args, "is not for a reference batch", "resolution", *image_set_options(args))
+    forbid_options(args, "is not for a reference batch", "resolution", *set_options.keys())
     batch = ReferenceBatch(Path(args.data[0]))
     return _Reference(batch, batch.side, statistics={FID_NETWORK: batch.statistics})

@@ -24,8 +24,8 @@ def add_arguments(parser: Parser) -> None:
     parser.option("models", model, "MODEL", "model folder or Hub id; with --web up to two", nargs="+")
     parser.add_output("folder to create")
     parser.flag("--web", "write a web page")
-    help = "folder with the two archives of the page's runtime (default: npm downloads them)"
-    parser.option("--runtime", path, "DIR", help)
+    runtime_help = "folder with the two archives of the page's runtime (default: npm downloads them)"
+    parser.option("--runtime", path, "DIR", runtime_help)
 
 
 def run(args: argparse.Namespace) -> None:

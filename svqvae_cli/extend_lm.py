@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_cli.loading import explain_loading, load_model
     from svqvae_hf.language.extension import extend_language_model
 
-    # Checks that the tokenizer can be loaded. Otherwise its error would be raised below, and name the language model.
+    # The tokenizer is loaded only to raise its error here, which names it. `extend_language_model` loads it again, and
+    # `explain_loading` below names the language model in all errors.
     load_model(args.vqvae, "cpu", "float32")
     with explain_loading(args.lm):
         vocabulary = extend_language_model(args.lm, args.output, args.vqvae, args.grids, args.seed, args.license)

@@ -86,10 +86,12 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path |
     files: dict[Path, FoundFile] = {}
     for pattern in patterns:
         for file in _find(pattern, suffixes, output):
-            # Two patterns may find a file by two paths through links to folders, and it is listed once. A link to a
-            # file is listed beside the file, because its folder and name are others.
+            # Links to folders are resolved, so that a file is listed once if two patterns find it by two paths. A link
+            # to a file is not resolved: it is an input of its own, because its outputs have its own name.
             real_folder = file.path.parent.resolve()
-            files.setdefault(real_folder / file.path.name, file)
+            real_path = real_folder / file.path.name
+            if real_path not in files:
+                files[real_path] = file
     num_files_of_stem = Counter(file.relative_path.with_suffix("") for file in files.values())
     inputs = []
     for file in files.values():
@@ -163,8 +165,11 @@ def is_token_set(name: str) -> bool:
     for file in (TOKEN_SET_FILE, STARTED_TOKEN_SET_FILE):
         if os.path.isfile(os.path.join(name, file)):
             return True
-    may_be_on_hub = re.fullmatch(REPO_ID, name) is not None and not name.endswith(TOKEN_SUFFIXES)
-    return may_be_on_hub and not os.path.lexists(name)
+    # A missing token file, such as `tokens/a.svqz`, also has the form of a Hub name.
+    is_named_as_token_file = name.endswith(TOKEN_SUFFIXES)
+    is_on_disk = os.path.lexists(name)
+    has_form_of_hub_name = re.fullmatch(REPO_ID, name) is not None
+    return has_form_of_hub_name and not is_named_as_token_file and not is_on_disk
 
 
 def check_output(output: Path) -> None:
@@ -226,9 +231,11 @@ def check_trained(source: str | None) -> None:
             f"a model must be the result of a training run, but `{source}` is a checkpoint. Finish the run with "
             f"--resume_from_checkpoint latest, and pass `{folder.parent}`."
         )
-    holds_model = any(folder.glob("*.json"))
+    is_finished = any(folder.glob("*.json"))  # at the end, a run writes its model with a JSON file beside it
+    if is_finished:
+        return
     checkpoints = [path for path in folder.glob("checkpoint-*") if _is_checkpoint(path)]
-    if holds_model or not checkpoints:
+    if not checkpoints:
         return
     last_checkpoint = max(checkpoints, key=_step_of_checkpoint)
     raise ValueError(

@@ -25,8 +25,8 @@ ADAPTER_FACTS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
 
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
-    help = "model, pipeline, LoRA adapter, checkpoint, token file, or folder or URL of a token set"
-    parser.option("path", lambda text: find_bundled(path_or_url(text)), "PATH", help)
+    path_help = "model, pipeline, LoRA adapter, checkpoint, token file, or folder or URL of a token set"
+    parser.option("path", lambda text: find_bundled(path_or_url(text)), "PATH", path_help)
 
 
 def run(args: argparse.Namespace) -> None:

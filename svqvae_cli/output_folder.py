@@ -69,10 +69,10 @@ class OutputFolder:
         if not self.overwrite:
             self.record.check_options(self.options)
         self._is_started = False
-        self._lock_descriptor: int | None = None  # of the folder, open while the run is alive
-        self._real_path = os.path.realpath(self.path)
-        self._relative_folders: dict[Path, str] = {}  # of inputs
-        self._made_folders: set[Path] = set()  # of outputs
+        self._lock_descriptor: int | None = None  # file descriptor of this folder, which is open during the run
+        self._real_path = os.path.realpath(self.path)  # of this folder, without links
+        self._relative_folders: dict[Path, str] = {}  # folders of inputs, and their paths relative to this folder
+        self._made_folders: set[Path] = set()  # folders of outputs that this run has created or found
 
     def source(self, folder: Path, identity: InputIdentity) -> Source:
         """What an output is made from, as it is recorded."""
@@ -117,17 +117,18 @@ class OutputFolder:
                 "again."
             )
         recorded_source = self._recorded_source(name)
-        is_same_folder = recorded_source.folder == source.folder
-        is_same_place = is_same_folder or self._may_have_moved(recorded_source)
-        is_same_input = recorded_source.input == source.input  # by its name, size and version, in whichever folder
-        if is_same_place and is_same_input:
+        is_same_input = recorded_source.input == source.input  # by name, size and version
+        if recorded_source.folder == source.folder:
+            # If this is false, the input has changed since. Or another input in its folder had the same output, such
+            # as `a.png` beside `a.jpg`.
+            return is_same_input
+        has_moved = is_same_input and self._may_have_moved(recorded_source)
+        if has_moved:
             return True
-        if not is_same_folder:
-            raise ValueError(
-                f"`{output}` was made from another input, `{self._path_of(recorded_source)}`. Pass --overwrite to "
-                "replace it, or use another --output."
-            )
-        return False  # the input has changed since, or another one of its folder has the same output
+        raise ValueError(
+            f"`{output}` was made from another input, `{self._path_of(recorded_source)}`. Pass --overwrite to "
+            "replace it, or use another --output."
+        )
 
     def begin(self, outputs: Sequence[Path], source: Source, all_outputs: Iterable[Path]) -> None:
         """Records that outputs are about to be written. The first call starts the run.
@@ -174,18 +175,19 @@ class OutputFolder:
 
     def _start(self, all_outputs: Iterable[Path]) -> None:
         """Records the options of the run. With `--overwrite`, deletes the outputs that it will make again."""
-        if not self.overwrite:
-            self.record.start(self.options)
-            return
         earlier_options = self.record.options
         options_differ = earlier_options is not None and earlier_options != self.options
-        if options_differ:
+        if self.overwrite and options_differ:
             self.record.start_over(self.options)  # deletes all recorded outputs, because none has these options
             return
-        # Outputs of other inputs, which this run does not make again, have the same options and stay.
         self.record.start(self.options)
+        if self.overwrite:
+            self._delete_recorded(all_outputs)
+
+    def _delete_recorded(self, outputs: Iterable[Path]) -> None:
+        """Deletes those of the outputs that earlier runs have written. All other files of earlier runs stay."""
         recorded_names = []
-        for output in all_outputs:
+        for output in outputs:
             name = self._name(output)
             if name in self.record.outputs:
                 recorded_names.append(name)
@@ -197,16 +199,21 @@ class OutputFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDONLY)
         self._lock_descriptor = descriptor
-        # Only one process can have an exclusive lock, and only while no other one has a shared lock. So with it, no
-        # other run uses the folder, and all temporary files are left from runs that were killed. Without it, because
-        # another run uses the folder or the file system has no locks, they stay.
-        with suppress(OSError):
+        self._delete_temporary(descriptor)
+        # Many runs can have a shared lock. It tells later runs that this one uses the folder.
+        with suppress(OSError):  # the file system has no locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+    def _delete_temporary(self, descriptor: int) -> None:
+        """Deletes temporary files of runs that were killed, unless another run uses the folder.
+
+        An exclusive lock tells that no other run uses the folder, because each run has a shared lock. So all temporary
+        files in it are of runs that were killed.
+        """
+        with suppress(OSError):  # another run uses the folder, the file system has no locks, or a file stays
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for folder in self._folders_of_unfinished():
                 delete_temporary(folder.glob("*.tmp"))
-        # Many runs can have a shared lock. It tells later runs that this one uses the folder.
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
 
     def _folders_of_unfinished(self) -> set[Path]:
         """Folders of the outputs that a run has begun and not finished."""
@@ -244,12 +251,17 @@ class OutputFolder:
         return self._delete(leftovers)
 
     def delete_versions_before(self, source: Source) -> Leftovers:
-        """Deletes the outputs of earlier versions of an input, unless they have changed since they were written."""
+        """Deletes the images of earlier versions of a token set, unless they have changed since they were written.
+
+        Args:
+            source ([`Source`]): The token set: its folder, and the digest of its content.
+        """
         outdated = []
         for name in self.record.outputs:
             recorded_source = self._recorded_source(name)
-            is_of_same_folder = recorded_source.folder == source.folder
-            if is_of_same_folder and recorded_source.input != source.input:
+            is_same_folder = recorded_source.folder == source.folder
+            is_same_content = recorded_source.input == source.input
+            if is_same_folder and not is_same_content:
                 outdated.append(name)
         return self._delete(outdated)
 

@@ -83,9 +83,9 @@ class _Table:
     """
 
     def __init__(self, names: Sequence[Path], codebook_size: int):
-        self.width = len("1,000 images")  # of the first column
+        self.label_width = len("1,000 images")
         for name in names:
-            self.width = max(self.width, len(one_line(str(name))))
+            self.label_width = max(self.label_width, len(one_line(str(name))))
         self.codebook_size = codebook_size
         self.figures_of_images: list[Sequence[Any]] = []  # per image, its figures at each scale
 
@@ -94,11 +94,11 @@ class _Table:
         from svqvae_hf.evaluation.reconstruction_table import table_header
 
         if not self.figures_of_images:
-            tqdm.write(table_header(self.width))
+            tqdm.write(table_header(self.label_width))
         self.figures_of_images.append(figures)
         label = one_line(str(name))
         for figures_at_scale in figures:
-            self._print_row(label, [figures_at_scale])
+            self._print_row(label, [figures_at_scale])  # a row about this image alone
 
     def print_totals(self) -> None:
         """Prints a row per scale about all images, if there are several."""
@@ -110,7 +110,7 @@ class _Table:
             self._print_row(label, figures_at_scale)
 
     def _print_row(self, label: str, figures: Sequence[Any]) -> None:
-        """Prints a row about one or more images at one scale."""
+        """Prints a row about images at one scale, from the figures of each of them."""
         from svqvae_hf.evaluation.reconstruction_table import table_row
 
-        tqdm.write(table_row(self.width, label, figures, self.codebook_size))
+        tqdm.write(table_row(self.label_width, label, figures, self.codebook_size))

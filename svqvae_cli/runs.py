@@ -58,7 +58,7 @@ class Run(Generic[Item]):
         self.num_done = len(targets) - len(self.todo)
         self.num_written = 0
         self.num_skipped = 0
-        self._outputs_in_work: Sequence[Path] = ()
+        self._outputs_in_work: Sequence[Path] = ()  # outputs that a block of `attempt` has begun to write
 
     def _check_clashes(self) -> None:
         """Raises if an output is an input, or is written for two inputs."""
@@ -111,23 +111,20 @@ class Run(Generic[Item]):
             ValueError: All inputs were skipped.
         """
         self.folder.close()
-        if kind is None:
-            self._end()
+        if kind is None:  # no error has ended the run
+            total = len(self.targets)
+            if self.num_skipped == total:
+                raise ValueError(f"none of the {total} inputs could be used, for the reasons above.")
+            self._print_written()
+            check_none_skipped(self.num_skipped, total)  # raises SkippedError
             return
         was_interrupted = not issubclass(kind, Exception)  # by Ctrl-C or a signal
-        if was_interrupted or self.num_written:
-            self._print_written()
         if was_interrupted:
+            self._print_written()
             message = f"`{self.folder.path}` is not complete. Run the same command again to resume."
             print(f"svqvae: {message}", file=sys.stderr)
-
-    def _end(self) -> None:
-        """Prints the summary of a run that no error has ended, and raises if inputs were skipped."""
-        total = len(self.targets)
-        if self.num_skipped == total:
-            raise ValueError(f"none of the {total} inputs could be used, for the reasons above.")
-        self._print_written()
-        check_none_skipped(self.num_skipped, total)
+        elif self.num_written:
+            self._print_written()
 
     def _print_written(self) -> None:
         print(f"written  {self.folder.path} ({self.noun}: {self.num_written})")
@@ -161,7 +158,7 @@ class Run(Generic[Item]):
             with self._skipping(item, errors):
                 yield
                 self._finish()
-        finally:
+        finally:  # also if the block has failed, so that the next block does not finish these outputs
             self._outputs_in_work = ()
 
     @contextmanager

@@ -33,14 +33,14 @@ def add_arguments(parser: Parser) -> None:
     parser.add_model()
     parser.option("--output", path_or_url, "OUT", "folder or URL to write to", required=True)
     parser.add_scales(default=[1.0])
-    parser.option("--sides", positive, "IDS", "scales of square crops by their sides in ids", nargs="+")
+    parser.option("--sides", positive, "IDS", "sides of square grids of ids, in place of --scales", nargs="+")
     parser.add_compress()
     parser.choice("--crops", CROPS, "crops of an image that become rows (default: whole)", "whole")
     parser.option("--resolution", positive, "PIXELS", "side of the crops, if they are not whole images")
-    help = "columns to keep besides label, caption, text, cls, txt, json"
-    parser.option("--keep", not_empty, "NAME", help, nargs="+", default=[])
-    help = "crops to encode together; rounding may change a few ids (default: up to 64)"
-    parser.option("--batch-size", int, "N", help)
+    keep_help = "columns to keep besides label, caption, text, cls, txt, json"
+    parser.option("--keep", not_empty, "NAME", keep_help, nargs="+", default=[])
+    batch_size_help = "crops to encode together; rounding may change a few ids (default: up to 64)"
+    parser.option("--batch-size", int, "N", batch_size_help)
     parser.option("--part", int, "I", "make only this part, counted from 0 (default: all)")
     parser.flag("--overwrite", "delete the token set in OUT and start over")
     parser.option("--num-parts", int, "N", "number of parts (default: one per 10,000 images or file, at most 1,000)")
@@ -213,12 +213,12 @@ def _explained_interruption(out: str) -> Iterator[None]:
 
 
 def _print_progress(out: str) -> None:
-    """Prints which parts of a token set are finished, unless none was started or its folder cannot be read."""
+    """Prints how many parts of a token set are finished, such as `8 (not complete; finished: 3)`."""
     from svqvae_hf.token_sets.parts import describe_state
 
     try:
         state = describe_state(out)
-    except (ValueError, OSError):
+    except (ValueError, OSError):  # no part was started, or the folder cannot be read
         return
     print(f"parts    {state['parts']}")
     print(f"svqvae: `{out}` is not complete. Run the same command again to resume.", file=sys.stderr)
