@@ -48,8 +48,9 @@ def is_unreachable(error: Exception, is_remote: bool) -> bool:
 def explained(name: str | os.PathLike, done: str) -> Iterator[None]:
     """Makes an `OSError` of one line from the errors of file systems, which are of many types.
 
-    Blocks may be nested: one that writes a file may read another file in a block inside it. The error of the inner
-    block stays as it is, because it names the file that is at fault.
+    Blocks may be nested. A block that writes a file may read another file in an inner block. The error of the inner
+    block stays as it is, because it names the file that is at fault. But if the inner block writes as well, its file
+    is a temporary one, and the error names the file of the outer block.
 
     Args:
         name (`str` or `os.PathLike`): Path or URL.
@@ -63,8 +64,10 @@ def explained(name: str | os.PathLike, done: str) -> Iterator[None]:
         yield
     except Exception as error:
         is_of_file_system = isinstance(error, OSError) or type(error).__module__.startswith(LIBRARIES)
-        is_of_inner_block = isinstance(error, ExplainedError) and error.done != done
-        if is_of_inner_block or not is_of_file_system:
+        if not is_of_file_system:
+            raise
+        is_of_other_file = isinstance(error, ExplainedError) and error.done != done
+        if is_of_other_file:
             raise
         reason = _reason(error).removesuffix(".")
         explained_error = os_error(f"`{name}` cannot be {done}: {reason}.", error)

@@ -10,10 +10,11 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from svqvae_files import outputs
 from svqvae_files.errors import explained
 from svqvae_files.inputs import check_url
 from svqvae_files.json_files import parse_json_object
-from svqvae_files.outputs import new_file, temporary_path
+from svqvae_files.outputs import temporary_path
 
 
 class Folder:
@@ -53,7 +54,11 @@ class Folder:
             path.write_bytes(content)
 
     def create(self, name: str, content: bytes) -> None:
-        """Writes a file unless it exists. On a disk with links, one of several processes at once succeeds."""
+        """Writes a file unless it exists.
+
+        If several processes do so at once, the file of the first one stays. This holds on disks whose file system has
+        hard links. Elsewhere a later file replaces an earlier one.
+        """
         if self.read(name) is not None:
             return
         if not self.is_local:
@@ -75,7 +80,7 @@ class Folder:
         if self.is_local:
             path = Path(self._path(name))
             path.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(path) as temporary:
+            with outputs.new_file(path) as temporary:
                 yield temporary
             return
         with tempfile.TemporaryDirectory() as folder, self._explained(name, "written"):
@@ -98,7 +103,7 @@ class Folder:
             listed = self.files.find(self._path(subfolder), detail=True)
         sizes = {}
         for path, info in listed.items():
-            sizes[path[len(self.path) :].lstrip("/")] = info["size"]
+            sizes[self._name(path)] = info["size"]
         return sizes
 
     def delete_empty(self, subfolder: str) -> None:
@@ -113,9 +118,15 @@ class Folder:
             self.files.rm(self._path(name), recursive=True)
 
     def _path(self, name: str) -> str:
+        """Path of a file in its file system, from its name relative to this folder."""
         return f"{self.path.rstrip('/')}/{name}"
 
+    def _name(self, path: str) -> str:
+        """Name of a file relative to this folder, from its path in its file system."""
+        return path.removeprefix(self.path).lstrip("/")
+
     def _explained(self, name: str, done: str) -> AbstractContextManager[None]:
+        """Explains errors of a block that works on a file, see [`explained`]. `done` is a word such as `"read"`."""
         if self.is_local:
             return explained(self._path(name), done)
         return explained(f"{self.url}/{name}", done)

@@ -185,6 +185,7 @@ class RunRecord:
             if has_part_of_line:  # from a run that was killed
                 file.truncate(self._bytes_read)
             _write_all(file, b"".join(lines))
+        # The next call of `_read` starts after the lines that were written here.
         for entry, line in zip(entries, lines, strict=True):
             self._apply(entry)
             self._note_as_read(line)
@@ -233,7 +234,8 @@ class RunRecord:
             return
         output = entry["output"]
         may_be_outside = output.startswith("/") or ".." in output.split("/")
-        if may_be_outside:  # where a run might delete a file
+        if may_be_outside:
+            # A run deletes outputs that the record names, so a damaged record must not name a file elsewhere.
             raise ValueError(f"an output must lie in the folder, got {output}.")
         identity = None
         if entry["identity"] is not None:
