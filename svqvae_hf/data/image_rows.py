@@ -126,9 +126,10 @@ def read_bytes(path: str) -> bytes:
 
 def _read_at_most(path: str, num_bytes: int) -> bytes:
     """Reads a file, or its first bytes if it has more."""
-    is_in_local_archive = is_url(path) and "::/" in path
+    is_in_local_archive = is_url(path) and "::/" in path  # such as `zip://cats/1.png::/data/photos.zip`
     if is_in_local_archive:
-        # The errors of `opened_file` name the URL, which holds the path of the archive on this machine.
+        # `opened_file` is not called, because its errors name the whole URL, with the path of the archive on this
+        # machine.
         with fsspec.open(path, "rb") as file:
             return file.read(num_bytes)
     with opened_file(path) as file:

@@ -34,7 +34,8 @@ class ImageSet:
         features (`datasets.Features`): Types of the columns in `ImageRow.values`.
         files ([`InputFiles`]): Files of the set.
         image_column (`str`, *optional*): Column of the images, if the set has several.
-        length (`int`, *optional*): Number of images; `None` if it is unknown before all are read.
+        length (`int`, *optional*): Number of images, or the most that a cut stream can have; `None` if it is unknown
+            before all are read.
         first_images (`int`, *optional*): Number of images to which the set was cut.
     """
 
@@ -85,11 +86,12 @@ class ImageSet:
         """Returns the set of the first images, as one part."""
         if count < 1:
             raise ValueError(f"`max_images` must be at least 1, got {count}.")
-        length = count
-        if self.length is not None:
+        if self.length is None:
+            length = count  # the most that the stream can have
+        else:
             length = min(count, self.length)
         part: ImagePart
-        if self.rows is None:  # a stream, which is read from its start and may end before `count`
+        if self.rows is None:
             part = FirstRows(self, count)
         else:
             part = RowRange(self.rows, 0, length)
@@ -141,8 +143,8 @@ def open_images(
             its type, and of several the one named `image`.
         columns (`Sequence[str]`): Other columns to keep, in addition to the [`LABEL_COLUMNS`] that the set has.
             Image files in several folders have the column `label`, the name of the folder.
-        keep_labels (`bool`, defaults to `True`): Whether to keep the columns of [`LABEL_COLUMNS`]. Tar files in which
-            one of them is missing at first are an error then.
+        keep_labels (`bool`, defaults to `True`): Whether to keep the columns of [`LABEL_COLUMNS`]. If so, a label in
+            tar files whose kind the first samples lack is an error.
         max_images (`int`, *optional*): Number of images after which to stop; all by default.
         copy (`bool`, defaults to `False`): Copy shards to the cache of `datasets`, for random access.
         results (`str` or `os.PathLike`, *optional*): Folder or URL of the results, which must not lie in the set.
@@ -164,7 +166,7 @@ def open_images(
         images = _open_files(data, selection)
     is_stream = images.rows is None
     if copy and is_stream:
-        images = _copy(images, data[0])
+        images = _copy(images, name=data[0])
     if max_images is not None:
         images = images.first(max_images)
     return images

@@ -69,15 +69,7 @@ class StreamPart:
         if self.table is not None:
             self._check_classes(self.table)
         try:
-            shard = self.rows.shard(self.rows.num_shards, self.number)
-            # `iter` over batches of one row yields all rows to each worker of a loader. Iteration over `shard` itself
-            # would share them among the workers.
-            for index, batch in enumerate(shard.iter(batch_size=1)):
-                row = {name: values[0] for name, values in batch.items()}
-                image = row.pop(self.image_column)
-                source = confine_row(image, self.repository)
-                key = row_key(source, self.root, default=f"{self.number}-{index}")
-                yield ImageRow(key, source, values=row, shard=self.name)
+            yield from self._image_rows()
         except TypeError as error:  # of a conversion that does not exist, such as of lists to texts
             raise ValueError(f"`{self.name}` must have the types of the columns of its set: {error}.") from error
         except (ValueError, OSError, pa.ArrowException) as error:
@@ -87,6 +79,18 @@ class StreamPart:
             reason = fault_of(error).removesuffix(".")
             other_columns = [name for name in self.rows.features if name != self.image_column]
             yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", other_columns)
+
+    def _image_rows(self) -> Iterator[ImageRow]:
+        """Yields the images. The errors are those of `datasets`."""
+        shard = self.rows.shard(self.rows.num_shards, self.number)
+        # In a worker of a loader, iteration over `shard` would yield only the share of this worker. Iteration over
+        # batches yields all rows.
+        for index, batch in enumerate(shard.iter(batch_size=1)):
+            row = {name: values[0] for name, values in batch.items()}
+            image = row.pop(self.image_column)
+            source = confine_row(image, self.repository)
+            key = row_key(source, self.root, default=f"{self.number}-{index}")
+            yield ImageRow(key, source, values=row, shard=self.name)
 
     def _check_classes(self, table: str) -> None:
         """Raises ValueError if a file has other classes, whose numbers `datasets` would take for classes of the set.
@@ -120,11 +124,12 @@ class RepositoryFiles:
 
     def inputs(self) -> list[InputIdentity]:
         """Identity of each file. The version of a file at a URL is the revision of the repository."""
-        revision = str(self.builder.config.data_files[self.split].origin_metadata)
+        files = self.builder.config.data_files[self.split]
+        repository_and_revision = str(files.origin_metadata)  # such as "[('org/set', '52a10e7...')]"
         identities = []
         for path in self.paths():
             if is_url(path):
-                identities.append(InputIdentity(path, size=0, version=revision))
+                identities.append(InputIdentity(path, size=0, version=repository_and_revision))
             else:
                 identities.append(file_identity(self.root, SetFile(path)))
         return identities
@@ -191,36 +196,44 @@ def open_stream(files: RepositoryFiles, name: str, selection: Selection) -> Open
         selection ([`Selection`]): The column of the images, by default found by its type, and columns to keep.
     """
     if files.are_images:
-        _choose_classes(files)
+        _choose_classes(files)  # changes the settings of `files.builder`
     if files.are_local_tables and not files.has_types:
         # Otherwise `datasets` takes the types of the first file, in which a column may be empty.
         files.builder.info.features = read_features(files.paths(), selection)
     with explained_set(name):
         rows = files.builder.as_streaming_dataset(files.split)
-    image_column, column_names = select_columns(rows.features or datasets.Features(), selection)
-    features = datasets.Features({column: rows.features[column] for column in column_names})
+    features_of_set = rows.features
+    if features_of_set is None:  # `datasets` knows no column, so that `select_columns` raises
+        features_of_set = datasets.Features()
+    image_column, column_names = select_columns(features_of_set, selection)
+    features = datasets.Features({column: features_of_set[column] for column in column_names})
     length = _known_length(rows, files.split)
     rows = rows.decode(False)  # otherwise a broken image of a folder on the Hub ends the stream
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     rows = rows.select_columns([image_column, *column_names])
-    parts = _parts_of_stream(rows, image_column, files, name, has_labels=bool(column_names))
+    has_labels = len(column_names) > 0
+    parts = _parts_of_stream(rows, image_column, files, name, has_labels)
     return OpenedStream(parts, image_column, features, length)
 
 
 def _choose_classes(files: RepositoryFiles) -> None:
     """Tells `datasets` whether the names of folders are labels, unless the README of the repository says it.
 
-    Otherwise `datasets` decides it split by split, each time from the folders of the splits before as well. Then it
-    takes the folders `train` and `test` for classes, and leaves out the labels of the first split.
+    By itself, `datasets` would also take the folders `train` and `test` of two splits for two classes.
     """
     config = files.builder.config
-    if config.drop_labels is not None:
+    is_said_by_readme = config.drop_labels is not None
+    if is_said_by_readme:
         return
     splits_with_labels = _splits_with_labels(config.data_files)
     has_labels = files.split in splits_with_labels
     config.drop_labels = not has_labels
-    # `datasets` takes the classes, and the columns of metadata files, from all splits that it opens.
-    splits_to_open = splits_with_labels if has_labels else [files.split]
+    # `datasets` takes the list of classes, and the columns of metadata files, from all splits that are in
+    # `config.data_files`. So a split with labels stays there together with all others that have labels, which have
+    # the same classes. A split without labels stays alone.
+    splits_to_open = [files.split]
+    if has_labels:
+        splits_to_open = splits_with_labels
     data_files = datasets.data_files.DataFilesDict()
     for split in splits_to_open:
         data_files[split] = config.data_files[split]
@@ -228,7 +241,11 @@ def _choose_classes(files: RepositoryFiles) -> None:
 
 
 def _splits_with_labels(paths_of_splits: Mapping[str, Sequence[str]]) -> list[str]:
-    """Splits whose images lie in folders of classes. Folders are classes if a split has several of them."""
+    """Splits whose images lie in folders of classes.
+
+    Folders are classes if a split has several of them. A single folder of a split, such as `test/cat`, is a class if
+    it is one of several folders of another split, such as `train/cat` and `train/dog`.
+    """
     folders_of_splits = {}
     class_names: set[str] = set()
     for split, paths in paths_of_splits.items():
@@ -238,8 +255,8 @@ def _splits_with_labels(paths_of_splits: Mapping[str, Sequence[str]]) -> list[st
             class_names |= folders
     splits = []
     for split, folders in folders_of_splits.items():
-        has_labels = len(folders) > 0 and folders <= class_names  # perhaps one folder, which is a class elsewhere
-        if has_labels:
+        has_folders = len(folders) > 0
+        if has_folders and folders.issubset(class_names):
             splits.append(split)
     return splits
 
@@ -266,9 +283,14 @@ def _names_of_folders(paths: Sequence[str]) -> set[str]:
 def _parts_of_stream(
     rows: datasets.IterableDataset, image_column: str, files: RepositoryFiles, set_name: str, has_labels: bool
 ) -> list[StreamPart]:
-    """A part for each shard of a stream, with the name of the set if it is not known which file the shard is."""
+    """A part for each shard of a stream.
+
+    A part has the name of its file. If a file has several shards, no part can be told its file, so all have the name
+    of the set.
+    """
     paths = files.paths()
     has_file_per_shard = rows.num_shards == len(paths)
+    repository = files.builder.repo_id
     parts = []
     for number in range(rows.num_shards):
         part_name = set_name
@@ -278,7 +300,6 @@ def _parts_of_stream(
             part_name = os.path.basename(path)
             if has_labels and is_table(path):
                 table = path
-        repository = files.builder.repo_id
         parts.append(StreamPart(rows, image_column, files.root, repository, part_name, number, table))
     return parts
 

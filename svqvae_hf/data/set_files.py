@@ -135,25 +135,39 @@ def find_files(names: Sequence[str], split: str | None) -> SetFiles:
 
 
 def _check_metadata(sets: Sequence[SetFiles]) -> None:
-    """Raises if captions or labels would be ignored, because they are read only of one local folder of images."""
+    """Raises if captions or labels in metadata files would be ignored.
+
+    Metadata files of images are read if the set is a single folder on this machine.
+    """
     for files in sets:
-        has_captions = files.kind == "image" and files.metadata
-        are_read = len(sets) == 1 and not files.is_remote
-        if has_captions and not are_read:
+        has_metadata = files.kind == "image" and len(files.metadata) > 0
+        is_single_local_folder = len(sets) == 1 and not files.is_remote
+        if has_metadata and not is_single_local_folder:
             raise ValueError(
                 f"`{files.root}` has a metadata file, for images of one local folder. Pass a pattern without it."
             )
 
 
 def _merge(sets: Sequence[SetFiles]) -> SetFiles:
-    """Joins the files of several names, each once. If several names stand for a file, the first one labels it."""
+    """Joins the files of several names, each once.
+
+    Two names may stand for one file, which has another folder below each of them: `photos/cats/a.jpg` lies in `cats`
+    below `photos`, and in `.` below `photos/cats`. The first name decides.
+    """
     folder_of_file: dict[SetFile, str] = {}
     for set_files in sets:
         for file, folder in zip(set_files.files, set_files.folders, strict=True):
-            folder_of_file.setdefault(file, folder)
+            if file not in folder_of_file:
+                folder_of_file[file] = folder
     files = list(folder_of_file)
     folders = list(folder_of_file.values())
-    return SetFiles(sets[0].name, _common_folder(files), files, folders, sets[0].kind)
+    return SetFiles(
+        name=sets[0].name,
+        root=_common_folder(files),
+        files=files,
+        folders=folders,
+        kind=sets[0].kind,
+    )
 
 
 # From a name to its files
@@ -189,16 +203,24 @@ class _Listing:
 
     def finish(self) -> None:
         """Warns of images in formats that are not read. Raises FileNotFoundError if the folder has no others."""
-        advice = "Pass images, shards or a folder of them, or a set on the Hub."
-        if self.unread:
-            example = readable(self.unread[0])
-            advice = (
-                f"`{self.name}` has {len(self.unread):,} images in formats that are not read, such as `{example}`."
-            )
         if not self.files:
-            raise FileNotFoundError(f"a set must hold images, but the folder has none: `{self.name}`. {advice}")
+            raise self._no_files_error()
         if self.unread:
-            logger.warning(f"{advice} They are left out. Convert them to JPEG or PNG to have them read.")
+            logger.warning(
+                f"{self._count_of_unread()} They are left out. Convert them to JPEG or PNG to have them read."
+            )
+
+    def _no_files_error(self) -> FileNotFoundError:
+        """Error for a folder without images that can be read."""
+        second_sentence = "Pass images, shards or a folder of them, or a set on the Hub."
+        if self.unread:
+            second_sentence = self._count_of_unread()
+        return FileNotFoundError(f"a set must hold images, but the folder has none: `{self.name}`. {second_sentence}")
+
+    def _count_of_unread(self) -> str:
+        """A sentence on the images in formats that are not read."""
+        example = readable(self.unread[0])
+        return f"`{self.name}` has {len(self.unread):,} images in formats that are not read, such as `{example}`."
 
 
 def _list_name(name: str) -> list[_Listing]:
@@ -251,11 +273,11 @@ def _list_url(url: str) -> _Listing:
     folder = None
     with explained(url, "read"):
         file_system, path = _open_file_system(url)
-        is_pattern = glob.has_magic(path) and not file_system.exists(path)
-        has_suffix_of_file = kind_of(path) is not None  # such as `.jpg`; saves the request that `isdir` makes
-        if is_pattern:
+        has_wildcard = glob.has_magic(path)
+        has_suffix_of_file = kind_of(path) is not None  # such as `.jpg`
+        if has_wildcard and not file_system.exists(path):  # a file may have `[1]` in its name
             infos = file_system.glob(path, detail=True)
-        elif not has_suffix_of_file and file_system.isdir(path):
+        elif not has_suffix_of_file and file_system.isdir(path):  # `isdir` makes a request, so the suffix comes first
             folder = file_system.unstrip_protocol(path.rstrip("/"))
             infos = file_system.find(path, detail=True)
         else:
@@ -323,7 +345,14 @@ def _shards_of_split(listing: _Listing, folder: str, kind: str, split: str | Non
     files_by_key = {_key(folder, file): file for file in listing.files}
     keys_of_split = set(choose_shards(listing.name, folder, list(files_by_key), split))
     shards = [file for key, file in files_by_key.items() if key in keys_of_split]
-    return SetFiles(listing.name, folder, shards, _folders(folder, shards), kind, listing.metadata)
+    return SetFiles(
+        name=listing.name,
+        root=folder,
+        files=shards,
+        folders=_folders(folder, shards),
+        kind=kind,
+        metadata=listing.metadata,
+    )
 
 
 def _images_of_split(listing: _Listing, folder: str, split: str | None) -> SetFiles:
@@ -331,23 +360,47 @@ def _images_of_split(listing: _Listing, folder: str, split: str | None) -> SetFi
     keys = [readable(_key(folder, file)) for file in listing.files]
     subfolder = choose_folder(folder, keys, split)
     if not subfolder:
-        folders = _folders(folder, listing.files)
-        return SetFiles(listing.name, folder, listing.files, folders, "image", listing.metadata)
+        return SetFiles(
+            name=listing.name,
+            root=folder,
+            files=listing.files,
+            folders=_folders(folder, listing.files),
+            kind="image",
+            metadata=listing.metadata,
+        )
     root = f"{folder}/{subfolder}"
-    for file in listing.metadata:
-        folder_of_metadata = os.path.dirname(file.path)
-        if _is_below(root, folder_of_metadata):
-            raise ValueError(f"metadata of `{folder}` must lie in the folders of its splits, not above them.")
+    _check_not_above(root, listing.metadata, folder)
     images = _files_below(root, listing.files)
     metadata = _files_below(root, listing.metadata)
-    return SetFiles(listing.name, root, images, _folders(root, images), "image", metadata)
+    return SetFiles(
+        name=listing.name,
+        root=root,
+        files=images,
+        folders=_folders(root, images),
+        kind="image",
+        metadata=metadata,
+    )
+
+
+def _check_not_above(split_folder: str, metadata: Sequence[SetFile], folder: str) -> None:
+    """Raises ValueError if a metadata file lies above the folder of a split."""
+    for file in metadata:
+        folder_of_metadata = os.path.dirname(file.path)
+        if _is_below(split_folder, folder_of_metadata):
+            raise ValueError(f"metadata of `{folder}` must lie in the folders of its splits, not above them.")
 
 
 def _named_files(name: str, files: Iterable[SetFile], kind: str) -> SetFiles:
     """Files that were named one by one or by patterns, each once."""
     unique_files = list(dict.fromkeys(files))
     root = _common_folder(unique_files)
-    return SetFiles(name, root, unique_files, _folders(root, unique_files), kind)
+    return SetFiles(
+        name=name,
+        root=root,
+        files=unique_files,
+        folders=_folders(root, unique_files),
+        kind=kind,
+    )
 
 
 # Names of files

@@ -46,8 +46,8 @@ def check_no_split(name: str, split: str | None) -> None:
 def choose_folder(folder: str, keys: Iterable[str], split: str | None) -> str:
     """Chooses the subfolder of a split in a folder of images.
 
-    Subfolders are splits if all images lie in such folders, or if there are folders of several splits. A single one
-    beside others may be a class, such as `train` beside `car`.
+    Subfolders are splits if the names of several splits occur, such as `train` and `test`, or if all images lie in
+    folders of one split. A folder `train` beside a folder `car` is no split, because both may be classes.
 
     Args:
         folder (`str`): Path or URL of the folder.
@@ -106,20 +106,21 @@ class _SplitFolders:
 
 def _find_split_folders(keys: Iterable[str]) -> _SplitFolders:
     """Finds the folders named as splits, on the paths of images relative to the folder of the set."""
-    paths = set()
-    key_outside = None
-    folders_seen = set()
+    first_key_of_folder: dict[str, str] = {}
     for key in keys:
         image_folder = os.path.dirname(key)
-        if image_folder in folders_seen:
-            continue
-        folders_seen.add(image_folder)
+        if image_folder not in first_key_of_folder:
+            first_key_of_folder[image_folder] = key
+    paths_of_splits = set()
+    keys_outside = []
+    for image_folder, first_key in first_key_of_folder.items():
         path = _uppermost_split_folder(image_folder)
-        if path is not None:
-            paths.add(path)
-        elif key_outside is None:
-            key_outside = key
-    return _SplitFolders(sorted(paths), key_outside)
+        if path is None:
+            keys_outside.append(first_key)
+        else:
+            paths_of_splits.add(path)
+    first_key_outside = keys_outside[0] if keys_outside else None
+    return _SplitFolders(sorted(paths_of_splits), first_key_outside)
 
 
 def choose_shards(name: str, folder: str, keys: Sequence[str], split: str | None) -> list[str]:

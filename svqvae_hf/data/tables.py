@@ -49,7 +49,7 @@ class TablePart:
         return shard_name(self.path, self.root)
 
     def read(self) -> Iterator[ImageRow]:
-        """Yields the images.
+        """Yields the images. If the file is damaged, the last row is an unreadable one, which tells why.
 
         Raises:
             OSError: The file cannot be reached.
@@ -64,6 +64,7 @@ class TablePart:
         except (OSError, pa.ArrowException) as error:
             if is_unreachable(error, is_remote=is_url(self.path)):
                 raise
+            # The content of the file is damaged. One row stands for what cannot be read, so that it is counted.
             reason = fault_of(error).removesuffix(".")
             yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", list(self.features))
 
@@ -133,9 +134,11 @@ def read_features(paths: Sequence[str], selection: Selection) -> datasets.Featur
             continue
         _check_names(path, [image_column, *column_names], features_of_file)
         for name in column_names:
-            if features[name] == EMPTY:
-                features[name] = features_of_file[name]
-            _check_type(path, name, features_of_file[name], features[name])
+            is_empty_so_far = features[name] == EMPTY
+            if is_empty_so_far:
+                features[name] = features_of_file[name]  # the type of this file becomes the type of the set
+            else:
+                _check_type(path, name, features_of_file[name], features[name])
     return features
 
 
@@ -212,10 +215,13 @@ def select_columns(features: datasets.Features, selection: Selection) -> tuple[s
 def _choose_image_column(features: datasets.Features, asked: str | None) -> str:
     """The column that is asked for; otherwise the column `image`, or the only one that holds images."""
     image_columns = [name for name, feature in features.items() if _holds_images(feature)]
-    choices = ", ".join(image_columns) or "the columns of images"
-    if asked is not None and asked not in image_columns:
-        raise ValueError(f"--image-column must be one of {choices}, got `{asked}`.")
+    if image_columns:
+        choices = ", ".join(image_columns)
+    else:
+        choices = "the columns of images"
     if asked is not None:
+        if asked not in image_columns:
+            raise ValueError(f"--image-column must be one of {choices}, got `{asked}`.")
         return asked
     if "image" in image_columns:
         return "image"

@@ -35,8 +35,9 @@ class Sample:
 
     Args:
         name (`str`): Path of the members without their suffixes.
-        members (`dict[str, bytes | None]`): Contents by suffix without a dot; `None` for one that is too large.
-        repeated (`list[str]`): Suffixes that several members have.
+        members (`dict[str, bytes | None]`): Content of each member by its suffix without a dot, such as `jpg`; `None`
+            for a member that is too large to be read.
+        repeated (`list[str]`): Suffixes that several members of the sample have. `members` holds the last of these.
     """
 
     name: str
@@ -242,18 +243,19 @@ class _Member(NamedTuple):
 
 def _samples(path: str) -> Iterator[Sample]:
     """Yields the samples of a file. Raises ValueError if the members of one do not stand side by side."""
-    names_before: set[str] = set()
+    names_of_samples: set[str] = set()
     with _opened_tar(path) as tar:
         for name, members in groupby(_members(tar), key=attrgetter("sample_name")):
+            is_apart = name in names_of_samples  # other members of this name came before another sample
+            names_of_samples.add(name)
             sample = Sample(name)
             for member in members:
-                if name in names_before:
+                if is_apart:
                     raise ValueError(
                         f"the members of a sample must stand side by side, but `{name}.{member.suffix}` in `{path}` "
                         "does not follow the others of its name. Pack the file again with `tar --sort=name`."
                     )
                 sample.add(member.suffix.lower(), read_member(tar, member.header))
-            names_before.add(name)
             yield sample
         check_end(tar)
 
@@ -294,10 +296,11 @@ def _feature_of_labels(suffix: str, samples: Sequence[Sample]) -> datasets.Value
     if suffix != CLASS_SUFFIX:
         return text
     for sample in samples:
-        if suffix not in sample.members:
+        if suffix not in sample.members:  # a sample without a label says nothing about the type
             continue
         content = sample.members[suffix]
-        if content is None or not _is_integer(content):
+        is_too_large = content is None
+        if is_too_large or not _is_integer(content):
             return text
     return datasets.Value("int64")
 
