@@ -136,19 +136,17 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             check_merged(name, component)
         super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
         folder = Path(save_directory)
-        writes_code = bool(standalone)
-        names_repository = isinstance(standalone, str) and writes_code
-        if names_repository:
-            place_of_components = str(standalone)  # `org/name` on the Hub
-            title = str(standalone)
-        else:
-            place_of_components = str(folder)
-            title = folder.absolute().name
-        if writes_code:
+        title = folder.absolute().name
+        place_of_components = str(folder)
+        if isinstance(standalone, str) and standalone:  # `org/name` on the Hub
+            title = standalone
+            place_of_components = standalone
+        is_standalone = bool(standalone)
+        if is_standalone:
             write_blocks(self.blocks(), folder, place_of_components)
         card = folder / "README.md"
         if not card.exists():
-            text = self.make_card(title, standalone=writes_code)
+            text = self.make_card(title, standalone=is_standalone)
             card.write_text(text, encoding="utf-8")
 
     def make_card(self, repo_id: str, **options: Any) -> str:

@@ -168,14 +168,13 @@ class IdSampler:
 
         The first `num_guided_ids` ids are guided, if there is a `guide`.
         """
-        is_guided = self.guide is not None
         all_guided_ids_are_sampled = self.num_sampled_ids == self.num_guided_ids
-        if is_guided and all_guided_ids_are_sampled:
-            self._end_guidance()
+        if self.guide is not None and all_guided_ids_are_sampled:
+            self._end_guidance()  # sets `guide` to None
+        logits = self._logits_of_codes()  # (rows of the model, codes)
         if self.guide is None:
-            return self._logits_of_codes()  # (batch, codes): the model has one row per image
-        logits = self._logits_of_codes()  # (2 * batch, codes): the model has two rows per image
-        return self.guide(logits)  # (batch, codes)
+            return logits  # (batch, codes), because the model has one row per image
+        return self.guide(logits)  # (2 * batch, codes) -> (batch, codes)
 
     def _end_guidance(self) -> None:
         """From now on samples without guidance, and so without the rows that have no condition: the second half."""

@@ -27,7 +27,8 @@ def read_known_objects(source: str | os.PathLike, **options: Any) -> KnownObject
     if path is None:
         return None
     entries = read_json_object(path)
-    entries.setdefault("objects", [])  # only people read these two, so a file may lack them
+    # A file may lack these two lists. They only tell the user what the model can draw.
+    entries.setdefault("objects", [])
     entries.setdefault("grounds", [])
     for key in ("names", "things", "objects", "grounds"):
         if not isinstance(entries.get(key), list):

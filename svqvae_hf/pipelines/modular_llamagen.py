@@ -27,7 +27,11 @@ def condition_inputs(
         config ([`LlamaGenConfig`]): Config of the model.
         labels (`torch.Tensor` of shape `(batch,)`): Classes in `[0, num_classes)`, or `num_classes` for no condition.
         captions (`Mapping[str, torch.Tensor]`): `prompt_embeds` and `prompt_attention_mask` for a model with captions.
-        guided (`bool`): Whether as many rows without a condition follow.
+        guided (`bool`): Whether classifier-free guidance needs each row a second time, without its condition.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Tensors with `batch` rows. If guided, they have `2 * batch` rows: first those with a
+        condition, then those without.
     """
     inputs = {name: values for name, values in captions.items() if values is not None}
     if "prompt_embeds" in inputs:
@@ -39,8 +43,8 @@ def condition_inputs(
     if not guided:
         return inputs
     for name, values in inputs.items():
-        inputs[name] = torch.cat([values, values])  # (2 * batch, ...)
-    # The second half of the rows has no condition.
+        inputs[name] = torch.cat([values, values])  # (batch, ...) -> (2 * batch, ...)
+    # The second half of the rows gets the token for no condition. In these rows the model ignores `prompt_embeds`.
     batch = len(labels)
     inputs["input_ids"][batch:] = config.unconditional_token
     return inputs

@@ -43,21 +43,22 @@ class ScalePredictor:
         *,
         guided: bool,
     ):
+        device = labels.device
+        if guided:  # the transformer has two rows per image: first all with a condition, then all without
+            no_class = torch.full_like(labels, transformer.config["num_classes"])
+            labels = torch.cat([labels, no_class])  # (images,) -> (2 * images,)
+            if text is not None:
+                no_text = torch.full_like(text, pad_token)
+                text = torch.cat([text, no_text])  # (images, length) -> (2 * images, length)
         self.transformer = transformer
         self.guided = guided
-        self.labels = labels  # (rows,): one row per image, or two with guidance
+        self.labels = labels  # (rows,)
         self.text = text  # (rows, length)
-        if guided:
-            no_class = torch.full_like(labels, transformer.config["num_classes"])
-            self.labels = torch.cat([labels, no_class])
-        if guided and text is not None:
-            no_text = torch.full_like(text, pad_token)
-            self.text = torch.cat([text, no_text])
         quantize = vqvae.quantize
         device_of_codebook = quantize.embedding.table().device  # the CPU while the tokenizer is offloaded
         all_ids = torch.arange(quantize.size, device=device_of_codebook)
         codebook = quantize.get_codebook_entry(all_ids)  # (codebook_size, dim)
-        self.codebook = codebook.to(labels.device)
+        self.codebook = codebook.to(device)
         self.cache = DynamicCache()
         self.codes: list[torch.Tensor] = []  # of the last scale; empty before the first
 
@@ -110,8 +111,9 @@ class SampleScalesStep(Step):
 
     def run(self, components: Any, values: Any) -> None:
         """Sets `ids` to the ids of the last scale."""
-        schedule = values.schedule or components.config["schedule"]
-        sizes = fit_schedule(schedule, tuple(schedule[-1]))
+        schedule = values.schedule or components.config["schedule"]  # pairs of height and width in ids
+        size_of_image = tuple(schedule[-1])
+        sizes = fit_schedule(schedule, size_of_image)
         guided = is_guided(components.guider)
         predictor = ScalePredictor(
             components.transformer, components.vqvae, values.labels, values.text, values.pad_token, guided=guided

@@ -52,8 +52,8 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         vqvae ([`SVQVAE`]): Model whose ids the transformer was trained on.
         transformer ([`NextScaleTransformer`]): Transformer with the codebook size and dimension of `vqvae`.
         schedule (list of `int` or `[height, width]`, *optional*): Scales in ids from coarse to fine, which end with
-            the size of the training images; a single number is the side of a square. By default ten steps to
-            `sample_size` of `vqvae`.
+            the size of the training images; a single number is the side of a square. By default ten scales, of which
+            the last has the size of an image with the side `sample_size` of `vqvae`.
         codebook_fingerprint (`str`, *optional*): [`SVQVAE.codebook_fingerprint`] in training, which is saved with the
             pipeline; the fingerprint of `vqvae` by default.
         class_names (`list[str]`, *optional*): Name of each class.
@@ -92,7 +92,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
-        check_scale_from(scale_from)  # is the name of a way to make scales
+        check_scale_from(scale_from)
         check_same_codebook(vqvae, transformer)
         self.trained_schedule = schedule_of_training(schedule, vqvae)
         schedule_in_json = [list(size) for size in self.trained_schedule]  # JSON has no tuples
@@ -269,8 +269,9 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         prompts = prompts_of_images(prompt, num_images_to_edit)
         length = self.transformer.config["max_text_length"]
         text = pad_captions(self.tokenizer, prompts, length).to(self._execution_device)
-        # `_encode_labels` demands classes if there is guidance. Here it must not, because the captions are guided.
-        labels = self._encode_labels(class_labels, len(text), guidance_scale=1)
+        # With a guidance scale other than 1, `_encode_labels` would raise without classes. Here captions take their
+        # place, so it is told that nothing is guided.
+        labels = self._encode_labels(class_labels, num_images=len(text), guidance_scale=1)
         return labels, text
 
     def _image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
@@ -288,7 +289,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         self, height: int, width: int, num_inference_steps: int | None, schedule: Sequence[Scale] | None
     ) -> list[Size]:
         """Sizes of the scales in ids, for images of this height and width in pixels."""
-        size = grid_shape(height, width, self.vqvae.f, 1.0)
+        size = grid_shape(height, width, self.vqvae.f, scale=1.0)
         if schedule is not None:
             if num_inference_steps is not None:
                 raise ValueError("Only one of `schedule` and `num_inference_steps` can be given, got both.")
@@ -323,7 +324,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         sample = batch["pixel_values"].to(self._execution_device, self.vqvae.dtype)
         # As in training, an image is encoded at about the size of a scale, and its latents are resized to exactly
         # that size. They may differ by a row or a column, because the encoder keeps the aspect ratio of the image.
-        image_grid = grid_shape(image_height, image_width, self.vqvae.f, 1.0)
+        image_grid = grid_shape(image_height, image_width, self.vqvae.f, scale=1.0)
         scales = [max(size) / max(image_grid) for size in sizes]
         latents = self.vqvae.encode_scales(sample, scales, self.config["scale_from"])
         padded_masks = pad_to_multiple(masks, self.vqvae.f)  # (masks, 1, padded height, padded width)
@@ -405,7 +406,13 @@ def check_images_to_edit(image_size: Size, num_images: int, masks: torch.Tensor,
 
 
 def schedule_of_training(schedule: Sequence[Scale] | None, vqvae: SVQVAE) -> list[Size]:
-    """Sizes of the scales in training; a single number is the side of a square. By default ten to `sample_size`."""
+    """Sizes of the scales in training.
+
+    Args:
+        schedule (list of `int` or `(height, width)`, *optional*): Scales in ids; a single number is the side of a
+            square. By default ten scales, the last for images with the side `sample_size` of `vqvae`.
+        vqvae ([`SVQVAE`]): Tokenizer of the images.
+    """
     if schedule is None:
         side = vqvae.config["sample_size"] // vqvae.f  # in ids
         return default_schedule(max(1, side))

@@ -74,6 +74,7 @@ def _load_index(source: str | os.PathLike, **options: Any) -> Any:
     try:
         return from_hub(ModularIndex.load_config, source, **options)
     except OSError:
+        # Both files are missing. The error names the first one, which users know.
         raise error_of_model_index from None
 
 
@@ -100,16 +101,15 @@ def write_blocks(blocks: type, folder: Path, source: str) -> None:
     index = read_json_object(path_of_index)
     modular_index: dict[str, Any] = {"_blocks_class_name": blocks.__name__, "_class_name": "ModularPipeline"}
     for name, value in index.items():
-        # A component is a pair, library and class, with a folder of its name. The pair of a missing one is empty.
+        is_private = name.startswith("_")  # such as `_class_name`
+        is_missing_component = value == [None, None]  # in place of its library and class
+        if is_private or is_missing_component:
+            continue
         is_component = isinstance(value, list) and (folder / name).is_dir()
-        is_missing_component = value == [None, None]
-        is_private = name.startswith("_")
         if is_component:
             modular_index[name] = _entry_of_component(name, value, source)
-        elif is_missing_component or is_private:
-            continue
         else:
-            modular_index[name] = value  # a value of the pipeline's config
+            modular_index[name] = value  # a value of the pipeline's config, such as `schedule`
     write_json(folder / "modular_config.json", {"auto_map": {"ModularPipelineBlocks": class_of_blocks}})
     write_json(folder / ModularIndex.config_name, modular_index)
     path_of_index.unlink()
@@ -118,9 +118,10 @@ def write_blocks(blocks: type, folder: Path, source: str) -> None:
 def _entry_of_component(name: str, library_and_class: list[str], source: str) -> list[Any]:
     """Entry of a component in a modular index, `[library, class, place]`, as diffusers reads it.
 
-    The first two are None, because the place names the class of the component.
+    Library and class are None, because they stand in the place, as its `type_hint`.
     """
-    type_hint = AUTO_MODEL if name in MODELS else library_and_class
+    has_code_in_repository = name in MODELS
+    type_hint = AUTO_MODEL if has_code_in_repository else library_and_class
     place = {
         "type_hint": type_hint,
         "pretrained_model_name_or_path": source,

@@ -10,7 +10,7 @@ Scale = int | Sequence[int]  # longer side, or height and width
 
 BISECTIONS = 60  # halvings of an interval; a float has fewer bits, so more would change nothing
 GUIDANCE_MODES = ("rising", "constant")
-RISING_STEPS = 9  # number of steps after which rising guidance has reached `guidance_scale`, as in VAR
+RISING_STEPS = 9  # steps from the first to the one that has `guidance_scale` if guidance rises, as in VAR's ten steps
 
 
 def make_schedule(size: Size, steps: int) -> list[Size]:
@@ -123,10 +123,11 @@ def guidance_per_step(guidance_scale: float, mode: str, sizes: Sequence[Size], t
     """Lists the guidance scale of each step.
 
     Args:
-        guidance_scale (`float`): Guidance scale; 1 means none. A rising schedule of one step is not guided.
-        mode (`str`): `"constant"` for `guidance_scale` at each step, or `"rising"`: for a `guidance_scale` of 5, five
-            steps have 1, 2, 3, 4 and 5. If there are more than ten, the tenth has `guidance_scale`, and later steps
-            have more. Scales larger than in training have `guidance_scale` itself.
+        guidance_scale (`float`): Guidance scale; 1 means none.
+        mode (`str`): `"constant"` for `guidance_scale` at each step. `"rising"` for guidance that rises by equal
+            amounts from 1 at the first step to `guidance_scale` at the last: 1, 2, 3, 4 and 5 for five steps and a
+            `guidance_scale` of 5. The tenth step, which is VAR's last, has `guidance_scale` at the latest. After it,
+            guidance goes on to rise by the same amounts. Scales larger than in training have `guidance_scale` itself.
         sizes (list of `(height, width)`): Schedule.
         trained (`tuple[int, int]`): Largest scale in training.
 
@@ -137,10 +138,9 @@ def guidance_per_step(guidance_scale: float, mode: str, sizes: Sequence[Size], t
         raise ValueError(f"`guidance_mode` must be one of {', '.join(GUIDANCE_MODES)}, got {mode!r}.")
     if mode == "constant":
         return [guidance_scale] * len(sizes)
-    # Guidance rises from 1 at the first step to `guidance_scale` at the last step, or at an earlier one.
-    last_step = len(sizes) - 1
-    num_rises = min(last_step, RISING_STEPS)
-    num_rises = max(1, num_rises)  # for a single step, which is not guided, to avoid a division by zero
+    # From step 0 with guidance 1, this many steps later guidance is `guidance_scale`.
+    num_rises = min(len(sizes) - 1, RISING_STEPS)
+    num_rises = max(1, num_rises)  # a single step never rises, and 0 would be divided by
     rise_per_step = (guidance_scale - 1) / num_rises
     scales = []
     for step, size in enumerate(sizes):

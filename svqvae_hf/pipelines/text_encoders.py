@@ -18,8 +18,14 @@ def load_text_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
         OSError: If the text encoder does not exist or cannot be downloaded.
         ValueError: It is not a T5 encoder, or its tokenizer has no words.
     """
-    load = transformers.T5EncoderModel.from_pretrained  # its import is slow, and only captions need it
-    encoder, info = from_hub(load, source, dtype=torch.bfloat16, use_safetensors=True, output_loading_info=True)
+    encoder_class = transformers.T5EncoderModel  # transformers imports its module here, which is slow
+    encoder, info = from_hub(
+        encoder_class.from_pretrained,
+        source,
+        dtype=torch.bfloat16,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
     missing_keys = info["missing_keys"]
     if missing_keys:
         raise ValueError(f"`text_encoder` must be a T5 encoder, but `{source}` lacks {min(missing_keys)}.")
