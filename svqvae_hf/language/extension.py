@@ -170,9 +170,9 @@ def _start_rows(model: PreTrainedModel, vocabulary: ImageVocabulary, codebook: t
     input_layer = model.get_input_embeddings()
     output_layer = model.get_output_embeddings()
     layers = [input_layer, output_layer]
-    have_one_weight = input_layer.weight is output_layer.weight
-    if have_one_weight:
-        layers = [output_layer]
+    share_one_weight = input_layer.weight is output_layer.weight
+    if share_one_weight:
+        layers = [output_layer]  # the one of both that may have a bias
     first_token = vocabulary.first_token
     for layer in layers:
         old_rows = layer.weight[:first_token].float()  # (tokens of the text, hidden)

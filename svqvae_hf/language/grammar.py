@@ -8,7 +8,7 @@ from transformers import LogitsProcessor, PreTrainedConfig
 
 from svqvae_hf.models.image_vocabulary import END, ImageVocabulary
 
-# Kinds of the next token. `next_kind` relies on `OUTSIDE` being 0.
+# Kinds of the next token
 OUTSIDE = 0  # text or begin
 SIZE = 1
 CODES = 2
@@ -37,8 +37,10 @@ class ImageGrammar(LogitsProcessor):
         vocabulary = ImageVocabulary.from_config(config)
         self.begin = vocabulary.begin
         vocabulary_size = config.get_text_config().vocab_size
+        # Kinds of the tokens of an image, one row per size of images. A row of `kinds` says, for each number of tokens
+        # after the begin, which kind of token follows.
         self.kinds = kinds_in_images(vocabulary.grids)  # (sizes, longest)
-        # For each token that is a size, its row in `kinds`
+        # Number of the row in `kinds`, for each token of the vocabulary that is a size. Other tokens have 0.
         num_sizes = len(vocabulary.grids)
         self.row_of_size = torch.zeros(vocabulary_size, dtype=torch.int64)
         self.row_of_size[vocabulary.first_size : vocabulary.stop] = torch.arange(num_sizes)
@@ -53,22 +55,38 @@ class ImageGrammar(LogitsProcessor):
         self.bias[LAST, vocabulary.end] = 0
 
     def next_kind(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Kind of the token after sequences `(batch, length)`: `OUTSIDE`, `SIZE`, `CODES` or `LAST`, `(batch, 1)`."""
+        """Kind of the token after sequences `(batch, length)`: `OUTSIDE`, `SIZE`, `CODES` or `LAST`, `(batch, 1)`.
+
+        For example, let a sequence be a text, the begin of an image, a size of 1 x 2 and a code. With the newest token
+        first, it is:
+
+            index          0     1      2      3
+            token       code  size  begin   text
+
+        The begin has index 2, so two tokens come after it, and the size has index 1. The row of the size 1 x 2 in
+        `kinds` has `CODES` for two tokens after the begin.
+        """
         self._move(input_ids.device)
         longest = self.kinds.shape[1]
         newest_tokens = input_ids[:, -longest:]  # (batch, longest); an image that began before them is complete
-        newest_first = newest_tokens.flip(1)  # (batch, longest); the last token has index 0
-        # `max` returns whether there is a begin, and the index of the newest one, which is also the number of tokens
-        # after it. Both are (batch, 1).
-        is_begin = newest_first == self.begin
-        has_begun, num_after_begin = is_begin.max(dim=1, keepdim=True)
-        # The size comes after the begin, so its index is lower by one. If there is no size yet, any token will do,
-        # because all rows of `kinds` have the same first entry.
-        index_of_size = (num_after_begin - 1).clamp_min(0)
+        newest_first = newest_tokens.flip(1)  # (batch, longest)
+        is_begin = newest_first == self.begin  # (batch, longest)
+        has_begun = is_begin.any(dim=1, keepdim=True)  # (batch, 1)
+        # Of several images, the newest one has the first begin. `argmax` returns its index.
+        index_of_begin = is_begin.int().argmax(dim=1, keepdim=True)  # (batch, 1)
+        num_after_begin = index_of_begin
+        row = self._row_of_image(newest_first, index_of_begin)  # (batch, 1)
+        kind_in_image = self.kinds[row, num_after_begin]  # (batch, 1)
+        return torch.where(has_begun, kind_in_image, OUTSIDE)
+
+    def _row_of_image(self, newest_first: torch.Tensor, index_of_begin: torch.Tensor) -> torch.Tensor:
+        """Row in `kinds` of the size of the newest image `(batch, 1)`, from the arguments that [`next_kind`] has made.
+
+        Directly after the begin there is no size yet. Then any row will do, because all rows begin with `SIZE`.
+        """
+        index_of_size = (index_of_begin - 1).clamp_min(0)  # (batch, 1)
         size_token = newest_first.gather(1, index_of_size)  # (batch, 1)
-        row = self.row_of_size[size_token]  # (batch, 1); 0 for a token that is no size
-        kind = self.kinds[row, num_after_begin]  # (batch, 1)
-        return kind * has_begun  # `OUTSIDE`, which is 0, if no image has begun
+        return self.row_of_size[size_token]
 
     def _move(self, device: torch.device) -> None:
         """Moves the tables to the device of the tokens."""
@@ -130,14 +148,15 @@ def grammar_regex(vocabulary: ImageVocabulary, grid: tuple[int, int]) -> str:
 def _numbers_regex(last_number: str) -> str:
     r"""Regular expression of all numbers from 0 to the last one, with as many digits.
 
-    Up to 305, for example, it is `[0-2]\d\d|30[0-4]|305`.
+    Up to 305, for example, it is `[0-2]\d\d|30[0-4]|305`: the numbers with a smaller first digit than 305, those with
+    the same first two digits and a smaller last digit, and 305. No number has a smaller second digit, which is 0.
     """
     num_digits = len(last_number)
     patterns = []
     for place, digit in enumerate(last_number):
         if digit == "0":  # no digit is smaller
             continue
-        # Numbers that agree with the last one up to this place, and have a smaller digit there
+        # These numbers have the digits of the last number before this place, and a smaller one in this place.
         equal_digits = last_number[:place]
         smaller_digit = rf"[0-{int(digit) - 1}]"
         any_digits = r"\d" * (num_digits - place - 1)
