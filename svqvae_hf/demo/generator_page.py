@@ -85,8 +85,7 @@ class GeneratorPage:
         """Generates the painted part of a picture anew, as [`generate`] does."""
         mask = painted_mask(drawing, self.generator.size)
         if picture is None or mask is None:
-            alert = _alert("Nothing is painted yet. Paint over a part of the picture.")
-            yield [alert, gr.skip(), gr.skip(), gr.skip(), gr.skip()]  # only the summary changes
+            yield _summary_values(_alert("Nothing is painted yet. Paint over a part of the picture."))
             return
         yield from self._generate(Request(label, prompt, seed, guidance, temperature, picture, mask))
 
@@ -112,7 +111,8 @@ class GeneratorPage:
                 raise
             yield _error_values("Out of memory.")
             return
-        result = step.image  # of the last step
+        # All steps are done, because each error has returned above. The last step has the result.
+        result = step.image
         width, height = generator.size
         summary = f"<p><b>{width} × {height} pixels</b> in {generator.total} {generator.unit}s. {facts}</p>"
         if generator.edits:
@@ -126,26 +126,31 @@ class GeneratorPage:
         visitor_has_left = Event()
 
         def show(_: Any, number: int, grid: tuple[int, int], tensors: dict[str, torch.Tensor]) -> None:
-            """Called by the generator after each step, in its thread."""
+            """Called by the generator after each step, in the thread."""
             if visitor_has_left.is_set():
                 raise CancelledError  # ends the thread
             preview = self._preview(number, grid, tensors["ids"])
             previews.put(preview)
 
+        def draw() -> Image.Image:
+            """Runs the generator, in the thread."""
+            try:
+                return self.generator.draw(request, show)
+            finally:  # also after an error
+                previews.put(None)
+
         title_of_last_step = ""
         with ThreadPoolExecutor(1) as pool:
-            drawing = pool.submit(self.generator.draw, request, show)
-            drawing.add_done_callback(lambda _: previews.put(None))  # also after an error in the thread
+            future = pool.submit(draw)
             try:
-                preview = previews.get()  # waits for the thread
-                while preview is not None:
+                for preview in _until_none(previews):
                     title_of_last_step = preview.title
                     yield preview
-                    preview = previews.get()
             finally:
-                # If the visitor leaves, gradio closes this iterator at its `yield`. The generator must stop, too.
+                # If the visitor leaves, gradio closes this iterator at its `yield`. The thread must stop, too.
                 visitor_has_left.set()
-            yield Step(drawing.result(), title_of_last_step)
+            result = future.result()  # raises the error of the thread, if there was one
+            yield Step(result, title_of_last_step)
 
     def _preview(self, number: int, grid: tuple[int, int], ids: torch.Tensor) -> Step:
         """Decodes the ids of a scale, or of the first rows of an image with `grid` rows and columns."""
@@ -159,6 +164,14 @@ class GeneratorPage:
         image.paste(decoded)  # at the top left
         title = f"{generator.unit.capitalize()} {number + 1} of {generator.total}: {columns} × {rows} tokens"
         return Step(image.resize(generator.size, Image.Resampling.BICUBIC), title)
+
+
+def _until_none(steps: SimpleQueue[Step | None]) -> Iterator[Step]:
+    """Takes steps from a queue as soon as another thread puts them there, until it puts `None`."""
+    step = steps.get()
+    while step is not None:
+        yield step
+        step = steps.get()
 
 
 def build(page: GeneratorPage) -> gr.Blocks:
@@ -230,11 +243,12 @@ def build(page: GeneratorPage) -> gr.Blocks:
 
 
 def _class_choice(page: GeneratorPage) -> gr.Dropdown:
-    """List of the classes to choose from; hidden without classes."""
-    _, number_of_first_class = page.classes[0]
+    """List of the classes to choose from; hidden if there is only the choice "no class"."""
+    choices = page.classes  # pairs of name and number, at least "no class"
+    _, number_of_first_choice = choices[0]
     return gr.Dropdown(
-        page.classes,
-        value=number_of_first_class,
+        choices,
+        value=number_of_first_choice,
         label="Class",
         info="What the picture shows",
         visible=len(page.generator.class_names) > 0,
@@ -342,6 +356,11 @@ def _editable_values(summary: str, image: Image.Image) -> list[Any]:
     enlarged = image.resize((width, height), Image.Resampling.BICUBIC)
     drawing = {"background": enlarged, "layers": [], "composite": None}
     return [summary, gr.update(value=image, visible=True), image, gr.Column(visible=True), drawing]
+
+
+def _summary_values(summary: str) -> list[Any]:
+    """Values of the page's outputs of which only the summary changes."""
+    return [summary, gr.skip(), gr.skip(), gr.skip(), gr.skip()]
 
 
 def _error_values(message: str) -> list[Any]:
