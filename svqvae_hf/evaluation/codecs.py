@@ -61,7 +61,7 @@ def open_image(content: bytes) -> Image.Image:
         return image.convert("RGB")
 
 
-def add_image_files(rows: Records, tokenizers: Sequence[Tokenizer]) -> None:
+def add_psnr_of_codecs(rows: Records, tokenizers: Sequence[Tokenizer]) -> None:
     """Adds to the row of each model the PSNR that each codec reaches at the same number of stored bits per pixel.
 
     The PSNR is interpolated between the qualities of the codec, linearly over the logarithm of the bits. A row gets no

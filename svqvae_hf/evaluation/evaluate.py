@@ -8,7 +8,7 @@ from accelerate import PartialState
 from PIL import Image
 from torch import nn
 
-from svqvae_hf.evaluation.codecs import add_image_files
+from svqvae_hf.evaluation.codecs import add_psnr_of_codecs
 from svqvae_hf.evaluation.measuring import Images, Records, measure_images
 from svqvae_hf.evaluation.meter import Meter
 from svqvae_hf.evaluation.notes import codebook_notes, lpips_notes, rfid_notes, tokenizer_notes
@@ -74,7 +74,7 @@ def evaluate(
         notes += tokenizer_notes(meter.tokenizer.title, results_of_tokenizer, lpips)
     notes += codebook_notes(rows, tokenizers, num_images)
     if not own_size:
-        add_image_files(rows, tokenizers)
+        add_psnr_of_codecs(rows, tokenizers)
     return Report(
         title="Evaluation",
         settings={"images": num_images, "resolution": resolution, "device": device.type},

@@ -46,6 +46,32 @@ class TokenizerFeatures(nn.Module):
         return pooled.flatten(1)  # (batch, channels * 16)
 
 
+class _FeatureReader:
+    """Measures the features of images, which it makes square and resizes to one side.
+
+    Args:
+        networks (`Mapping[str, nn.Module]`): Networks by their titles, as in [`compare_generated`].
+        side (`int`, *optional*): Side in pixels; by default the shorter side of the first image.
+        device (`str` or `torch.device`): Device of the networks.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], side: int | None, device: str | torch.device):
+        self.networks = networks
+        self.side = side
+        self.device = device
+
+    def measure(self, image: Image.Image, index: int, name: str) -> dict[str, Any]:
+        """Features of an image from each network, by its title. `measure_images` also passes an index and a name."""
+        if self.side is None:
+            self.side = min(image.size)
+        square = ImageOps.fit(image, (self.side, self.side), Image.Resampling.BICUBIC)
+        pixels = to_tensor(square, self.device)  # (1, 3, side, side)
+        features = {}
+        for title, network in self.networks.items():
+            features[title] = network(pixels)[0].float().cpu()  # (dim,)
+        return features
+
+
 @torch.inference_mode()
 def compare_generated(
     generated: Images,
@@ -78,24 +104,12 @@ def compare_generated(
     Source: precision and recall by 3 nearest neighbours, arXiv 1904.06991; the Fréchet distance, arXiv 1706.08500.
     """
     processes = PartialState(cpu=torch.device(device).type == "cpu")
-    side = resolution  # if `None`, `measure` takes it from the first generated image
-    if side is None and processes.num_processes > 1:
+    if resolution is None and processes.num_processes > 1:
         raise ValueError("`resolution` (`--resolution`) must be given on several processes.")
-
-    def measure(image: Image.Image, index: int, name: str) -> dict[str, Any]:
-        """Features of an image from each network, by its title. `measure_images` also passes an index and a name."""
-        nonlocal side
-        if side is None:  # at the first image
-            side = min(image.size)
-        square = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
-        pixels = to_tensor(square, device)  # (1, 3, side, side)
-        features = {}
-        for title, network in networks.items():
-            features[title] = network(pixels)[0].float().cpu()  # (dim,)
-        return features
-
-    generated_records, skipped_generated = measure_images(measure, generated, resolution, processes)
-    real_records, skipped_real = measure_images(measure, images, side, processes)
+    reader = _FeatureReader(networks, resolution, device)
+    generated_records, skipped_generated = measure_images(reader.measure, generated, resolution, processes)
+    side = reader.side  # if `resolution` is left out, from the first generated image
+    real_records, skipped_real = measure_images(reader.measure, images, side, processes)
     num_generated = len(generated_records)
     num_real = len(real_records)
     if min(num_generated, num_real) <= NEIGHBOURS:

@@ -48,8 +48,10 @@ def measure_images(
     records: Records = []
     skipped: Records = []
     num_images = length_hint(images) or None  # `length_hint` returns 0 for an unknown length
-    is_bar_hidden = None if state.is_main_process else True  # with `None`, tqdm shows the bar only on a terminal
-    bar = tqdm(images, total=num_images, unit="image", disable=is_bar_hidden)
+    disable: bool | None = True  # argument of tqdm
+    if state.is_main_process:
+        disable = None  # shows the bar if stderr is a terminal
+    bar = tqdm(images, total=num_images, unit="image", disable=disable)
     for index, source in enumerate(bar):
         process_of_image = index % state.num_processes
         if process_of_image != state.process_index:

@@ -77,7 +77,7 @@ class Meter:
         codes = self.tokenizer.encode(sample)
         code_count = count(codes, self.tokenizer.codebook_size)
         occurrences = self._occurrences(code_count.ids)
-        reconstruction = self._reconstruct(codes, image, sample)
+        reconstruction = self._reconstruct(codes, image, sample)  # smaller than the image at a scale below 1
         reference = resize_image(image, reconstruction.size)
         values: dict[str, Any] = {
             "tokens": code_count.tokens,
@@ -87,7 +87,9 @@ class Meter:
         reconstruction_pixels = to_tensor(reconstruction, self.device)
         reference_pixels = to_tensor(reference, self.device)
         values |= image_metrics(reconstruction_pixels, reference_pixels, self.lpips)
-        if self.own_size:  # the metrics above compare at the size of the reconstruction, and this one at full size
+        if self.own_size:
+            # The metrics above compare the reconstruction with the image resized to its size. This PSNR compares the
+            # resized reconstruction with the image.
             enlarged = resize_image(reconstruction, image.size)
             values["psnr_full_size"] = metrics.psnr(to_tensor(enlarged), to_tensor(image)).item()
         return MeasuredImage(values, occurrences, reconstruction, reference)

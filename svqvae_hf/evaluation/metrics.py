@@ -39,9 +39,10 @@ def ssim(sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     height = sample.shape[-2]
     num_positions = height - SSIM_SIDE + 1  # rows of window positions
-    border = SSIM_SIDE // 2
+    border = SSIM_SIDE // 2  # 5 pixels, from the centre of a window of 11 pixels to its side
     total = torch.zeros(len(sample), device=sample.device)  # (batch,)
-    # In bands of positions, to bound the memory. The window at position p covers the rows p to p + 10 of pixels.
+    # In bands of positions, to bound the memory. The window at position p covers the rows p to p + 10 of pixels, so a
+    # band of n positions covers n + 10 rows of pixels.
     for start in range(0, num_positions, SSIM_BAND):
         stop = min(start + SSIM_BAND, num_positions)
         last_position = stop - 1
@@ -54,7 +55,8 @@ def ssim(sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             reduction="none",
             return_full_image=True,
         )  # (batch, channels, rows, width), a value for the window around each pixel
-        # Without the pixels near the border, whose windows reach beyond the image, a value per position is left.
+        # The windows around the 5 pixels at each border reach beyond the band. Without these pixels, n of the n + 10
+        # rows are left, one for each position.
         inside = similarity[..., border:-border, border:-border]  # (batch, channels, stop - start, width - 10)
         mean_of_band = inside.mean((1, 2, 3))  # (batch,)
         total += mean_of_band * (stop - start)

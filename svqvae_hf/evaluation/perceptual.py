@@ -47,6 +47,8 @@ class LPIPS(lpips.LPIPS):
         with warnings.catch_warnings():
             # The package calls torchvision with deprecated arguments.
             warnings.filterwarnings("ignore", category=UserWarning, module=r"torchvision\.models\._utils")
+            # `pnet_rand` makes a network with random weights, which `load_lpips` replaces. Without it, the package
+            # would download the weights.
             super().__init__(net=net, pnet_rand=True, model_path=str(linear_layers), verbose=False)
         self.min_side = BACKBONES[net].min_side
         self.requires_grad_(False)
@@ -97,24 +99,17 @@ def load_lpips(net: str, weights: str | Path | None = None) -> LPIPS:
     else:
         state_dict = _read_weights(Path(weights), "LPIPS's network")
     model = LPIPS(net)
-    expected_shapes = {}  # by the names of torchvision
-    for package_name, tensor in model.net.state_dict().items():
-        expected_shapes[_torchvision_name(package_name)] = tensor.shape
-    shapes = {}
-    for name, tensor in state_dict.items():
-        if not name.startswith("classifier."):
-            shapes[name] = tensor.shape
-    wrong_names = _differing_names(expected_shapes, shapes)
+    wrong_names = _wrong_weights(model, state_dict)
     if wrong_names:
         architecture, _, _ = BACKBONES[net].weights.partition("_")  # such as VGG16
         raise ValueError(
             f"`{weights}` must hold torchvision's {architecture}, but these weights are missing, unexpected or of "
             f"another shape: {', '.join(wrong_names)}. Pass that network's file, or the name of another network."
         )
-    renamed_weights = {}
+    weights_of_package = {}
     for package_name in model.net.state_dict():
-        renamed_weights[package_name] = state_dict[_torchvision_name(package_name)]
-    model.net.load_state_dict(renamed_weights)
+        weights_of_package[package_name] = state_dict[_torchvision_name(package_name)]
+    model.net.load_state_dict(weights_of_package)
     return model
 
 
@@ -153,6 +148,18 @@ def _torchvision_name(package_name: str) -> str:
     return f"features.{layer_and_kind}"
 
 
+def _wrong_weights(model: LPIPS, state_dict: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of torchvision's weights that do not fit the network under LPIPS, which has no classifier."""
+    expected_shapes = {}
+    for package_name, tensor in model.net.state_dict().items():
+        expected_shapes[_torchvision_name(package_name)] = tensor.shape
+    shapes = {}
+    for name, tensor in state_dict.items():
+        if not name.startswith("classifier."):
+            shapes[name] = tensor.shape
+    return _differing_names(expected_shapes, shapes)
+
+
 def _differing_names(expected_shapes: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]) -> list[str]:
     """Sorted names of the weights that are missing, unexpected or of another shape."""
     names = []
@@ -179,7 +186,8 @@ def _read_weights(path: Path, network: str) -> Mapping[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"The weights of {network} must be a file, but `{path}` is not one.")
     content = load_checkpoint_file(path, source=path)
-    entries = select_weights(content, top_level_weights(content), source=path)
+    unchecked_weights = top_level_weights(content)
+    entries = select_weights(content, unchecked_weights, source=path)
     weights = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
     check_tensors(weights, path)
     return weights

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from svqvae_hf import DEFAULT_MODEL
-from svqvae_hf.evaluation.codecs import CODECS, CodecTokenizer, add_image_files, open_image, save_image
+from svqvae_hf.evaluation.codecs import CODECS, CodecTokenizer, add_psnr_of_codecs, open_image, save_image
 from svqvae_hf.evaluation.evaluate import evaluate
 from svqvae_hf.evaluation.generated import compare_generated
 from svqvae_hf.evaluation.tokenizers.auto import load_tokenizers, tokenizer_titles
@@ -177,7 +177,7 @@ def test_image_files_of_equal_bits():
         row("JPEG, quality 5", 0.1, 20.0),
         row("JPEG, quality 9", 0.4, 26.0),
     ]
-    add_image_files(rows, [Exact(), Exact(), CodecTokenizer("JPEG", 5), CodecTokenizer("JPEG", 9)])
+    add_psnr_of_codecs(rows, [Exact(), Exact(), CodecTokenizer("JPEG", 5), CodecTokenizer("JPEG", 9)])
     assert rows[0]["as_jpeg"] == pytest.approx(23)
     for row_without_value in rows[1:]:
         assert "as_jpeg" not in row_without_value

@@ -87,7 +87,7 @@ def class_name(source: str) -> str:
         ValueError: If it names none of `CLASSES`.
     """
     location = _locate(source)
-    folder = Path(location.repository)
+    folder = Path(location.repository)  # does not exist if the source is on the Hub
     lacks_config = folder.is_dir() and not (folder / "config.json").is_file()
     if lacks_config:
         advice = _folder_advice(folder)
@@ -96,10 +96,8 @@ def class_name(source: str) -> str:
     named_class = None
     if isinstance(config, dict):
         named_class = config.get("_class_name", config.get("model_type"))
-    # Compared one by one, because a damaged config may hold a list, which `named_class in CLASSES` cannot look up.
-    for supported_class in CLASSES:
-        if named_class == supported_class:
-            return supported_class
+    if isinstance(named_class, str) and named_class in CLASSES:
+        return named_class
     advice = _class_advice(folder)
     name = str(named_class or "no class")
     raise ValueError(f"the config.json of `{source}` must name one of {', '.join(CLASSES)}, got {name:.80}.{advice}")
@@ -114,7 +112,7 @@ def tokenizer_titles(sources: Sequence[str]) -> list[str]:
     Returns:
         `list[str]`: The name of a bundled model, the id on the Hub, or the last folders of a local path.
     """
-    names = [_full_name(source) for source in sources]
+    names = [_parts_of_name(source) for source in sources]
     titles = []
     for number, name in enumerate(names):
         names_of_others = names[:number] + names[number + 1 :]
@@ -122,15 +120,16 @@ def tokenizer_titles(sources: Sequence[str]) -> list[str]:
     return titles
 
 
-def _full_name(source: str) -> tuple[str, ...]:
-    """Parts of a name, from which [`_shortest_end`] takes the last ones.
+def _parts_of_name(source: str) -> tuple[str, ...]:
+    """Splits the name of a tokenizer in parts, from which [`_shortest_end`] takes the last ones.
 
-    A local path has its folders as parts. A name that may be published has one part, so that it stays whole.
+    A local path is split in its folders. The name of a bundled model and an id on the Hub are a single part, so that
+    they stay whole.
     """
-    name = public_name(source)
-    is_bundled = name in BUNDLED and Path(source).resolve() == Path(BUNDLED[name]).resolve()
+    bundled_name = public_name(source)
+    is_bundled = bundled_name in BUNDLED and Path(source).resolve() == Path(BUNDLED[bundled_name]).resolve()
     if is_bundled:
-        return (name,)
+        return (bundled_name,)
     is_subfolder_on_hub = "subfolder" in _locate(source).options
     if is_hub_id(source) or is_subfolder_on_hub:
         return (source,)

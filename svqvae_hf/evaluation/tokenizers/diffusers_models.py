@@ -68,7 +68,7 @@ class VQModelTokenizer:
 
     def encode(self, sample: torch.Tensor) -> torch.Tensor:
         """Ids `(1, h, w)`."""
-        pixels = map_range(sample, (-1, 1), self.pixel_range)
+        pixels = map_range(sample, source=(-1, 1), target=self.pixel_range)
         latents = self.model.encode(pixels).latents  # (1, latent_channels, h, w)
         _, _, (_, _, flat_ids) = self.model.quantize(latents)  # (h * w,)
         height, width = latents.shape[-2:]
@@ -86,7 +86,7 @@ class VQModelTokenizer:
             decoded = self.model.decoder(latents, quantized)
         else:
             decoded = self.model.decoder(latents)
-        return map_range(decoded, self.pixel_range, (-1, 1))
+        return map_range(decoded, source=self.pixel_range, target=(-1, 1))
 
 
 class AutoencoderKLTokenizer:

@@ -74,15 +74,27 @@ def count(codes: Codes, codebook_size: int | None) -> CodeCount:
         codebook_size (`int`, *optional*): Codebook size of the tokenizer; `None` if the codes are not ids.
     """
     if isinstance(codes, bytes):
-        return CodeCount(None, 8 * len(codes), None)
+        return CodeCount(tokens=None, bits=8 * len(codes), ids=None)
     if isinstance(codes, ImageTokens):
-        (codes,) = codes.ids  # of the only scale
-    if codebook_size:
-        bits_of_ids = codes.numel() * math.log2(codebook_size)
-        return CodeCount(codes.numel(), bits_of_ids, codes)
-    height, width = codes.shape[-2:]  # of latents (1, channels, h, w)
-    bits_of_latents = codes.numel() * 8 * codes.element_size()
-    return CodeCount(height * width, bits_of_latents, None)
+        (ids_of_only_scale,) = codes.ids
+        return _count_ids(ids_of_only_scale, codes.codebook_size)
+    if codebook_size is not None:
+        return _count_ids(codes, codebook_size)
+    return _count_latents(codes)
+
+
+def _count_ids(ids: torch.Tensor, codebook_size: int) -> CodeCount:
+    """Counts ids of any shape."""
+    num_ids = ids.numel()
+    bits_per_id = math.log2(codebook_size)
+    return CodeCount(tokens=num_ids, bits=num_ids * bits_per_id, ids=ids)
+
+
+def _count_latents(latents: torch.Tensor) -> CodeCount:
+    """Counts latents `(1, channels, h, w)`, in the type in which they are stored."""
+    height, width = latents.shape[-2:]
+    bits_per_number = 8 * latents.element_size()  # the element size is in bytes
+    return CodeCount(tokens=height * width, bits=latents.numel() * bits_per_number, ids=None)
 
 
 def stored_bits(tokenizer: Tokenizer, codes: Codes) -> float:
