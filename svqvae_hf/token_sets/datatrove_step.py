@@ -47,7 +47,8 @@ class TokenizeImages(PipelineStep):
         self.device = device
         self.dtype = dtype
         self.images = dict(images or {})
-        self.options = {**public_names(self.data, model), **options}
+        self.options = public_names(self.data, model)  # `model_name` and `source_set`, unless `options` has them
+        self.options |= options
 
     def run(self, data: Iterable[Any] | None = None, rank: int = 0, world_size: int = 1) -> None:
         """Makes a part.

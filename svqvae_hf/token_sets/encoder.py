@@ -41,6 +41,32 @@ class Crop:
         return self.row["height"] * self.row["width"]
 
 
+class WaitingCrops:
+    """Crops that wait until the batch of their shape is full."""
+
+    def __init__(self) -> None:
+        self.num_pixels = 0
+        self._batches: dict[torch.Size, list[Crop]] = defaultdict(list)  # by the shape (3, height, width) of a crop
+
+    def add(self, crop: Crop) -> int:
+        """Adds a crop. Returns the number of crops of its shape."""
+        batch = self._batches[crop.pixels.shape]
+        batch.append(crop)
+        self.num_pixels += crop.num_pixels
+        return len(batch)
+
+    def take(self, shape: torch.Size) -> list[Crop]:
+        """Removes and returns all crops of a shape."""
+        batch = self._batches.pop(shape)
+        for crop in batch:
+            self.num_pixels -= crop.num_pixels
+        return batch
+
+    def shapes(self) -> list[torch.Size]:
+        """Shapes of the crops."""
+        return list(self._batches)
+
+
 @dataclass
 class RowEncoder:
     """Encodes the crops of images to rows of a token set. Crops of one size are encoded together.
@@ -79,29 +105,28 @@ class RowEncoder:
             OSError: An image could not be fetched.
             ValueError: A crop needs more memory than is available.
         """
-        first_column = self.settings.id_columns[0]
-        # Each crop waits in the batch of its shape, and its row waits in `rows` for the rows before it. The crop and
-        # `rows` hold the same dictionary, so `_encode_batch`, which adds the ids to it, completes a row of `rows`.
+        # A crop waits for others of its shape, and its row waits in `rows` for the rows before it. `rows` has the same
+        # dictionary as the crop. So when `_encode_batch` adds the ids to the row of a crop, `rows` has them, too.
+        waiting_crops = WaitingCrops()
         rows: deque[dict[str, Any]] = deque()
-        batches: dict[torch.Size, list[Crop]] = defaultdict(list)
-        waiting_pixels = 0
         for crop in self._crops(images, record, on_image):
-            shape = crop.pixels.shape
-            batches[shape].append(crop)
             rows.append(crop.row)
-            waiting_pixels += crop.num_pixels
-            is_full = len(batches[shape]) >= self._crops_of_full_batch(crop)
+            crops_of_shape = waiting_crops.add(crop)
+            is_full = crops_of_shape >= self._crops_of_full_batch(crop)
             if is_full:
-                batch = batches.pop(shape)
-                waiting_pixels -= len(batch) * crop.num_pixels
+                batch = waiting_crops.take(crop.pixels.shape)
                 self._encode_batch(batch)
-            elif waiting_pixels > WAITING_PIXELS:
-                self._encode_all(batches)
-                waiting_pixels = 0
-            while rows and first_column in rows[0]:  # the first row has got its ids
-                yield rows.popleft()
-        self._encode_all(batches)
+            elif waiting_crops.num_pixels > WAITING_PIXELS:
+                self._encode_all(waiting_crops)
+            yield from self._take_complete(rows)
+        self._encode_all(waiting_crops)
         yield from rows
+
+    def _take_complete(self, rows: deque[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Removes and yields the first rows, up to the first one that has no ids yet."""
+        first_column = self.settings.id_columns[0]
+        while rows and first_column in rows[0]:
+            yield rows.popleft()
 
     def _crops_of_full_batch(self, crop: Crop) -> int:
         """Number of crops like this one that are encoded together."""
@@ -118,7 +143,8 @@ class RowEncoder:
             if image.unreachable:
                 raise OSError(f"`{image.key}` could not be fetched: {image.fault} Run the same command to resume.")
             record.images += 1
-            record.enlarged += image.enlarged
+            if image.enlarged:
+                record.enlarged += 1
             if image.crops is None:
                 record.skipped.append(_skipped_entry(image))
                 on_image()
@@ -135,11 +161,11 @@ class RowEncoder:
                 yield Crop(pixels, row)
             on_image()
 
-    def _encode_all(self, batches: dict[torch.Size, list[Crop]]) -> None:
-        """Encodes all batches, full or not, and empties them."""
-        for batch in batches.values():
+    def _encode_all(self, waiting_crops: WaitingCrops) -> None:
+        """Encodes all crops that wait, although their batches are not full."""
+        for shape in waiting_crops.shapes():
+            batch = waiting_crops.take(shape)
             self._encode_batch(batch)
-        batches.clear()
 
     @torch.inference_mode()
     def _encode_batch(self, crops: list[Crop]) -> None:

@@ -129,10 +129,10 @@ def check_sizes(files: Sequence[TokenFile], sizes: Mapping[str, int], place: str
                 f"`{place}/{file.name}` must have {file.size:,} bytes, as the manifest of the set says, but has "
                 f"{size:,}. {REMEDY}"
             )
-    check_foreign([file.name for file in files], sizes, place)
+    check_no_foreign_files([file.name for file in files], sizes, place)
 
 
-def check_foreign(names_of_set: Iterable[str], present_names: Iterable[str], place: str) -> None:
+def check_no_foreign_files(names_of_set: Iterable[str], present_names: Iterable[str], place: str) -> None:
     """Raises ValueError if there is a Parquet file that the set does not have. `datasets` would read it as rows.
 
     Args:
@@ -170,11 +170,13 @@ class TokenSet:
         if content is None:
             raise absent_set_error(self.name)
         self.settings = parse_settings(content, self.name)
-        entry = parse_json_object(content, f"{self.name}/{SETTINGS_FILE}")
-        self.options: dict[str, Any] = entry.get("options", {})
-        self.totals: dict[str, int] = entry.get("totals", {})
-        self.files = self._read_manifest(entry.get(MANIFEST_CHECKSUM))
-        self.digest: str = entry[MANIFEST_CHECKSUM]
+        # Beside the settings, the file holds entries that `parse_settings` does not return.
+        entries = parse_json_object(content, f"{self.name}/{SETTINGS_FILE}")
+        self.options: dict[str, Any] = entries.get("options", {})
+        self.totals: dict[str, int] = entries.get("totals", {})
+        checksum = entries.get(MANIFEST_CHECKSUM)
+        self.files = self._read_manifest(checksum)  # raises if the checksum is missing or wrong
+        self.digest = str(checksum)
 
     @property
     def features(self) -> datasets.Features:
@@ -281,7 +283,9 @@ class TokenSet:
         files: list[TokenFile] = []
         for line in content.splitlines():
             entry = parse_json_object(line, path)
-            entry["skipped"] = []  # the manifest has only the number of skipped images, and a record lists them
+            # In the manifest, `skipped` is the number of skipped images. In a `PartRecord` it is a list of them, which
+            # is not needed here.
+            entry["skipped"] = []
             record = PartRecord.from_entry(entry, path)
             files += record.files
         return files

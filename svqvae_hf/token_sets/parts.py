@@ -23,7 +23,7 @@ from svqvae_hf.token_sets.manifest import (
     PartRecord,
     TokenFile,
     TokenSet,
-    check_foreign,
+    check_no_foreign_files,
 )
 from svqvae_hf.token_sets.settings import SETTINGS_FILE
 
@@ -239,21 +239,31 @@ def complete_set(folder: Folder, settings: dict[str, Any], card: Callable[..., s
     Raises:
         ValueError: No image could be read; parts were made with other options; or there is a foreign file.
     """
-    options = settings["options"]
-    num_parts = options["parts"]
     totals = read_totals(folder)
     if totals is None:
-        if len(_recorded_parts(folder)) < num_parts:
-            return None
-        records = read_records(folder, options)
-        if len(records) < num_parts:
-            # A part has lost a file. Or another process has just completed the set, and is deleting the records.
-            return read_totals(folder)
-        records_in_order = [records[part] for part in range(num_parts)]
-        totals = _write_set_or_read_totals(folder, settings, records_in_order, card)
+        totals = _write_set_if_finished(folder, settings, card)
+    if totals is None:
+        return None
     _delete_temporary_files(folder)
     _delete_records(folder)
     return totals
+
+
+def _write_set_if_finished(
+    folder: Folder, settings: dict[str, Any], card: Callable[..., str]
+) -> dict[str, int] | None:
+    """Completes a set by the records of its parts. Returns its totals, or `None` if parts are missing."""
+    options = settings["options"]
+    num_parts = options["parts"]
+    if len(_recorded_parts(folder)) < num_parts:  # so the records need not be read
+        return None
+    records = read_records(folder, options)
+    if len(records) < num_parts:
+        # Either a part has lost a file. Or another process has just completed the set, so that there are totals now,
+        # and is deleting the records.
+        return read_totals(folder)
+    records_in_order = [records[part] for part in range(num_parts)]
+    return _write_set_or_read_totals(folder, settings, records_in_order, card)
 
 
 def _write_set_or_read_totals(
@@ -286,7 +296,7 @@ def _write_set(
     totals = add_up(records)
     if totals["rows"] == 0:
         raise _no_readable_image(totals["images"], skipped)
-    check_foreign([file.name for file in files], folder.sizes(DATA), folder.url)
+    check_no_foreign_files([file.name for file in files], folder.sizes(DATA), folder.url)
     manifest = _json_lines(entries)
     folder.write(MANIFEST_FILE, manifest)
     folder.write(SKIPPED_FILE, _json_lines(skipped))
@@ -342,7 +352,7 @@ def delete_set(folder: Folder) -> None:
         if is_shard_of_set:
             shards.append(name)
             subfolders.add(os.path.dirname(name))
-    check_foreign(shards, present_names, folder.url)
+    check_no_foreign_files(shards, present_names, folder.url)
     for name in [SETTINGS_FILE, MANIFEST_FILE, SKIPPED_FILE, CARD_FILE, *shards]:
         folder.delete(name)
     _delete_temporary_files(folder)

@@ -38,7 +38,10 @@ class RowNames:
 
 
 def _name_of_image(row: Mapping[str, Any]) -> str | None:
-    """Name of the image of a row; `None` if the set, which may come from anyone, has none that is a safe path."""
+    """Name of the image of a row; `None` if the row has no name that is safe as a path, since it may come from anyone.
+
+    Then the row is named after its own number.
+    """
     key = row.get("key")
     if not isinstance(key, str) or UNSAFE_CHARACTERS.search(key):
         return None
@@ -53,6 +56,7 @@ def _name_of_image(row: Mapping[str, Any]) -> str | None:
         is_long = len(component.encode(errors="surrogateescape")) > MAX_COMPONENT_BYTES
         if not component or is_hidden or is_long:
             return None
-    if ROW_NUMBER.fullmatch(name):  # could be the number of another row
+    looks_like_row_number = ROW_NUMBER.fullmatch(name) is not None  # perhaps the number of another row
+    if looks_like_row_number:
         return None
     return name

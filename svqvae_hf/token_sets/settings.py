@@ -4,7 +4,7 @@ import json
 import math
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,9 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
 
 
 def absent_set_error(name: str) -> Exception:
-    """Error for a folder or URL without the settings of a token set. They are written last."""
-    if read_set_file(name, STARTED_TOKEN_SET_FILE) is not None:
+    """Error for a folder or URL without the settings of a token set, which are written last."""
+    was_started = read_set_file(name, STARTED_TOKEN_SET_FILE) is not None
+    if was_started:
         return ValueError(
             f"a token set must be complete, but parts of `{name}` are missing. Run the same `svqvae tokenize` again. "
             "`svqvae info` says which are missing."
@@ -185,14 +186,7 @@ def row_tokens(
         width = operator.index(row["width"])
         flat_ids = [np.asarray(row[name]).astype(np.int64, casting="safe") for name in names]
     except (KeyError, TypeError, ValueError) as error:
-        values = []
-        for name in ("height", "width", *names):
-            value = repr(row.get(name))
-            values.append(f"{name} = {value:.40}")  # the first 40 characters
-        raise ValueError(
-            f"a row must have integers as height, width, {', '.join(names)} to match its settings, but has "
-            f"{', '.join(values)}. Make the set again with `svqvae tokenize`."
-        ) from error
+        raise _wrong_columns(row, names) from error
     grids = []
     for ids, scale in zip(flat_ids, settings.scales, strict=True):
         shape = settings.grid(scale, height, width)
@@ -202,8 +196,21 @@ def row_tokens(
                 f"a row of {height} x {width} pixels has {num_ids} ids at scale {scale:g}, not {ids.size}."
             )
         grids.append(torch.as_tensor(ids).view(shape))  # (h, w)
+    # Settings and tokens are both an `Encoding` with further fields. The tokens get the fields that both share.
     encoding = {field.name: getattr(settings, field.name) for field in fields(Encoding)}
     return ImageTokens(grids, height, width, **encoding)
+
+
+def _wrong_columns(row: Mapping[str, Any], id_columns: Sequence[str]) -> ValueError:
+    """Error for a row that lacks a column, or has other values than integers in one."""
+    values = []
+    for name in ("height", "width", *id_columns):
+        value = repr(row.get(name))
+        values.append(f"{name} = {value:.40}")  # the first 40 characters
+    return ValueError(
+        f"a row must have integers as height, width, {', '.join(id_columns)} to match its settings, but has "
+        f"{', '.join(values)}. Make the set again with `svqvae tokenize`."
+    )
 
 
 def _compressed_tokens(row: Mapping[str, Any], context_model: ContextModel | None) -> ImageTokens:

@@ -1,5 +1,6 @@
 """Writes the Parquet files of a part of a token set."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +103,12 @@ def write_shards(
     metadata[METADATA_KEY.encode()] = settings.to_json().encode()
     schema = features.arrow_schema.with_metadata(metadata)
     groups = _group_rows(rows, settings)
-    # Each turn starts a file with the next group. `_write_file` takes further groups from `groups`, so that the next
-    # turn goes on after them.
-    for file_number, first_group in enumerate(groups):
+    # Each turn writes a file. It takes the first group of the file from `groups` here, and `_write_file` takes the
+    # others.
+    for file_number in itertools.count():
+        first_group = next(groups, None)
+        if first_group is None:
+            return
         name = shard_name(part, file_number)
         with folder.new_file(name) as path:
             num_rows, num_ids = _write_file(path, schema, first_group, groups)

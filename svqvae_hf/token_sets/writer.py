@@ -321,9 +321,10 @@ def make_part(
 
 def finish_set(plan: SetPlan) -> dict[str, int] | None:
     """Completes a set if all its parts are finished. Returns its totals, or `None` if it is not complete."""
+    _, _, folder_name = plan.folder.path.rpartition("/")
     card = partial(
         token_set_card,
-        repo_id=plan.folder.path.rpartition("/")[2],
+        repo_id=folder_name,  # as the name on the Hub is not known
         settings=plan.settings,
         columns=plan.features,
         license=plan.license,
@@ -360,13 +361,13 @@ def count_parts(images: ImageSet, num_parts: int | None = None) -> int:
     Raises:
         ValueError: There cannot be so many parts.
     """
-    is_stream = images.rows is None  # whose parts are files
-    if num_parts is None and is_stream:
-        return min(MAX_PARTS, images.max_parts)
+    is_stream = images.rows is None
+    unit = "files" if is_stream else "images"  # of which parts consist, and which `max_parts` counts
     if num_parts is None:
+        if is_stream:
+            return min(MAX_PARTS, images.max_parts)
         return min(MAX_PARTS, math.ceil(images.max_parts / IMAGES_PER_PART))
     if not 1 <= num_parts <= images.max_parts:
-        unit = "files" if is_stream else "images"
         message = f"`--num-parts` must be in [1, {images.max_parts}], the number of {unit}, got {num_parts}."
         if is_stream and num_parts > images.max_parts:
             message += f" A part reads whole files. Pass at most {images.max_parts}, or pack the images in more files."
@@ -392,12 +393,12 @@ def check_out(out: str | os.PathLike) -> Folder:
     is_token_set = len(names) > 0 and read_options(folder) is not None
     if is_token_set:
         return folder
-    # Another process that starts a set at this moment has made a subfolder, in which it writes a temporary file.
+    # If another process starts the same set at this moment, there is only a subfolder with its temporary file.
     is_being_started = names == {RECORDS} and _has_only_hidden_files(folder, RECORDS)
     if is_being_started:
         return folder
     if folder.is_local:
-        check_new_folder(Path(folder.url.removeprefix("file://")))
+        check_new_folder(Path(folder.url.removeprefix("file://")))  # raises if the folder is not empty
         return folder
     if names:
         raise ValueError(f"`{folder.url}` must be a new or empty folder, but it is not empty. Choose another.")
