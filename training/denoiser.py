@@ -76,7 +76,9 @@ def check_label_names(names: Sequence[str]) -> None:
     for name in names:
         for part in name.split(","):
             part = part.strip()
-            first_class = class_of_part.setdefault(part, name)
+            if part not in class_of_part:
+                class_of_part[part] = name
+            first_class = class_of_part[part]
             if first_class != name:
                 raise ValueError(
                     "Names of classes must differ in each part between commas, because `DiTPipeline` finds a class by "

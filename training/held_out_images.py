@@ -45,7 +45,7 @@ def open_held_out(options: DiffusionOptions, images: ImageSource) -> HeldOut | N
     columns = []
     if options.label_column is not None:
         columns.append(options.label_column)
-    with about_split("validation_split"):
+    with about_split("validation_split"):  # errors name this option
         held_out = open_images(
             [options.validation_data_dir],
             split=options.validation_split,
@@ -104,12 +104,15 @@ class HeldOutReader(Dataset[HeldOutBatch]):
 
 def load_held_out(options: DiffusionOptions, held_out: HeldOut, accelerator: Accelerator) -> DataLoader[Any]:
     """Loader of the held-out images of this process, which its workers read."""
+    # Of two processes, the first one has the images 0, 2, 4 and so on.
     numbers = range(accelerator.process_index, len(held_out.rows), accelerator.num_processes)
     batch_size = options.per_device_train_batch_size
-    batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+    batches = []
+    for start in range(0, len(numbers), batch_size):
+        batches.append(numbers[start : start + batch_size])
     return DataLoader(
         HeldOutReader(options, held_out, batches),
-        batch_size=None,
+        batch_size=None,  # because each item of the reader is a batch
         num_workers=options.dataloader_num_workers,
         generator=torch.Generator(),  # not the global one
         worker_init_fn=prepare_worker,
@@ -121,7 +124,7 @@ def read_held_out(options: DiffusionOptions, held_out: HeldOut, numbers: range) 
     policy = CropPolicy([options.resolution], center_crop=True, random_flip=False, resize_range=[1.0, 1.0])
     numbers_of_crops = []
     crops: list[Any] = []
-    labels: list[int] = []
+    labels: list[int] = []  # stays empty without `--label_column`
     for number in numbers:
         row = held_out.rows[number]
         image = read_or_none(row)

@@ -40,7 +40,11 @@ def delete_partial_checkpoints(output_dir: Path) -> None:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has the file that its writer saves last: this script's, or another one's."""
+    """Whether a checkpoint has the file that its writer saves last.
+
+    Checkpoints of other scripts have `RUN_STATE`. Those of transformers' `Trainer` have `CHECKSUMS`, or only a whole
+    `TRAINER_STATE` if the run was killed before it added the checksums.
+    """
     if (checkpoint / RUN_STATE).exists() or (checkpoint / CHECKSUMS).exists():
         return True
     if not (checkpoint / TRAINER_STATE).exists():
@@ -130,21 +134,21 @@ class OptionsOnResume(TrainerCallback):
 
     def __init__(self, best_checkpoint: Path | None = None):
         self.best_checkpoint = best_checkpoint
-        self.groups: list[dict[str, Any]] = []
+        self.options_of_groups: list[dict[str, Any]] = []  # of each group of parameters that the optimizer has
 
     def remember(self, scheduler: LambdaLR) -> None:
         """Remembers the options of a new optimizer, by its schedule, before a checkpoint replaces them."""
-        self.groups = []
+        self.options_of_groups = []
         for settings in hyperparameters(scheduler):
-            group = {name: settings[name] for name in OPTIMIZER_OPTIONS if name in settings}
-            self.groups.append(group)
+            options = {name: settings[name] for name in OPTIMIZER_OPTIONS if name in settings}
+            self.options_of_groups.append(options)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Restores the options of the optimizer, and sets the best checkpoint, after a checkpoint was loaded."""
         is_resumed = state.global_step > 0
         if not is_resumed:
             return
-        if self.groups:
-            resume_schedule(kwargs["lr_scheduler"], state.global_step, self.groups)
+        if self.options_of_groups:  # `remember` was called
+            resume_schedule(kwargs["lr_scheduler"], state.global_step, self.options_of_groups)
         if self.best_checkpoint is not None:
             state.best_model_checkpoint = str(self.best_checkpoint)

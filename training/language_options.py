@@ -82,7 +82,8 @@ def argument_faults(arguments: TrainingArguments, options: LanguageRunOptions) -
     if arguments.max_steps < 1:
         yield f"`--max_steps` must be at least 1, but is {arguments.max_steps}."
     if arguments.dataloader_num_workers:
-        # A signal that is sent to all processes would end the loader's, and so the run before its checkpoint.
+        # A signal that is sent to all processes would end the processes of the data loader. The run would fail without
+        # them before it could save a checkpoint.
         yield "`--dataloader_num_workers` must be 0, so that a signal can stop the run. Leave it out."
     for name, reason in WITHOUT_EFFECT.items():
         if _is_changed(arguments, name):

@@ -157,7 +157,7 @@ class LanguageRun:
             scheduled_sampling=self.options.scheduled_sampling,
             encode=encode,
             best_checkpoint=self.best_checkpoint,
-            optimizer_cls_and_kwargs=optimizer_class(model, self.options, self.arguments),
+            optimizer_cls_and_kwargs=optimizer_and_arguments(model, self.options, self.arguments),
         )
         raise_faults(sharding_faults(trainer, self.options))
         origin = find_sources(self.options)
@@ -213,7 +213,7 @@ class LanguageRun:
         result_folder = save(trained_folder)
 
         def move_result(folder: Path) -> None:
-            """Moves the result to an empty folder, and deletes what only training needed."""
+            """Copies the result to an empty folder. Then deletes the folder of the weights, in which it lies."""
             shutil.copytree(result_folder, folder, dirs_exist_ok=True)
             shutil.rmtree(trained_folder)
 
@@ -249,7 +249,8 @@ class LanguageModelTrainer(Trainer):
         loss ([`ModalityLoss`]): Loss.
         scheduled_sampling (`float`): Largest fraction of the ids of an image that are replaced by ids which the model
             draws itself.
-        encode (`Callable`, *optional*): Returns the features of a batch's `caption` as arguments of the model.
+        encode (`Callable`, *optional*): Encodes the captions of a batch. Returns their features as arguments of the
+            model.
         best_checkpoint (`Path`, *optional*): Best checkpoint of a resumed run.
         **kwargs: As for `Trainer`.
     """
@@ -259,7 +260,7 @@ class LanguageModelTrainer(Trainer):
         *args: Any,
         loss: ModalityLoss,
         scheduled_sampling: float,
-        encode: Any = None,
+        encode: Callable[[list[str]], dict[str, torch.Tensor]] | None = None,
         best_checkpoint: Path | None = None,
         **kwargs: Any,
     ):
@@ -267,7 +268,7 @@ class LanguageModelTrainer(Trainer):
         self.loss = loss
         self.scheduled_sampling = scheduled_sampling
         self.encode = encode
-        self.on_resume = OptionsOnResume(best_checkpoint)
+        self.on_resume = OptionsOnResume(best_checkpoint)  # replaces what a checkpoint of a resumed run brings
         self.add_callback(self.on_resume)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> LRScheduler:
@@ -358,7 +359,7 @@ class LanguageModelTrainer(Trainer):
         """Last losses and other numbers of a validation, and the step of the best weights, as rows of a card."""
         last_values: dict[str, float] = {}
         for log_entry in self.state.log_history:
-            last_values |= log_entry
+            last_values |= log_entry  # later values replace earlier ones of the same name
         rows = {}
         for name in sorted(last_values):
             if name.startswith(("loss", "eval_loss", "eval_accuracy", "eval_bits")):
@@ -384,7 +385,7 @@ def check_whole_weights(folder: Path) -> None:
         raise ValueError("DeepSpeed has kept the weights in shards. Set zero3_save_16bit_model, and resume.")
 
 
-def optimizer_class(
+def optimizer_and_arguments(
     model: PreTrainedModel, options: LanguageRunOptions, arguments: TrainingArguments
 ) -> tuple[type, dict[str, Any]] | None:
     """Class of the optimizer and its keyword arguments; None for AdamW, which transformers makes itself."""
@@ -392,6 +393,7 @@ def optimizer_class(
         return None
     betas = (arguments.adam_beta1, arguments.adam_beta2)
     if options.optimizer == "muon":
+        # transformers passes the parameters to an optimizer. `params` replaces them, because Muon has its own groups.
         groups = muon_groups(model, arguments.weight_decay)
         return MuonAndAdam, {"params": groups, "lr": arguments.learning_rate, "betas": betas}
     from pytorch_optimizer.optimizer.soap import SOAP  # importing it takes a second
@@ -402,7 +404,7 @@ def optimizer_class(
 def sharding_faults(trainer: Trainer, options: LanguageRunOptions) -> Iterator[str]:
     """Yields an error message for each option that does not work with FSDP, which splits weights between processes."""
     if not trainer.is_fsdp_enabled:
-        if trainer.args.fsdp:
+        if trainer.args.fsdp:  # the option is given, but accelerate has not enabled FSDP
             yield "`--fsdp` has no effect, because accelerate splits weights between GPUs only. Leave it out."
         return
     if options.optimizer != "adamw":
@@ -412,16 +414,16 @@ def sharding_faults(trainer: Trainer, options: LanguageRunOptions) -> Iterator[s
 
 
 def language_model_card(
-    options: LanguageRunOptions, base: str, of_a_pipeline: bool, result: Result, rows: dict[str, str]
+    options: LanguageRunOptions, base: str, result: Result, rows: dict[str, str], *, of_a_pipeline: bool
 ) -> str:
     """Card of a language model with image tokens, or of a LoRA adapter.
 
     Args:
         options ([`LanguageRunOptions`]): Options of its run.
         base (`str`): Model or pipeline that was trained further.
-        of_a_pipeline (`bool`): Whether the base is a pipeline.
         result ([`Result`]): Result of the run.
         rows (`dict[str, str]`): Rows of the table.
+        of_a_pipeline (`bool`): Whether the base is a pipeline.
     """
     is_adapter = options.lora_rank > 0
     library = "transformers"

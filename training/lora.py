@@ -20,7 +20,9 @@ def add_lora(model: PreTrainedModel, rank: int) -> PeftModel:
     if has_image_tokens:
         vocabulary = ImageVocabulary.from_config(model.config)
         image_tokens = list(range(vocabulary.first_token, vocabulary.stop))
-        trained_rows = dict.fromkeys(token_tables(model), image_tokens)
+        trained_rows = {}
+        for name in token_tables(model):
+            trained_rows[name] = image_tokens
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", trainable_token_indices=trained_rows)
     return get_peft_model(model, lora)
 

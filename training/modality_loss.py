@@ -65,7 +65,8 @@ class ModalityLoss:
         token_counts = masks.sum(1)  # (2,)
         hit_counts = masks @ is_hit  # (2,)
         sums = torch.stack([loss_sums, token_counts, hit_counts], dim=1)  # (2, 3)
-        if losses.requires_grad:  # in training
+        is_training = losses.requires_grad  # validations compute no gradients
+        if is_training:
             self.training_sums = self.training_sums.to(sums.device) + sums
         else:
             self.validation_sums = self.validation_sums.to(sums.device) + sums

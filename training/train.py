@@ -247,7 +247,9 @@ class Codes:
         if not moves_codes:
             return
         ids = ids_of_all_scales(output)  # (n,)
-        latents_of_scales = [flatten_latents(scale_latents.detach()) for scale_latents in output.latents or []]
+        latents_of_scales = []
+        for scale_latents in output.latents or []:  # not None, because the model has quantised
+            latents_of_scales.append(flatten_latents(scale_latents.detach()))
         latents = torch.cat(latents_of_scales)  # (n, codebook_embed_dim)
         mean_over_processes = partial(self.accelerator.reduce, reduction="mean")
         self.codebook_average.update(self.quantizer, latents, ids, mean_over_processes)

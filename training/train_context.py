@@ -51,8 +51,11 @@ class ContextNetwork(nn.Module):
     """Network of a [`ContextModel`] with weights in floats.
 
     Codes are divided into groups of similar ones. The network predicts the group of an id, and then which member of
-    the group it is. The rank of a code is its position when the groups stand one after the other. `order` holds the id
-    at each rank, and `rank` the rank of each id.
+    the group it is. The probability of an id is the product of both probabilities. So two short softmaxes replace one
+    over all codes.
+
+    The rank of a code is its position when the groups stand one after the other. With groups of 100 codes, the code of
+    rank 305 is member 5 of group 3. `order` holds the id at each rank, and `rank` the rank of each id.
 
     Args:
         codes (`torch.Tensor` of shape `(codes, dim)`): Codebook, at unit length.
@@ -71,7 +74,8 @@ class ContextNetwork(nn.Module):
         self.group_size = choose_group_size(num_codes)
         num_groups = math.ceil(num_codes / self.group_size)
         order = torch.from_numpy(order_codes(codes.numpy(), self.group_size))
-        self.register_buffer("codes", (codes * LIMIT).round())
+        integer_codes = (codes * LIMIT).round()  # integers in [-LIMIT, LIMIT] for numbers in [-1, 1]
+        self.register_buffer("codes", integer_codes)
         self.register_buffer("order", order)
         self.register_buffer("rank", order.argsort())
         self.weight_1 = random_weight(num_inputs(dim), hidden)
@@ -84,7 +88,8 @@ class ContextNetwork(nn.Module):
         self.bias_1 = nn.Parameter(torch.zeros(hidden))
         self.bias_2 = nn.Parameter(torch.zeros(hidden))
         self.bias_member = nn.Parameter(0.1 * torch.randn(num_groups, features))
-        # With the logarithms of frequencies as logits, a softmax returns the frequencies.
+        # With the logarithms of frequencies as logits, a softmax returns the frequencies. So before training, the
+        # biases alone predict how often each group occurs, and each code in its group.
         frequencies = group_frequencies(counts[order], self.group_size)
         self.bias_group = nn.Parameter(frequencies.of_groups.log())
         self.bias_code = nn.Parameter(frequencies.within_groups.log())
@@ -94,20 +99,30 @@ class ContextNetwork(nn.Module):
         rank = self.rank[ids]  # (n,)
         group = rank // self.group_size  # number of the group
         member = rank % self.group_size  # number within the group
-        group_logits, member_logits = self.logits(inputs, group)  # integers: `NAT` of them are one nat
-        group_nats = F.cross_entropy(group_logits / NAT, group, reduction="none")
-        member_nats = F.cross_entropy(member_logits / NAT, member, reduction="none")
-        return (group_nats + member_nats) / math.log(2)
+        group_logits, member_logits = self.logits(inputs, group)  # integers, in units of 1 / `NAT` nats
+        group_nats = F.cross_entropy(group_logits / NAT, group, reduction="none")  # (n,)
+        member_nats = F.cross_entropy(member_logits / NAT, member, reduction="none")  # (n,)
+        return (group_nats + member_nats) / math.log(2)  # from nats to bits
 
     def logits(self, inputs: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integer logits of an id's group `(n, groups)`, and of its member in the stated group `(n, members)`."""
+        """Integer logits of ids.
+
+        Args:
+            inputs (`torch.Tensor` of shape `(n, inputs)`): Inputs of the ids.
+            group (`torch.Tensor` of shape `(n,)`): Group of each id.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Logits of all groups `(n, groups)`, and logits of the members of the
+            group of each id `(n, members)`.
+        """
         sums_1 = inputs @ self.integer_weight("weight_1") + self.integer_bias("bias_1")  # (n, hidden)
-        hidden = self.activate(sums_1, "1")
-        sums_2 = hidden @ self.integer_weight("weight_2") + self.integer_bias("bias_2")  # (n, hidden)
-        hidden = self.activate(sums_2, "2")
-        group_logits = hidden @ self.integer_weight("weight_group") + self.integer_bias("bias_group")  # (n, groups)
+        hidden_1 = self.activate(sums_1, "1")
+        sums_2 = hidden_1 @ self.integer_weight("weight_2") + self.integer_bias("bias_2")  # (n, hidden)
+        hidden_2 = self.activate(sums_2, "2")
+        group_logits = hidden_2 @ self.integer_weight("weight_group") + self.integer_bias("bias_group")  # (n, groups)
+        # The layer before the members has one weight for all groups, and a bias for each group.
         bias_of_group = self.integer_bias("bias_member")[group]  # (n, features)
-        member_sums = hidden @ self.integer_weight("weight_member") + bias_of_group  # (n, features)
+        member_sums = hidden_2 @ self.integer_weight("weight_member") + bias_of_group  # (n, features)
         features = self.activate(member_sums, "member")
         return group_logits, self.member_logits(features, group)
 
@@ -116,7 +131,7 @@ class ContextNetwork(nn.Module):
         weight = self.integer_weight("weight_code")  # (codes, features), group by group
         bias = self.integer_bias("bias_code")  # (codes,)
         num_codes = len(bias)
-        num_groups = len(self.bias_member)
+        num_groups, _ = self.bias_member.shape  # (groups, features)
         # The last group may have fewer members than the others. Members that are never predicted fill it up.
         num_missing = num_groups * self.group_size - num_codes
         missing_weight = weight.new_zeros(num_missing, weight.shape[1])
@@ -138,7 +153,12 @@ class ContextNetwork(nn.Module):
         return straight_through(scaled, torch.round)
 
     def activate(self, summed: torch.Tensor, layer: str) -> torch.Tensor:
-        """Drops the lowest bits of a layer's sums and limits them, as `activate` of the NumPy network does."""
+        """Drops the lowest bits of a layer's sums and limits them, as `activate` of the NumPy network does.
+
+        Args:
+            summed (`torch.Tensor`): Sums.
+            layer (`str`): Key of `SHIFTS`: `"1"`, `"2"` or `"member"`.
+        """
         shifted = straight_through(summed / 2 ** SHIFTS[layer], torch.floor)
         if layer == "member":
             return shifted.clamp(-LIMIT, LIMIT)
@@ -211,11 +231,12 @@ def linear_by_group(
     """
     num_groups = len(weight)
     position = number_within_group(group, num_groups)  # (n,): 0 for the first id of a group, 1 for the second
-    max_ids_of_group = int(position.max()) + 1
-    features_by_group = features.new_zeros(num_groups, max_ids_of_group, features.shape[1])
-    features_by_group = features_by_group.index_put((group, position), features)  # (groups, max_ids, features)
+    max_ids = int(position.max()) + 1  # ids of the group that has the most
+    # The features of an id go to the place `[group, position]`. The places that a group does not need stay zeros.
+    zeros = features.new_zeros(num_groups, max_ids, features.shape[1])
+    features_by_group = zeros.index_put((group, position), features)  # (groups, max_ids, features)
     outputs = features_by_group @ weight.transpose(1, 2) + bias[:, None]  # (groups, max_ids, members)
-    return outputs[group, position]
+    return outputs[group, position]  # (n, members)
 
 
 def number_within_group(group: torch.Tensor, num_groups: int) -> torch.Tensor:
@@ -267,7 +288,8 @@ def read_pyramids(token_set: str, model: SVQVAE) -> list[Pyramid]:
         tokens = row_tokens(row, settings)
         grids = [ids.numpy() for ids in tokens.ids]
         grids.sort(key=np.size)  # from coarse to fine
-        pyramid = [pad_ids(grid, settings.codebook_size) for grid in grids]
+        # Ids at the border of a grid have neighbours outside it. They get the number `codebook_size`, which is no id.
+        pyramid = [pad_ids(grid, outside=settings.codebook_size) for grid in grids]
         pyramids.append(pyramid)
     return pyramids
 
@@ -288,9 +310,7 @@ def draw_batches(pyramids: list[Pyramid], codes: np.ndarray, seed: int) -> Itera
             pyramid = pyramids[number]
             level = draw_level(random, len(pyramid))
             padded_ids = pyramid[level]
-            padded_coarse_ids = None
-            if level > 0 and random.random() < COARSE_SHARE:
-                padded_coarse_ids = pyramid[level - 1]
+            padded_coarse_ids = draw_coarse_ids(random, pyramid, level)
             ids = unpad(padded_ids)  # (h, w)
             height, width = ids.shape
             rows = random.integers(height, size=IDS_PER_GRID)
@@ -307,6 +327,13 @@ def draw_level(random: np.random.Generator, num_levels: int) -> int:
     if random.random() < FINEST_SHARE:
         return num_levels - 1
     return int(random.integers(num_levels))
+
+
+def draw_coarse_ids(random: np.random.Generator, pyramid: Pyramid, level: int) -> np.ndarray | None:
+    """Ids of the next coarser level for some grids. Other grids are predicted without them, as some files are."""
+    if level > 0 and random.random() < COARSE_SHARE:
+        return pyramid[level - 1]
+    return None
 
 
 def bits_per_id(context_model: ContextModel, pyramids: list[Pyramid]) -> str:
@@ -385,8 +412,8 @@ def make_network(options: argparse.Namespace, model: SVQVAE, pyramids: list[Pyra
         codes = F.normalize(codes, dim=1)
     else:
         codes = codes / codes.abs().max()
-    finest = [unpad(pyramid[-1]).ravel() for pyramid in pyramids]
-    counts = np.bincount(np.concatenate(finest), minlength=len(codes))
+    finest_ids = [unpad(pyramid[-1]).ravel() for pyramid in pyramids]  # (h * w,) of each image
+    counts = np.bincount(np.concatenate(finest_ids), minlength=len(codes))  # (codes,)
     return ContextNetwork(codes, torch.from_numpy(counts).float(), options.hidden, options.features)
 
 

@@ -99,7 +99,7 @@ def train(options: LanguageModelOptions, run: LanguageRun) -> None:
     examples = open_examples(options, processor, context, run)
     held_out = open_held_out(options, processor, context, run)
     vocabulary = processor.vocabulary
-    code_tokens = range(vocabulary.first_token, vocabulary.begin)
+    code_tokens = range(vocabulary.first_token, vocabulary.begin)  # the begin of an image follows the last code
     collate: Any = DataCollatorForSeq2Seq(processor.tokenizer)
     if options.packing:
         collate = DataCollatorWithFlattening()
@@ -109,7 +109,7 @@ def train(options: LanguageModelOptions, run: LanguageRun) -> None:
         trained_model = add_lora(model, options.lora_rank)
         save = partial(save_adapter, base=base)
     trainer = run.train(trained_model, examples, held_out, collate, code_tokens)
-    make_card = partial(language_model_card, options, base, False)
+    make_card = partial(language_model_card, options, base, of_a_pipeline=False)
     run.publish(trainer, save, make_card)
 
 
@@ -151,11 +151,12 @@ def record_rewriting(model: PreTrainedModel, processor: SVQVAEProcessor, options
             f"`{options.model_name_or_path}`, got {options.rewrite_fraction:g}. Change it, or train without "
             "`--lora_rank`."
         )
-    values = model.generation_config.to_diff_dict()
-    values.pop("_from_model_config", None)  # a mark for configs that do not keep values of other libraries
-    generation_kwargs = values.pop("generation_kwargs", None) or {}
-    generation_kwargs[REWRITES] = rewrites
-    model.generation_config = GenerationConfig(**values, generation_kwargs=generation_kwargs)
+    values = model.generation_config.to_diff_dict()  # only the values that differ from the defaults
+    values.pop("_from_model_config", None)  # with this mark, a config would not keep `generation_kwargs`
+    if values.get("generation_kwargs") is None:
+        values["generation_kwargs"] = {}
+    values["generation_kwargs"][REWRITES] = rewrites
+    model.generation_config = GenerationConfig(**values)
 
 
 def open_examples(

@@ -314,8 +314,9 @@ def class_arguments(options: DiffusionOptions, pipeline: DiTPipeline) -> str:
     if options.label_column is None:
         return f"class_labels=[{NO_CLASS}], guidance_scale=1.0"
     names = list(pipeline.config.id2label.values())
-    if not names:
+    if not names:  # the classes have numbers alone
         return "class_labels=[0]"
+    # The name of a class may list synonyms, such as "crane, bird". The pipeline finds the class by any of them.
     first_name = names[0].partition(",")[0].strip()
     return f"class_labels=pipeline.get_label_ids([{quote(first_name)}])"
 

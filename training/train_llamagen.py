@@ -46,9 +46,11 @@ class LlamaGenOptions(LanguageRunOptions):
     def faults(self) -> Iterator[str]:
         """Yields an error message for each fault, also in the options of LlamaGen."""
         yield from super().faults()
-        is_new = self.model_config_name_or_path is not None
+        is_new = self.model_config_name_or_path is not None  # a new LlamaGen is made from a config
         has_pipeline = self.pipeline_name_or_path is not None
-        if is_new == has_pipeline:
+        has_both = is_new and has_pipeline
+        has_neither = not is_new and not has_pipeline
+        if has_both or has_neither:
             yield "Pass one of `--pipeline_name_or_path` and `--model_config_name_or_path`."
         if is_new and self.vqvae_name_or_path is None:
             yield "A new LlamaGen needs `--vqvae_name_or_path`."
@@ -121,7 +123,7 @@ def train(options: LlamaGenOptions, run: LanguageRun) -> None:
     if options.lora_rank:
         base = str(options.pipeline_name_or_path)
         save_lora = partial(save_adapter, base=base, subfolder="language_model")
-        make_lora_card = partial(language_model_card, options, base, True)
+        make_lora_card = partial(language_model_card, options, base, of_a_pipeline=True)
         run.publish(trainer, save_lora, make_lora_card)
         return
 
@@ -194,6 +196,15 @@ def make_examples(
     return examples, held_out
 
 
+def check_condition_tokens(config: LlamaGenConfig, config_source: str) -> None:
+    """Raises ValueError if the config of a model for captions has no number of their tokens."""
+    if config.num_condition_tokens < 2:
+        raise ValueError(
+            f"`num_condition_tokens` of `{config_source}` must be the number of tokens of a caption that the "
+            f"model reads, such as 120, got {config.num_condition_tokens}. Add it to the config."
+        )
+
+
 def new_llamagen(options: LlamaGenOptions, token_set: TokenSource, text_encoder: Any) -> PreTrainedModel:
     """New LlamaGen of a config, for the codes, the classes or captions, and the size of a token set."""
     config_source = str(options.model_config_name_or_path)
@@ -204,26 +215,24 @@ def new_llamagen(options: LlamaGenOptions, token_set: TokenSource, text_encoder:
             f"{config.model_type}. To train another language model, add image tokens with `svqvae extend-lm`."
         )
     check_keys(config_source, config.to_dict(), LlamaGenConfig().to_dict())
-    settings_of_run = {
+    finest_rows, _ = token_set.grids[-1]
+    settings = config.to_diff_dict()  # only the values that differ from the defaults
+    settings |= {
         "attn_implementation": options.attn_implementation,
-        "vocab_size": 0,  # the config computes it
+        "vocab_size": 0,  # `LlamaGenConfig` computes it from the numbers of codes and classes
         "codebook_size": token_set.settings.codebook_size,
         "num_classes": token_set.num_classes,
-        "grid_size": token_set.grids[-1][0],  # rows of the finest scale
+        "grid_size": finest_rows,
         "codebook_fingerprint": token_set.settings.codebook_fingerprint,
     }
     if text_encoder is None:
-        settings_of_run["num_condition_tokens"] = 1  # the class
-        settings_of_run["caption_dim"] = None
+        settings["num_condition_tokens"] = 1  # the class
+        settings["caption_dim"] = None
     else:
-        if config.num_condition_tokens < 2:
-            raise ValueError(
-                f"`num_condition_tokens` of `{config_source}` must be the number of tokens of a caption that the "
-                f"model reads, such as 120, got {config.num_condition_tokens}. Add it to the config."
-            )
-        settings_of_run["num_condition_tokens"] = config.num_condition_tokens
-        settings_of_run["caption_dim"] = text_encoder.config.d_model
-    new_config = LlamaGenConfig(**(config.to_diff_dict() | settings_of_run))
+        check_condition_tokens(config, config_source)
+        settings["num_condition_tokens"] = config.num_condition_tokens
+        settings["caption_dim"] = text_encoder.config.d_model
+    new_config = LlamaGenConfig(**settings)
     return AutoModelForCausalLM.from_config(new_config, dtype=torch.float32)
 
 

@@ -120,9 +120,10 @@ def train(run: Run[NextScaleOptions]) -> None:
                 sizes = schedule
                 if not has_pipeline_schedule:
                     sizes = draw_schedule(source.grids, schedule, random)
-                draws_of_step = torch.rand((loader.share.step_size, 2), generator=random)
+                draws_of_step = torch.rand((loader.share.step_size, 2), generator=random)  # (samples, 2)
                 numbers_of_batch = loader.share.numbers(loader.batch - 1)  # its samples within the step
-                prediction = predict(batch, sizes, draws_of_step[numbers_of_batch])
+                dropout_draws, caption_draws = draws_of_step[numbers_of_batch].unbind(dim=1)  # (B,), (B,)
+                prediction = predict(batch, sizes, dropout_draws, caption_draws)
                 accelerator.backward(prediction.loss)
                 numbers = {"loss": prediction.loss, "accuracy": prediction.accuracy}
                 if accelerator.sync_gradients:  # after the last batch of a step
@@ -176,23 +177,27 @@ class Predictor:
     source: TokenSource
     tokenizer: PreTrainedTokenizerBase | None
 
-    def __call__(self, batch: TokenBatch, sizes: Sequence[Size], draws: torch.Tensor) -> Prediction:
+    def __call__(
+        self, batch: TokenBatch, sizes: Sequence[Size], dropout_draws: torch.Tensor, caption_draws: torch.Tensor
+    ) -> Prediction:
         """Predicts a batch.
 
         Args:
             batch (`TokenBatch`): Ids of all scales, with classes or captions.
             sizes (list of `(height, width)`): Scales to predict, from coarse to fine.
-            draws (`torch.Tensor` of shape `(batch, 2)`): Two numbers in [0, 1] per row. They decide whether its label
-                or caption is dropped, and which of its captions it has.
+            dropout_draws (`torch.Tensor` of shape `(batch,)`): Numbers in [0, 1]. The class or caption of a row is
+                dropped if its number is below `--condition_dropout`.
+            caption_draws (`torch.Tensor` of shape `(batch,)`): Numbers in [0, 1] that choose one of the captions of
+                each row, the first one for 0.
         """
         device = self.vqvae.device
         ids = []  # of each scale, (B, h, w)
         for size in sizes:
             scale_index = self.source.grids.index(size)
             ids.append(batch.ids[scale_index].to(device))
-        previous_ids = ids[:-1]  # each scale is predicted from the codes of the scale before it
-        codes = [self._codes(scale_ids) for scale_ids in previous_ids]  # (B, C, h, w) of each of these scales
-        dropout_draws, caption_draws = draws.unbind(dim=1)  # (B,), (B,)
+        # Each scale is predicted from the codes of the scale before it, and the first one from the condition alone.
+        previous_ids = ids[:-1]
+        codes = [self._codes(scale_ids) for scale_ids in previous_ids]  # (B, C, h, w) of each scale but the last
         is_dropped = dropout_draws < self.options.condition_dropout  # (B,)
         labels = batch.labels
         text = None
@@ -200,7 +205,9 @@ class Predictor:
             labels = labels.masked_fill(is_dropped, self.source.num_classes)  # the number after the last class
         else:
             text = self._text(self.tokenizer, batch.draw_captions(caption_draws), is_dropped).to(device)
-        (logits,) = self.model(labels.to(device), codes, sizes, text=text, return_dict=False)  # (B, n, codes)
+        (logits,) = self.model(
+            labels.to(device), codes, sizes, text=text, return_dict=False
+        )  # (B, n, codes), n ids of all scales
         targets = torch.cat([scale_ids.flatten(1) for scale_ids in ids], dim=1)  # (B, n)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         accuracy = (logits.argmax(-1) == targets).float().mean()
@@ -230,10 +237,12 @@ def measure(
     for start in range(0, len(rows), batch_size):
         batch = held_out.batch(rows[start : start + batch_size])
         count = len(batch.labels)
-        dropout_draws = torch.ones(count)  # so that nothing is dropped
-        caption_draws = torch.zeros(count)  # so that the first caption is drawn
-        draws = torch.stack([dropout_draws, caption_draws], dim=1)  # (B, 2)
-        prediction = predict(batch, schedule, draws)
+        prediction = predict(
+            batch,
+            schedule,
+            dropout_draws=torch.ones(count),  # nothing is dropped
+            caption_draws=torch.zeros(count),  # the first caption is chosen
+        )
         totals += count * torch.stack([prediction.loss, prediction.accuracy])
     loss, accuracy = (accelerator.reduce(totals, "sum") / num_rows).tolist()
     return {
@@ -259,6 +268,7 @@ def check_captions(options: NextScaleOptions, source: TokenSource | None, tokeni
     for captions_of_row in source.captions():
         captions += captions_of_row
     for start in range(0, len(captions), CHECKED_CAPTIONS):
+        # Only its error matters here.
         pad_captions(tokenizer, captions[start : start + CHECKED_CAPTIONS], options.max_text_length)
 
 
@@ -333,7 +343,10 @@ def draw_schedule(sizes: Sequence[Size], schedule: Sequence[Size], generator: to
         generator (`torch.Generator`): Source of randomness.
     """
     sizes = list(dict.fromkeys(sizes))  # without repetition
-    chosen = sizes[:NUM_FIRST] + _draw_inner(sizes, len(schedule), generator) + sizes[-1:]
+    first_sizes = sizes[:NUM_FIRST]
+    last_size = sizes[-1]
+    inner_sizes = _draw_inner(sizes, len(schedule), generator)  # some of the others
+    chosen = [*first_sizes, *inner_sizes, last_size]
     drawn = [size for size in sizes if size in chosen]  # from coarse to fine
     for _ in range(_draw_num_dropped(generator)):
         inner_positions = range(NUM_FIRST, len(drawn) - 1)  # without the first ones and the last
@@ -341,6 +354,7 @@ def draw_schedule(sizes: Sequence[Size], schedule: Sequence[Size], generator: to
             _drop_one(drawn, inner_positions, generator)
     max_ids = count_ids(schedule)
     while count_ids(drawn) > max_ids:
+        # The last one may be dropped here, because it has the most ids. Only the very first one always stays.
         finest_positions = range(max(1, len(drawn) - NUM_DROPPABLE), len(drawn))
         _drop_one(drawn, finest_positions, generator)
     return drawn
