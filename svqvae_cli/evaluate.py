@@ -177,10 +177,7 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -
         forbid_options(args, "is for SVQVAEs", *OPTIONS_OF_SVQVAES)
     measures_one_svqvae = class_names == ["SVQVAE"] and args.beside is None and args.codecs is None
     if not measures_one_svqvae:
-        codec_names = args.codecs
-        if codec_names is None:  # --codecs is left out, so all are compared
-            codec_names = CODEC_NAMES
-        tokenizers += _codec_tokenizers(codec_names)
+        tokenizers += _codec_tokenizers(_codec_names(args.codecs))
     report = evaluate(
         tokenizers,
         images,
@@ -191,6 +188,13 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -
     )
     report.settings |= {"models": titles, **options}
     return report
+
+
+def _codec_names(option: Sequence[str] | None) -> Sequence[str]:
+    """Names of the codecs to compare with: all if `--codecs` is left out, and none if it has no value."""
+    if option is None:
+        return CODEC_NAMES
+    return option
 
 
 def _codec_tokenizers(names: Sequence[str]) -> list[Any]:

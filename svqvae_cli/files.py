@@ -90,8 +90,7 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path |
             # to a file is not resolved: it is an input of its own, because its outputs have its own name.
             real_folder = file.path.parent.resolve()
             real_path = real_folder / file.path.name
-            if real_path not in files:
-                files[real_path] = file
+            files.setdefault(real_path, file)
     num_files_of_stem = Counter(file.relative_path.with_suffix("") for file in files.values())
     inputs = []
     for file in files.values():

@@ -190,34 +190,36 @@ class Predictor:
             caption_draws (`torch.Tensor` of shape `(batch,)`): Numbers in [0, 1] that choose one of the captions of
                 each row, the first one for 0.
         """
-        device = self.vqvae.device
-        ids = []  # of each scale, (B, h, w)
-        for size in sizes:
-            scale_index = self.source.grids.index(size)
-            ids.append(batch.ids[scale_index].to(device))
+        ids = self._ids_of_scales(batch, sizes)  # (B, h, w) of each scale
         # Each scale is predicted from the codes of the scale before it, and the first one from the condition alone.
-        previous_ids = ids[:-1]
-        codes = [self._codes(scale_ids) for scale_ids in previous_ids]  # (B, C, h, w) of each scale but the last
+        codes = [self._codes(scale_ids) for scale_ids in ids[:-1]]  # (B, C, h, w) of each scale but the last
         is_dropped = dropout_draws < self.options.condition_dropout  # (B,)
         labels = batch.labels
         text = None
         if self.tokenizer is None:
             labels = labels.masked_fill(is_dropped, self.source.num_classes)  # the number after the last class
         else:
-            text = self._text(self.tokenizer, batch.draw_captions(caption_draws), is_dropped).to(device)
-        (logits,) = self.model(
-            labels.to(device), codes, sizes, text=text, return_dict=False
-        )  # (B, n, codes), n ids of all scales
-        targets = torch.cat([scale_ids.flatten(1) for scale_ids in ids], dim=1)  # (B, n)
+            text = self._text(self.tokenizer, batch.draw_captions(caption_draws), is_dropped)
+        labels = labels.to(self.vqvae.device)
+        (logits,) = self.model(labels, codes, sizes, text=text, return_dict=False)  # (B, n, codes)
+        targets = torch.cat([scale_ids.flatten(1) for scale_ids in ids], dim=1)  # (B, n), the ids of all scales
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         accuracy = (logits.argmax(-1) == targets).float().mean()
         return Prediction(loss, accuracy, targets.numel())
 
+    def _ids_of_scales(self, batch: TokenBatch, sizes: Sequence[Size]) -> list[torch.Tensor]:
+        """Ids `(B, h, w)` of each scale of these sizes, on the device of the model."""
+        ids = []
+        for size in sizes:
+            scale_index = self.source.grids.index(size)
+            ids.append(batch.ids[scale_index].to(self.vqvae.device))
+        return ids
+
     def _text(self, tokenizer: PreTrainedTokenizerBase, captions: list[str], is_dropped: torch.Tensor) -> torch.Tensor:
-        """Tokens `(B, length)` of captions. A dropped one is only padding."""
+        """Tokens `(B, length)` of captions, on the device of the model. A dropped caption is only padding."""
         text = pad_captions(tokenizer, captions, self.options.max_text_length)
         text[is_dropped] = tokenizer.pad_token_id
-        return text
+        return text.to(self.vqvae.device)
 
     def _codes(self, ids: torch.Tensor) -> torch.Tensor:
         """Codes `(B, C, h, w)` of the ids `(B, h, w)` of a scale."""

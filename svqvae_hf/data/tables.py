@@ -134,9 +134,8 @@ def read_features(paths: Sequence[str], selection: Selection) -> datasets.Featur
             continue
         _check_names(path, [image_column, *column_names], features_of_file)
         for name in column_names:
-            is_empty_so_far = features[name] == EMPTY
-            if is_empty_so_far:
-                features[name] = features_of_file[name]  # the type of this file becomes the type of the set
+            if features[name] == EMPTY:  # in all files so far
+                features[name] = features_of_file[name]
             else:
                 _check_type(path, name, features_of_file[name], features[name])
     return features

@@ -149,8 +149,7 @@ class GeneratorPage:
             finally:
                 # If the visitor leaves, gradio closes this iterator at its `yield`. The thread must stop, too.
                 visitor_has_left.set()
-            result = future.result()  # raises the error of the thread, if there was one
-            yield Step(result, title_of_last_step)
+            yield Step(future.result(), title_of_last_step)  # `result` raises the error of the thread, if any
 
     def _preview(self, number: int, grid: tuple[int, int], ids: torch.Tensor) -> Step:
         """Decodes the ids of a scale, or of the first rows of an image with `grid` rows and columns."""

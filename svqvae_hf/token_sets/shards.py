@@ -103,8 +103,7 @@ def write_shards(
     metadata[METADATA_KEY.encode()] = settings.to_json().encode()
     schema = features.arrow_schema.with_metadata(metadata)
     groups = _group_rows(rows, settings)
-    # Each turn writes a file. It takes the first group of the file from `groups` here, and `_write_file` takes the
-    # others.
+    # Each turn takes the first group of a file from `groups`. `_write_file` takes the others.
     for file_number in itertools.count():
         first_group = next(groups, None)
         if first_group is None:
