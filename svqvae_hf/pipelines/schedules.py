@@ -126,8 +126,9 @@ def guidance_per_step(guidance_scale: float, mode: str, sizes: Sequence[Size], t
         guidance_scale (`float`): Guidance scale; 1 means none.
         mode (`str`): `"constant"` for `guidance_scale` at each step. `"rising"` for guidance that rises by equal
             amounts from 1 at the first step to `guidance_scale` at the last: 1, 2, 3, 4 and 5 for five steps and a
-            `guidance_scale` of 5. The tenth step, which is VAR's last, has `guidance_scale` at the latest. After it,
-            guidance goes on to rise by the same amounts. Scales larger than in training have `guidance_scale` itself.
+            `guidance_scale` of 5. So a single step is not guided. With more than ten steps, the tenth has
+            `guidance_scale`, as in VAR, and later ones have more. Scales larger than in training have
+            `guidance_scale` itself.
         sizes (list of `(height, width)`): Schedule.
         trained (`tuple[int, int]`): Largest scale in training.
 
