@@ -125,7 +125,7 @@ class RepositoryFiles:
     def inputs(self) -> list[InputIdentity]:
         """Identity of each file. The version of a file at a URL is the revision of the repository."""
         files = self.builder.config.data_files[self.split]
-        repository_and_revision = str(files.origin_metadata)  # such as "[('org/set', '52a10e7...')]"
+        repository_and_revision = str(files.origin_metadata)  # such as "[('org/set', '52a10e7...'), ...]"
         identities = []
         for path in self.paths():
             if is_url(path):
@@ -229,8 +229,8 @@ def _choose_classes(files: RepositoryFiles) -> None:
     has_labels = files.split in splits_with_labels
     config.drop_labels = not has_labels
     # `datasets` takes the list of classes, and the columns of metadata files, from all splits that are in
-    # `config.data_files`. So a split with labels stays there together with all others that have labels, which have
-    # the same classes. A split without labels stays alone.
+    # `config.data_files`. So a split with labels stays there together with all others that have labels, and all get
+    # one list of classes. A split without labels stays alone.
     splits_to_open = [files.split]
     if has_labels:
         splits_to_open = splits_with_labels
