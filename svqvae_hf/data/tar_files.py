@@ -299,8 +299,9 @@ def _feature_of_labels(suffix: str, samples: Sequence[Sample]) -> datasets.Value
         if suffix not in sample.members:  # a sample without a label says nothing about the type
             continue
         content = sample.members[suffix]
-        is_too_large = content is None
-        if is_too_large or not _is_integer(content):
+        if content is None:  # it is too large to be read, so it is not an integer
+            return text
+        if not _is_integer(content):
             return text
     return datasets.Value("int64")
 
