@@ -2,7 +2,8 @@
 
 Measures, on one core of this machine, how fast photographs are read, encoded, stored and loaded again, and how many
 bytes they take. Then it multiplies. A GPU is not measured here: `--gpu-rate` and `--train-rate` are its images per
-second, from `make gpu` or from the log of a run. Without them, the table has no lines about GPUs.
+second, from `benchmarks/token_sets.py` and from the log of a run. Without them, the tables have no lines about GPUs.
+`--dtype` is the precision of the tokenizer: of the measurement, of `--gpu-rate`, and of the commands that are printed.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from measuring import Row, make_parser, parse_options, report
+from measuring import DTYPES, Row, make_parser, parse_options, report
 
 from svqvae_cli.arguments import positive
 from svqvae_cli.files import check_source
@@ -42,6 +43,7 @@ PARTS_PER_WORKER = 4  # at least, so that all workers end at about the same time
 GIGABYTE = 10**9
 LEAST_JOB_MINUTES = 10  # time limit of a job, which also loads the model
 MEASURED_IMAGES = 500  # of the set, from its start
+DEFAULT_DTYPE = "float32"  # as of `svqvae tokenize`
 SET_OPTIONS = ("config", "split", "image_column")  # as `svqvae tokenize` takes them
 
 
@@ -89,13 +91,13 @@ class CpuClock:
 @torch.inference_mode()
 def measure_rates(options: argparse.Namespace, images: ImageSet, folder: Path) -> Rates:
     """Measures the rates of this machine. `folder` holds what is written for it."""
-    model = SVQVAE.from_pretrained(options.model).eval()
+    model = SVQVAE.from_pretrained(options.model, dtype=DTYPES[options.dtype]).eval()
     with CpuClock() as reading:
         crops = read_photos(images, options.side)
     if not crops:
         raise ValueError(f"at least one image must be readable, but none of `{options.photos[0]}` is.")
 
-    batch = SVQVAEImageProcessor.from_model(model)(crops[:BATCH])["pixel_values"]
+    batch = SVQVAEImageProcessor.from_model(model)(crops[:BATCH])["pixel_values"].to(model.dtype)
     model.encode_tokens(batch)  # warms up
     with CpuClock() as encoding:
         model.encode_tokens(batch)
@@ -169,7 +171,10 @@ def rate_rows(rates: Rates, options: argparse.Namespace) -> list[Row]:
     """Table of what was measured, and of what was given."""
     lines = [
         ("photographs read, decoded and cropped", f"{rates.read:,.0f} per second of a core"),
-        (f"crops of {options.side} pixels encoded on the CPU", f"{rates.encode:,.2g} per second of a core"),
+        (
+            f"crops of {options.side} pixels encoded on the CPU, {options.dtype}",
+            f"{rates.encode:,.2g} per second of a core",
+        ),
         ("rows stored", f"{rates.store:,.0f} per second of a core"),
         ("rows loaded in a training run", f"{rates.load:,.0f} per second of a core"),
         ("a photograph's file", f"{rates.photo_bytes / 1000:,.0f} KB"),
@@ -179,7 +184,7 @@ def rate_rows(rates: Rates, options: argparse.Namespace) -> list[Row]:
         ),
     ]
     if options.gpu_rate is not None:
-        lines.append(("crops that a GPU encodes (given)", f"{options.gpu_rate:,.0f} per second"))
+        lines.append((f"crops that a GPU encodes, {options.dtype} (given)", f"{options.gpu_rate:,.0f} per second"))
     if options.train_rate is not None:
         lines.append(("images that a GPU trains on (given)", f"{options.train_rate:,.0f} per second"))
     return table(lines)
@@ -262,6 +267,8 @@ def commands(rates: Rates, images: ImageSet, options: argparse.Namespace) -> str
             tokenize += [f"--{name.replace('_', '-')}", value]
     if options.model != DEFAULT_MODEL:
         tokenize += ["--model", options.model]
+    if options.dtype != DEFAULT_DTYPE:
+        tokenize += ["--dtype", options.dtype]
     tokenize += ["--crops", options.crops, "--resolution", str(options.side), "--num-parts", str(num_parts)]
     resources = "--cpus-per-task=1"
     if options.gpu_rate is not None:
@@ -369,9 +376,12 @@ def main() -> None:
     parser.add_argument(
         "--model", type=find_bundled, default=DEFAULT_MODEL, help="tokenizer (default: the bundled one)"
     )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DEFAULT_DTYPE, help="precision of the tokenizer (default: float32)"
+    )
     parser.add_argument("--side", type=positive, default=256, metavar="PIXELS", help="of the crops (default: 256)")
     parser.add_argument("--crops", choices=[name for name in CROPS if name != "whole"], default="centre")
-    parser.add_argument("--gpu-rate", type=float, help="crops per second that one GPU encodes")
+    parser.add_argument("--gpu-rate", type=float, help="crops per second that one GPU encodes in --dtype")
     parser.add_argument("--train-rate", type=float, help="images per second of one GPU that trains on the set")
     parser.add_argument("--workers", type=positive, default=64, help="GPUs, or cores without --gpu-rate (default: 64)")
     parser.add_argument("--part-minutes", type=positive, default=30, help="longest time of a part (default: 30)")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import Row, make_parser, parse_options, report, take_turns
+from measuring import DTYPES, Row, make_parser, parse_options, report, take_turns
 from PIL import Image, ImageOps
 
 from svqvae_cli.files import find_inputs
@@ -35,13 +35,13 @@ def write_images(paths: Sequence[Path], folder: Path, side: int, count: int) -> 
 def measure_side(options: argparse.Namespace, folder: Path, side: int) -> list[Row]:
     """Measures images per second of one size, from files and from tensors in memory."""
     paths = [file.path for file in find_inputs([str(options.images)], IMAGE_SUFFIXES)]
-    model = SVQVAE.from_pretrained(options.model).to(options.device).eval()
+    model = SVQVAE.from_pretrained(options.model, dtype=DTYPES[options.dtype]).to(options.device).eval()
     count = options.count * (options.sides[-1] // side) ** 2
     write_images(paths, folder, side, count)
     images = open_images([str(folder)])
     processor = SVQVAEImageProcessor.from_model(model)
     loaded_images = [load_image(path) for path in sorted(folder.iterdir())]
-    sample = processor(loaded_images)["pixel_values"].to(options.device)
+    sample = processor(loaded_images)["pixel_values"].to(options.device, model.dtype)
 
     def bare() -> None:
         for batch in sample.split(options.batch_size):
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64, help="images of the last side, more of others (default: 64)")
     parser.add_argument("--sides", type=int, nargs="+", default=[32, 64, 128, 256], help="default: 32 64 128 256")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="tokenizer (default: the bundled one)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the tokenizer (default: float32)")
     parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="reading processes (default: 0 1)")
     options, machine = parse_options(parser)

@@ -78,7 +78,7 @@ COMMANDS = [  # options that shrink the work
     f" {SMALL_TILES}",
     "growth --whole 64x64 --tiles 96x64 --files 96x64 --tile-size 64 --overlap 8",
     f"tiles photos {SMALL_TILES}",
-    "token_sets photos --count 2 --sides 16 --workers 0",
+    "token_sets photos --count 2 --sides 16 --workers 0 --dtype bfloat16",
     "plan photos --side 16 --rows 4 --gpu-rate 10 --train-rate 10",
     "plan photos --side 16 --rows 4 --crops ten-crop --workers 2 --part-minutes 1",
     "baselines photos --fit photos --scales 1 0.5 --side 4 --codes 64",
@@ -102,13 +102,15 @@ def test_plan_of_tar_files_prints_their_commands(run, inputs, monkeypatch, capsy
     for name in ("a b.tar", "c.tar"):
         write_tar(inputs / name, [("cat.png", image)])
     monkeypatch.chdir(inputs)
-    run("plan", "a b.tar", "c.tar", "--side", "16", "--rows", "4", "--images", "1000", "--workers", "2")
+    options = "--side 16 --rows 4 --images 1000 --workers 2 --dtype bfloat16"
+    run("plan", "a b.tar", "c.tar", *options.split())
     text = capsys.readouterr().out
     assert f"| a photograph's file | {len(image) / 1000:,.0f} KB |" in text
     assert "| largest number of parts of PHOTOS, one per file | 2 |" in text
     assert "because a part reads whole files and PHOTOS has 2:\n    pack the images in at least 8 files" in text
-    command = "svqvae tokenize 'a b.tar' c.tar --output tokens --crops centre --resolution 16 --num-parts 8 --part 0"
-    assert command in text
+    images = "svqvae tokenize 'a b.tar' c.tar --output tokens"
+    assert f"{images} --dtype bfloat16 --crops centre --resolution 16 --num-parts 8 --part 0" in text
+    assert "encoded on the CPU, bfloat16 |" in text
     assert " 0 core hours" not in text
     assert "--time=10 " in text
 
