@@ -134,6 +134,12 @@ def test_a_finished_part_is_never_read_again(photos, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "parts").exists()
 
 
+def test_workers_and_licence_may_change_between_runs(photos, tmp_path):
+    tokenize(make_tiny(), photos, tmp_path / "out", parts=[0], num_parts=2)
+    report = tokenize(make_tiny(), photos, tmp_path / "out", num_parts=2, num_workers=1, license="mit")
+    assert (report.complete, report.resumed) == (True, 1)
+
+
 def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
     def run(**options):
         return tokenize(options.pop("model", make_tiled()), photos, tmp_path / "out", **{"num_parts": 2} | options)
