@@ -47,7 +47,7 @@ class LanguageRunOptions:
     caption_column: str | None = option(None, "Column of captions, texts or lists; chats learn to write the first.")
     condition_dropout: float = option(0.1, "Fraction of images trained without class or caption, for guidance.")
     first_caption_fraction: float = option(0.0, "Fraction of images drawn from the first caption, not from any.")
-    scheduled_sampling: float = option(0.0, "Largest fraction of ids that the model reads as it draws them; slower.")
+    replaced_fraction: float = option(0.0, "Largest fraction of ids read as others; drawn mistakes then do less harm.")
     attn_implementation: str | None = option(None, "Attention of transformers; `eager` is fast for short examples.")
     optimizer: str = option("adamw", "Muon and SOAP learn more per step; Muon is faster.", (*OPTIMIZERS, "muon"))
     lora_rank: int = option(0, "Rank of LoRA on all linear layers, with the rows of image tokens; 0 trains all.")
@@ -59,7 +59,7 @@ class LanguageRunOptions:
 
     def faults(self) -> Iterator[str]:
         """Yields an error message for each fault that can be seen without data and model."""
-        yield from range_faults(self, FRACTION, "condition_dropout", "first_caption_fraction", "scheduled_sampling")
+        yield from range_faults(self, FRACTION, "condition_dropout", "first_caption_fraction", "replaced_fraction")
         if self.lora_rank < 0:
             yield f"`--lora_rank` must be at least 0, but is {self.lora_rank}."
 

@@ -154,7 +154,7 @@ class LanguageRun:
             eval_dataset=held_out,
             data_collator=collate,
             loss=ModalityLoss(codes),
-            scheduled_sampling=self.options.scheduled_sampling,
+            replaced_fraction=self.options.replaced_fraction,
             encode=encode,
             best_checkpoint=self.best_checkpoint,
             optimizer_cls_and_kwargs=optimizer_and_arguments(model, self.options, self.arguments),
@@ -242,13 +242,12 @@ def run_language_training(
 
 
 class LanguageModelTrainer(Trainer):
-    """Trainer that encodes captions, replaces some ids by drawn ones, and logs texts and images apart.
+    """Trainer that encodes captions, replaces some ids by others, and logs texts and images apart.
 
     Args:
         *args: As for `Trainer`.
         loss ([`ModalityLoss`]): Loss.
-        scheduled_sampling (`float`): Largest fraction of the ids of an image that are replaced by ids which the model
-            draws itself.
+        replaced_fraction (`float`): Largest fraction of the ids of an image that the model reads as other ids.
         encode (`Callable`, *optional*): Encodes the captions of a batch. Returns their features as arguments of the
             model.
         best_checkpoint (`Path`, *optional*): Best checkpoint of a resumed run.
@@ -259,14 +258,14 @@ class LanguageModelTrainer(Trainer):
         self,
         *args: Any,
         loss: ModalityLoss,
-        scheduled_sampling: float,
+        replaced_fraction: float,
         encode: Callable[[list[str]], dict[str, torch.Tensor]] | None = None,
         best_checkpoint: Path | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, compute_loss_func=loss, **kwargs)
         self.loss = loss
-        self.scheduled_sampling = scheduled_sampling
+        self.replaced_fraction = replaced_fraction
         self.encode = encode
         self.on_resume = OptionsOnResume(best_checkpoint)  # replaces what a checkpoint of a resumed run brings
         self.add_callback(self.on_resume)
@@ -279,34 +278,29 @@ class LanguageModelTrainer(Trainer):
         return scheduler
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Computes the loss. In training, some ids are replaced by drawn ones (scheduled sampling)."""
+        """Computes the loss. In training, the model reads some ids as others, and must still predict the true ones."""
         inputs = dict(inputs)
         if self.encode is not None:
             inputs |= self.encode(inputs.pop("caption"))
-        if self.scheduled_sampling and model.training:
-            inputs["input_ids"] = self.draw_some(model, inputs)
+        if self.replaced_fraction and model.training:
+            inputs["input_ids"] = self.replace_some_ids(inputs["input_ids"])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    @torch.no_grad()
-    def draw_some(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """Replaces some ids by ids that the model draws after the tokens before them.
+    def replace_some_ids(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Replaces some ids of images by ids from random places of the batch.
 
-        Each row of the batch has its own random fraction of replaced ids, up to `scheduled_sampling`.
+        A model that has read only true ids follows its own mistakes when it draws. Each row of the batch has its own
+        random fraction of replaced ids, up to `replaced_fraction`.
         """
         codes = self.loss.codes
-        tokens = inputs["input_ids"].clone()  # (batch, length)
         is_code = (tokens >= codes.start) & (tokens < codes.stop)  # (batch, length)
-        fractions = self.scheduled_sampling * torch.rand(len(tokens), 1, device=tokens.device)  # (batch, 1)
+        fractions = self.replaced_fraction * torch.rand(len(tokens), 1, device=tokens.device)  # (batch, 1)
         is_chosen = torch.rand(tokens.shape, device=tokens.device) < fractions  # (batch, length)
-        is_replaced = is_code & is_chosen
-        is_replaced = is_replaced[:, 1:]  # (batch, length - 1), because the model draws no first token
-        model_inputs = dict(inputs)
-        model_inputs.pop("labels", None)
-        logits = model(**model_inputs).logits[:, :-1]  # (batch, length - 1, vocab_size), of each next token
-        code_logits = logits[is_replaced][:, codes.start : codes.stop].float()  # (replaced, codes)
-        drawn_ids = code_logits.softmax(-1).multinomial(1)[:, 0]  # (replaced,)
-        tokens[:, 1:][is_replaced] = codes.start + drawn_ids
-        return tokens
+        ids = tokens[is_code]  # (ids,)
+        order = torch.randperm(len(ids), device=tokens.device)
+        shuffled_tokens = tokens.clone()
+        shuffled_tokens[is_code] = ids[order]
+        return torch.where(is_chosen, shuffled_tokens, tokens)
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
         """Adds the loss of texts and of images and, in a validation, their accuracy and bits per id."""

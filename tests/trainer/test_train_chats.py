@@ -194,23 +194,28 @@ def test_loss_by_modality():
     assert not loss.validation_sums.any()
 
 
-def test_scheduled_sampling_replaces_ids_by_drawn_ones_and_nothing_else():
+def test_some_ids_are_replaced_by_ids_of_the_batch_and_nothing_else():
     first, begin = 300, 364
-    tokens = torch.tensor([[1, 2, begin, begin + 3, *range(first + 8, first + 40), begin + 1, 3]] * 8)
-    wanted = torch.zeros(*tokens.shape, 400)
-    wanted[..., first + 5], wanted[..., 3] = 50.0, 90.0  # the likeliest code, and a likelier word
-
-    def forward(input_ids):
-        assert torch.equal(input_ids, tokens)
-        return SimpleNamespace(logits=wanted)
-
-    for share, expected in ((1.0, 0.5), (0.5, 0.25), (0.0, 0.0)):
-        trainer = SimpleNamespace(loss=ModalityLoss(range(first, begin)), scheduled_sampling=share)
-        drawn = LanguageModelTrainer.draw_some(trainer, forward, {"input_ids": tokens, "labels": tokens})
-        changed = drawn != tokens
-        assert torch.all(drawn[changed] == first + 5)
+    rows = []
+    for row in range(8):
+        ids = range(first + row, first + row + 50)
+        rows.append([1, 2, begin, begin + 3, *ids, begin + 1, 3])
+    tokens = torch.tensor(rows)
+    before = tokens.clone()
+    for fraction, expected in ((1.0, 0.5), (0.5, 0.25), (0.0, 0.0)):
+        trainer = SimpleNamespace(loss=ModalityLoss(range(first, begin)), replaced_fraction=fraction)
+        replaced = LanguageModelTrainer.replace_some_ids(trainer, tokens)
+        changed = replaced != tokens
+        assert torch.equal(tokens, before)
+        assert set(replaced[changed].tolist()) <= set(tokens[:, 4:-2].flatten().tolist())
         assert not changed[:, [0, 1, 2, 3, -2, -1]].any()
         assert changed[:, 4:-2].float().mean().item() == pytest.approx(expected, abs=0.2)
+
+
+def test_a_batch_of_texts_has_no_ids_to_replace():
+    tokens = torch.tensor([[1, 2, 3]])
+    trainer = SimpleNamespace(loss=ModalityLoss(range(300, 364)), replaced_fraction=1.0)
+    assert torch.equal(LanguageModelTrainer.replace_some_ids(trainer, tokens), tokens)
 
 
 @pytest.mark.slow
@@ -247,7 +252,7 @@ def train_until_killed(*command):
 
 @pytest.mark.slow
 def test_a_killed_and_resumed_run_equals_an_unbroken_one(train, tokens, tmp_path):
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "scheduled_sampling": 0.5}
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "replaced_fraction": 0.5}
     whole = train("whole", **options)
     killed = tmp_path / "killed"
     own = {"model_name_or_path": extended("qwen"), "token_set": tokens, "condition_dropout": 0, "output_dir": killed}
@@ -274,7 +279,7 @@ def test_a_signal_leaves_a_checkpoint_and_no_result(train, tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
         return step(trainer, *args)
 
-    options = {"max_steps": 6, "scheduled_sampling": 0.5}
+    options = {"max_steps": 6, "replaced_fraction": 0.5}
     whole = train("whole", **options)
     monkeypatch.setattr(LanguageModelTrainer, "training_step", send_signal)
     with pytest.raises(SystemExit) as stop:
@@ -435,7 +440,7 @@ def test_the_loss_of_a_validation_does_not_depend_on_its_batches(side, tmp_path,
             eval_dataset=rows,
             data_collator=DataCollatorForSeq2Seq(processor.tokenizer),
             loss=ModalityLoss(range(300, 364)),
-            scheduled_sampling=0.0,
+            replaced_fraction=0.0,
         )
         losses.append(trainer.evaluate()["eval_loss"])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)

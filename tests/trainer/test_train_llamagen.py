@@ -177,7 +177,7 @@ def test_lora_learns_images_by_heart_and_can_be_switched_off(fine_tuning, parts)
 @pytest.mark.parametrize("kind", ["classes", "captions", "fine_tuning", "remote"])
 def test_ten_steps_and_ten_more_equal_twenty(kind, request, tmp_path, monkeypatch, parts):
     options = request.getfixturevalue("classes" if kind == "remote" else kind)
-    options |= {"max_steps": 20, "save_strategy": "steps", "save_steps": 10, "scheduled_sampling": 0.5}
+    options |= {"max_steps": 20, "save_strategy": "steps", "save_steps": 10, "replaced_fraction": 0.5}
     options |= {"lora_rank": 2} if kind == "fine_tuning" else {"optimizer": "muon" if kind == "classes" else "soap"}
     weights = "adapter_model.safetensors" if kind == "fine_tuning" else WEIGHTS
     whole = load_file(train(**(options | {"output_dir": str(tmp_path / "whole")})) / weights)
