@@ -40,6 +40,13 @@ def test_captions_name_the_objects_and_the_ground_of_their_scene():
             assert not re.search(r"\ba [aeiou]|[{}]", caption)
 
 
+def test_no_phrase_names_an_object_itself():
+    for voice in CaptionWriter(Recipe()).voices:
+        for kind in (*PLAIN, "frames", "leads"):
+            for phrase in voice[kind]:
+                assert not names_in(re.sub(r"{\w+}", "", phrase.lower())), phrase
+
+
 def test_every_phrase_and_frame_of_every_writer_can_be_filled_in():
     writer = CaptionWriter(Recipe())
     for voice in writer.voices:

@@ -28,6 +28,12 @@ VOICES = (
     "texter",
     "curator",
     "parent",
+    "designer",
+    "playful",
+    "british",
+    "naturalist",
+    "prompter",
+    "american",
 )
 PLAIN = {
     "small": ["a small {0}", "a {0}"],

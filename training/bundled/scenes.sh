@@ -46,10 +46,10 @@ svqvae tokenize "$work/scenes/train.parquet" --output "$work/tokens" --model "$w
 
 # One run that learns to rewrite captions, to draw and to describe, from new weights.
 python training/train_language_model.py --token_set "$work/tokens" --model_name_or_path "$work/extended" --output_dir "$work/language_model" \
-    --per_device_train_batch_size 32 --use_cpu --bf16 --attn_implementation eager --no_packing \
-    --condition_dropout 0.08 --caption_fraction 0.2 --first_caption_fraction 0.1 --rewrite_fraction 0.4 \
-    --optimizer muon --learning_rate 6e-3 --adam_beta2 0.95 --warmup_steps 40 --max_steps 5000 \
-    --lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs '{"num_decay_steps": 2500, "decay_type": "linear"}' \
+    --per_device_train_batch_size 16 --use_cpu --bf16 --attn_implementation eager --no_packing \
+    --condition_dropout 0.08 --caption_fraction 0.2 --first_caption_fraction 0.1 --rewrite_fraction 0.3 --replaced_fraction 0.3 \
+    --optimizer muon --learning_rate 6e-3 --adam_beta2 0.95 --warmup_steps 80 --max_steps 12500 \
+    --lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs '{"num_decay_steps": 6250, "decay_type": "linear"}' \
     --logging_steps 20 --save_steps 200 --save_total_limit 2 --report_to none --resume_from_checkpoint latest --seed 1
 
 # A next-scale transformer for the same ids, in 42 minutes; it reads the plain captions alone.
