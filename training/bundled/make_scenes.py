@@ -58,7 +58,9 @@ ODDS_OF_ONE = (1, 4)  # of the slots in ONE
 TWO = ("left", "right")
 THREE = ("top left", "top right", "bottom")
 FOUR = ("top left", "top right", "bottom left", "bottom right")
-RELATIONS = (TWO, ("top", "bottom"))
+SIDE_BY_SIDE = TWO
+ONE_ABOVE_THE_OTHER = ("top", "bottom")
+RELATIONS = (SIDE_BY_SIDE, ONE_ABOVE_THE_OTHER)
 SHARE_OF_ONE = 0.5  # scenes of one object
 SHARE_OF_A_KIND = 0.15  # scenes of two to four of a kind
 WRITER = CaptionWriter(Recipe())
@@ -89,12 +91,16 @@ class Scene:
 
     @property
     def kind(self) -> str:
-        """Kind of the scene, a key of the wordings: a size, a number of equal objects, or two slots."""
+        """Kind of the scene, a key of the wordings: a size, a number of equal objects, or two slots.
+
+        Examples are "small" for one object in the slot "small", "three" for three foxes, and "left right" for a fox
+        and a teapot.
+        """
         slots = [slot for slot, _ in self.objects]
-        num_kinds = len(set(self.names))
         if len(slots) == 1:
             return slots[0]
-        if num_kinds == 1:
+        shows_equal_objects = len(set(self.names)) == 1
+        if shows_equal_objects:
             return NUMBERS[len(slots)]
         return " ".join(slots)
 
@@ -138,21 +144,22 @@ class Scene:
             pairs_only (`bool`): Draw two different objects. Otherwise the scene may also show one object, or two to
                 four of a kind.
         """
-        # Every scene draws two names and a relation. A scene of one object or of a kind leaves some of them unused.
+        # Every scene draws two names and the slots of two objects, so that all use up the same random numbers. A scene
+        # of one object or of a kind does not need all of them.
         first_name, second_name = random.sample(list(OBJECTS), 2)
         draw = random.random()
-        relation = random.choice(RELATIONS)
+        slots_of_two = random.choice(RELATIONS)
         shows_one = not pairs_only and draw < SHARE_OF_ONE
         shows_a_kind = not pairs_only and SHARE_OF_ONE <= draw < SHARE_OF_ONE + SHARE_OF_A_KIND
         slots: Sequence[str]
         if shows_one:
-            slots = random.choices(ONE, weights=ODDS_OF_ONE, k=1)
+            slots = random.choices(ONE, weights=ODDS_OF_ONE, k=1)  # of one element, such as ["large"]
             names = [first_name]
         elif shows_a_kind:
             slots = random.choice((TWO, THREE, FOUR))
             names = [first_name] * len(slots)
         else:
-            slots = relation
+            slots = slots_of_two
             names = [first_name, second_name]
         ground = random.choice(list(GROUNDS))
         objects = tuple(zip(slots, names, strict=True))

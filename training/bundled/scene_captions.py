@@ -150,13 +150,11 @@ class CaptionWriter:
         """
         while True:
             phrase = random.choice(voice[kind])
-            phrase_names_ground = GROUND_SLOT in phrase
-            if phrase_names_ground and not held_out:
+            needs_frame = GROUND_SLOT not in phrase
+            if not needs_frame and not held_out:
                 return phrase, None
             frame = random.choice(voice["frames"])
-            if phrase_names_ground:
-                continue
-            if _is_held_out(phrase, frame) == held_out:
+            if needs_frame and _is_held_out(phrase, frame) == held_out:
                 return phrase, frame
 
     def surroundings(self, voice: dict[str, Any], frame: str | None, random: Random, held_out: bool) -> str:
@@ -309,7 +307,10 @@ def add_typo(caption: str, random: Random) -> str:
 
 
 def caption_words() -> set[str]:
-    """Words of all phrases, frames, leads and sizes, and whole names of objects and colours, in lower case."""
+    """Words of all phrases, frames, leads and sizes, and whole names of objects and colours, in lower case.
+
+    Words of comparisons are left out, because no scene shows what they name.
+    """
     words = set()
     for voice in VOICES:
         for part, wordings in read_wordings(voice).items():

@@ -114,7 +114,8 @@ class Nouns:
             target = fields[start + 1]
             if symbol == POINTER_TO_KIND:
                 kinds.append(target)
-        self.files[synset] = fields[1]
+        file = fields[1]
+        self.files[synset] = file
         self.lemmas[synset] = fields[FIRST_WORD:end_of_words:FIELDS_PER_WORD]
         self.kinds[synset] = kinds
 
@@ -212,9 +213,12 @@ def names_of(object_name: str, nouns: Nouns, adjectives: set[str]) -> set[str]:
     names = set()
     for synset in synsets:
         for word in nouns.lemmas[synset]:
-            if is_everyday(word, object_name, nouns, adjectives) and nouns.means(word.lower(), synsets):
-                name = word.lower().replace("_", " ")
-                names.add(name)
+            if not is_everyday(word, object_name, nouns, adjectives):
+                continue
+            lower = word.lower()
+            usually_means_object = nouns.means(lower, synsets)
+            if usually_means_object:
+                names.add(lower.replace("_", " "))
     return names
 
 
@@ -263,11 +267,13 @@ def find_things(nouns: Nouns, names: set[str]) -> list[str]:
     for word, senses in nouns.senses.items():
         if word not in words or len(word) < 3:
             continue
-        # The senses of a word are synsets, the commonest first.
+        # The senses of a word are synsets, the commonest first. Rare senses tell nothing of what a prompt means.
         has_shape = not shaped.isdisjoint(senses[:2])
         is_ground = senses[0] in grounds
-        may_be_drawable = not drawable.isdisjoint(senses[:3])  # "boxer", which is also a dog
-        is_mostly_no_noun = nouns.other_uses[word] > nouns.uses[word].total()  # "flies", "acoustic"
+        # "boxer" is also a dog, in its third sense. Such a word is no reason to warn.
+        may_be_drawable = not drawable.isdisjoint(senses[:3])
+        uses_as_noun = nouns.uses[word].total()
+        is_mostly_no_noun = nouns.other_uses[word] > uses_as_noun  # "flies", "acoustic"
         is_excluded = is_ground or may_be_drawable or is_mostly_no_noun
         if has_shape and not is_excluded:
             things.append(word)
