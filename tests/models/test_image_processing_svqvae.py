@@ -237,10 +237,13 @@ def test_files_that_are_not_images_are_named(tmp_path, content, message):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "options"), [("uint16", {"photometric": "miniswhite"}), ("uint16", {"bitspersample": 12}), ("int16", {})]
+    ("dtype", "options", "bits"),
+    [("uint16", {"photometric": "miniswhite"}, 16), ("uint16", {}, 12), ("int16", {}, 16)],
 )
-def test_tiffs_whose_values_pillow_takes_for_others_are_refused(tmp_path, dtype, options):
+def test_tiffs_whose_values_pillow_takes_for_others_are_refused(tmp_path, dtype, options, bits):
     tifffile.imwrite(tmp_path / "a.tif", np.ones((8, 8), dtype), **options)
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as file:
+        file.pages[0].tags["BitsPerSample"].overwrite(bits)
     with Image.open(tmp_path / "a.tif") as opened:
         for image in (tmp_path / "a.tif", opened):
             with pytest.raises(ValueError, match="a grey TIFF must have unsigned values of 8 or 16 bits, black"):
