@@ -38,9 +38,9 @@ class ChannelLayout:
 
     def __init__(self, channels: int, groups: int):
         channels_per_group = channels // groups
-        self.positive = []
-        self.negative = []
-        self.content = []
+        self.positive = []  # channels that hold the constant +B, the first of each group
+        self.negative = []  # channels that hold the constant -B, the second of each group
+        self.content = []  # channels that hold image content, which are all others
         for channel in range(channels):
             position_in_group = channel % channels_per_group
             if position_in_group == 0:
@@ -51,11 +51,21 @@ class ChannelLayout:
                 self.content.append(channel)
         self.constant = self.positive + self.negative
 
-        # The mean of a group is about 0, so its variance is the mean of the squares of its channels. The constants +B
-        # and -B add 2 * B**2 / channels_per_group to it. With this B, that is `CONSTANTS_VARIANCE`.
-        self.constant_value = math.sqrt(CONSTANTS_VARIANCE * channels_per_group / 2)  # B
-        # A norm divides by the standard deviation of the group. This weight multiplies by it again.
-        self.norm_weight = math.sqrt(CONTENT_VARIANCE + CONSTANTS_VARIANCE)
+        self.constant_value = _constant_value(channels_per_group)  # B
+
+        # The constants make the variance of a group nearly the same for any image. A norm divides the group by the
+        # square root of this variance. The weight multiplies by it again.
+        variance_of_group = CONTENT_VARIANCE + CONSTANTS_VARIANCE
+        self.norm_weight = math.sqrt(variance_of_group)
+
+
+def _constant_value(channels_per_group: int) -> float:
+    """The value B for which the constants +B and -B add `CONSTANTS_VARIANCE` to the variance of their group.
+
+    The mean of a group is about 0, so its variance is the mean of the squares of its channels. The two constants add
+    (B**2 + B**2) / channels_per_group to this mean.
+    """
+    return math.sqrt(CONSTANTS_VARIANCE * channels_per_group / 2)
 
 
 Layouts = dict[int, ChannelLayout]  # by number of channels
@@ -110,29 +120,33 @@ def copy_content(shortcut: Convolution | None, layouts: Layouts, count: int) -> 
     """Makes a 1 x 1 convolution copy the first content channels that it reads to the first ones that it writes.
 
     Args:
-        shortcut (`nn.Conv2d`, *optional*): The convolution. Without one, the block passes all channels on.
+        shortcut (`nn.Conv2d`, *optional*): The convolution. Blocks that do not change the number of channels have
+            none. They pass all channels on.
         layouts (`dict[int, ChannelLayout]`): Layouts.
         count (`int`): Largest number of channels to copy. Fewer are copied if the convolution reads or writes fewer.
 
     Returns:
-        `int`: Number of channels that are copied.
+        `int`: Number of channels that are copied; `count` without a convolution.
     """
     if shortcut is None:
-        return count  # the block adds zeros to its input, so all channels are passed on
+        return count  # nothing limits it, because all channels are passed on
     inputs = layouts[shortcut.in_channels].content
     outputs = layouts[shortcut.out_channels].content
-    count = min(count, len(inputs), len(outputs))
-    _copy_channels(shortcut, inputs[:count], outputs[:count], factor=1)
-    return count
+    num_copied = min(count, len(inputs), len(outputs))
+    _copy_channels(shortcut, inputs[:num_copied], outputs[:num_copied], factor=1)
+    return num_copied
 
 
 def copy_content_and_negative(shortcut: Convolution, layouts: Layouts, count: int) -> None:
     """Makes a 1 x 1 convolution write its first content channels, and after them the same channels times -1."""
     inputs = layouts[shortcut.in_channels].content
     outputs = layouts[shortcut.out_channels].content
-    count = min(count, len(inputs), len(outputs) // 2)
-    _copy_channels(shortcut, inputs[:count], outputs[:count], factor=1)
-    _copy_channels(shortcut, inputs[:count], outputs[count : 2 * count], factor=-1)
+    num_copied = min(count, len(inputs), len(outputs) // 2)
+    copied_inputs = inputs[:num_copied]
+    positive_outputs = outputs[:num_copied]
+    negative_outputs = outputs[num_copied : 2 * num_copied]
+    _copy_channels(shortcut, copied_inputs, positive_outputs, factor=1)
+    _copy_channels(shortcut, copied_inputs, negative_outputs, factor=-1)
 
 
 def _copy_channels(layer: Convolution, inputs: Sequence[int], outputs: Sequence[int], factor: int) -> None:
@@ -149,18 +163,19 @@ def set_rows(
     weight: torch.Tensor,
     bias: torch.Tensor,
 ) -> None:
-    """Sets a convolution's weights between some channels, and the bias. The outputs read no other channel.
+    """Lets some output channels of a convolution read some input channels by given weights, and no other channels.
 
     Args:
         layer (`nn.Conv2d`): The convolution.
-        output_channels (`Sequence[int]`): Channels to write; as many as the weight has are used.
-        input_channels (`Sequence[int]`): Channels to read; as many as the weight has are used.
-        weight (`torch.Tensor` of shape `(outputs, inputs, 3, 3)`): Weight.
-        bias (`torch.Tensor` of shape `(outputs,)`): Bias.
+        output_channels (`Sequence[int]`): Output channels, of which the first `num_outputs` are set.
+        input_channels (`Sequence[int]`): Input channels, of which the first `num_inputs` are read.
+        weight (`torch.Tensor` of shape `(num_outputs, num_inputs, 3, 3)`): Weight between these channels.
+        bias (`torch.Tensor` of shape `(num_outputs,)`): Bias of these output channels.
     """
     num_outputs, num_inputs = weight.shape[:2]
-    inputs = torch.tensor(input_channels[:num_inputs])
-    for row, output_channel in enumerate(output_channels[:num_outputs]):
+    written_channels = output_channels[:num_outputs]
+    read_channels = list(input_channels[:num_inputs])
+    for row, output_channel in enumerate(written_channels):
         layer.weight[output_channel] = 0
-        layer.weight[output_channel, inputs] = weight[row]  # (inputs, 3, 3)
+        layer.weight[output_channel, read_channels] = weight[row]  # (num_inputs, 3, 3)
         layer.bias[output_channel] = bias[row]

@@ -59,22 +59,22 @@ def principal_components(inputs: Components, max_components: int) -> Components:
     Returns:
         `Components`: Components `(batch, components, h / 2, w / 2)`, by a 2 x 2 convolution of stride 2.
     """
-    # The features have unit variance. This factor returns to each of them the variance that it has in pixels.
+    # The convolution reads features of unit variance. The components are those of the same features times their
+    # standard deviations, which have the variance that they have in pixels.
     input_stds = inputs.stds[:, None, None]  # (channels, 1, 1)
-    unscaled_features = inputs.features * input_stds  # (B, channels, h, w)
-    patches = F.unfold(unscaled_features, kernel_size=2, stride=2)  # (B, channels * 4, patches)
+    scaled_features = inputs.features * input_stds  # (B, channels, h, w)
+    patches = F.unfold(scaled_features, kernel_size=2, stride=2)  # (B, channels * 4, patches)
     samples = patches.transpose(1, 2).flatten(0, 1)  # (B * patches, channels * 4)
     # Variances are (components,), and directions are (channels * 4, components).
     variances, directions = _leading_eigenvectors(samples.T.cov(), max_components)
     stds = _standard_deviations(variances)  # (components,)
 
-    # A component is (sample - mean) @ direction / std. As a linear map of the sample, it is weight @ sample + bias.
-    matrix = (directions / stds).T  # (components, channels * 4)
+    # A component is (sample - mean) @ direction / std. As a linear map of the sample, it is matrix @ sample + bias.
+    matrix = (directions / stds).T  # (components, channels * 4): each direction is divided by its standard deviation
     bias = -matrix @ samples.mean(0)  # (components,)
-    weight_for_unscaled = matrix.unflatten(1, (-1, 2, 2))  # (components, channels, 2, 2)
-
-    # The convolution reads the features themselves, without the factor, so each channel of its weight has the factor.
-    weight = weight_for_unscaled * input_stds  # (components, channels, 2, 2)
+    weight_for_scaled = matrix.unflatten(1, (-1, 2, 2))  # (components, channels, 2, 2), reads `scaled_features`
+    # For features of unit variance, the weight has the factor: weight * (std * feature) = (weight * std) * feature.
+    weight = weight_for_scaled * input_stds  # (components, channels, 2, 2), reads `inputs.features`
     features = F.conv2d(inputs.features, weight, bias, stride=2)  # (B, components, h / 2, w / 2)
     return Components(weight, bias, stds, features)
 
@@ -116,20 +116,23 @@ def regress(inputs: torch.Tensor, targets: torch.Tensor, ridge: float, border: i
     """
     largest_border = (min(inputs.shape[-2:]) - 1) // 2  # leaves at least one row and one column
     border = min(border, largest_border)
+    # X^T X has the shape (columns, columns), and X^T Y has (columns, targets). There is a column for each of the
+    # channels * 9 values of the neighbours, in the order of a convolution's weight. The last column is for the bias.
     gram, products = _normal_equations(inputs, targets, border)
     penalty = torch.zeros_like(gram.diagonal())  # (columns,)
-    penalty[:-1] = ridge * gram.diagonal().mean()  # only weights are kept small, not the bias, which is last
+    penalty[:-1] = ridge * gram.diagonal().mean()  # only weights are kept small, not the bias
     solution = torch.linalg.solve(gram + penalty.diag(), products).to(inputs.dtype)  # (columns, targets)
     weight_rows = solution[:-1].T  # (targets, channels * 9)
     weight = weight_rows.unflatten(1, (-1, 3, 3)).contiguous()  # (targets, channels, 3, 3)
-    return Fit(weight, bias=solution[-1])
+    bias = solution[-1]  # (targets,)
+    return Fit(weight, bias)
 
 
 def _normal_equations(inputs: torch.Tensor, targets: torch.Tensor, border: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums X^T X `(columns, columns)` and X^T Y `(columns, targets)` over random positions, in float64.
 
     The columns of X are the 3 x 3 neighbours, channel by channel as in the weight of a convolution, and a last column
-    of ones, whose coefficient is the bias.
+    of ones, whose coefficient is the bias. Positions less than `border` from a side of the image are left out.
     """
     num_columns = 9 * inputs.shape[1] + 1
     gram = inputs.new_zeros(num_columns, num_columns, dtype=torch.float64)  # X^T X

@@ -41,7 +41,7 @@ from svqvae_hf.trainer.channel_layouts import (
     silence,
     write_constants,
 )
-from svqvae_hf.trainer.linear_fits import COLOURS, Components, colour_components, principal_components, regress
+from svqvae_hf.trainer.linear_fits import COLOURS, Components, Fit, colour_components, principal_components, regress
 
 PIXELS = 1 << 19  # at most, of the images that are used
 RIDGE = 1e-4  # relative to the mean square of the inputs
@@ -95,12 +95,12 @@ def _unmet_requirement(vqvae: SVQVAE, layouts: Layouts) -> str | None:
     if config["z_channels"] < latent_channels:
         return "`z_channels` of at least `codebook_embed_dim`"
 
-    # Before the last convolutions of encoder and decoder, two channels hold each value, as x and as -x. These must be
-    # content channels, because the others hold constants.
-    last_encoder_layout = layouts[vqvae.encoder.conv_out.in_channels]
-    last_decoder_layout = layouts[vqvae.decoder.conv_out.in_channels]
-    encoder_is_too_narrow = len(last_encoder_layout.content) < 2 * latent_channels
-    decoder_is_too_narrow = len(last_decoder_layout.content) < 2 * num_colours
+    # Before the last convolutions of encoder and decoder, two channels hold each value, as x and as -x. They must be
+    # content channels. In each group of a norm, these are all channels but two, which hold constants.
+    encoder_content = layouts[vqvae.encoder.conv_out.in_channels].content
+    decoder_content = layouts[vqvae.decoder.conv_out.in_channels].content
+    encoder_is_too_narrow = len(encoder_content) < 2 * latent_channels
+    decoder_is_too_narrow = len(decoder_content) < 2 * num_colours
     if encoder_is_too_narrow or decoder_is_too_narrow:
         return "more channels per group of a norm"
     return None
@@ -110,7 +110,9 @@ def _unmet_requirement(vqvae: SVQVAE, layouts: Layouts) -> str | None:
 
 
 def _write_constants_everywhere(vqvae: SVQVAE, layouts: Layouts) -> None:
-    """Lets each convolution of the main path write +B and -B to the constant channels of its output.
+    """Lets each convolution of the main path write the constants of `ChannelLayout` to its output.
+
+    In each group of a norm, these are a large number B in one channel, and -B in another one.
 
     The main path is what is left of the network if residual branches and attention add nothing: the first
     convolutions, the changes of resolution, and the shortcuts of blocks that change the number of channels.
@@ -151,6 +153,10 @@ def _silence_branches(vqvae: SVQVAE, layouts: Layouts) -> None:
 def _fit_encoder(vqvae: SVQVAE, layouts: Layouts, pixels: torch.Tensor) -> list[torch.Tensor]:
     """Lets the encoder compute principal components, level by level.
 
+    The first convolution computes 3 colours at full resolution. Each level but the last then halves the resolution,
+    and computes components from those before. The last level keeps the resolution. The last convolution writes the
+    leading components to the latents.
+
     Returns:
         `list[torch.Tensor]`: Components `(batch, components, h, w)` of each resolution at unit variance, full
             resolution first.
@@ -161,29 +167,34 @@ def _fit_encoder(vqvae: SVQVAE, layouts: Layouts, pixels: torch.Tensor) -> list[
     levels_with_downsample = levels[:-1]
     components = colour_components(pixels)
     _write_colours(encoder.conv_in, layouts, components)
-    features_of_levels = [components.features]
+    features_of_levels = [components.features]  # (B, 3, H, W)
     limits = _limits_of_components(encoder, layouts)
     for level, max_components in zip(levels_with_downsample, limits, strict=True):
-        components = _fit_level(level, layouts, components, max_components)
-        features_of_levels.append(components.features)
-    # The last level keeps the resolution. The shortcut of its first block doubles the components to x and -x.
+        # The residual blocks of the level pass its components on to its strided convolution.
+        copy_content(level.res[0].nin_shortcut, layouts, count=len(components.stds))
+        components = principal_components(components, max_components)  # of the next resolution
+        _write_components(level.downsample.conv, layouts, components)
+        features_of_levels.append(components.features)  # (B, components, h, w), with half the height and width
+    # The first block of the last level writes each component x to two channels, as x and as -x.
     copy_content_and_negative(last_level.res[0].nin_shortcut, layouts, count=len(components.stds))
     _write_latents(vqvae, layouts, components.stds)
     return features_of_levels
 
 
 def _limits_of_components(encoder: Any, layouts: Layouts) -> list[int]:
-    """Maximum number of components at each lower resolution, one for each content channel that can hold it.
+    """Maximum number of components at each lower resolution, from fine to coarse.
 
-    At the lowest resolution, the last level must also have two content channels for each component.
+    Each component needs a content channel that holds it. At the lowest resolution, the last level then writes each
+    component x to two content channels, as x and as -x.
     """
     levels_with_downsample = list(encoder.conv_blocks)[:-1]
     limits = []
     for level in levels_with_downsample:
         content_channels = layouts[level.downsample.conv.out_channels].content
         limits.append(len(content_channels))
-    channels_of_last_level = layouts[encoder.conv_out.in_channels].content
-    limits[-1] = min(limits[-1], len(channels_of_last_level) // 2)
+    content_channels_of_last_level = layouts[encoder.conv_out.in_channels].content
+    limit_of_last_level = len(content_channels_of_last_level) // 2
+    limits[-1] = min(limits[-1], limit_of_last_level)  # at the lowest resolution
     return limits
 
 
@@ -196,46 +207,33 @@ def _write_colours(conv_in: Convolution, layouts: Layouts, colours: Components) 
     conv_in.bias[colour_channels] = colours.bias
 
 
-def _fit_level(level: Any, layouts: Layouts, components: Components, max_components: int) -> Components:
-    """Lets a level of the encoder compute the components of the next resolution.
+def _write_components(downsample: Convolution, layouts: Layouts, components: Components) -> None:
+    """Lets a strided convolution compute components of the resolution that it writes.
 
-    Args:
-        level (`ResolutionBlock`): The level. Its residual blocks pass its components on to its strided convolution.
-        layouts (`dict[int, ChannelLayout]`): Layouts.
-        components ([`Components`]): Components of its own resolution.
-        max_components (`int`): Maximum number of components of the next resolution.
-
-    Returns:
-        [`Components`]: Components of the next resolution.
+    It reads the components of the finer resolution from its first content channels, and writes to its first content
+    channels. It has equally many channels in and out, so input and output have the same layout.
     """
-    copy_content(level.res[0].nin_shortcut, layouts, count=len(components.stds))
-    next_components = principal_components(components, max_components)
-    downsample = level.downsample.conv
-    # The 3 x 3 kernel starts at the first pixel of each 2 x 2 block. Its last row and column lie in other blocks, so
-    # they are zeros.
-    kernel = F.pad(next_components.weight, (0, 1, 0, 1))  # (components, channels, 3, 3)
-    # The convolution has equally many channels in and out, so input and output have the same layout.
+    kernel_of_blocks = components.weight  # (components, channels, 2, 2)
+    # The 3 x 3 kernel of the convolution starts at the first pixel of each 2 x 2 block. The last row and the last
+    # column of the kernel lie in other blocks, so they are zeros.
+    kernel = F.pad(kernel_of_blocks, (0, 1, 0, 1))  # (components, channels, 3, 3)
     content_channels = layouts[downsample.out_channels].content
     set_rows(
         downsample,
         output_channels=content_channels,
         input_channels=content_channels,
         weight=kernel,
-        bias=next_components.bias,
+        bias=components.bias,
     )
-    return next_components
 
 
 def _write_latents(vqvae: SVQVAE, layouts: Layouts, stds: torch.Tensor) -> None:
     """Lets the last convolution of the encoder write the leading components to the channels of the latents.
 
-    Before silu, two channels hold each component, as x and as -x. The convolution restores x as silu(x) - silu(-x).
-
     Args:
         vqvae ([`SVQVAE`]): The model.
         layouts (`dict[int, ChannelLayout]`): Layouts.
-        stds (`torch.Tensor` of shape `(components,)`): Standard deviation of each component in pixels. The latents get
-            their proportions.
+        stds (`torch.Tensor` of shape `(components,)`): Standard deviation of each component in pixels.
     """
     conv_out: Any = vqvae.encoder.conv_out
     latent_channels = vqvae.config["codebook_embed_dim"]
@@ -243,25 +241,37 @@ def _write_latents(vqvae: SVQVAE, layouts: Layouts, stds: torch.Tensor) -> None:
     # The first output channels hold the latents. Any further ones are spare, and keep small random weights.
     conv_out.weight.mul_(SPARE_SCALE)
     conv_out.weight[:latent_channels] = 0
-    first_latent = 0  # that holds a component
+    output_channels = range(latent_channels)
     if vqvae.config["codebook_l2_norm"]:
         # The quantizer compares directions of latents. With a constant 1 as the first value of each latent, latents
         # of nearly equal pixels have nearly equal directions, also where the pixels are near the mean.
-        conv_out.bias[0] = 1.0
-        first_latent = 1
+        conv_out.bias[0] = 1.0  # its weights are zeros, so the output is the bias
+        output_channels = range(1, latent_channels)
+    _restore_components(conv_out, layouts, output_channels, stds)
+    pass_on(vqvae.quant_conv, latent_channels)
 
+
+def _restore_components(
+    conv_out: Convolution, layouts: Layouts, output_channels: Sequence[int], stds: torch.Tensor
+) -> None:
+    """Lets the last convolution of the encoder write one component to each of some output channels.
+
+    Its first content channels hold each component x as silu(x), and equally many after them hold it as silu(-x). For
+    any x, the difference silu(x) - silu(-x) is x. The components have unit variance. A gain gives the outputs the
+    proportions that the components have in pixels.
+    """
     num_components = len(stds)
     content_channels = layouts[conv_out.in_channels].content
-    positive_channels = content_channels[:num_components]  # hold x of each component
-    negative_channels = content_channels[num_components : 2 * num_components]  # hold -x of each component
-    gains = stds / stds[0]
-    num_latents = min(num_components, latent_channels - first_latent)
-    for component in range(num_latents):
-        kernels = conv_out.weight[first_latent + component]  # (channels, 3, 3), a view
+    positive_channels = content_channels[:num_components]  # hold silu(x) of each component
+    negative_channels = content_channels[num_components : 2 * num_components]  # hold silu(-x) of each component
+    gains = stds / stds[0]  # (components,)
+    num_restored = min(num_components, len(output_channels))
+    for component in range(num_restored):
+        output_channel = output_channels[component]
+        kernels = conv_out.weight[output_channel]  # (channels, 3, 3), a view
         # Only the centre of the 3 x 3 kernel is not 0.
         kernels[positive_channels[component], 1, 1] = gains[component]
         kernels[negative_channels[component], 1, 1] = -gains[component]
-    pass_on(vqvae.quant_conv, latent_channels)
 
 
 # Decoder
@@ -294,14 +304,15 @@ def _fit_decoder(
     latents = vqvae.quant_conv(vqvae.encoder(pixels))  # (B, C, h, w)
     if vqvae.config["codebook_l2_norm"]:
         latents = F.normalize(latents, dim=1)
-    hidden = _fit_first_layer(vqvae, layouts, latents, features_of_levels[-1])
+    coarsest_features = features_of_levels[-1]  # (B, features, h, w), at the resolution of the latents
+    hidden = _fit_first_layer(vqvae, layouts, latents, coarsest_features)
     border = BORDER_OF_LATENTS
-    targets = _targets_of_levels(features_of_levels)
+    targets = _targets_of_levels(features_of_levels)  # from coarse to fine, one for each level that enlarges
     for level, target in zip(levels_with_upsample, targets, strict=True):
-        hidden = _pass_shortcut(level, layouts, hidden)
+        hidden = _pass_through_blocks(level, layouts, hidden)
         border = 2 * border  # each row of the coarse resolution becomes two rows of the finer one
         hidden = _fit_upsample(level.upsample, layouts, hidden, target, border)
-    hidden = _pass_shortcut(levels[-1], layouts, hidden)
+    hidden = _pass_through_blocks(levels[-1], layouts, hidden)
     _fit_last_layer(decoder, layouts, hidden, pixels, border)
 
 
@@ -341,17 +352,34 @@ def _fit_first_layer(vqvae: SVQVAE, layouts: Layouts, latents: torch.Tensor, fea
     centred = latents - means[:, None, None]  # (B, C, h, w)
     # The outermost positions are left out, because their 3 x 3 neighbours include padding.
     fit = regress(centred, restored_features, LATENT_RIDGE, border=1)
-    # The fitted convolution reads centred latents, but the decoder's reads the latents themselves. Its bias makes up
-    # for this: weight * (latents - means) + bias = weight * latents + (bias - weight * means).
-    weight_of_means = fit.weight.sum((2, 3))  # (features, C)
-    bias = fit.bias - weight_of_means @ means
-    latent_inputs = range(latent_channels)  # `post_quant_conv` passes the latents on in its first channels
-    set_rows(conv_in, output_channels=content_channels, input_channels=latent_inputs, weight=fit.weight, bias=bias)
+    set_rows(
+        conv_in,
+        output_channels=content_channels,
+        input_channels=range(latent_channels),  # `post_quant_conv` passes the latents on in its first channels
+        weight=fit.weight,
+        bias=_bias_without_centring(fit, means),
+    )
     values = conv_in(vqvae.post_quant_conv(latents))  # (B, channels, h, w)
     return _Hidden(values, num_features=restored_features.shape[1])
 
 
-def _pass_shortcut(level: Any, layouts: Layouts, hidden: _Hidden) -> _Hidden:
+def _bias_without_centring(fit: Fit, means: torch.Tensor) -> torch.Tensor:
+    """Bias with which a convolution that was fitted to centred inputs reads the inputs themselves.
+
+    Without the positions of the kernel, the reason is: w * (input - mean) + bias = w * input + (bias - w * mean).
+
+    Args:
+        fit ([`Fit`]): The fit, with a weight `(targets, channels, 3, 3)`.
+        means (`torch.Tensor` of shape `(channels,)`): Means that were subtracted from the inputs.
+
+    Returns:
+        `torch.Tensor` of shape `(targets,)`: The bias.
+    """
+    weight_of_means = fit.weight.sum((2, 3))  # (targets, channels), because the mean is the same at each position
+    return fit.bias - weight_of_means @ means
+
+
+def _pass_through_blocks(level: Any, layouts: Layouts, hidden: _Hidden) -> _Hidden:
     """Lets the residual blocks of a level pass its features on, and returns their output."""
     shortcut = level.res[0].nin_shortcut
     if shortcut is None:  # the blocks add zeros, and change nothing
@@ -371,17 +399,18 @@ def _fit_upsample(upsample: Any, layouts: Layouts, hidden: _Hidden, target: torc
         border (`int`): Rows and columns at each side of the target that depend on padding.
     """
     convolution = upsample.conv
-    # The convolution has equally many channels in and out, so input and output have the same layout.
+    # The convolution has equally many channels in and out, so input and output have the same layout. It reads features
+    # from the first content channels, and writes the restored ones to the first content channels.
     content_channels = layouts[convolution.out_channels].content
-    channels_of_features = content_channels[: hidden.num_features]
-    features = hidden.values[:, channels_of_features]  # (B, features, h, w)
+    input_channels = content_channels[: hidden.num_features]
+    features = hidden.values[:, input_channels]  # (B, features, h, w)
     enlarged = features.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)  # (B, features, 2 * h, 2 * w)
     restored_features = target[:, : len(content_channels)]  # no more features than channels that can hold them
     fit = regress(enlarged, restored_features, RIDGE, border)
     set_rows(
         convolution,
         output_channels=content_channels,
-        input_channels=content_channels,
+        input_channels=input_channels,
         weight=fit.weight,
         bias=fit.bias,
     )
@@ -393,7 +422,8 @@ def _fit_last_layer(decoder: Any, layouts: Layouts, hidden: _Hidden, pixels: tor
     """Lets the decoder's last convolution restore the pixels.
 
     Before silu, the first content channels hold each of the three colours x of [`colour_components`]: three channels
-    as x, and three as -x. The convolution restores x as silu(x) - silu(-x).
+    as x, and three as -x. For any x, the difference silu(x) - silu(-x) is x. So the pixels are a linear map of the six
+    channels after silu, and a regression finds it.
 
     Args:
         decoder (`nn.Module`): The decoder.
@@ -405,6 +435,7 @@ def _fit_last_layer(decoder: Any, layouts: Layouts, hidden: _Hidden, pixels: tor
     conv_out = decoder.conv_out
     content_channels = layouts[conv_out.in_channels].content
     colour_channels = content_channels[: 2 * len(COLOURS)]
+    # The convolution reads the output of the norm after silu.
     activated = F.silu(decoder.norm_out(hidden.values))  # (B, channels, H, W)
     activated_colours = activated[:, colour_channels]  # (B, 6, H, W)
     fit = regress(activated_colours, pixels, RIDGE, border)
