@@ -99,6 +99,11 @@ class CropCutter:
         self.crops_per_largest_before = np.cumsum(self.crops_per_largest) - self.crops_per_largest
         self.processor = SVQVAEImageProcessor(pixel_range=self.pixel_range)
 
+    def step_of(self, batch: int) -> int:
+        """Number of the step that a batch of the run belongs to."""
+        batches_per_step = self.share.batches
+        return batch // batches_per_step
+
     def num_crops(self, step: int) -> int:
         """Number of crops of a step, of all its batches and all processes."""
         return int(self.crops_per_largest[step]) * self.share.step_size
@@ -107,30 +112,30 @@ class CropCutter:
         """Number of crops of all steps before a step, of all processes."""
         return int(self.crops_per_largest_before[step]) * self.share.step_size
 
-    def cut_batch(self, batch: int, images_for: Callable[[int], Iterator[ImageRow]]) -> CropBatch:
+    def cut_batch(self, batch: int, images_for: Callable[[int, int], Iterator[ImageRow]]) -> CropBatch:
         """Cuts the crops of this process in a batch.
 
-        A step has `share.batches` batches. All crops of a step, of all batches and processes, are numbered from 0. The
-        number of a crop decides, by the seed, whether it is cut from an image of `mixed` or of the training set.
+        All crops of a step, of all its batches and all processes, are numbered from 0. The number of a crop decides,
+        by the seed, whether it is cut from an image of `mixed` or of the training set.
 
         Args:
             batch (`int`): Number of the batch in the run.
-            images_for (`Callable`): Takes the number of a crop. Returns images of the training set without an end: the
-                first one is for the crop, and the others replace it if it is unreadable.
+            images_for (`Callable`): Takes the numbers of a step and of a crop in it. Returns images of the training
+                set without an end: the first one is for the crop, and the others replace it if it is unreadable.
 
         Raises:
             ValueError: If 1000 images in a row are unreadable.
         """
-        step = batch // self.share.batches
+        step = self.step_of(batch)
+        # A step whose side is half of the largest has 4 times as many crops, so that it has as many pixels.
         crops_per_largest = int(self.crops_per_largest[step])
+        crop_numbers = self.share.numbers(batch, factor=crops_per_largest)  # of this process in this batch
         crops: list[_Crop] = []
         skipped: list[tuple[str, str]] = []
-        crop_numbers = self.share.numbers(batch, crops_per_largest)  # of this process in this batch
         for crop_number in crop_numbers:
+            images = images_for(step, crop_number)
             if self._is_of_mixed_set(step, crop_number):
                 images = self._images_of_mixed_set(step, crop_number)
-            else:
-                images = images_for(crop_number)
             crop, skipped_images = self._first_readable_crop(images, step, crop_number)
             crops.append(crop)
             skipped += skipped_images

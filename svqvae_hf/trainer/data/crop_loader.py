@@ -33,25 +33,22 @@ class CropRows(Dataset[CropBatch]):
     cutter: CropCutter
 
     def __getitem__(self, batch: int) -> CropBatch:
-        """Cuts a batch, in any process.
+        """Cuts a batch, in any process."""
+        return self.cutter.cut_batch(batch, self._images_for)
+
+    def _images_for(self, step: int, crop_number: int) -> Iterator[ImageRow]:
+        """Yields the image of a crop, and then images that may replace it, without an end.
 
         The images of all epochs stand in one random order, and each crop takes one position in it. With 4 crops per
         step, step 0 has the positions 0 to 3, and step 1 has the positions 4 to 7. If the image at position 5 is
         unreadable, the one at position 9 replaces it, then the one at 13, and so on.
         """
         cutter = self.cutter
-        step = batch // cutter.share.batches
-        first_position = cutter.num_crops_before(step)
+        position_of_crop = cutter.num_crops_before(step) + crop_number
         crops_of_step = cutter.num_crops(step)
-
-        def images_for(crop_number: int) -> Iterator[ImageRow]:
-            """Yields the image of a crop of the step, and then images that may replace it, without an end."""
-            position_of_crop = first_position + crop_number
-            for position in itertools.count(start=position_of_crop, step=crops_of_step):
-                row = row_at(position, len(self.rows), cutter.seed)
-                yield self.rows[row]
-
-        return cutter.cut_batch(batch, images_for)
+        for position in itertools.count(start=position_of_crop, step=crops_of_step):
+            row = row_at(position, len(self.rows), cutter.seed)
+            yield self.rows[row]
 
 
 class CropLoader(OrderedLoader):
@@ -78,11 +75,13 @@ class CropLoader(OrderedLoader):
 
     def __init__(self, images: ImageSet, cutter: CropCutter, num_workers: int, shuffle_buffer: int = 1000):
         self.images = images
-        self.rows = images.rows
+        self.rows = images.rows  # `None` for a stream, whose images can only be read one after the other
         self.cutter = cutter
         self.num_workers = num_workers
         self.shuffle_buffer = shuffle_buffer
-        self.places = [Place()] * max(1, num_workers)  # of the readers of a stream, one per worker
+        # Each worker is a reader of a stream. Without workers, this process is the only reader.
+        num_readers = max(1, num_workers)
+        self.places = [Place()] * num_readers
         if self.rows is None:
             self._check_shards()
             contents = f"images of {len(images.parts):,} shards"
@@ -120,8 +119,9 @@ class CropLoader(OrderedLoader):
         Raises:
             ValueError: If 1000 images in a row are unreadable.
         """
-        last_batch = self.cutter.num_steps * self.share.batches
-        batches = range(self.batch, last_batch)
+        batches_per_step = self.share.batches
+        num_batches = self.cutter.num_steps * batches_per_step
+        batches = range(self.batch, num_batches)
         if self.rows is None:
             yield from self._batches_of_stream(batches)
         else:

@@ -69,16 +69,17 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
         first_batch = self.batches.start + worker_number
         reader = first_batch % num_readers
         self.place = self.places[reader]
-        remaining_images = self._images_of_reader(reader)  # each image that is taken moves `self.place`
+        unused_images = self._images_of_reader(reader)
 
-        def images_for(crop_number: int) -> Iterator[ImageRow]:
-            """Images that are not used yet. Each crop takes the next one, whatever its number is."""
-            return remaining_images
+        def images_for(step: int, crop_number: int) -> Iterator[ImageRow]:
+            """Returns the images that are not used yet. Each crop takes the next one, whatever its number is."""
+            return unused_images
 
         batches_of_reader = range(first_batch, self.batches.stop, num_readers)
         for batch in batches_of_reader:
             crops = self.cutter.cut_batch(batch, images_for)
-            yield self.place, crops
+            place_after_batch = self.place  # `unused_images` moves it with each image that a crop takes
+            yield place_after_batch, crops
 
     def _images_of_reader(self, reader: int) -> Iterator[ImageRow]:
         """Yields images of a reader of this process from `place` on, without an end, and moves `place`."""
@@ -98,18 +99,27 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
             epoch = self.place.epoch
             order = row_order(len(self.shards), self.cutter.seed, epoch)
             shards_of_reader = [self.shards[shard] for shard in order[reader::num_readers]]
-            unread_images = self._unread(shards_of_reader, start=self.place)
-            for buffer in self._buffers(unread_images):
-                yield from self._shuffled(buffer, reader)
-                # All images of the buffer are used. The next buffer starts after its last image.
-                last_image = buffer[-1]
-                self.place = Place(epoch, shard=last_image.shard, row=last_image.next_row)
-            # A run that resumes at the end of an epoch finds no more images, but its place is behind the last one.
+            yield from self._read_epoch(shards_of_reader, reader)
+            # Each image moves the place. If it still is the start of the epoch, the shards have no images.
             start_of_epoch = Place(epoch)
-            has_no_images = self.place == start_of_epoch
-            if has_no_images:
+            if self.place == start_of_epoch:
                 raise ValueError("Each shard of a stream must hold images, but some hold none. Remove them.")
             self.place = Place(epoch + 1)
+
+    def _read_epoch(self, shards: Sequence[ImagePart], reader: int) -> Iterator[ImageRow]:
+        """Yields images from `place` to the end of its epoch, and moves `place`.
+
+        Args:
+            shards (`Sequence[ImagePart]`): Shards that the reader reads in this epoch.
+            reader (`int`): Number of the reader among the readers of all processes.
+        """
+        epoch = self.place.epoch
+        unread_images = self._unread(shards, start=self.place)
+        for buffer in self._buffers(unread_images):
+            yield from self._shuffled(buffer, reader)
+            # All images of the buffer are used. The next buffer starts after its last image.
+            last_image = buffer[-1]
+            self.place = Place(epoch, shard=last_image.shard, row=last_image.next_row)
 
     def _buffers(self, images: "Iterator[_ReadImage]") -> "Iterator[list[_ReadImage]]":
         """Yields images in lists of `buffer_size`. The last list may be shorter."""
@@ -122,19 +132,22 @@ class CropStream(IterableDataset[tuple[Place, CropBatch]]):
     def _shuffled(self, buffer: "Sequence[_ReadImage]", reader: int) -> Iterator[ImageRow]:
         """Yields the images of a buffer in a random order, without those that were used before a resume.
 
-        The seed depends on where the buffer starts, so a resumed run has the same order.
+        The seed depends on where the buffer starts, so a resumed run has the same order. If a run stops after 30
+        images of a buffer, the resumed run fills the buffer with the same images, shuffles them in the same order, and
+        leaves out the first 30.
 
         Args:
-            buffer (`Sequence[_ReadImage]`): Images from the start of the buffer on, used ones among them.
+            buffer (`Sequence[_ReadImage]`): All images of the buffer, as they are stored, with those used before.
             reader (`int`): Number of the reader among the readers of all processes.
         """
-        epoch, shard, row, used_before_resume = self.place
-        seed = (SHUFFLE, self.cutter.seed, reader, epoch, shard, row)
+        start = self.place
+        seed = (SHUFFLE, self.cutter.seed, reader, start.epoch, start.shard, start.row)
         order = np.random.default_rng(seed).permutation(len(buffer))
-        for num_used in range(used_before_resume, len(buffer)):
-            # The image counts as used before it is yielded, because this function only goes on when the next image is
-            # taken. By then, the place may have been saved together with the batch of this image.
-            self.place = Place(epoch, shard, row, used=num_used + 1)
+        num_used_before_resume = start.used
+        for num_used in range(num_used_before_resume, len(buffer)):
+            # The place moves before the image is yielded, because it is saved together with the batch of this image.
+            # The code after `yield` would run only when the next image is taken, which is too late.
+            self.place = start._replace(used=num_used + 1)
             position = order[num_used]
             yield buffer[position].image
 

@@ -94,23 +94,27 @@ def check_held_out_tokens(held_out: TokenSet, trained: TokenSet, option: str) ->
 
 def _find_shared_key(held_out: TokenSet, trained: TokenSet) -> str | None:
     """Key of an image that both sets hold, or `None`."""
-    rows = trained.load()
+    trained_rows = trained.load()
     held_out_rows = held_out.load()
-    keys = rows.data.column("key")
-    held_out_keys = pc.unique(held_out_rows.data.column("key"))
-    is_shared = pc.is_in(keys, value_set=held_out_keys)  # (rows,)
-    row_numbers = np.flatnonzero(is_shared.to_numpy())  # rows of training whose key the other set has, too
-    if len(row_numbers) == 0:
+    rows_with_shared_keys = _rows_with_keys_of(held_out_rows, trained_rows)
+    if len(rows_with_shared_keys) == 0:
         return None
-    if _are_of_same_files(held_out, trained):  # then a key names the same file in both
-        return keys[int(row_numbers[0])].as_py()
-    # The keys may name different images. Equal images have the same key and the same ids.
+    if _are_of_same_files(held_out, trained):  # then a key names the same file in both sets
+        return rows_with_shared_keys[0]["key"]
+    # In sets of other files, a key that both have may name different images. Equal images have equal ids, too.
     held_out_images = set(_images(held_out_rows, held_out.settings))
-    rows_with_shared_keys = rows.select(row_numbers)
     for image in _images(rows_with_shared_keys, trained.settings):
         if image in held_out_images:
             return image.key
     return None
+
+
+def _rows_with_keys_of(held_out_rows: datasets.Dataset, trained_rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows of the training whose key is also a key of the validation."""
+    held_out_keys = pc.unique(held_out_rows.data.column("key"))
+    is_shared = pc.is_in(trained_rows.data.column("key"), value_set=held_out_keys)  # (rows,)
+    row_numbers = np.flatnonzero(is_shared.to_numpy())
+    return trained_rows.select(row_numbers)
 
 
 def _are_of_same_files(first: TokenSet, second: TokenSet) -> bool:

@@ -99,18 +99,12 @@ class ImageSource:
             batches_per_step (`int`, defaults to 1): Batches of this process in a step.
         """
         options = self.options
-        policy = CropPolicy(
-            sides=sides,
-            center_crop=options.center_crop,
-            random_flip=options.random_flip,
-            resize_range=options.resize_range,
-            synthetic_fraction=self.synthetic_fraction,
-        )
-        # Which crops of each step are those of this process: as the options say, but with another number of batches.
-        share_of_options = Share.of(options, self.accelerator)
-        share = replace(share_of_options, batches=batches_per_step)
+        # The share says which crops of each step this process cuts. It depends on the number of batches in a step, for
+        # which the options have the number of a training step.
+        share_of_training = Share.of(options, self.accelerator)
+        share = replace(share_of_training, batches=batches_per_step)
         cutter = CropCutter(
-            policy=policy,
+            policy=self._policy(sides),
             pixel_range=self.pixel_range,
             share=share,
             num_steps=num_steps,
@@ -120,6 +114,17 @@ class ImageSource:
             mix_fraction=options.mix_fraction,
         )
         return CropLoader(self.images, cutter, options.dataloader_num_workers, options.shuffle_buffer)
+
+    def _policy(self, sides: list[int]) -> CropPolicy:
+        """How crops of some sides are cut, as the options say."""
+        options = self.options
+        return CropPolicy(
+            sides=sides,
+            center_crop=options.center_crop,
+            random_flip=options.random_flip,
+            resize_range=options.resize_range,
+            synthetic_fraction=self.synthetic_fraction,
+        )
 
     def fresh_crops(self, sides: list[int], num_batches: int, step: int = 0) -> Iterator[torch.Tensor]:
         """Yields batches of crops on the device, other than those that the run trains on.

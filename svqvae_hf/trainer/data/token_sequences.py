@@ -218,14 +218,22 @@ class SequenceLoader(OrderedLoader):
 
     def __iter__(self) -> Iterator[TokenBatch]:
         """Yields the remaining batches."""
-        num_batches = self.num_steps * self.share.batches
-        while self.batch < num_batches:
-            step = self.batch // self.share.batches
-            first_position = step * self.share.step_size  # of the samples of the step, in the order of all epochs
-            numbers_in_step = self.share.numbers(self.batch)  # of the samples of this process in the batch
-            rows = []
-            for number in numbers_in_step:
-                row = row_at(first_position + number, self.num_rows, self.seed)
-                rows.append(row)
+        batches_per_step = self.share.batches
+        while self.batch < self.num_steps * batches_per_step:
+            rows = self._rows_of_batch(self.batch)
             self.batch += 1
             yield self.source.batch(rows)
+
+    def _rows_of_batch(self, batch: int) -> list[int]:
+        """Numbers of the rows that this process has in a batch.
+
+        The rows of all epochs stand in one random order, and each sample takes one position in it. With 4 samples per
+        step, step 0 has the positions 0 to 3, and step 1 has the positions 4 to 7.
+        """
+        step = batch // self.share.batches
+        position_of_step = step * self.share.step_size
+        rows = []
+        for number_in_step in self.share.numbers(batch):
+            row = row_at(position_of_step + number_in_step, self.num_rows, self.seed)
+            rows.append(row)
+        return rows
