@@ -183,8 +183,8 @@ class ChatExamples(Dataset):
         """A chat without images, which rewrites captions of random rows into the first captions of these rows.
 
         It has at least as many tokens as the image of `row` has codes, so that it is about as long as other chats.
-        Asked for an image, the model writes the first caption, and then the image. So it must not learn to end its
-        answer after the caption, and the ends of the answers are not learned.
+        The ends of the answers are not learned. An answer of this chat ends after the caption. But when the user asks
+        for an image, the answer must go on after the caption with the image.
         """
         num_codes_of_image = max(ids.numel() for ids in row_tokens(row, self.settings).ids)
         conversation: list[dict[str, str]] = []
@@ -192,13 +192,16 @@ class ChatExamples(Dataset):
         while num_tokens < num_codes_of_image:
             row_number = int(rng.integers(len(self.caption_rows)))
             captions = self.captions_of(self.caption_rows[row_number])
-            turn = chat(question=self.mix.draw_caption(captions, rng), answer=captions[0])
-            conversation += turn
-            for message in turn:
+            question_and_answer = chat(question=self.mix.draw_caption(captions, rng), answer=captions[0])
+            conversation += question_and_answer
+            for message in question_and_answer:
                 num_tokens += len(tokenize(self.processor, message["content"]))
         example = self.chat_example(conversation)
-        end = self.processor.tokenizer.eos_token_id
-        example["labels"] = [IGNORED if label == end else label for label in example["labels"]]
+        end_of_answer = self.processor.tokenizer.eos_token_id
+        labels = example["labels"]
+        for position, label in enumerate(labels):
+            if label == end_of_answer:
+                labels[position] = IGNORED
         return example
 
     def image_text(self, row: dict[str, Any]) -> str:
@@ -217,15 +220,23 @@ class ChatExamples(Dataset):
         if len(tokens) > self.context:
             raise ValueError(f"an image with its caption must fit in {self.context} tokens, but takes {len(tokens)}.")
         labels = [IGNORED] * len(tokens)
-        for number in range(1, len(conversation), 2):  # of each answer
+        for number in range(1, len(conversation), 2):  # every second message is an answer
             before_answer = self.processor.apply_chat_template(conversation[:number], add_generation_prompt=True)
             with_answer = self.processor.apply_chat_template(conversation[: number + 1])
-            # Both are beginnings of the chat. A tokenizer may join their last letters with what follows in the whole
-            # chat, so their last tokens may not be tokens of the chat. The answer starts and stops before these.
-            start = common_start(tokens, tokenize(self.processor, before_answer))
-            stop = common_start(tokens, tokenize(self.processor, with_answer))
+            start = self._count_tokens_of_beginning(tokens, before_answer)
+            stop = self._count_tokens_of_beginning(tokens, with_answer)
             labels[start:stop] = tokens[start:stop]
         return {"input_ids": tokens, "labels": labels}
+
+    def _count_tokens_of_beginning(self, tokens_of_chat: Sequence[int], beginning: str) -> int:
+        """Number of the first tokens of a chat that lie whole in the beginning of its text.
+
+        A token of the chat may contain the last letters of the beginning and the letters after them. If the text of
+        the chat is "a cat.", and the beginning is "a cat", then the tokens "a" and " cat." of the chat differ from the
+        tokens "a" and " cat" of the beginning. Only the first token counts then.
+        """
+        tokens_of_beginning = tokenize(self.processor, beginning)
+        return common_start(tokens_of_chat, tokens_of_beginning)
 
     def check_lengths(self) -> None:
         """Raises unless each caption fits the context together with its image.
@@ -252,7 +263,7 @@ class ChatExamples(Dataset):
         # The chat of the first row has a caption and the codes of an image. Both are taken away.
         row = self.pairs[0]
         caption = self.captions_of(row)[0]
-        conversation = chat(caption, self.image_text(row))
+        conversation = chat(question=caption, answer=self.image_text(row))
         chat_tokens = tokenize(self.processor, self.processor.apply_chat_template(conversation))
         caption_tokens = tokenize(self.processor, caption)
         num_codes = max(ids.numel() for ids in row_tokens(row, self.settings).ids)
@@ -271,23 +282,26 @@ class ChatExamples(Dataset):
             all_captions += captions
         all_counts = [len(ids) for ids in self.processor.tokenizer(all_captions).input_ids]
         lengths = []
-        first = 0  # position of the row's first caption among all captions
+        start = 0  # position of the row's first caption among all captions
         for row_number, captions in zip(row_numbers, captions_of_rows, strict=True):
-            stop = first + len(captions)
-            counts = all_counts[first:stop]
-            first = stop
-            num_written_tokens = counts[0] if self.mix.rewrites else 0  # before the image, in the answer
-            for caption, count in zip(captions, counts, strict=True):
-                lengths.append(CaptionLength(row_number, caption, count + num_written_tokens))
+            stop = start + len(captions)
+            counts = all_counts[start:stop]  # one for each caption of the row
+            start = stop
+            # The chat holds a caption in the question. With `rewrites`, the answer begins with the first caption, too.
+            num_tokens_in_answer = counts[0] if self.mix.rewrites else 0
+            for caption, num_tokens_in_question in zip(captions, counts, strict=True):
+                num_tokens = num_tokens_in_question + num_tokens_in_answer
+                lengths.append(CaptionLength(row_number, caption, num_tokens))
         return lengths
 
     def _check_caption(self, row_number: int, caption: str) -> None:
         """Raises if the chats of a caption and the image of its row are too long."""
         row = self.pairs[row_number]
-        image = self.image_text(row)
+        chat_about_image = chat(question=caption, answer=self.answer(row))  # asks for the image
+        chat_about_caption = chat(question=self.image_text(row), answer=caption)  # asks for the caption
         try:
-            self.chat_example(chat(caption, self.answer(row)))
-            self.chat_example(chat(image, caption))
+            self.chat_example(chat_about_image)  # raises if the chat is too long
+            self.chat_example(chat_about_caption)
         except ValueError as error:
             raise ValueError(
                 f"`{self.token_set}`, row {row_number} (`{row['key']}`), caption {reprlib.repr(caption)}: {error} "
