@@ -120,11 +120,11 @@ class CodebookAverage(nn.Module):
             mean (`Callable`, *optional*): Averages a tensor over all processes; not needed for one process.
         """
         latents = as_codes(quantizer, latents.float())
-        # All latents of the batch have one weight, such that a code with average use, len(ids) / size, weighs 1.
+        # If all codes were used equally, each would have len(ids) / size latents. The weights of so many sum to 1.
         weight_of_latent = quantizer.size / len(ids)
         latent_weights = torch.full((len(ids),), weight_of_latent, device=ids.device)  # (n,)
         weighted_latents = latents * latent_weights[:, None]  # (n, C)
-        # Sums over the latents of each code
+        # For each code, sums over the latents whose id it is
         weights = torch.zeros_like(self.weights).index_add_(0, ids, latent_weights)  # (size,)
         sums = torch.zeros_like(self.sums).index_add_(0, ids, weighted_latents)  # (size, C)
         weights = mean(weights)

@@ -25,9 +25,11 @@ def causal_loss(latents: torch.Tensor, mean: Mean = mean_of_one_process) -> torc
     """Mean logarithm of the squared error of predicting latents from earlier ones in raster order.
 
     Each latent is predicted as a linear combination of the latents to its left and above. The coefficients are those
-    with the least squared error over the whole batch. They are constants for the gradient, which reaches latents as
-    inputs and as targets of the prediction. The bits of an id grow with the logarithm of the squared error, so halving
-    the error counts as much where it is small as where it is large.
+    with the least squared error over the whole batch. No gradient flows through the coefficients. It flows through the
+    latents that are predicted, and through those that predict them.
+
+    The bits of an id grow with the logarithm of the squared error, so halving the error counts as much where it is
+    small as where it is large.
 
     Args:
         latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Latents before quantisation.
@@ -39,7 +41,7 @@ def causal_loss(latents: torch.Tensor, mean: Mean = mean_of_one_process) -> torc
             `1 / codebook_embed_dim`, and the loss is about `-log(codebook_embed_dim)`.
     """
     with torch.autocast(latents.device.type, enabled=False):
-        latents = F.normalize(latents.float(), dim=1)
+        latents = F.normalize(latents.float(), dim=1)  # unit vectors
         neighbours = _neighbours(latents)  # (B, 4 * C, h, w)
         inputs = _flatten(neighbours)  # (B * h * w, 4 * C)
         targets = _flatten(latents)  # (B * h * w, C)
@@ -66,14 +68,17 @@ def _neighbours(latents: torch.Tensor) -> torch.Tensor:
 def _best_coefficients(inputs: torch.Tensor, targets: torch.Tensor, mean: Mean) -> torch.Tensor:
     """Coefficients `(4 * C, C)` that predict targets `(n, C)` from inputs `(n, 4 * C)` with the least squared error.
 
-    They solve (inputs^T inputs) coefficients = inputs^T targets. Both products are means over all processes.
+    A target is a latent, a unit vector, and its inputs are its four earlier neighbours. The coefficients solve
+    (inputs^T inputs) coefficients = inputs^T targets. Both products are means over all processes.
     """
     dim = targets.shape[1]
     inputs_and_targets = torch.cat([inputs, targets], dim=1)  # (n, 5 * C)
     products = mean(inputs.T @ inputs_and_targets / len(inputs))  # (4 * C, 5 * C)
     input_products = products[:, :-dim]  # (4 * C, 4 * C)
     target_products = products[:, -dim:]  # (4 * C, C)
-    input_products.diagonal().add_(RIDGE / dim)  # 1 / dim is the mean square of a value of a unit vector
+    # The squares of the `dim` values of a unit vector sum to 1, so their mean is 1 / dim. The ridge is relative to it.
+    ridge = RIDGE / dim
+    input_products.diagonal().add_(ridge)
     return torch.linalg.solve(input_products, target_products)
 
 

@@ -110,10 +110,10 @@ class CodebookLosses:
     def __call__(self, output: SVQVAEOutput) -> list[Term]:
         """Computes the losses of an output of the model that was quantised."""
         weights_of_scales = fractions_of_latents(output)
-        losses_of_scales = output.losses or []  # for each scale, one value per name
+        losses_of_scales = output.losses or []  # for each scale, a tuple with one value per name
         terms = []
         for index, name in enumerate(self.names):
-            values = [losses[index] for losses in losses_of_scales]
+            values = [losses[index] for losses in losses_of_scales]  # the loss of this name at each scale
             mean_over_latents = weighted_sum(weights_of_scales, values)
             terms.append(Term(name, 1.0, mean_over_latents))
         return terms
@@ -233,14 +233,15 @@ class Objective:
         black, white = self.pixel_range
         full_target = (sample - black) / (white - black)  # (B, 3, H, W) in [0, 1]
         full_height = full_target.shape[-2]
-        total_pixels = sum(pixels_per_image(reconstruction) for reconstruction in output.sample)
+        pixels_of_scales = [pixels_per_image(reconstruction) for reconstruction in output.sample]
+        pixels_of_all_scales = sum(pixels_of_scales)
         pairs = []
-        for reconstruction in output.sample:
+        for reconstruction, num_pixels in zip(output.sample, pixels_of_scales, strict=True):
             height, width = reconstruction.shape[-2:]
             mode = "area" if height < full_height else "bicubic"
             target = resize(full_target, (height, width), mode)  # (B, 3, h, w)
             unit_output = (reconstruction.float() - black) / (white - black)  # (B, 3, h, w), black at 0, white at 1
-            pairs.append(Pair(target, unit_output, pixels_per_image(reconstruction) / total_pixels))
+            pairs.append(Pair(target, unit_output, weight=num_pixels / pixels_of_all_scales))
         return pairs
 
     def __call__(self, pairs: Sequence[Pair], output: SVQVAEOutput, step: int) -> tuple[torch.Tensor, Numbers]:
