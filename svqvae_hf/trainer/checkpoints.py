@@ -241,19 +241,27 @@ def compare_with_checkpoint(checkpoint: Path, recorded: RunIdentity, identity: R
     """
     check_sources(checkpoint, recorded.models, identity.models)
     check_sources(checkpoint, _training_sets(recorded), _training_sets(identity))
-    for name in changed_names(recorded.order, identity.order):
-        check_same(name, recorded.order.get(name), identity.order.get(name))
-    # The options of the checkpoint were read from JSON, without those that do not change the result. A record of this
-    # run has its options in the same form.
+    _check_same_order(recorded, identity)
+    # A checkpoint holds a record of its options, which leaves out those that do not change the result, such as
+    # `output_dir`. The options of this run are compared in the form that such a record gives them.
+    recorded_options = recorded.options
     options = identity.to_record()["options"]
     changes = []
-    for name in changed_names(recorded.options, options):
-        before = recorded.options.get(name)
+    for name in changed_names(recorded_options, options):
+        before = recorded_options.get(name)
         now = options.get(name)
         if name in FIXED_OPTIONS:
             raise ValueError(f"`--{name}` must be {before} as in `{checkpoint}`, got {now}.")
         changes.append(f"Changed on resume: --{name} from {before} to {now}")
     return changes
+
+
+def _check_same_order(recorded: RunIdentity, identity: RunIdentity) -> None:
+    """Raises ValueError if a setting that decides the order of the examples has changed, such as the seed."""
+    recorded_settings = recorded.order
+    settings = identity.order
+    for name in changed_names(recorded_settings, settings):
+        check_same(name, recorded_settings.get(name), settings.get(name))
 
 
 def _training_sets(identity: RunIdentity) -> dict[str, str]:
@@ -299,7 +307,7 @@ def save_checkpoint(
             # Not accelerate's `register_for_checkpointing`, because it loads with `weights_only=False`.
             torch.save(dict(run_state), partial / RUN_STATE)
             write_file(partial / IDENTITY, json.dumps(identity.to_record()).encode())
-        write_checksums(partial)
+        write_checksums(partial)  # waits for the files of all processes; then only the main process writes
     except WRITE_ERRORS as error:
         reason = write_fault(path.parent, error)
         shutil.rmtree(partial, ignore_errors=True)

@@ -181,9 +181,9 @@ class RunOptions:
             if source is None or Path(source).exists():
                 continue
             has_form_of_hub_id = re.fullmatch(REPO_ID, source) is not None
-            names_config = source.endswith(".json")  # "folder/config.json" has this form, too, but is a missing file
-            may_be_on_hub = has_form_of_hub_id and not names_config
-            if not may_be_on_hub:
+            # "folder/config.json" has the form of a Hub id, but it is the path of a file that does not exist.
+            is_missing_file = source.endswith(".json")
+            if is_missing_file or not has_form_of_hub_id:
                 raise ValueError(f"`--{name}` must be a file, folder or Hub id, org/name, but there is no {source!r}.")
 
     def exactly_one_faults(self, name: str, other_name: str) -> Iterator[str]:

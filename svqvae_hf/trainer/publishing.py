@@ -121,15 +121,23 @@ def find_sources(options: Any) -> Origin:
     for option, source in vars(options).items():
         if source is None:
             continue
-        names_frozen_part = option.endswith(MODEL_SUFFIX) and option != CONFIG_OPTION
         if option in SET_OPTIONS:
             sets[_row_name(option)] = source
         elif option in BASE_OPTIONS:
             models[STARTED_FROM] = source
-        elif names_frozen_part:
+        elif _names_frozen_part(option):
             part = option.removesuffix(MODEL_SUFFIX)
             models[_row_name(part)] = source
     return find_origin(models, sets, options.license)
+
+
+def _names_frozen_part(option: str) -> bool:
+    """Whether an option that is not in `BASE_OPTIONS` names a model that becomes a frozen part of the result.
+
+    An example is `text_encoder_name_or_path`. The config of a new model has no weights, so it is not such a part.
+    """
+    names_model = option.endswith(MODEL_SUFFIX)
+    return names_model and option != CONFIG_OPTION
 
 
 def _row_name(option: str) -> str:
@@ -188,10 +196,11 @@ def _check_same_options(output_dir: Path, finished: RunIdentity, identity: RunId
     Models and sets are compared by their digests, so a folder that was moved counts as the same.
     """
     options = identity.to_record()["options"]  # only those that change the result
-    compared_by_digest = identity.models.keys() | identity.sets.keys()
+    # `models` and `sets` hold a digest for each option that names a model or a set.
+    options_with_digest = identity.models.keys() | identity.sets.keys()
     flags = []
     for name in changed_names(finished.options, options):
-        if name not in compared_by_digest:
+        if name not in options_with_digest:
             flags.append(f"--{name} {options.get(name)}")
     if not flags:
         return

@@ -194,7 +194,7 @@ def make_accelerator(options: RunOptions) -> Accelerator:
 
 
 def run_training(train: Callable[[Run[Options]], None], options: Options) -> None:
-    """Calls the training function of a script. After a success, it ends the trackers. At last, it unlocks the folder.
+    """Calls the training function of a script, and ends the trackers after a success. It always unlocks the folder.
 
     Raises:
         SystemExit: If the folder holds the result of this very run.
@@ -204,7 +204,7 @@ def run_training(train: Callable[[Run[Options]], None], options: Options) -> Non
     set_seed(options.seed)
     run = Run(options, accelerator)
     try:
-        train(run)
+        train(run)  # calls `run.identify`, which raises if the folder holds a result
         accelerator.end_training()
     finally:
         run.release()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# A traceback up to its last line, which holds the message: the heading, and all lines that are indented.
 TRACEBACK = r"(?s).*Traceback \(most recent call last\):\n(?: [^\n]*\n)*"
 
 
@@ -56,7 +57,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        message = re.sub(TRACEBACK, "", str(error))  # a loader's process puts its traceback first
+        # The error of a loader's worker process holds the traceback of that process before the message.
+        message = re.sub(TRACEBACK, "", str(error))
         if not message:
             message = repr(error)
         in_one_line = " ".join(message.split())

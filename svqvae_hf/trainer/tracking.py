@@ -49,6 +49,7 @@ class ScaleStatistics:
             pairs (`Sequence[Pair]`): Target and reconstruction at each scale.
             ids (`Sequence[torch.Tensor]`): Ids at each scale; empty if nothing was quantised.
         """
+        # With `by_octave`, a scale of 0.47 counts under 0.5.
         counted_scales = [self._counted_scale(scale) for scale in scales]
         for scale, pair in zip(counted_scales, pairs, strict=True):
             with torch.no_grad():
@@ -63,7 +64,7 @@ class ScaleStatistics:
             self._code_counts[scale] = counts
 
     def _counted_scale(self, scale: float) -> float:
-        """Scale whose statistics a batch of some scale belongs to."""
+        """Scale under which a scale is counted: itself or, with `by_octave`, the nearest power of two."""
         if self.by_octave:
             return 2.0 ** round(math.log2(scale))
         return scale

@@ -102,11 +102,13 @@ class TrainOptions(ImageOptions):
         """Yields an error message for each fault in the options of the discriminator."""
         if not self.adversarial_weight:
             return
-        smallest_side = min([self.resolution, *self.crop_sizes])
+        # The discriminator skips scales that are too small for it, but it needs an image in each step. A step has the
+        # full scale or, with `--scale_probabilities`, only one scale, which may be the smallest.
+        smallest_crop = min([self.resolution, *self.crop_sizes])
+        smallest_side = smallest_crop
         if self.scale_probabilities:
-            # A step may have the smallest scale alone. Scales are factors of the side.
-            smallest_scale = min(self.scales, default=1)
-            smallest_side = int(smallest_side * smallest_scale)
+            smallest_scale = min(self.scales, default=1)  # relative to the side of the crop
+            smallest_side = int(smallest_crop * smallest_scale)
         if smallest_side < MIN_SIDE:
             yield f"The discriminator needs images of at least {MIN_SIDE} pixels, but one has {smallest_side}."
         if self.adversarial_start >= self.max_steps:

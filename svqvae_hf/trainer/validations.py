@@ -62,18 +62,22 @@ class Validations:
         if not self.first:
             self.first = numbers
         if not self.keep_best:
-            self._choose(steps_done, numbers)
+            self._choose(steps_done, numbers)  # the last validation is always the chosen one
             return
         # Without quantisation, reconstructions are better than they can be with it, and say nothing about the result.
+        if was_quantised:
+            self._choose_if_best(steps_done, numbers)
+
+    def _choose_if_best(self, steps_done: int, numbers: Numbers) -> None:
+        """Chooses a validation and copies the weights of the network, if it has the highest score so far."""
         score = total_psnr(numbers)
-        is_best = was_quantised and score > self.score
-        if is_best:
+        if score > self.score:
             self.score = score
             self._choose(steps_done, numbers)
             self.weights = {name: value.cpu().clone() for name, value in self.network.state_dict().items()}
 
     def _choose(self, steps_done: int, numbers: Numbers) -> None:
-        """Remembers a validation as the chosen one."""
+        """Remembers the step and the numbers of a validation as those of the chosen one."""
         self.step = steps_done
         self.chosen = numbers
 
@@ -96,7 +100,8 @@ class Validations:
             ValueError: If the run of the state has validated already, and with other images, other scales or another
                 `--load_best_model_at_end` than this run.
         """
-        has_validated = bool(state["first"])
+        numbers_of_first_validation = state["first"]  # empty if there was no validation
+        has_validated = len(numbers_of_first_validation) > 0
         changed = changed_names(state["measured"], self.measured)
         if has_validated and changed:
             raise ValueError(
