@@ -59,8 +59,8 @@ def principal_components(inputs: Components, max_components: int) -> Components:
     Returns:
         `Components`: Components `(batch, components, h / 2, w / 2)`, by a 2 x 2 convolution of stride 2.
     """
-    # The convolution reads features of unit variance. The components are those of the same features times their
-    # standard deviations, which have the variance that they have in pixels.
+    # The convolution reads `inputs.features`, which have unit variance. The components are found in `scaled_features`,
+    # which are the same features with the variance that they have in pixels.
     input_stds = inputs.stds[:, None, None]  # (channels, 1, 1)
     scaled_features = inputs.features * input_stds  # (B, channels, h, w)
     patches = F.unfold(scaled_features, kernel_size=2, stride=2)  # (B, channels * 4, patches)
