@@ -73,7 +73,11 @@ class ImageSet:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the set: all its files, its columns with their types and classes, and the number of images."""
+        """Digest of all that the rows depend on.
+
+        These are the files, the columns with their types and classes, and the number of images to which [`first`] cut
+        the set.
+        """
         description = [f"images: {self.image_column}", f"first: {self.first_images}"]
         class_names = []
         for column, feature in self.features.items():
@@ -164,8 +168,8 @@ def open_images(
         images = _open_repository(data[0], selection)
     else:
         images = _open_files(data, selection)
-    is_stream = images.rows is None
-    if copy and is_stream:
+    has_random_access = images.rows is not None
+    if copy and not has_random_access:
         images = _copy(images, name=data[0])
     if max_images is not None:
         images = images.first(max_images)
@@ -252,15 +256,18 @@ def _open_repository(name: str, selection: Selection) -> ImageSet:
     """Opens a set on the Hub, or a folder with the files of one."""
     with explained_set(name):
         builder = datasets.load_dataset_builder(name, selection.config)
+        # If the Hub cannot be reached, `datasets` returns a builder of the rows in its cache, without names of files.
         has_only_cached_rows = builder.config.data_files is None
         if has_only_cached_rows:
             raise OSError("the Hub cannot be reached, and the cache has the rows of the set, but not their files")
     splits = [str(split) for split in builder.config.data_files]
     split = choose_split(name, splits, selection.split)
-    root = os.path.abspath(name)  # for a folder; the files of a set on the Hub have URLs, which lie in no folder
+    # Names of files and keys of images are relative to the root, if it is the start of their paths. The files of a
+    # set on the Hub have URLs, which do not start with it.
+    root = os.path.abspath(name)
     files = RepositoryFiles(builder, split, root)
     files.check_order()
-    if files.are_tars:
+    if files.are_tars:  # all others are opened by `datasets`
         return _open_tars(files, selection)
     stream = open_stream(files, name, selection)
     return ImageSet(stream.parts, stream.features, files, stream.image_column, stream.length)

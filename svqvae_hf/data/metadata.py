@@ -64,7 +64,7 @@ def read_metadata(files: Sequence[str], root: str) -> ImageTable:
 
 
 def _add_types_to(features: datasets.Features, schema: pa.Schema, file: str) -> None:
-    """Adds the types of a file's columns. Raises ValueError if a file before has a column of another type.
+    """Adds the types of a file's columns. Raises ValueError if an earlier file has another type for one of them.
 
     A column whose cells are all empty in this file is not added, because another file may tell its type.
     """
@@ -73,7 +73,7 @@ def _add_types_to(features: datasets.Features, schema: pa.Schema, file: str) -> 
             continue
         if column not in features:
             features[column] = feature
-        if features[column] != feature:
+        elif features[column] != feature:
             raise ValueError(
                 f"metadata files of a set must have columns of one type, but `{column}` of `{file}` is {feature}, "
                 f"and {features[column]} before."

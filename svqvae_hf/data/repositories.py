@@ -48,7 +48,8 @@ class StreamPart:
         repository (`str`, *optional*): Repository of the set if it is on the Hub, which its rows may name files of.
         name (`str`): Name of the shard's file.
         number (`int`): Number of the shard.
-        table (`str`, *optional*): Path or URL of the shard's file if it is a Parquet or Arrow file with labels.
+        table (`str`, *optional*): Path or URL of the shard's file if it is a Parquet or Arrow file with labels. Its
+            classes are compared with the classes of the set before it is read.
     """
 
     rows: datasets.IterableDataset
@@ -88,7 +89,7 @@ class StreamPart:
         for index, batch in enumerate(shard.iter(batch_size=1)):
             row = {name: values[0] for name, values in batch.items()}
             image = row.pop(self.image_column)
-            source = confine_row(image, self.repository)
+            source = confine_row(image, self.repository)  # unreadable if it names a file outside the repository
             key = row_key(source, self.root, default=f"{self.number}-{index}")
             yield ImageRow(key, source, values=row, shard=self.name)
 
@@ -123,13 +124,17 @@ class RepositoryFiles:
         return [str(path) for path in self.builder.config.data_files[self.split]]
 
     def inputs(self) -> list[InputIdentity]:
-        """Identity of each file. The version of a file at a URL is the revision of the repository."""
+        """Identity of each file.
+
+        `datasets` tells the revision of the repository, but no version of a single file. So the revision is the
+        version of each file at a URL.
+        """
         files = self.builder.config.data_files[self.split]
-        repository_and_revision = str(files.origin_metadata)  # such as "[('org/set', '52a10e7...'), ...]"
+        revision = str(files.origin_metadata)  # such as "[('org/set', '52a10e7...'), ...]"
         identities = []
         for path in self.paths():
             if is_url(path):
-                identities.append(InputIdentity(path, size=0, version=repository_and_revision))
+                identities.append(InputIdentity(path, size=0, version=revision))
             else:
                 identities.append(file_identity(self.root, SetFile(path)))
         return identities
@@ -195,25 +200,30 @@ def open_stream(files: RepositoryFiles, name: str, selection: Selection) -> Open
         name (`str`): Folder of the set, or its name on the Hub.
         selection ([`Selection`]): The column of the images, by default found by its type, and columns to keep.
     """
-    if files.are_images:
-        _choose_classes(files)  # changes the settings of `files.builder`
-    if files.are_local_tables and not files.has_types:
-        # Otherwise `datasets` takes the types of the first file, in which a column may be empty.
-        files.builder.info.features = read_features(files.paths(), selection)
-    with explained_set(name):
-        rows = files.builder.as_streaming_dataset(files.split)
+    rows = _stream_rows(files, name, selection)
     features_of_set = rows.features
     if features_of_set is None:  # `datasets` knows no column, so that `select_columns` raises
         features_of_set = datasets.Features()
     image_column, column_names = select_columns(features_of_set, selection)
     features = datasets.Features({column: features_of_set[column] for column in column_names})
     length = _known_length(rows, files.split)
-    rows = rows.decode(False)  # otherwise a broken image of a folder on the Hub ends the stream
-    rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    rows = rows.select_columns([image_column, *column_names])
+    undecoded_rows = rows.decode(False)  # otherwise a broken image of a folder on the Hub ends the stream
+    undecoded_rows = undecoded_rows.cast_column(image_column, datasets.Image(decode=False))
+    selected_rows = undecoded_rows.select_columns([image_column, *column_names])
     has_labels = len(column_names) > 0
-    parts = _parts_of_stream(rows, image_column, files, name, has_labels)
+    parts = _parts_of_stream(selected_rows, image_column, files, name, has_labels)
     return OpenedStream(parts, image_column, features, length)
+
+
+def _stream_rows(files: RepositoryFiles, name: str, selection: Selection) -> datasets.IterableDataset:
+    """Rows of a split with all of their columns, after `files.builder` was told their classes and types."""
+    if files.are_images:
+        _choose_classes(files)
+    if files.are_local_tables and not files.has_types:
+        # Otherwise `datasets` takes the types of the first file, in which a column may be empty.
+        files.builder.info.features = read_features(files.paths(), selection)
+    with explained_set(name):
+        return files.builder.as_streaming_dataset(files.split)
 
 
 def _choose_classes(files: RepositoryFiles) -> None:
@@ -222,20 +232,26 @@ def _choose_classes(files: RepositoryFiles) -> None:
     By itself, `datasets` would also take the folders `train` and `test` of two splits for two classes.
     """
     config = files.builder.config
-    is_said_by_readme = config.drop_labels is not None
+    is_said_by_readme = config.drop_labels is not None  # a README may have the line `drop_labels: true`
     if is_said_by_readme:
         return
     splits_with_labels = _splits_with_labels(config.data_files)
-    has_labels = files.split in splits_with_labels
-    config.drop_labels = not has_labels
-    # `datasets` takes the list of classes, and the columns of metadata files, from all splits that are in
-    # `config.data_files`. So a split with labels stays there together with all others that have labels, and all get
-    # one list of classes. A split without labels stays alone.
-    splits_to_open = [files.split]
-    if has_labels:
-        splits_to_open = splits_with_labels
+    if files.split in splits_with_labels:
+        config.drop_labels = False
+        # The splits with labels stay together, so that all get one list of classes.
+        _remove_other_splits(config, splits_with_labels)
+    else:
+        config.drop_labels = True
+        _remove_other_splits(config, [files.split])
+
+
+def _remove_other_splits(config: datasets.BuilderConfig, splits: Sequence[str]) -> None:
+    """Removes all splits but some from the config of a builder.
+
+    `datasets` takes the list of classes, and the columns of metadata files, from all splits in `config.data_files`.
+    """
     data_files = datasets.data_files.DataFilesDict()
-    for split in splits_to_open:
+    for split in splits:
         data_files[split] = config.data_files[split]
     config.data_files = data_files
 
@@ -243,18 +259,18 @@ def _choose_classes(files: RepositoryFiles) -> None:
 def _splits_with_labels(paths_of_splits: Mapping[str, Sequence[str]]) -> list[str]:
     """Splits whose images lie in folders of classes.
 
-    Folders are classes if a split has several of them. A single folder of a split, such as `test/cat`, is a class if
-    it is one of several folders of another split, such as `train/cat` and `train/dog`.
+    A split with several folders has labels: `train/cat` and `train/dog` are the classes `cat` and `dog`. A split with
+    a single folder, such as `test/cat`, has labels only if another split shows that this folder is a class.
     """
-    folders_of_splits = {}
+    folders_by_split = {}
     class_names: set[str] = set()
     for split, paths in paths_of_splits.items():
         folders = _names_of_folders(paths)
-        folders_of_splits[split] = folders
+        folders_by_split[split] = folders
         if len(folders) > 1:
             class_names |= folders
     splits = []
-    for split, folders in folders_of_splits.items():
+    for split, folders in folders_by_split.items():
         has_folders = len(folders) > 0
         if has_folders and folders.issubset(class_names):
             splits.append(split)
@@ -285,8 +301,8 @@ def _parts_of_stream(
 ) -> list[StreamPart]:
     """A part for each shard of a stream.
 
-    A part has the name of its file. If a file has several shards, no part can be told its file, so all have the name
-    of the set.
+    If there are as many shards as files, each shard is a file, and its part has the name of the file. Otherwise the
+    file of a shard is unknown, and all parts have the name of the set.
     """
     paths = files.paths()
     has_file_per_shard = rows.num_shards == len(paths)
@@ -299,7 +315,7 @@ def _parts_of_stream(
             path = paths[number]
             part_name = os.path.basename(path)
             if has_labels and is_table(path):
-                table = path
+                table = path  # so that the part compares the classes of its file with the classes of the set
         parts.append(StreamPart(rows, image_column, files.root, repository, part_name, number, table))
     return parts
 

@@ -149,10 +149,10 @@ def _check_metadata(sets: Sequence[SetFiles]) -> None:
 
 
 def _merge(sets: Sequence[SetFiles]) -> SetFiles:
-    """Joins the files of several names, each once.
+    """Joins the files of several names. A file that several names stand for comes once.
 
-    Two names may stand for one file, which has another folder below each of them: `photos/cats/a.jpg` lies in `cats`
-    below `photos`, and in `.` below `photos/cats`. The first name decides.
+    The folder of such a file depends on the name: `photos/cats/a.jpg` has the folder `cats` as a file of `photos`, and
+    the folder `.` as a file of `photos/cats`. The first name decides.
     """
     folder_of_file: dict[SetFile, str] = {}
     for set_files in sets:
@@ -273,11 +273,11 @@ def _list_url(url: str) -> _Listing:
     folder = None
     with explained(url, "read"):
         file_system, path = _open_file_system(url)
-        has_wildcard = glob.has_magic(path)
-        has_suffix_of_file = kind_of(path) is not None  # such as `.jpg`
-        if has_wildcard and not file_system.exists(path):  # a file may have `[1]` in its name
+        # A file such as `photo[1].jpg` looks like a pattern, but exists.
+        is_pattern = glob.has_magic(path) and not file_system.exists(path)
+        if is_pattern:
             infos = file_system.glob(path, detail=True)
-        elif not has_suffix_of_file and file_system.isdir(path):  # `isdir` makes a request, so the suffix comes first
+        elif _is_folder(file_system, path):
             folder = file_system.unstrip_protocol(path.rstrip("/"))
             infos = file_system.find(path, detail=True)
         else:
@@ -288,6 +288,13 @@ def _list_url(url: str) -> _Listing:
     if not files:
         raise FileNotFoundError(f"no file or folder matches `{url}`.")
     return _Listing(url, None, files)
+
+
+def _is_folder(file_system: fsspec.AbstractFileSystem, path: str) -> bool:
+    """Whether a path is a folder. A path with the suffix of a file, such as `.jpg`, is not, which saves a request."""
+    if kind_of(path) is not None:
+        return False
+    return file_system.isdir(path)
 
 
 def _open_file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -369,7 +376,7 @@ def _images_of_split(listing: _Listing, folder: str, split: str | None) -> SetFi
             metadata=listing.metadata,
         )
     root = f"{folder}/{subfolder}"
-    _check_not_above(root, listing.metadata, folder)
+    _check_no_metadata_above(root, listing.metadata, folder)
     images = _files_below(root, listing.files)
     metadata = _files_below(root, listing.metadata)
     return SetFiles(
@@ -382,7 +389,7 @@ def _images_of_split(listing: _Listing, folder: str, split: str | None) -> SetFi
     )
 
 
-def _check_not_above(split_folder: str, metadata: Sequence[SetFile], folder: str) -> None:
+def _check_no_metadata_above(split_folder: str, metadata: Sequence[SetFile], folder: str) -> None:
     """Raises ValueError if a metadata file lies above the folder of a split."""
     for file in metadata:
         folder_of_metadata = os.path.dirname(file.path)

@@ -133,7 +133,7 @@ def choose_shards(name: str, folder: str, keys: Sequence[str], split: str | None
         split (`str`, *optional*): Split that is asked for.
 
     Returns:
-        `list[str]`: Paths of the shards. Without a word of a split in any of them, all are of the split `train`.
+        `list[str]`: Paths of the shards. If no shard has a word of another split, all are of the split `train`.
 
     Raises:
         ValueError: There is no such split, or a shard belongs to none.
@@ -147,8 +147,8 @@ def choose_shards(name: str, folder: str, keys: Sequence[str], split: str | None
         else:
             keys_of_split[shard_split].append(key)
     splits = sorted(keys_of_split)
-    all_are_of_train = splits in ([], ["train"])
-    if all_are_of_train:
+    has_other_split_than_train = not {"train"}.issuperset(splits)
+    if not has_other_split_than_train:  # then shards without a word are of `train`, too
         check_no_split(name, split)
         return list(keys)
     if keys_without_split:

@@ -73,13 +73,13 @@ class TablePart:
         features_of_file = datasets.Features.from_arrow_schema(schema)
         _check_names(self.path, [self.image_column, *self.features], features_of_file)
         for name, feature in self.features.items():
-            _check_type(self.path, name, features_of_file[name], feature)
+            _check_type(self.path, name, feature_of_file=features_of_file[name], feature_of_set=feature)
 
     def _image_row(self, index: int, row: dict[str, Any]) -> ImageRow:
         """Row of an image, from the row of the file with this index."""
         repository = "" if is_url(self.path) else None  # rows at a URL may name no file of this machine
         image = row.pop(self.image_column)
-        source = confine_row(_source(image), repository)
+        source = confine_row(_source(image), repository)  # unreadable if it names a file that it must not read
         key = row_key(source, self.root, default=f"{self.number}-{index}")
         return ImageRow(key, source, values=row, shard=self.name)
 
@@ -134,10 +134,11 @@ def read_features(paths: Sequence[str], selection: Selection) -> datasets.Featur
             continue
         _check_names(path, [image_column, *column_names], features_of_file)
         for name in column_names:
-            if features[name] == EMPTY:  # in all files so far
+            is_empty_so_far = features[name] == EMPTY
+            if is_empty_so_far:
                 features[name] = features_of_file[name]
             else:
-                _check_type(path, name, features_of_file[name], features[name])
+                _check_type(path, name, feature_of_file=features_of_file[name], feature_of_set=features[name])
     return features
 
 
@@ -154,16 +155,23 @@ def _check_names(path: str, names: Sequence[str], features_of_file: datasets.Fea
             raise ValueError(f"all files of a set must have the column `{name}`, but `{path}` has none.")
 
 
-def _check_type(path: str, column: str, feature_of_file: Any, feature: Any) -> None:
-    """Raises ValueError if a column of a file has another type than in its set, unless it is empty in the file."""
-    both_are_texts = feature_of_file in TEXTS and feature in TEXTS
-    if both_are_texts or feature_of_file in (feature, EMPTY):
+def _check_type(path: str, column: str, feature_of_file: Any, feature_of_set: Any) -> None:
+    """Raises ValueError if a column of a file has another type than in its set, unless it is empty in the file.
+
+    Args:
+        path (`str`): The file, for the error.
+        column (`str`): Name of the column, for the error.
+        feature_of_file: Type of the column in the file, in the classes of `datasets`, such as `Value("string")`.
+        feature_of_set: Type of the column in the set.
+    """
+    both_are_texts = feature_of_file in TEXTS and feature_of_set in TEXTS
+    if both_are_texts or feature_of_file in (feature_of_set, EMPTY):
         return
-    if isinstance(feature, datasets.ClassLabel) or isinstance(feature_of_file, datasets.ClassLabel):
-        raise _other_classes(path, column, feature_of_file, feature)
+    if isinstance(feature_of_set, datasets.ClassLabel) or isinstance(feature_of_file, datasets.ClassLabel):
+        raise _error_of_classes(path, column, feature_of_file, feature_of_set)
     raise ValueError(
         f"all files of a set must have columns of one type, but `{column}` of `{path}` is {feature_of_file!s:.200}, "
-        f"and {feature!s:.200} in the set. Convert it."
+        f"and {feature_of_set!s:.200} in the set. Convert it."
     )
 
 
@@ -180,14 +188,14 @@ def check_classes(path: str, features: datasets.Features) -> None:
     for name, feature in features.items():
         feature_of_file = features_of_file.get(name)
         if isinstance(feature_of_file, datasets.ClassLabel) and feature_of_file != feature:
-            raise _other_classes(path, name, feature_of_file, feature)
+            raise _error_of_classes(path, name, feature_of_file, feature)
 
 
-def _other_classes(path: str, column: str, feature_of_file: Any, feature: Any) -> ValueError:
+def _error_of_classes(path: str, column: str, feature_of_file: Any, feature_of_set: Any) -> ValueError:
     """Error for a file in which a column of classes is not what it is in the set."""
     return ValueError(
         f"all files of a set must have the same classes in the same order, but `{column}` of `{path}` is "
-        f"{feature_of_file!s:.200}, and {feature!s:.200} in the set."
+        f"{feature_of_file!s:.200}, and {feature_of_set!s:.200} in the set."
     )
 
 

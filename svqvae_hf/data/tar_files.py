@@ -125,7 +125,8 @@ class TarPart:
         if len(image_suffixes) != 1:
             return None
         image_suffix = image_suffixes[0]
-        for suffix in [image_suffix, *self.features]:
+        label_suffixes = list(self.features)
+        for suffix in [image_suffix, *label_suffixes]:
             if suffix in sample.repeated:
                 return None
         return image_suffix
@@ -158,10 +159,11 @@ def open_tars(paths: Sequence[str], root: str, selection: Selection) -> list[Tar
     samples = _first_samples(paths)
     suffixes = all_columns([sample.members for sample in samples])
     _check_images(samples, suffixes, selection.image_column)
-    # A set may have few labels, so that the first samples lack one that is asked for.
-    for column in selection.columns:
-        if column in LABEL_COLUMNS and column not in suffixes:
-            suffixes.append(column)
+    # A set may have few labels. So a usual label that is asked for, such as `txt`, may be absent from the first
+    # samples. Any other suffix that is asked for must be among them, otherwise `check_columns` raises.
+    for suffix in selection.columns:
+        if suffix in LABEL_COLUMNS and suffix not in suffixes:
+            suffixes.append(suffix)
     selection.check_columns(suffixes)
     features = datasets.Features()
     for suffix in suffixes:
@@ -181,13 +183,20 @@ def _check_images(samples: Sequence[Sample], suffixes: Sequence[str], image_suff
         if image_suffixes:
             has_image = True
     if not has_image:
-        rule = f"--image-column must be one of {', '.join(suffixes)}"
-        if image_suffix is not None:
-            rule += f", got `{image_suffix}`"
-        raise ValueError(
-            f"{rule}. If the members of a sample do not stand side by side, pack the files again with "
-            "`tar --sort=name`."
-        )
+        raise _no_images_error(suffixes, image_suffix)
+
+
+def _no_images_error(suffixes: Sequence[str], image_suffix: str | None) -> ValueError:
+    """Error for first samples without an image: their images have another suffix, or come later in the file.
+
+    Images come later if the file was packed unsorted, such as first all labels, then all images.
+    """
+    rule = f"--image-column must be one of {', '.join(suffixes)}"
+    if image_suffix is not None:
+        rule += f", got `{image_suffix}`"
+    return ValueError(
+        f"{rule}. If the members of a sample do not stand side by side, pack the files again with `tar --sort=name`."
+    )
 
 
 @dataclass
@@ -205,12 +214,13 @@ class _FileStart:
 
 def _first_samples(paths: Sequence[str]) -> list[Sample]:
     """Reads the first samples of the first file that has any. Raises ValueError if no file has one."""
-    reasons = []
+    reasons = []  # why each file has no samples
     for path in paths:
         start = _read_start(path)
         if start.samples:
             return start.samples
         reasons.append(start.fault or "it is empty")
+    # The error names one file as an example.
     raise ValueError(f"tar files must hold images, but `{paths[0]}` has none: {reasons[0]}.")
 
 
@@ -243,18 +253,17 @@ class _Member(NamedTuple):
 
 def _samples(path: str) -> Iterator[Sample]:
     """Yields the samples of a file. Raises ValueError if the members of one do not stand side by side."""
-    names_of_samples: set[str] = set()
+    earlier_names: set[str] = set()
     with _opened_tar(path) as tar:
         for name, members in groupby(_members(tar), key=attrgetter("sample_name")):
-            is_apart = name in names_of_samples  # other members of this name came before another sample
-            names_of_samples.add(name)
+            if name in earlier_names:  # another sample stands between the members of this name
+                raise ValueError(
+                    f"the members of a sample must stand side by side, but those of `{name}` in `{path}` do not. Pack "
+                    "the file again with `tar --sort=name`."
+                )
+            earlier_names.add(name)
             sample = Sample(name)
             for member in members:
-                if is_apart:
-                    raise ValueError(
-                        f"the members of a sample must stand side by side, but `{name}.{member.suffix}` in `{path}` "
-                        "does not follow the others of its name. Pack the file again with `tar --sort=name`."
-                    )
                 sample.add(member.suffix.lower(), read_member(tar, member.header))
             yield sample
         check_end(tar)
