@@ -138,10 +138,11 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         folder = Path(save_directory)
         title = folder.absolute().name
         place_of_components = str(folder)
-        if isinstance(standalone, str) and standalone:  # `org/name` on the Hub
-            title = standalone
-            place_of_components = standalone
         is_standalone = bool(standalone)
+        names_repository = is_standalone and isinstance(standalone, str)
+        if names_repository:
+            title = str(standalone)  # `org/name` on the Hub
+            place_of_components = title
         if is_standalone:
             write_blocks(self.blocks(), folder, place_of_components)
         card = folder / "README.md"
@@ -191,6 +192,10 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         """
         if class_labels is None and guidance_scale != 1:
             raise ValueError(f"`guidance_scale` = {guidance_scale} needs `class_labels`. Pass them, or leave it at 1.")
+        return self._labels_of_images(class_labels, num_images)
+
+    def _labels_of_images(self, class_labels: Labels | None, num_images: int) -> torch.Tensor:
+        """One label per image, as [`_encode_labels`] returns them, without a check of guidance."""
         labels = encode_labels(class_labels, self.num_classes, self.config["class_names"])  # (labels,)
         if class_labels is None:
             labels = labels.expand(num_images)  # "no class" for each image
@@ -201,7 +206,10 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
     def _call_back(
         self, callback: Callback | None, tensor_inputs: Sequence[str], step: int, size: Any, ids: torch.Tensor
     ) -> torch.Tensor:
-        """Calls `callback_on_step_end`. Returns the ids that it returns, or the sampled ones if it returns none."""
+        """Calls `callback_on_step_end`. Returns the ids that it returns, or the sampled ones if it returns none.
+
+        Where diffusers passes a timestep, the callback gets the size `(height, width)` in ids.
+        """
         if callback is None:
             return ids
         tensors = {}

@@ -125,6 +125,8 @@ class IdSampler:
         """
         columns = self.ids.shape[2]
         row = self.num_sampled_ids // columns
+        # If a logit is NaN or infinity, the highest one of its draw is so, too. Those of a whole row are checked at
+        # once, because each check waits for the GPU.
         highest_logits = []
         for column in range(columns):
             logits = self._next_logits()  # (batch, codes)
@@ -170,6 +172,7 @@ class IdSampler:
         """
         all_guided_ids_are_sampled = self.num_sampled_ids == self.num_guided_ids
         if self.guide is not None and all_guided_ids_are_sampled:
+            # Guidance ends before the model runs, so that it runs without the rows that only guidance needs.
             self._end_guidance()  # sets `guide` to None
         logits = self._logits_of_codes()  # (rows of the model, codes)
         if self.guide is None:

@@ -17,7 +17,8 @@ def encode_labels(class_labels: Labels | None, num_classes: int, class_names: Se
     """Converts classes to labels in int64. Without classes there is one label, `num_classes`, which means no class.
 
     Args:
-        class_labels (`int`, `str` or a list of them, *optional*): Numbers in `[0, num_classes)`, or names.
+        class_labels (`int`, `str` or a list of them, *optional*): Numbers in `[0, num_classes)`, or names. Numbers may
+            also be an array or a tensor.
         num_classes (`int`): Number of classes.
         class_names (`Sequence[str]`, *optional*): Name of each class.
 

@@ -35,8 +35,9 @@ def condition_inputs(
     """
     inputs = {name: values for name, values in captions.items() if values is not None}
     if "prompt_embeds" in inputs:
-        batch, _, _ = inputs["prompt_embeds"].shape
-        labels = labels.new_zeros(batch)  # models with captions have one class
+        num_captions = len(inputs["prompt_embeds"])
+        labels = labels.new_zeros(num_captions)  # models with captions have one class
+    batch = len(labels)
     # The tokens of the model are the codes, then the classes, then the token for no condition.
     condition_tokens = config.codebook_size + labels
     inputs["input_ids"] = condition_tokens[:, None]  # (batch, 1)
@@ -45,7 +46,6 @@ def condition_inputs(
     for name, values in inputs.items():
         inputs[name] = torch.cat([values, values])  # (batch, ...) -> (2 * batch, ...)
     # The second half of the rows gets the token for no condition. In these rows the model ignores `prompt_embeds`.
-    batch = len(labels)
     inputs["input_ids"][batch:] = config.unconditional_token
     return inputs
 

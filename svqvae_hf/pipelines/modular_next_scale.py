@@ -113,7 +113,7 @@ class SampleScalesStep(Step):
         """Sets `ids` to the ids of the last scale."""
         schedule = values.schedule or components.config["schedule"]  # pairs of height and width in ids
         size_of_image = tuple(schedule[-1])
-        sizes = fit_schedule(schedule, size_of_image)
+        sizes = fit_schedule(schedule, size_of_image)  # as tuples; raises unless each scale is larger than the last
         guided = is_guided(components.guider)
         predictor = ScalePredictor(
             components.transformer, components.vqvae, values.labels, values.text, values.pad_token, guided=guided

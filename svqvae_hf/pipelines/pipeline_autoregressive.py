@@ -205,16 +205,21 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         """
         config = self.language_model.config
         rows, columns = self.grid
+        num_ids = rows * columns
         is_guided = guidance_scale != 1
-        guidance = partial(guide, guidance_scale=guidance_scale) if is_guided else None
+        inputs = condition_inputs(config, labels, captions, guided=is_guided)
+        join_logits = None
+        if is_guided:
+            # Joins logits with and without condition: (2 * images, codes) -> (images, codes)
+            join_logits = partial(guide, guidance_scale=guidance_scale)
         return IdSampler(
             self.language_model,
-            condition_inputs(config, labels, captions, guided=is_guided),
+            inputs,
             self.grid,
             codes=range(config.codebook_size),
             sample=sample_ids,
-            guide=guidance,
-            guided_ids=round(guidance_stop * rows * columns),
+            guide=join_logits,
+            guided_ids=round(guidance_stop * num_ids),
         )
 
     def encode_prompt(self, prompt: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:

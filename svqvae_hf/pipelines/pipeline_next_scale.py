@@ -269,9 +269,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         prompts = prompts_of_images(prompt, num_images_to_edit)
         length = self.transformer.config["max_text_length"]
         text = pad_captions(self.tokenizer, prompts, length).to(self._execution_device)
-        # With a guidance scale other than 1, `_encode_labels` would raise without classes. Here captions take their
-        # place, so it is told that nothing is guided.
-        labels = self._encode_labels(class_labels, num_images=len(text), guidance_scale=1)
+        labels = self._labels_of_images(class_labels, num_images=len(text))
         return labels, text
 
     def _image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
@@ -418,7 +416,7 @@ def schedule_of_training(schedule: Sequence[Scale] | None, vqvae: SVQVAE) -> lis
         return default_schedule(max(1, side))
     if not schedule:
         raise ValueError("`schedule` must have at least one scale, got none. Leave it out for ten scales.")
-    last_size = size_of_scale(schedule[-1], SQUARE)
+    last_size = size_of_scale(schedule[-1], size=SQUARE)  # a single number is the side of a square
     return fit_schedule(schedule, last_size)
 
 

@@ -100,16 +100,18 @@ def write_blocks(blocks: type, folder: Path, source: str) -> None:
     path_of_index = folder / PipelineIndex.config_name
     index = read_json_object(path_of_index)
     modular_index: dict[str, Any] = {"_blocks_class_name": blocks.__name__, "_class_name": "ModularPipeline"}
+    # In `model_index.json`, the value of a component is `[library, class]`, and `[None, None]` if the pipeline has no
+    # such component. Any other value belongs to the config of the pipeline.
     for name, value in index.items():
         is_private = name.startswith("_")  # such as `_class_name`
-        is_missing_component = value == [None, None]  # in place of its library and class
+        is_missing_component = value == [None, None]
         if is_private or is_missing_component:
             continue
         is_component = isinstance(value, list) and (folder / name).is_dir()
         if is_component:
             modular_index[name] = _entry_of_component(name, value, source)
         else:
-            modular_index[name] = value  # a value of the pipeline's config, such as `schedule`
+            modular_index[name] = value  # such as `schedule`
     write_json(folder / "modular_config.json", {"auto_map": {"ModularPipelineBlocks": class_of_blocks}})
     write_json(folder / ModularIndex.config_name, modular_index)
     path_of_index.unlink()
@@ -118,10 +120,13 @@ def write_blocks(blocks: type, folder: Path, source: str) -> None:
 def _entry_of_component(name: str, library_and_class: list[str], source: str) -> list[Any]:
     """Entry of a component in a modular index, `[library, class, place]`, as diffusers reads it.
 
-    Library and class are None, because they stand in the place, as its `type_hint`.
+    Library and class are None there, because `place` holds both in its `type_hint`.
     """
     has_code_in_repository = name in MODELS
-    type_hint = AUTO_MODEL if has_code_in_repository else library_and_class
+    if has_code_in_repository:
+        type_hint = AUTO_MODEL  # it finds the class by the code in the repository
+    else:
+        type_hint = library_and_class  # such as `["transformers", "T5EncoderModel"]`
     place = {
         "type_hint": type_hint,
         "pretrained_model_name_or_path": source,

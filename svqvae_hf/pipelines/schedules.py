@@ -30,9 +30,10 @@ def make_schedule(size: Size, steps: int) -> list[Size]:
         raise ValueError(f"`num_inference_steps` must be an integer, got {steps!r}.")
     if not 1 <= steps <= longest:
         raise ValueError(f"`num_inference_steps` must be in [1, {longest}] for {describe([size])} ids, got {steps}.")
-    factor = _largest_factor(longest, steps)  # with which the last side reaches `longest`
+    factor = _largest_factor(longest, steps)  # by this factor, the sides grow to `longest`
     sides = [_rounded_side(side) for side in _grow(factor, steps)]
-    sides[-1] = longest  # which the last side may miss by a rounding error
+    sides[-1] = longest  # a rounding error may have made the last side smaller
+    # `fit_schedule` takes each of them for the longer side of a scale, and adds the other side.
     return fit_schedule(sides, size)
 
 
@@ -139,7 +140,7 @@ def guidance_per_step(guidance_scale: float, mode: str, sizes: Sequence[Size], t
         raise ValueError(f"`guidance_mode` must be one of {', '.join(GUIDANCE_MODES)}, got {mode!r}.")
     if mode == "constant":
         return [guidance_scale] * len(sizes)
-    # From step 0 with guidance 1, this many steps later guidance is `guidance_scale`.
+    # Guidance is 1 at step 0, and `guidance_scale` at step `num_rises`: step 4 of five steps, and step 9 of 20 steps.
     num_rises = min(len(sizes) - 1, RISING_STEPS)
     num_rises = max(1, num_rises)  # a single step never rises, and 0 would be divided by
     rise_per_step = (guidance_scale - 1) / num_rises
