@@ -130,6 +130,8 @@ def read_crops(
         num_workers (`int`): Worker processes; with 0, this process reads.
     """
     images_per_task = WHOLE_PER_TASK if resolution is None else IMAGES_PER_TASK
+    # A batch sampler usually yields lists of numbers, which the loader passes to `__getitem__` of its data set, one by
+    # one. This one yields lists of image rows, which reach the workers the same way.
     tasks = DataLoader(
         _CropReader(crops, resolution),
         batch_sampler=_tasks(images, images_per_task),

@@ -105,8 +105,8 @@ class RowEncoder:
             OSError: An image could not be fetched.
             ValueError: A crop needs more memory than is available.
         """
-        # A crop waits for others of its shape, and its row waits in `rows` for the rows before it. `rows` has the same
-        # dictionary as the crop. So when `_encode_batch` adds the ids to the row of a crop, `rows` has them, too.
+        # A crop waits for others of its shape, and its row waits in `rows` for the rows before it. The row is one
+        # dictionary, which both the crop and `rows` hold: `_add_ids_to_rows` adds its ids through the crop.
         waiting_crops = WaitingCrops()
         rows: deque[dict[str, Any]] = deque()
         for crop in self._crops(images, record, on_image):
@@ -115,11 +115,11 @@ class RowEncoder:
             is_full = crops_of_shape >= self._crops_of_full_batch(crop)
             if is_full:
                 batch = waiting_crops.take(crop.pixels.shape)
-                self._encode_batch(batch)
+                self._add_ids_to_rows(batch)
             elif waiting_crops.num_pixels > WAITING_PIXELS:
-                self._encode_all(waiting_crops)
+                self._add_ids_to_all_rows(waiting_crops)
             yield from self._take_complete(rows)
-        self._encode_all(waiting_crops)
+        self._add_ids_to_all_rows(waiting_crops)
         yield from rows
 
     def _take_complete(self, rows: deque[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -161,15 +161,15 @@ class RowEncoder:
                 yield Crop(pixels, row)
             on_image()
 
-    def _encode_all(self, waiting_crops: WaitingCrops) -> None:
+    def _add_ids_to_all_rows(self, waiting_crops: WaitingCrops) -> None:
         """Encodes all crops that wait, although their batches are not full."""
         for shape in waiting_crops.shapes():
             batch = waiting_crops.take(shape)
-            self._encode_batch(batch)
+            self._add_ids_to_rows(batch)
 
     @torch.inference_mode()
-    def _encode_batch(self, crops: list[Crop]) -> None:
-        """Adds ids to the rows of crops of one size."""
+    def _add_ids_to_rows(self, crops: list[Crop]) -> None:
+        """Encodes crops of one size, and adds the ids to their rows."""
         settings = self.settings
         pixels = torch.stack([crop.pixels for crop in crops])  # (B, 3, height, width), uint8
         tiles = self._tiles(pixels.shape, crops[0].row["key"])

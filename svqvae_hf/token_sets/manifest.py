@@ -174,9 +174,8 @@ class TokenSet:
         entries = parse_json_object(content, f"{self.name}/{SETTINGS_FILE}")
         self.options: dict[str, Any] = entries.get("options", {})
         self.totals: dict[str, int] = entries.get("totals", {})
-        checksum = entries.get(MANIFEST_CHECKSUM)
-        self.files = self._read_manifest(checksum)  # raises if the checksum is missing or wrong
-        self.digest = str(checksum)
+        self.digest = str(entries.get(MANIFEST_CHECKSUM))
+        self.files = self._read_manifest(self.digest)  # raises if the checksum is missing or wrong
 
     @property
     def features(self) -> datasets.Features:
@@ -232,19 +231,19 @@ class TokenSet:
             OSError: The set cannot be reached.
             ValueError: A file is missing, cut or foreign, or was replaced since the copy.
         """
-        self.check_files()
+        self.check_files()  # by their sizes alone
         paths = [self._path(file) for file in self.files]
-        patterns = [_pattern_of(path) for path in paths]
+        patterns = [_pattern_of(path) for path in paths]  # `datasets` takes no paths, but patterns
         with explained_set(self.name, "token"):
             builder = datasets.load_dataset_builder(
                 "parquet", data_files={"train": patterns}, fragment_scan_options=VERIFY_CHECKSUMS
             )
         is_copied = os.path.exists(builder.cache_dir)
         if not is_copied:
-            # `read_file` compares each file with the manifest. A wrong file must not get into the cache, from which
-            # later calls take the rows without reading the files again.
+            # A wrong file must not get into the cache, from which later calls take the rows without reading the files
+            # again. So the checksum of each file is compared with the manifest first.
             for file in self.files:
-                self.read_file(file)
+                self.read_file(file)  # raises if the file has another checksum
         with explained_set(self.name, "token"):
             builder.download_and_prepare()
             rows = builder.as_dataset("train")
@@ -272,7 +271,7 @@ class TokenSet:
             raise ValueError(f"`{path}` must have the settings of the set, but has others. {REMEDY}")
         return table
 
-    def _read_manifest(self, checksum: str | None) -> list[TokenFile]:
+    def _read_manifest(self, checksum: str) -> list[TokenFile]:
         """Reads the files of all parts from the manifest, whose SHA-256 the settings name."""
         path = f"{self.name}/{MANIFEST_FILE}"
         content = read_set_file(self.name, MANIFEST_FILE)
@@ -301,7 +300,7 @@ def load_rows(name: str | os.PathLike) -> datasets.Dataset:
 
 
 def _pattern_of(path: str) -> str:
-    """Pattern that stands for one file, because `datasets` reads names as patterns."""
+    """Pattern that matches one file alone, even if its path has wildcards such as `[` in it."""
     if is_url(path):
         return path.replace("[", "[[]")
     return glob.escape(path)

@@ -33,8 +33,8 @@ SKIPPED_FILE = "skipped.jsonl"
 CARD_FILE = "README.md"
 NUM_IMAGES = "images"  # option that holds their number
 DIGESTS_OF_IMAGES = ("image_set", "image_files")  # options that hold digests of the set and of its files
-RECORD_NAME = re.compile(r"(\d{7})\.json")
-SHARD_NAME = re.compile(DATA + r"/\d{4}-\d{4}/train-(\d{7})-\d{5}\.parquet")
+RECORD_NAME = re.compile(r"(?P<part>\d{7})\.json")
+SHARD_NAME = re.compile(DATA + r"/\d{4}-\d{4}/train-(?P<part>\d{7})-\d{5}\.parquet")
 
 
 def describe_state(out: str | os.PathLike) -> dict[str, str]:
@@ -180,7 +180,7 @@ def _recorded_parts(folder: Folder) -> set[int]:
     for name in folder.names(RECORDS):
         match = RECORD_NAME.fullmatch(name)
         if match is not None:
-            parts.add(int(match[1]))
+            parts.add(int(match["part"]))
     return parts
 
 
@@ -255,12 +255,13 @@ def _write_set_if_finished(
     """Completes a set by the records of its parts. Returns its totals, or `None` if parts are missing."""
     options = settings["options"]
     num_parts = options["parts"]
-    if len(_recorded_parts(folder)) < num_parts:  # so the records need not be read
+    num_recorded = len(_recorded_parts(folder))  # by the names of the records, which takes less time than reading them
+    if num_recorded < num_parts:
         return None
-    records = read_records(folder, options)
+    records = read_records(folder, options)  # without the parts that have lost a file
     if len(records) < num_parts:
-        # Either a part has lost a file. Or another process has just completed the set, so that there are totals now,
-        # and is deleting the records.
+        # If another process has just completed the set, it is deleting the records, and there are totals now. If a
+        # part has lost a file, there are none.
         return read_totals(folder)
     records_in_order = [records[part] for part in range(num_parts)]
     return _write_set_or_read_totals(folder, settings, records_in_order, card)
@@ -348,7 +349,7 @@ def delete_set(folder: Folder) -> None:
     present_names = folder.sizes(DATA)
     for name in present_names:
         match = SHARD_NAME.fullmatch(name)
-        is_shard_of_set = match is not None and int(match[1]) < num_parts
+        is_shard_of_set = match is not None and int(match["part"]) < num_parts
         if is_shard_of_set:
             shards.append(name)
             subfolders.add(os.path.dirname(name))

@@ -55,7 +55,7 @@ class TokenSettings(Encoding):
             raise _out_of_range("model", self.model)
         if len(self.scales) == 0:
             raise _out_of_range("scales", self.scales)
-        if self.crops not in tuple(CROPS):
+        if self.crops not in list(CROPS):  # a damaged file may hold a list, which a dictionary cannot look up
             raise _out_of_range("crops", self.crops)
         if not is_whole(self.crops):
             check_integers({"resolution": self.resolution})
@@ -196,9 +196,12 @@ def row_tokens(
                 f"a row of {height} x {width} pixels has {num_ids} ids at scale {scale:g}, not {ids.size}."
             )
         grids.append(torch.as_tensor(ids).view(shape))  # (h, w)
-    # Settings and tokens are both an `Encoding` with further fields. The tokens get the fields that both share.
-    encoding = {field.name: getattr(settings, field.name) for field in fields(Encoding)}
-    return ImageTokens(grids, height, width, **encoding)
+    return ImageTokens(grids, height, width, **_encoding_of(settings))
+
+
+def _encoding_of(settings: TokenSettings) -> dict[str, Any]:
+    """How the images were encoded: the settings that [`ImageTokens`] have as well, because both are an `Encoding`."""
+    return {field.name: getattr(settings, field.name) for field in fields(Encoding)}
 
 
 def _wrong_columns(row: Mapping[str, Any], id_columns: Sequence[str]) -> ValueError:

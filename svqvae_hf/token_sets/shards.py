@@ -103,36 +103,40 @@ def write_shards(
     metadata[METADATA_KEY.encode()] = settings.to_json().encode()
     schema = features.arrow_schema.with_metadata(metadata)
     groups = _group_rows(rows, settings)
-    # Each turn takes the first group of a file from `groups`. `_write_file` takes the others.
-    for file_number in itertools.count():
-        first_group = next(groups, None)
-        if first_group is None:
-            return
+    for file_number, groups_of_file in enumerate(_groups_of_files(groups)):
         name = shard_name(part, file_number)
         with folder.new_file(name) as path:
-            num_rows, num_ids = _write_file(path, schema, first_group, groups)
+            num_rows, num_ids = _write_file(path, schema, groups_of_file)
             identity = output_identity(path)
         file = TokenFile(name, num_rows, identity.size, identity.checksum)
         yield WrittenFile(file, num_ids)
 
 
-def _write_file(
-    path: Path, schema: pa.Schema, first_group: RowGroup, later_groups: Iterator[RowGroup]
-) -> tuple[int, int]:
-    """Writes a group of rows to a file, and later ones until the file is full. Returns its numbers of rows and ids."""
+def _groups_of_files(groups: Iterator[RowGroup]) -> Iterator[Iterator[RowGroup]]:
+    """Yields an iterator over the groups of each file. It must be consumed before the next one is taken."""
+    for first_group in groups:
+        yield _groups_of_file(first_group, groups)
+
+
+def _groups_of_file(first_group: RowGroup, later_groups: Iterator[RowGroup]) -> Iterator[RowGroup]:
+    """Yields the groups of a file: the first one, and later ones until the file is full."""
     size = 0  # bytes before compression
+    for group in itertools.chain([first_group], later_groups):
+        yield group
+        size += group.size
+        if size >= SHARD_BYTES:
+            return
+
+
+def _write_file(path: Path, schema: pa.Schema, groups: Iterable[RowGroup]) -> tuple[int, int]:
+    """Writes groups of rows to a file. Returns the numbers of its rows and ids."""
     num_rows = 0
     num_ids = 0
-    group: RowGroup | None = first_group
     with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
-        while group is not None:
+        for group in groups:
             writer.write_table(pa.Table.from_pylist(group.rows, schema))
-            size += group.size
             num_rows += len(group.rows)
             num_ids += group.num_ids
-            if size >= SHARD_BYTES:
-                break
-            group = next(later_groups, None)
     return num_rows, num_ids
 
 
@@ -151,7 +155,7 @@ def _group_rows(rows: Iterable[dict[str, Any]], settings: TokenSettings) -> Iter
 
 
 def _size_of(row: dict[str, Any], settings: TokenSettings) -> int:
-    """Bytes of the ids and texts of a row."""
+    """Bytes of the ids and texts of a row. The ids are arrays, or bytes if they are compressed."""
     size = ROW_BYTES
     for name in settings.id_columns:
         size += memoryview(row[name]).nbytes

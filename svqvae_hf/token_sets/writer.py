@@ -314,6 +314,7 @@ def make_part(
         write_record(plan.folder, record)
     except OSError:
         # Another process may have made the same part, completed the set and deleted the temporary files of this one.
+        # Then the part has the record of that process, and `record` only adds to the summary of this run.
         if not is_finished(plan.folder, plan.options, part):
             raise
     return record
