@@ -186,8 +186,8 @@ def _read_weights(path: Path, network: str) -> Mapping[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"The weights of {network} must be a file, but `{path}` is not one.")
     content = load_checkpoint_file(path, source=path)
-    unchecked_weights = top_level_weights(content)
-    entries = select_weights(content, unchecked_weights, source=path)
+    entries = select_weights(content, top_level_weights(content), source=path)  # by name; raises if there are no names
+    # Other values than tensors are not weights. If one of them replaces a weight, the weight is reported as missing.
     weights = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
-    check_tensors(weights, path)
+    check_tensors(weights, path)  # raises for a tensor without data
     return weights

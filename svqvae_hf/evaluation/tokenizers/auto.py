@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, VQModel
 from svqvae_files.file_names import BUNDLED, REPO_ID
 from svqvae_hf.evaluation.tokenizers.diffusers_models import AutoencoderKLTokenizer, SVQVAETokenizer, VQModelTokenizer
 from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
-from svqvae_hf.hub.repositories import from_hub, is_hub_id, public_name
+from svqvae_hf.hub.repositories import from_hub, is_hub_id
 from svqvae_hf.models.image_files import IMAGE_SUFFIXES
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.tokens.context_model import find_context_model
@@ -95,6 +95,7 @@ def class_name(source: str) -> str:
     config = from_hub(SVQVAE.load_config, location.repository, **location.options)
     named_class = None
     if isinstance(config, dict):
+        # diffusers names a class in `_class_name`. transformers names its kind of model, for the error below.
         named_class = config.get("_class_name", config.get("model_type"))
     if isinstance(named_class, str) and named_class in CLASSES:
         return named_class
@@ -126,14 +127,13 @@ def _parts_of_name(source: str) -> tuple[str, ...]:
     A local path is split in its folders. The name of a bundled model and an id on the Hub are a single part, so that
     they stay whole.
     """
-    bundled_name = public_name(source)
-    is_bundled = bundled_name in BUNDLED and Path(source).resolve() == Path(BUNDLED[bundled_name]).resolve()
-    if is_bundled:
-        return (bundled_name,)
+    for bundled_name, bundled_folder in BUNDLED.items():
+        if Path(source).resolve() == Path(bundled_folder).resolve():
+            return (bundled_name,)  # such as ("bundled",)
     is_subfolder_on_hub = "subfolder" in _locate(source).options
     if is_hub_id(source) or is_subfolder_on_hub:
-        return (source,)
-    return Path(source).absolute().parts
+        return (source,)  # such as ("org/repo",) or ("org/repo/vqvae",)
+    return Path(source).absolute().parts  # such as ("/", "home", "me", "model")
 
 
 def _shortest_end(name: tuple[str, ...], names_of_others: Sequence[tuple[str, ...]]) -> str:

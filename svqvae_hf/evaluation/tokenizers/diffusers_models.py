@@ -79,7 +79,7 @@ class VQModelTokenizer:
         config = self.model.config
         code_channels = config.vq_embed_dim or config.latent_channels
         batch, height, width = codes.shape
-        shape = (batch, height, width, code_channels)
+        shape = (batch, height, width, code_channels)  # `get_codebook_entry` moves the channels to the second place
         quantized = self.model.quantize.get_codebook_entry(codes.flatten(), shape)  # (batch, code_channels, h, w)
         latents = self.model.post_quant_conv(quantized)
         if config.norm_type == "spatial":  # the norms of such a decoder also read the quantized latents
