@@ -39,7 +39,11 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _check_options(self, words: Sequence[str]) -> None:
-        """Raises for options that the parser does not have. Like argparse, it takes a unique start for an option."""
+        """Raises for options that the parser does not have.
+
+        argparse also takes the start of an option, such as `--out` for `--output`, so starts pass. If several options
+        have the same start, argparse raises later.
+        """
         options: list[str] = []
         for action in self._actions:
             options += action.option_strings
@@ -48,8 +52,8 @@ class Parser(argparse.ArgumentParser):
             if word == "--":  # all words after it are inputs
                 break
             name = word.partition("=")[0]
-            is_known = any(option.startswith(name) for option in options)
-            if name.startswith("--") and not is_known:
+            is_start_of_option = any(option.startswith(name) for option in options)
+            if name.startswith("--") and not is_start_of_option:
                 faults.append(f"There is no option `{name}`.{nearest(name, options)}")
         if faults:
             self.error(" ".join(faults))
@@ -163,7 +167,13 @@ def image_set_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def forbid_options(args: argparse.Namespace, why: str, *names: str) -> None:
-    """Raises ValueError for an option whose value is not the default."""
+    """Raises ValueError for an option whose value is not the default.
+
+    Args:
+        args (`argparse.Namespace`): Parsed command line.
+        why (`str`): Why the options are not allowed: the words after the name of the option in the error.
+        *names (`str`): Options as attributes of `args`, such as `tile_size`.
+    """
     for name in names:
         if getattr(args, name, None) != args.parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} {why}. Leave it out.")

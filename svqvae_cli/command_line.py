@@ -120,8 +120,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown_words = parser.parse_known_args(argv)
     if unknown_words:
         shown = " ".join(unknown_words)
-        parser_of_command = args.parser  # its error names the help of the command
-        parser_of_command.error(f"unrecognized arguments: {shown}")
+        # `build_parser` sets `parser` to the parser of the command. Its error names the help of the command.
+        args.parser.error(f"unrecognized arguments: {shown}")
     return args
 
 

@@ -103,7 +103,7 @@ def _source_of_set(name: str, folder: OutputFolder) -> Source:
     identity = InputIdentity(name="", size=0, version=digest)
     if Path(name).exists():
         return folder.source(Path(name), identity)
-    return Source(name, identity)
+    return Source(folder=name, input=identity)  # the URL or the name on the Hub, in place of a folder
 
 
 def _text_of_set_file(name: str, file: str) -> str | None:

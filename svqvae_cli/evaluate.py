@@ -254,11 +254,12 @@ def _open_reference(args: argparse.Namespace) -> _Reference:
     from svqvae_hf.data.image_sets import open_images
     from svqvae_hf.evaluation.reference_batch import ReferenceBatch
 
-    set_options = image_set_options(args)  # values by the names of the options, such as `split`
+    options_of_set = image_set_options(args)  # values by the names of the options, such as `split`
     is_reference_batch = len(args.data) == 1 and args.data[0].endswith(REFERENCE_SUFFIX)
-    if not is_reference_batch:
-        images = open_images(args.data, keep_labels=False, results=args.output, **set_options)
-        return _Reference(images, args.resolution, statistics={})
-    forbid_options(args, "is not for a reference batch", "resolution", *set_options.keys())
-    batch = ReferenceBatch(Path(args.data[0]))
-    return _Reference(batch, batch.side, statistics={FID_NETWORK: batch.statistics})
+    if is_reference_batch:
+        forbid_options(args, "is not for a reference batch", "resolution", *options_of_set)
+        batch = ReferenceBatch(Path(args.data[0]))
+        return _Reference(batch, batch.side, statistics={FID_NETWORK: batch.statistics})
+    # `open_images` raises if the results would lie in the set.
+    images = open_images(args.data, keep_labels=False, results=args.output, **options_of_set)
+    return _Reference(images, args.resolution, statistics={})

@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_cli.loading import explain_loading, load_model
     from svqvae_hf.language.extension import extend_language_model
 
-    # The tokenizer is loaded only to raise its error here, which names it. `extend_language_model` loads it again, and
-    # `explain_loading` below names the language model in all errors.
+    # Loads the image tokenizer once for its errors, which name --vqvae here. `extend_language_model` loads it again,
+    # but all errors of that block name LM.
     load_model(args.vqvae, "cpu", "float32")
     with explain_loading(args.lm):
         vocabulary = extend_language_model(args.lm, args.output, args.vqvae, args.grids, args.seed, args.license)

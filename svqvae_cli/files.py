@@ -193,7 +193,7 @@ def check_absent(path: Path) -> None:
 
 
 def check_source(source: str | None, subfolder: bool = False) -> None:
-    """Raises ValueError unless a model can be loaded.
+    """Raises ValueError unless a model is a folder, or its name has the form of a Hub id. Its files are not read.
 
     Args:
         source (`str`, *optional*): Folder or Hub id of the model; `None` for the bundled model.
@@ -230,7 +230,8 @@ def check_trained(source: str | None) -> None:
             f"a model must be the result of a training run, but `{source}` is a checkpoint. Finish the run with "
             f"--resume_from_checkpoint latest, and pass `{folder.parent}`."
         )
-    is_finished = any(folder.glob("*.json"))  # at the end, a run writes its model with a JSON file beside it
+    # A run has its checkpoints in subfolders. The config of its model, a JSON file, lies beside them only at the end.
+    is_finished = any(folder.glob("*.json"))
     if is_finished:
         return
     checkpoints = [path for path in folder.glob("checkpoint-*") if _is_checkpoint(path)]
@@ -262,11 +263,11 @@ def check_tiles(source: str | None, tile_size: int | None) -> None:
     multipliers = read_json_object(config_file).get("encoder_ch_mult")
     if not isinstance(multipliers, list) or not multipliers:  # damaged: an error once the model is loaded
         return
-    f = 2 ** (len(multipliers) - 1)
-    if tile_size < 1 or tile_size % f:
-        next_smaller = tile_size // f * f
-        advice = max(f, next_smaller)
-        raise ValueError(f"--tile-size must be a multiple of {f}, got {tile_size}. Try {advice}.")
+    downsampling = 2 ** (len(multipliers) - 1)  # pixels per id, along each side
+    if tile_size < 1 or tile_size % downsampling:
+        next_smaller = tile_size // downsampling * downsampling
+        advice = max(downsampling, next_smaller)
+        raise ValueError(f"--tile-size must be a multiple of {downsampling}, got {tile_size}. Try {advice}.")
 
 
 def check_data(names: Sequence[str]) -> None:

@@ -122,13 +122,17 @@ def _image_facts(record: Mapping[str, Any], bits_per_scale: Sequence[float]) -> 
 
     height = record["height"]
     width = record["width"]
-    f = record["f"]
-    facts = {"image": f"{width} x {height} pixels (width x height)", "f": f, "tiles": _tiles(record)}
+    downsampling = record["f"]
+    facts = {
+        "image": f"{width} x {height} pixels (width x height)",
+        "f": downsampling,
+        "tiles": _tiles(record["tile_size"], record["overlap"]),
+    }
     is_resized = any(scale != 1 for scale in record["scales"])
     if is_resized:
         facts["scales from"] = record["scale_from"]
     for scale, bits in zip(record["scales"], bits_per_scale, strict=True):
-        rows, columns = grid_shape(height, width, f, scale)
+        rows, columns = grid_shape(height, width, downsampling, scale)
         num_tokens = rows * columns
         rates = f"{bits / num_tokens:.2f} bits/token, {bits / (height * width):.4f} bits/pixel"
         facts[f"scale {scale:g}"] = f"{columns} x {rows} = {num_tokens:,} tokens, {rates}"
@@ -136,18 +140,17 @@ def _image_facts(record: Mapping[str, Any], bits_per_scale: Sequence[float]) -> 
 
 
 def _set_facts(source: str) -> dict[str, Any]:
-    """Facts about a token set in a folder or at a URL. If it is not complete, its parts."""
+    """Facts about a token set in a folder or at a URL: its rows and settings, or its parts if it is not complete."""
     from svqvae_files.folders import Folder
     from svqvae_hf.token_sets.classes import describe_classes
     from svqvae_hf.token_sets.manifest import TokenSet
     from svqvae_hf.token_sets.parts import describe_state, read_totals
 
-    folder = Folder(source)
-    parts = describe_state(source)  # raises if a file is missing, cut or foreign
     facts: dict[str, Any] = {"kind": "token set"}
-    totals = read_totals(folder)
+    facts_about_parts = describe_state(source)  # raises if a file of a complete set is missing, cut or foreign
+    totals = read_totals(Folder(source))
     if totals is None:  # the set is not complete
-        return facts | parts
+        return facts | facts_about_parts
     facts["rows"] = totals.get("rows")
     facts["ids"] = totals.get("ids")
     facts["Parquet files"] = totals.get("files")
@@ -160,17 +163,17 @@ def _set_facts(source: str) -> dict[str, Any]:
     facts["resolution"] = settings.resolution or "of the images"
     facts["scales"] = ", ".join(f"{scale:g}" for scale in settings.scales)
     facts["scales from"] = settings.scale_from
-    facts["f"] = settings.f
-    facts["tiles"] = _tiles(vars(settings))
+    facts["f"] = settings.f  # pixels per id, along each side
+    facts["tiles"] = _tiles(settings.tile_size, settings.overlap)
     facts["codebook"] = _codebook(settings)
     return facts
 
 
-def _tiles(record: Mapping[str, Any]) -> str:
+def _tiles(tile_size: int | None, overlap: int | None) -> str:
     """Tiles that ids were encoded with."""
-    if record["tile_size"] is None:
+    if tile_size is None:
         return "none"
-    return f"{record['tile_size']} pixels, overlap {record['overlap']}"
+    return f"{tile_size} pixels, overlap {overlap}"
 
 
 def _codebook(tokens: Any) -> str:

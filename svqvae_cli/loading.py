@@ -148,10 +148,11 @@ def _merge_adapter(pipeline: Any, adapter: str, base: str) -> None:
     has_language_model = hasattr(pipeline, "language_model")
     if not has_language_model:
         raise ValueError(f"--adapter does not apply to --model, whose class is {class_name}. Leave it out.")
-    # A pipeline has its language model in a subfolder. Otherwise, `base` is the folder of a language model itself.
-    subfolder = ""
-    if class_name in PIPELINES:
+    is_pipeline = class_name in PIPELINES
+    if is_pipeline:
         subfolder = "language_model"
+    else:
+        subfolder = ""  # an `ImageLanguageModel`, whose folder is the one of its language model
     try:
         adapted = load_adapter(pipeline.language_model, adapter, base, subfolder)
     except Exception as error:

@@ -117,11 +117,13 @@ class OutputFolder:
                 "again."
             )
         recorded_source = self._recorded_source(name)
+        is_in_same_folder = recorded_source.folder == source.folder
         is_same_input = recorded_source.input == source.input  # by name, size and version
-        if recorded_source.folder == source.folder:
-            # If this is false, the input has changed since. Or another input in its folder had the same output, such
-            # as `a.png` beside `a.jpg`.
-            return is_same_input
+        if is_in_same_folder and is_same_input:
+            return True
+        if is_in_same_folder:
+            # The input has changed since. Or another input had the same output, such as `a.png` in place of `a.jpg`.
+            return False
         has_moved = is_same_input and self._may_have_moved(recorded_source)
         if has_moved:
             return True
@@ -230,13 +232,14 @@ class OutputFolder:
         because it may have been moved.
 
         Args:
-            outputs_by_source (`Mapping[Source, Sequence[Path]]`): Outputs of each input of this run. An input without
-                outputs cannot be read, so its earlier ones stay.
+            outputs_by_source (`Mapping[Source, Sequence[Path]]`): Outputs of each input of this run. There are none
+                for an input that cannot be read. Its earlier outputs stay.
         """
         current_names = set()
         paths_of_inputs = set()
         for source, outputs in outputs_by_source.items():
-            if outputs:
+            can_be_read = len(outputs) > 0
+            if can_be_read:
                 paths_of_inputs.add(self._path_of(source))
             for output in outputs:
                 current_names.add(self._name(output))
@@ -260,7 +263,7 @@ class OutputFolder:
         for name in self.record.outputs:
             recorded_source = self._recorded_source(name)
             is_same_folder = recorded_source.folder == source.folder
-            is_same_content = recorded_source.input == source.input
+            is_same_content = recorded_source.input.version == source.input.version  # the digest of the content
             if is_same_folder and not is_same_content:
                 outdated.append(name)
         return self._delete(outdated)

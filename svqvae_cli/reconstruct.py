@@ -57,8 +57,8 @@ def _reconstruct(args: argparse.Namespace, work: Run[InputFile]) -> None:
     table = _Table([file.name for file in work.targets], model.config["codebook_size"])
     try:
         for file, original in work.read(load_image):
-            with work.attempt(file, ValueError):
-                with prefix_errors(file.path):
+            with work.attempt(file, ValueError):  # skips the image if a ValueError is raised here
+                with prefix_errors(file.path):  # an error of `choose_tiles` does not name the image by itself
                     tiles = choose_tiles(
                         model, original.height, original.width, args.scales, args.tile_size, args.overlap
                     )

@@ -156,9 +156,10 @@ class Run(Generic[Item]):
         """
         try:
             with self._skipping(item, errors):
-                yield
+                yield  # the block calls `outputs`, which sets the outputs in work, and writes them
                 self._finish()
-        finally:  # also if the block has failed, so that the next block does not finish these outputs
+        finally:
+            # If the block has failed, its outputs are not written, and must not be finished with those of the next.
             self._outputs_in_work = ()
 
     @contextmanager

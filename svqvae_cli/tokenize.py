@@ -130,11 +130,11 @@ def _parts(args: argparse.Namespace, process: Process, num_parts: int) -> Sequen
     return range(process.rank, num_parts, process.world_size)
 
 
-def _scales(args: argparse.Namespace, f: int) -> list[float]:
-    """Scales to encode at. `--sides` states them as sides in ids."""
+def _scales(args: argparse.Namespace, downsampling: int) -> list[float]:
+    """Scales to encode at. `--sides` states them as sides in ids. An id has `downsampling` pixels along each side."""
     if not args.sides:
         return args.scales
-    crop_side = math.ceil(args.resolution / f)  # in ids
+    crop_side = math.ceil(args.resolution / downsampling)  # in ids
     return [side / crop_side for side in args.sides]
 
 
@@ -188,9 +188,11 @@ def _check(args: argparse.Namespace, process: Process) -> None:
     """Raises ValueError for paths and options that are wrong, before anything slow is imported."""
     if args.sides and args.resolution is None:
         raise ValueError("--sides needs square crops of one size. Add --crops centre --resolution PIXELS.")
-    if args.sides and args.scales != [1.0]:
-        raise ValueError("--sides stands for the scales. Leave out --sides or --scales.")
-    if args.resolution is None and not args.crops.startswith("whole"):
+    has_scales = args.scales != [1.0]
+    if args.sides and has_scales:
+        raise ValueError("--sides and --scales both state the scales. Leave out one of them.")
+    are_whole_images = args.crops in ("whole", "whole-flip")
+    if args.resolution is None and not are_whole_images:
         raise ValueError(f"--crops {args.crops} needs --resolution PIXELS.")
     is_one_of_several = process.world_size > 1
     if args.overwrite and is_one_of_several:
@@ -198,8 +200,8 @@ def _check(args: argparse.Namespace, process: Process) -> None:
     check_source(args.model)
     check_tiles(args.model, args.tile_size)
     check_data(args.data)
-    if os.path.isfile(args.output):
-        check_new_folder(Path(args.output))
+    if os.path.isfile(args.output):  # whether a folder can become a token set is checked later
+        check_new_folder(Path(args.output))  # raises for a file
 
 
 @contextmanager
