@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Modules of libraries that read and write files. Some of their errors are no OSErrors.
+# Libraries that read and write files: starts of the names of their modules. Some of their errors are not OSErrors.
 LIBRARIES = ("botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "httpx", "requests", "safetensors")
 
 
@@ -48,9 +48,12 @@ def is_unreachable(error: Exception, is_remote: bool) -> bool:
 def explained(name: str | os.PathLike, done: str) -> Iterator[None]:
     """Makes an `OSError` of one line from the errors of file systems, which are of many types.
 
-    Blocks may be nested. A block that writes a file may read another file in an inner block. The error of the inner
-    block stays as it is, because it names the file that is at fault. But if the inner block writes as well, its file
-    is a temporary one, and the error names the file of the outer block.
+    Blocks may be nested in two ways:
+
+    - A block that writes `out.png` reads `photo.jpg` in an inner block. The error "`photo.jpg` cannot be read" of the
+      inner block stays as it is, because it names the file that is at fault.
+    - A block that writes `out.png` writes a temporary file in an inner block. The error "`.1f2e.tmp` cannot be
+      written" of the inner block becomes "`out.png` cannot be written".
 
     Args:
         name (`str` or `os.PathLike`): Path or URL.
@@ -66,8 +69,8 @@ def explained(name: str | os.PathLike, done: str) -> Iterator[None]:
         is_of_file_system = isinstance(error, OSError) or type(error).__module__.startswith(LIBRARIES)
         if not is_of_file_system:
             raise
-        is_of_other_file = isinstance(error, ExplainedError) and error.done != done
-        if is_of_other_file:
+        is_of_reading_while_writing = isinstance(error, ExplainedError) and error.done != done
+        if is_of_reading_while_writing:  # the first of the two ways
             raise
         reason = _reason(error).removesuffix(".")
         explained_error = os_error(f"`{name}` cannot be {done}: {reason}.", error)

@@ -27,8 +27,8 @@ def hub_reason(error: BaseException) -> str:
         if reason is not None:
             return reason
         hub_has_answered = isinstance(cause, errors.HfHubHTTPError)
-        if hub_has_answered:  # with an error of the server; the causes below it say nothing more
-            break
+        if hub_has_answered:
+            break  # an error of the server has no explanation, and its causes do not explain it either
     return _one_sentence(error)
 
 

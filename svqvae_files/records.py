@@ -181,8 +181,9 @@ class RunRecord:
         """Appends entries to a record whose lines were read, and changes the state by them."""
         lines = [json.dumps(entry).encode() + b"\n" for entry in entries]
         with explained(self.path, "written"):
+            # `_read` has read up to the last whole line. A run that was killed may have written a part of a line.
             has_part_of_line = os.fstat(file.fileno()).st_size > self._bytes_read
-            if has_part_of_line:  # from a run that was killed
+            if has_part_of_line:
                 file.truncate(self._bytes_read)
             _write_all(file, b"".join(lines))
         # The next call of `_read` starts after the lines that were written here.
