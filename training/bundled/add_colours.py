@@ -21,7 +21,7 @@ LEVELS = 13  # values of red, of green and of blue
 SIDE = 64  # pixels of a flat image
 SCALES = (1.0, 0.5, 0.25)  # at which the use of codes is counted
 BATCH = 49
-COUNTED = 200  # images, spread over the set
+COUNTED_IMAGES = 200  # images in which the use of codes is counted, spread over the set
 
 
 def colour_latents(model: SVQVAE, levels: int) -> torch.Tensor:
@@ -53,7 +53,7 @@ def count_uses(model: SVQVAE, rows: list[ImageRow]) -> torch.Tensor:
     processor = SVQVAEImageProcessor()
     num_codes = model.config["codebook_size"]
     counts = torch.zeros(num_codes, dtype=torch.int64)
-    step = max(1, len(rows) // COUNTED)
+    step = max(1, len(rows) // COUNTED_IMAGES)
     for row in tqdm(rows[::step], desc="images"):
         sample = processor(read_image(row))["pixel_values"]
         for ids in model.encode_tokens(sample, scales=SCALES):

@@ -210,7 +210,7 @@ class Artist:
 
     def _cell(self, draw: Draw, side: int, part_of_sheet: Image.Image) -> Image.Image:
         """A page of text, or a smaller drawing on the ground of the sheet or on one of its own."""
-        is_page = draw == self.text
+        is_page = draw == self.text  # bound methods of one object are equal if they are the same method
         if is_page:
             return draw(side)
         drawing_side = round(side * self.random.uniform(0.75, 1))

@@ -73,7 +73,9 @@ def is_sure(name: str, ground: str, votes: int) -> bool:
 
 
 def vote_of_neighbours(number: int, names: list[str], positions: np.ndarray) -> tuple[str, int]:
-    """The word that most of the nearest colours with a colour's word are named after, and how many of them are.
+    """The most frequent word in the names of the nearest colours, and how many of these names have it.
+
+    The words are those of [`colour_word`], such as "green". Colours whose names have no such word do not vote.
 
     Args:
         number (`int`): Number of the colour whose neighbours vote.
@@ -110,7 +112,8 @@ def main() -> None:
     for number, name in enumerate(names):
         names_an_object = not excluded_words.isdisjoint(name.split())
         word, votes = vote_of_neighbours(number, names, positions)
-        if word in GROUNDS and is_sure(name, word, votes) and not names_an_object:
+        is_ground = word in GROUNDS  # the word may also be "brown" or "teal"
+        if is_ground and is_sure(name, word, votes) and not names_an_object:
             names_of_ground[word].append(name)
     out.write_text(json.dumps({"colours": names_of_ground}, indent=0) + "\n", encoding="utf-8")
 

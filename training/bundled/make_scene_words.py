@@ -61,7 +61,7 @@ def example_texts() -> list[str]:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Makes a model with random weights, the last of each block zero, so that it learns faster."""
+    """Makes a model with random weights. The last layer of each block is zero, so that the model learns faster."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=192,

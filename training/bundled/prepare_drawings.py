@@ -28,7 +28,9 @@ from tqdm import tqdm
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
 DRAWINGS = ("openclipart-svg", "fonts-noto-color-emoji")  # public domain; SIL OFL 1.1
-FONTS = {  # SIL OFL 1.1, Apache-2.0, Bitstream Vera's licence, AGPL with an exception for fonts
+# Debian packages with fonts for each part: SIL OFL 1.1, Apache-2.0, Bitstream Vera's licence, AGPL with an exception
+# for fonts. The names of the packages begin with `fonts-`.
+FONTS_OF_PARTS = {
     "train": "lato roboto-unhinted liberation inter ebgaramond montserrat cantarell comic-neue firacode vollkorn "
     "quicksand dancingscript lobster oldstandard urw-base35 jetbrains-mono atkinson-hyperlegible linuxlibertine go "
     "comfortaa bebas-neue",
@@ -36,15 +38,15 @@ FONTS = {  # SIL OFL 1.1, Apache-2.0, Bitstream Vera's licence, AGPL with an exc
     "test": "dejavu-core open-sans crosextra-caladea",
 }
 SYMBOLS = ("Symbols", "D050000L")  # fonts without letters
-SHEETS = {"text": 400, "screens": 240, "charts": 140}  # squares of the training part
+SQUARES = {"text": 400, "screens": 240, "charts": 140}  # of the training part
 HELD_OUT = 48  # images per kind in each of the other parts
 HELD_OUT_EVERY = 20  # of so many groups of drawings that look alike, each held-out part has one
 ALIKE = 14.0  # root mean square difference of thumbnails that look alike, whose values are in [0, 255]
 THUMBNAIL = 8  # side of a thumbnail in pixels
 GROUP_CAP = 6  # drawings that look alike, at most
 FOLDER_CAP = 120  # drawings of a folder of clip art, at most
-SMALL = 128  # side of a drawing in pixels
-LARGE = 256
+SMALL = 128  # side of a drawing in pixels; a square of the training part holds 4 x 4 of them
+LARGE = 256  # side of a drawing in pixels; a square of the training part holds 2 x 2 of them
 EMOJI_SIZE = 109  # the only size of the emoji font
 HELD_OUT_LETTERS = 14  # size in pixels of the letters of a held-out kind
 FIRST_SYMBOL = 0x2000  # code points before it are letters
@@ -129,21 +131,24 @@ class Part:
         self.folder = folder
 
     def draw_train(self) -> None:
-        """Draws the training part: each drawing in two sizes or twice, text, screens and charts."""
+        """Draws the training part: squares with sheets of drawings and of pages of text, screens and charts.
+
+        Clip art is drawn in two sizes. Emoji are drawn twice, beside others.
+        """
         clip_art = self.drawings["clip_art"]
         emoji = self.drawings["emoji"]
         shuffled_emoji = shuffled(emoji, self.artist.random)
-        pages_of_text: list[Draw] = [self.artist.text] * (4 * SHEETS["text"])  # four on a sheet
+        pages_of_text: list[Draw] = [self.artist.text] * (4 * SQUARES["text"])  # four of them are on a sheet
         draw_screen = partial(self.artist.screen, clip_art + emoji)
         self.folder.mkdir(parents=True)
         self._save_squares("clip_art", self._sheets(clip_art, LARGE) + self._sheets(clip_art, SMALL))
         self._save_squares("emoji", self._sheets(emoji, SMALL) + self._sheets(shuffled_emoji, SMALL))
         self._save_squares("text", self._sheets(pages_of_text, LARGE))
-        self._save_squares("screens", [draw_screen] * SHEETS["screens"])
-        self._save_squares("charts", [self.artist.chart] * SHEETS["charts"])
+        self._save_squares("screens", [draw_screen] * SQUARES["screens"])
+        self._save_squares("charts", [self.artist.chart] * SQUARES["charts"])
 
     def _sheets(self, draws: list[Draw], side: int) -> list[Draw]:
-        """Sheets that hold drawings of this side in pixels, without the last drawings that do not fill a sheet."""
+        """Squares that are full of drawings of this side in pixels, without the last drawings that do not fill one."""
         cells_per_sheet = (SQUARE // side) ** 2
         num_sheets = len(draws) // cells_per_sheet
         sheets: list[Draw] = []
@@ -159,7 +164,10 @@ class Part:
             draw(SQUARE).save(self.folder / f"{kind}-{number:04d}.bmp")
 
     def draw_held_out(self) -> None:
-        """Draws a held-out part: each drawing alone on white, text, screens and charts; larger images are fewer."""
+        """Draws a held-out part: `HELD_OUT` drawings of each kind alone on white, text, screens and charts.
+
+        The larger the images of a kind are, the fewer there are.
+        """
         for kind, draws in self.drawings.items():
             draws_on_white: list[Draw] = []
             for draw in draws[:HELD_OUT]:
@@ -167,7 +175,8 @@ class Part:
             self._save(kind, SMALL, draws_on_white)
         draw_screen = partial(self.artist.screen, self.drawings["clip_art"])
         self._save("text", LARGE, [self.artist.text] * (HELD_OUT // 2))
-        self._save(f"text_{HELD_OUT_LETTERS}", SQUARE, [self._draw_black_letters] * (HELD_OUT // 8))
+        kind_of_letters = f"text_{HELD_OUT_LETTERS}"  # by the size of its letters in pixels
+        self._save(kind_of_letters, SQUARE, [self._draw_black_letters] * (HELD_OUT // 8))
         self._save("screens", SQUARE, [draw_screen] * (HELD_OUT // 4))
         self._save("charts", SQUARE, [self.artist.chart] * (HELD_OUT // 4))
 
@@ -271,15 +280,15 @@ def main() -> None:
         drawings = find_drawings(packages_folder, Random(0))
         clip_art_of_part = split_drawings(drawings["clip_art"])
         emoji_of_part = split_drawings(drawings["emoji"])
-        for seed, (name, font_packages) in enumerate(FONTS.items()):
-            fonts = find_fonts(font_packages, Path(temporary, name))
-            drawings_of_part = {"clip_art": clip_art_of_part[name], "emoji": emoji_of_part[name]}
-            if name == "train":
+        for seed, part_name in enumerate(FONTS_OF_PARTS):
+            fonts = find_fonts(FONTS_OF_PARTS[part_name], Path(temporary, part_name))
+            drawings_of_part = {"clip_art": clip_art_of_part[part_name], "emoji": emoji_of_part[part_name]}
+            if part_name == "train":
                 artist = Artist(fonts, photographs, seed)
-                Part(artist, drawings_of_part, incomplete / name).draw_train()
+                Part(artist, drawings_of_part, incomplete / part_name).draw_train()
             else:
                 artist = Artist(fonts, [], seed)  # held-out parts show no photographs
-                Part(artist, drawings_of_part, incomplete / name).draw_held_out()
+                Part(artist, drawings_of_part, incomplete / part_name).draw_held_out()
     incomplete.rename(options.out)
 
 
