@@ -22,7 +22,8 @@ MEASURED_BATCHES = 16  # for the scale of the latents
 @torch.no_grad()
 def set_scaling_factor(vqvae: SVQVAE, images: ImageSource) -> None:
     """Sets the factor that gives latents of the training images a standard deviation of 1, as the noise has."""
-    # Fewer processes accumulate more batches per step, so all processes together measure equally many crops.
+    # A run keeps `processes * gradient_accumulation_steps` when it moves to fewer GPUs. So all processes together
+    # measure the same number of crops there.
     num_batches = MEASURED_BATCHES * images.options.gradient_accumulation_steps  # of each process
     crops = images.fresh_crops([images.options.resolution], num_batches)
     latents = torch.cat([vqvae.encode(sample).latents for sample in crops])  # (n, C, h, w)
@@ -76,14 +77,13 @@ def check_label_names(names: Sequence[str]) -> None:
     for name in names:
         for part in name.split(","):
             part = part.strip()
-            if part not in class_of_part:
-                class_of_part[part] = name
-            first_class = class_of_part[part]
-            if first_class != name:
+            other_class = class_of_part.get(part, name)
+            if other_class != name:
                 raise ValueError(
                     "Names of classes must differ in each part between commas, because `DiTPipeline` finds a class by "
-                    f"any part, but `{first_class}` and `{name}` share `{part}`. Rename one."
+                    f"any part, but `{other_class}` and `{name}` share `{part}`. Rename one."
                 )
+            class_of_part[part] = name
 
 
 def make_denoiser(options: DiffusionOptions, vqvae: SVQVAE) -> DiTTransformer2DModel:

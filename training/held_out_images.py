@@ -88,18 +88,18 @@ class HeldOutReader(Dataset[HeldOutBatch]):
     Args:
         options ([`DiffusionOptions`]): Options.
         held_out ([`HeldOut`]): The images.
-        batches (`list[range]`): Numbers of the images of each batch.
+        numbers_of_batches (`list[range]`): Numbers of the images of each batch.
     """
 
     options: DiffusionOptions
     held_out: HeldOut
-    batches: list[range]
+    numbers_of_batches: list[range]
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.numbers_of_batches)
 
     def __getitem__(self, index: int) -> HeldOutBatch:
-        return read_held_out(self.options, self.held_out, self.batches[index])
+        return read_held_out(self.options, self.held_out, self.numbers_of_batches[index])
 
 
 def load_held_out(options: DiffusionOptions, held_out: HeldOut, accelerator: Accelerator) -> DataLoader[Any]:
@@ -107,11 +107,11 @@ def load_held_out(options: DiffusionOptions, held_out: HeldOut, accelerator: Acc
     # Of two processes, the first one has the images 0, 2, 4 and so on.
     numbers = range(accelerator.process_index, len(held_out.rows), accelerator.num_processes)
     batch_size = options.per_device_train_batch_size
-    batches = []
+    numbers_of_batches = []
     for start in range(0, len(numbers), batch_size):
-        batches.append(numbers[start : start + batch_size])
+        numbers_of_batches.append(numbers[start : start + batch_size])
     return DataLoader(
-        HeldOutReader(options, held_out, batches),
+        HeldOutReader(options, held_out, numbers_of_batches),
         batch_size=None,  # because each item of the reader is a batch
         num_workers=options.dataloader_num_workers,
         generator=torch.Generator(),  # not the global one

@@ -144,11 +144,16 @@ class OptionsOnResume(TrainerCallback):
             self.options_of_groups.append(options)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Restores the options of the optimizer, and sets the best checkpoint, after a checkpoint was loaded."""
+        """Restores the options of the optimizer, and sets the best checkpoint, after a checkpoint was loaded.
+
+        The Trainer loads the optimizer from the checkpoint, with the learning rate and other options of the run that
+        wrote it. The user may have changed them for this run.
+        """
         is_resumed = state.global_step > 0
         if not is_resumed:
             return
-        if self.options_of_groups:  # `remember` was called
+        has_remembered_options = len(self.options_of_groups) > 0  # not with schedules that are no `LambdaLR`
+        if has_remembered_options:
             resume_schedule(kwargs["lr_scheduler"], state.global_step, self.options_of_groups)
         if self.best_checkpoint is not None:
             state.best_model_checkpoint = str(self.best_checkpoint)

@@ -72,11 +72,12 @@ class LanguageRun:
             arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         )
         self.num_examples = arguments.max_steps * self.examples_per_step
-        # The identity holds the arguments as the user gave them.
+        # The identity holds the arguments as the user gave them, so `_adapt_arguments` changes them afterwards.
         self.identity = RunIdentity(
             options=public_values(asdict(options) | arguments.to_dict()),
             models=model_digests(options),
             sets=token_set_digests(options),
+            # The order in which the run reads its examples depends on these two.
             order={"seed": arguments.seed, SAMPLES_PER_STEP: self.examples_per_step},
         )
         refuse_finished(self.output_dir, self.identity)
@@ -108,7 +109,8 @@ class LanguageRun:
             self._check_resumable(self.checkpoint)
             if self.arguments.load_best_model_at_end:
                 self.best_checkpoint = find_best_checkpoint(self.checkpoint)
-            self.arguments.eval_on_start = False  # the run that wrote the checkpoint has validated its start
+            # The run that wrote the checkpoint has validated before its first step. A resumed run skips that.
+            self.arguments.eval_on_start = False
 
     def _find_checkpoint(self) -> Path | None:
         """Finds the checkpoint from which the run resumes; `None` for a new run."""
@@ -213,7 +215,7 @@ class LanguageRun:
         result_folder = save(trained_folder)
 
         def move_result(folder: Path) -> None:
-            """Copies the result to an empty folder. Then deletes the folder of the weights, in which it lies."""
+            """Moves the result to an empty folder. `trained_folder` is the result, or has the result in it."""
             shutil.copytree(result_folder, folder, dirs_exist_ok=True)
             shutil.rmtree(trained_folder)
 
@@ -221,7 +223,7 @@ class LanguageRun:
         rows |= trainer.last_numbers()
         card = make_card(self.result, rows)
         delete_partial_checkpoints(self.output_dir)
-        self.result.publish(move_result, card)
+        self.result.publish(move_result, card)  # calls `move_result` with the folder in which it publishes
 
 
 def run_language_training(
@@ -267,7 +269,8 @@ class LanguageModelTrainer(Trainer):
         self.loss = loss
         self.replaced_fraction = replaced_fraction
         self.encode = encode
-        self.on_resume = OptionsOnResume(best_checkpoint)  # replaces what a checkpoint of a resumed run brings
+        # A checkpoint brings options of the optimizer and the path of the best checkpoint. A resumed run has its own.
+        self.on_resume = OptionsOnResume(best_checkpoint)
         self.add_callback(self.on_resume)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> LRScheduler:
@@ -287,19 +290,21 @@ class LanguageModelTrainer(Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def replace_some_ids(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Replaces some ids of images by ids from random places of the batch.
+        """Replaces some ids of images in tokens `(batch, length)` by ids from random places of the batch.
 
-        A model that has read only true ids follows its own mistakes when it draws. Each row of the batch has its own
-        random fraction of replaced ids, up to `replaced_fraction`.
+        If a model has only read true ids in training, one wrong id misleads it when it draws. So here it reads wrong
+        ids, too. Each row of the batch has its own random fraction of replaced ids, up to `replaced_fraction`.
         """
         codes = self.loss.codes
-        is_code = (tokens >= codes.start) & (tokens < codes.stop)  # (batch, length)
+        is_code = (tokens >= codes.start) & (tokens < codes.stop)  # (batch, length); the other tokens are text
         fractions = self.replaced_fraction * torch.rand(len(tokens), 1, device=tokens.device)  # (batch, 1)
         is_chosen = torch.rand(tokens.shape, device=tokens.device) < fractions  # (batch, length)
+        # Ids change their places with each other, and text stays where it is.
         ids = tokens[is_code]  # (ids,)
         order = torch.randperm(len(ids), device=tokens.device)
         shuffled_tokens = tokens.clone()
         shuffled_tokens[is_code] = ids[order]
+        # Text may be chosen as well as ids, but is the same in `shuffled_tokens`.
         return torch.where(is_chosen, shuffled_tokens, tokens)
 
     def log(self, logs: dict[str, float], *args: Any) -> None:

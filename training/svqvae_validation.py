@@ -147,19 +147,21 @@ def measure(
     skips_quantizer = not quantises_after(steps_done, run.options)
     codebook_size = objective.codebook.weight.shape[0]
     statistics = ScaleStatistics(codebook_size, by_octave=False)  # each scale by itself
-    ids_of_batches: list[list[torch.Tensor]] = []  # for each batch, a list of the ids (B, h, w) of each scale
+    ids_of_batches: list[list[torch.Tensor]] = []  # a list per batch, with the ids (B, h, w) of each scale in it
     shown: list[Pair] = []
     for batch in validation_set.batches:
         sample = batch.to(run.accelerator.device)  # (B, 3, side, side)
         output = weights.model(sample, scales, scale_from="latents", force_not_quantize=skips_quantizer)
         pairs = [clamp(pair) for pair in objective.pairs(sample, output)]
-        ids_of_scales = output.ids or []  # empty if nothing was quantised
+        ids_of_scales: list[torch.Tensor] = []
+        if output.ids is not None:  # the model has quantised
+            ids_of_scales = list(output.ids)
         statistics.add(scales, pairs, ids_of_scales)
         ids_of_batches.append(ids_of_scales)
         if not shown:
             shown = [pair.first(SHOWN_IMAGES) for pair in pairs]
     numbers = statistics.summary(run.accelerator.reduce)
-    all_ids = join_by_scale(ids_of_batches)  # (n,)
+    all_ids = join_by_scale(ids_of_batches)  # one tensor (n,)
     return Measured(numbers, all_ids, shown)
 
 

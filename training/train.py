@@ -6,6 +6,7 @@ With several GPUs: `accelerate launch training/train.py ...`.
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
+from typing import cast
 
 import torch
 from accelerate.logging import get_logger
@@ -182,7 +183,8 @@ class Adversary:
         self.objective = objective
         self.discriminator = discriminator
         num_steps = run.options.max_steps - run.options.adversarial_start
-        # In spite of its name, `run.train` trains nothing yet: it makes the optimizer. `update` trains.
+        # `run.train` trains nothing yet. It returns the weights of the discriminator with their optimizer, which
+        # `update` trains.
         self.weights = run.train(
             discriminator, DISCRIMINATOR_LEARNING_RATE, num_steps=num_steps, decayed_ndim=KERNEL_NDIM, use_ema=False
         )
@@ -239,7 +241,7 @@ class Codes:
         codebook = self.quantizer.embedding.weight
         broadcast(codebook.data)  # sums of floats may differ in their last bits between processes
         all_ids = torch.arange(len(codebook), device=codebook.device)
-        self._forget_past(all_ids)
+        self._restart_averages(all_ids)
 
     def follow_average(self, output: SVQVAEOutput) -> None:
         """Moves each code to the moving average of its latents, with `--codebook_decay`."""
@@ -248,7 +250,7 @@ class Codes:
             return
         ids = ids_of_all_scales(output)  # (n,)
         latents_of_scales = []
-        for scale_latents in output.latents or []:  # not None, because the model has quantised
+        for scale_latents in cast(list[torch.Tensor], output.latents):  # not None, because the model has quantised
             latents_of_scales.append(flatten_latents(scale_latents.detach()))
         latents = torch.cat(latents_of_scales)  # (n, codebook_embed_dim)
         mean_over_processes = partial(self.accelerator.reduce, reduction="mean")
@@ -282,7 +284,7 @@ class Codes:
         replaced_ids = self.dead_code_reset.reset(
             self.quantizer, fresh_latents, limit=latents_per_batch, seed=self.options.seed, step=step
         )
-        self._forget_past(replaced_ids)
+        self._restart_averages(replaced_ids)
         num_replaced = torch.tensor(float(len(replaced_ids)), device=self.accelerator.device)
         return {"reset_codes": num_replaced}
 
@@ -310,17 +312,17 @@ class Codes:
         self.vqvae.train()
         return torch.cat(all_latents)
 
-    def _forget_past(self, replaced_ids: torch.Tensor) -> None:
-        """Lets replaced codes start anew: their moving averages, their EMA, and the optimizer's moments of them."""
+    def _restart_averages(self, replaced_ids: torch.Tensor) -> None:
+        """Starts all averages of replaced codes anew: of their latents, of their weights, and of their gradients."""
         self.codebook_average.restart(self.quantizer, replaced_ids)
         codebook = self.quantizer.embedding.weight
         forget_codes(self.vqvae, codebook, replaced_ids, self.weights.optimizer, self.weights.ema)
 
 
 def ids_of_all_scales(output: SVQVAEOutput) -> torch.Tensor:
-    """Ids `(n,)` of all scales of a batch."""
-    ids = [scale_ids.flatten() for scale_ids in output.ids or []]
-    return torch.cat(ids)
+    """Ids `(n,)` of all scales of a batch that was quantised."""
+    ids_of_scales = cast(list[torch.Tensor], output.ids)  # not None, because the batch was quantised
+    return torch.cat([ids.flatten() for ids in ids_of_scales])
 
 
 def make_card(options: TrainOptions, result: Result, vqvae: SVQVAE, rows: dict[str, str]) -> str:

@@ -58,7 +58,7 @@ class ContextNetwork(nn.Module):
     rank 305 is member 5 of group 3. `order` holds the id at each rank, and `rank` the rank of each id.
 
     Args:
-        codes (`torch.Tensor` of shape `(codes, dim)`): Codebook, at unit length.
+        codes (`torch.Tensor` of shape `(codes, dim)`): Codebook, with numbers in [-1, 1].
         counts (`torch.Tensor` of shape `(codes,)`): Occurrences of each id, for the initial frequencies.
         hidden (`int`): Width of both hidden layers.
         features (`int`): Width of the layer before the members of a group.
@@ -77,12 +77,16 @@ class ContextNetwork(nn.Module):
         integer_codes = (codes * LIMIT).round()  # integers in [-LIMIT, LIMIT] for numbers in [-1, 1]
         self.register_buffer("codes", integer_codes)
         self.register_buffer("order", order)
-        self.register_buffer("rank", order.argsort())
+        self.register_buffer("rank", order.argsort())  # the inverse of the permutation `order`
+        # Two hidden layers
         self.weight_1 = random_weight(num_inputs(dim), hidden)
         self.weight_2 = random_weight(hidden, hidden)
+        # Logits of the groups
         self.weight_group = random_weight(hidden, num_groups)
+        # The features from which the logits of the members are made
         self.weight_member = random_weight(hidden, features)
-        # Projects codes to the features at random, so that similar codes start with similar weights.
+        # Logits of the members. Codes are projected to the features at random, so that similar codes start with
+        # similar weights.
         projection = torch.randn(dim, features)
         self.weight_code = nn.Parameter(0.25 * codes[order] @ projection)  # (codes, features)
         self.bias_1 = nn.Parameter(torch.zeros(hidden))
@@ -91,21 +95,21 @@ class ContextNetwork(nn.Module):
         # With the logarithms of frequencies as logits, a softmax returns the frequencies. So before training, the
         # biases alone predict how often each group occurs, and each code in its group.
         frequencies = group_frequencies(counts[order], self.group_size)
-        self.bias_group = nn.Parameter(frequencies.of_groups.log())
-        self.bias_code = nn.Parameter(frequencies.within_groups.log())
+        self.bias_group = nn.Parameter(frequencies.of_groups.log())  # (groups,)
+        self.bias_code = nn.Parameter(frequencies.within_groups.log())  # (codes,)
 
     def forward(self, inputs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Bits of ids `(n,)` given their inputs `(n, inputs)`, which [`context`] makes."""
         rank = self.rank[ids]  # (n,)
         group = rank // self.group_size  # number of the group
         member = rank % self.group_size  # number within the group
-        group_logits, member_logits = self.logits(inputs, group)  # integers, in units of 1 / `NAT` nats
+        group_logits, member_logits = self.logits(inputs, group)
         group_nats = F.cross_entropy(group_logits / NAT, group, reduction="none")  # (n,)
         member_nats = F.cross_entropy(member_logits / NAT, member, reduction="none")  # (n,)
         return (group_nats + member_nats) / math.log(2)  # from nats to bits
 
     def logits(self, inputs: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integer logits of ids.
+        """Logits of ids as integers: a logit of 1.0 is the integer `NAT`.
 
         Args:
             inputs (`torch.Tensor` of shape `(n, inputs)`): Inputs of the ids.
@@ -131,7 +135,7 @@ class ContextNetwork(nn.Module):
         weight = self.integer_weight("weight_code")  # (codes, features), group by group
         bias = self.integer_bias("bias_code")  # (codes,)
         num_codes = len(bias)
-        num_groups, _ = self.bias_member.shape  # (groups, features)
+        num_groups = len(self.bias_group)
         # The last group may have fewer members than the others. Members that are never predicted fill it up.
         num_missing = num_groups * self.group_size - num_codes
         missing_weight = weight.new_zeros(num_missing, weight.shape[1])
@@ -218,7 +222,8 @@ def linear_by_group(
 ) -> torch.Tensor:
     """Applies to the features of each id the linear layer of its group.
 
-    All ids of a group are multiplied by its weight together, which is much faster than a weight per id.
+    The features are first sorted in a table with a row per group. So one product multiplies all ids of a group by its
+    weight, which is much faster than a product per id.
 
     Args:
         features (`torch.Tensor` of shape `(n, features)`): Features of the ids.
@@ -230,13 +235,13 @@ def linear_by_group(
         `torch.Tensor` of shape `(n, members)`.
     """
     num_groups = len(weight)
-    position = number_within_group(group, num_groups)  # (n,): 0 for the first id of a group, 1 for the second
-    max_ids = int(position.max()) + 1  # ids of the group that has the most
-    # The features of an id go to the place `[group, position]`. The places that a group does not need stay zeros.
-    zeros = features.new_zeros(num_groups, max_ids, features.shape[1])
-    features_by_group = zeros.index_put((group, position), features)  # (groups, max_ids, features)
-    outputs = features_by_group @ weight.transpose(1, 2) + bias[:, None]  # (groups, max_ids, members)
-    return outputs[group, position]  # (n, members)
+    column = number_within_group(group, num_groups)  # (n,): 0 for the first id of a group, 1 for the second
+    num_columns = int(column.max()) + 1  # as many as the largest group has ids
+    # Table with the features of each id at `[group, column]`. Places without an id stay zeros.
+    empty_table = features.new_zeros(num_groups, num_columns, features.shape[1])
+    table = empty_table.index_put((group, column), features)  # (groups, columns, features)
+    outputs = table @ weight.transpose(1, 2) + bias[:, None]  # (groups, columns, members)
+    return outputs[group, column]  # (n, members)
 
 
 def number_within_group(group: torch.Tensor, num_groups: int) -> torch.Tensor:
@@ -408,6 +413,7 @@ def make_network(options: argparse.Namespace, model: SVQVAE, pyramids: list[Pyra
     """Network for the codes of a model, whose initial frequencies are counted at the finest scale."""
     torch.manual_seed(options.seed)
     codes = model.quantize.embedding.table().detach().float()
+    # The network reads the codes of neighbours as integers, for which all numbers must lie in [-1, 1].
     if model.config["codebook_l2_norm"]:
         codes = F.normalize(codes, dim=1)
     else:

@@ -63,15 +63,15 @@ class LanguageModelOptions(LanguageRunOptions):
         """Yields an error message for each source of examples that is missing, or that no example comes from."""
         uses_chats = self.text_fraction < 1
         uses_texts = self.text_fraction > 0
-        given = f"be given with `--text_fraction` {self.text_fraction:g}. Change one of them."
+        fraction = f"`--text_fraction` {self.text_fraction:g}"
         if uses_chats and not self.token_set:
-            yield f"`--token_set` must {given}"
+            yield f"`--token_set` must be given with {fraction}. Change one of them."
         if self.token_set and not uses_chats:
-            yield f"`--token_set` must not {given}"
+            yield f"`--token_set` must not be given with {fraction}. Change one of them."
         if uses_texts and not self.text_files:
-            yield f"`--text_files` must {given}"
+            yield f"`--text_files` must be given with {fraction}. Change one of them."
         if self.text_files and not uses_texts:
-            yield f"`--text_files` must not {given}"
+            yield f"`--text_files` must not be given with {fraction}. Change one of them."
 
     def mix(self, seed: int) -> Mix:
         """Fractions of all kinds of examples in training, with the seed of all draws."""
@@ -94,10 +94,10 @@ def train(options: LanguageModelOptions, run: LanguageRun) -> None:
     """Trains a language model and saves it, or its LoRA adapter, in the output folder."""
     base = str(options.model_name_or_path)
     model, processor = load_language_model(options)
-    record_rewriting(model, processor, options)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    examples = open_examples(options, processor, context, run)
-    held_out = open_held_out(options, processor, context, run)
+    set_rewriting(model, processor, options)
+    context_length = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)  # in tokens
+    examples = open_examples(options, processor, context_length, run)
+    held_out = open_held_out(options, processor, context_length, run)
     vocabulary = processor.vocabulary
     code_tokens = range(vocabulary.first_token, vocabulary.begin)  # the begin of an image follows the last code
     collate: Any = DataCollatorForSeq2Seq(processor.tokenizer)
@@ -134,14 +134,14 @@ def load_language_model(options: LanguageModelOptions) -> tuple[PreTrainedModel,
     return model, processor
 
 
-def record_rewriting(model: PreTrainedModel, processor: SVQVAEProcessor, options: LanguageModelOptions) -> None:
-    """Records in the generation config whether the model writes a caption before each image.
+def set_rewriting(model: PreTrainedModel, processor: SVQVAEProcessor, options: LanguageModelOptions) -> None:
+    """Sets in the model's generation config whether it writes a caption of its own before each image.
 
     Raises:
         ValueError: An adapter would have to change the generation config, which belongs to its base.
     """
     rewrites = options.rewrite_fraction > 0
-    base_rewrites = ImageChats(model, processor).rewrites
+    base_rewrites = ImageChats(model, processor).rewrites  # as the generation config says before training
     if rewrites == base_rewrites:
         return
     if options.lora_rank:
@@ -152,7 +152,9 @@ def record_rewriting(model: PreTrainedModel, processor: SVQVAEProcessor, options
             "`--lora_rank`."
         )
     values = model.generation_config.to_diff_dict()  # only the values that differ from the defaults
-    values.pop("_from_model_config", None)  # with this mark, a config would not keep `generation_kwargs`
+    # A generation config with this mark, which transformers sets, keeps no values that transformers does not know.
+    # `generation_kwargs` is one of these.
+    values.pop("_from_model_config", None)
     if values.get("generation_kwargs") is None:
         values["generation_kwargs"] = {}
     values["generation_kwargs"][REWRITES] = rewrites
@@ -160,24 +162,24 @@ def record_rewriting(model: PreTrainedModel, processor: SVQVAEProcessor, options
 
 
 def open_examples(
-    options: LanguageModelOptions, processor: SVQVAEProcessor, context: int, run: LanguageRun
+    options: LanguageModelOptions, processor: SVQVAEProcessor, context_length: int, run: LanguageRun
 ) -> ChatExamples:
     """Opens the examples of the run: chats about the token set, and texts."""
     examples = ChatExamples(
         processor=processor,
-        context=context,
+        context=context_length,
         count=run.num_examples,
         mix=options.mix(run.arguments.seed),
         token_set=options.token_set,
         caption_column=options.caption_column or CAPTION_COLUMN,
-        texts=read_texts(options.text_files, processor, context),
+        texts=read_texts(options.text_files, processor, context_length),
     )
     examples.check_lengths()
     return examples
 
 
 def open_held_out(
-    options: LanguageModelOptions, processor: SVQVAEProcessor, context: int, run: LanguageRun
+    options: LanguageModelOptions, processor: SVQVAEProcessor, context_length: int, run: LanguageRun
 ) -> ChatExamples | None:
     """Opens the examples of the validation, if there is one: a chat about each row, and no caption is dropped.
 
@@ -189,7 +191,7 @@ def open_held_out(
     mix_of_training = options.mix(run.arguments.seed)
     held_out = ChatExamples(
         processor=processor,
-        context=context,
+        context=context_length,
         count=None,
         mix=replace(mix_of_training, condition_dropout=0.0, text_fraction=0.0),
         token_set=options.validation_token_set,

@@ -280,10 +280,10 @@ def sample_call(options: DiffusionOptions, pipeline: DiTPipeline) -> dict[str, A
     if options.label_column is None:
         # Guidance needs a class, so a scale of 1 turns it off.
         return {"class_labels": [NO_CLASS] * count, "guidance_scale": 1.0, "num_inference_steps": steps}
-    num_classes = len(pipeline.config.id2label)  # 0 if the classes have no names
+    num_named_classes = len(pipeline.config.id2label)
     labels = list(range(count))
-    if num_classes:
-        labels = [label % num_classes for label in labels]
+    if num_named_classes > 0:  # otherwise the number of classes is not known
+        labels = [label % num_named_classes for label in labels]
     return {"class_labels": labels, "num_inference_steps": steps}
 
 

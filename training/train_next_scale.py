@@ -336,8 +336,9 @@ def trained_schedule(grids: Sequence[Size], steps: int) -> list[Size]:
 def draw_schedule(sizes: Sequence[Size], schedule: Sequence[Size], generator: torch.Generator) -> list[Size]:
     """Draws scales as FlexVAR does, with at most as many ids as the pipeline's schedule.
 
-    First, some scales between the first ones and the last are dropped at random. Then, scales are dropped from the
-    finest ones, often the last one, until there are few enough ids.
+    1. As many scales are drawn as the pipeline's schedule has. The first ones and the last are always among them.
+    2. Some of the scales between them are dropped.
+    3. Scales are dropped from the finest ones, often the last one, until there are few enough ids.
 
     Args:
         sizes (list of `(height, width)`): All scales, from coarse to fine.
@@ -347,10 +348,11 @@ def draw_schedule(sizes: Sequence[Size], schedule: Sequence[Size], generator: to
     sizes = list(dict.fromkeys(sizes))  # without repetition
     first_sizes = sizes[:NUM_FIRST]
     last_size = sizes[-1]
-    inner_sizes = _draw_inner(sizes, len(schedule), generator)  # some of the others
+    inner_sizes = _draw_inner(sizes, len(schedule), generator)
     chosen = [*first_sizes, *inner_sizes, last_size]
     drawn = [size for size in sizes if size in chosen]  # from coarse to fine
-    for _ in range(_draw_num_dropped(generator)):
+    num_dropped = _draw_num_dropped(generator)
+    for _ in range(num_dropped):
         inner_positions = range(NUM_FIRST, len(drawn) - 1)  # without the first ones and the last
         if inner_positions:
             _drop_one(drawn, inner_positions, generator)
