@@ -48,12 +48,9 @@ def is_unreachable(error: Exception, is_remote: bool) -> bool:
 def explained(name: str | os.PathLike, done: str) -> Iterator[None]:
     """Makes an `OSError` of one line from the errors of file systems, which are of many types.
 
-    Blocks may be nested in two ways:
-
-    - A block that writes `out.png` reads `photo.jpg` in an inner block. The error "`photo.jpg` cannot be read" of the
-      inner block stays as it is, because it names the file that is at fault.
-    - A block that writes `out.png` writes a temporary file in an inner block. The error "`.1f2e.tmp` cannot be
-      written" of the inner block becomes "`out.png` cannot be written".
+    Blocks may be nested. A block that writes `out.png` may read `photo.jpg` in an inner block. The error "`photo.jpg`
+    cannot be read" stays as it is, because it names the file at fault. Or both blocks write, the inner one a temporary
+    file. The error "`.1f2e.tmp` cannot be written" becomes "`out.png` cannot be written".
 
     Args:
         name (`str` or `os.PathLike`): Path or URL.
@@ -69,8 +66,8 @@ def explained(name: str | os.PathLike, done: str) -> Iterator[None]:
         is_of_file_system = isinstance(error, OSError) or type(error).__module__.startswith(LIBRARIES)
         if not is_of_file_system:
             raise
-        is_of_reading_while_writing = isinstance(error, ExplainedError) and error.done != done
-        if is_of_reading_while_writing:  # the first of the two ways
+        names_file_at_fault = isinstance(error, ExplainedError) and error.done != done
+        if names_file_at_fault:
             raise
         reason = _reason(error).removesuffix(".")
         explained_error = os_error(f"`{name}` cannot be {done}: {reason}.", error)

@@ -134,8 +134,7 @@ def read_features(paths: Sequence[str], selection: Selection) -> datasets.Featur
             continue
         _check_names(path, [image_column, *column_names], features_of_file)
         for name in column_names:
-            is_empty_so_far = features[name] == EMPTY
-            if is_empty_so_far:
+            if features[name] == EMPTY:  # in all files before this one
                 features[name] = features_of_file[name]
             else:
                 _check_type(path, name, feature_of_file=features_of_file[name], feature_of_set=features[name])

@@ -206,19 +206,14 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         config = self.language_model.config
         rows, columns = self.grid
         num_ids = rows * columns
-        is_guided = guidance_scale != 1
-        inputs = condition_inputs(config, labels, captions, guided=is_guided)
-        join_logits = None
-        if is_guided:
-            # Joins logits with and without condition: (2 * images, codes) -> (images, codes)
-            join_logits = partial(guide, guidance_scale=guidance_scale)
+        has_guidance = guidance_scale != 1
         return IdSampler(
             self.language_model,
-            inputs,
-            self.grid,
+            inputs=condition_inputs(config, labels, captions, guided=has_guidance),
+            grid=self.grid,
             codes=range(config.codebook_size),
             sample=sample_ids,
-            guide=join_logits,
+            guide=_make_guide(guidance_scale),
             guided_ids=round(guidance_stop * num_ids),
         )
 
@@ -281,6 +276,16 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         if prompt_attention_mask is not None:
             captions["prompt_attention_mask"] = prompt_attention_mask.to(self._execution_device)
         return captions
+
+
+def _make_guide(guidance_scale: float) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Makes the function that joins logits `(2 * images, codes)`, with and without condition, to `(images, codes)`.
+
+    None for a guidance scale of 1, for which there are only logits with a condition.
+    """
+    if guidance_scale == 1:
+        return None
+    return partial(guide, guidance_scale=guidance_scale)
 
 
 def check_text_encoder(text_encoder: T5EncoderModel, caption_dim: int | None) -> None:
