@@ -63,7 +63,8 @@ def _is_number(value: Any) -> bool:
 def _describe_range(least: float, above: float, most: float) -> str:
     """Words for a range, such as `in [0, 1]`, `at least 1` or `above 0`.
 
-    The range includes `least`, and excludes `above`. At most one of them is finite.
+    The range includes `least` and `most`, and excludes `above`. A bound that the range does not have is infinite. A
+    range has at most one of the lower bounds `least` and `above`.
     """
     if least > -math.inf and most < math.inf:
         return f"in [{least:g}, {most:g}]"
@@ -221,7 +222,8 @@ def _warn_outside_range(sample: torch.Tensor, pixel_range: Sequence[float]) -> N
     """Warns if values are far outside `pixel_range`, or if they look like images in [0, 1] and it reaches below 0."""
     black, _ = pixel_range
     lowest, highest = sample.aminmax()
-    if not _fits_range(lowest, highest, pixel_range):
+    is_far_outside = not _lies_in_or_near(lowest, highest, pixel_range)
+    if is_far_outside:
         advice = _advise_range(lowest, highest, pixel_range)
         warnings.warn(
             f"`sample` has values far outside {tuple(pixel_range)} (`pixel_range`), so its ids will be wrong. "
@@ -239,7 +241,7 @@ def _warn_outside_range(sample: torch.Tensor, pixel_range: Sequence[float]) -> N
         )
 
 
-def _fits_range(lowest: torch.Tensor, highest: torch.Tensor, bounds: Sequence[float]) -> bool:
+def _lies_in_or_near(lowest: torch.Tensor, highest: torch.Tensor, bounds: Sequence[float]) -> bool:
     """Whether values from `lowest` to `highest` lie in a range, or overshoot it a little. NaN never does."""
     low, high = bounds
     tolerance = RANGE_TOLERANCE * (high - low)
@@ -253,7 +255,7 @@ def _advise_range(lowest: torch.Tensor, highest: torch.Tensor, pixel_range: Sequ
     for usual_range in USUAL_RANGES:
         _, high = usual_range
         fills_range = highest > high / 2
-        if fills_range and _fits_range(lowest, highest, usual_range):
+        if fills_range and _lies_in_or_near(lowest, highest, usual_range):
             return f"load the model with the range of your images: `from_pretrained(..., pixel_range={usual_range})`"
     return f"scale them to {tuple(pixel_range)}"
 
@@ -382,27 +384,33 @@ def check_scale_from(scale_from: str) -> None:
     check_choice("scale_from", scale_from, SCALE_SOURCES)
 
 
-def check_tiles(f: int, tile_size: int, overlap: int | None) -> None:
-    """Raises ValueError if a tile or its overlap, both in pixels, does not fit latents of `f` pixels."""
+def check_tiles(downsampling: int, tile_size: int, overlap: int | None) -> None:
+    """Raises ValueError if a tile or its overlap does not fit the latents of a model.
+
+    Args:
+        downsampling (`int`): Pixels per latent along each side: `f` of the model.
+        tile_size (`int`): Side of a tile in pixels.
+        overlap (`int`, *optional*): Overlap of a tile in pixels. Not checked by default.
+    """
     _check_pixels("tile_size", tile_size)
-    if tile_size % f != 0 or tile_size < f:
-        nearest_latents = max(1, round(tile_size / f))
+    if tile_size % downsampling != 0 or tile_size < downsampling:
+        nearest_latents = max(1, round(tile_size / downsampling))
         raise ValueError(
-            f"`tile_size` must be a positive multiple of f = {f}, got {tile_size}. The nearest is "
-            f"{nearest_latents * f}."
+            f"`tile_size` must be a positive multiple of f = {downsampling}, got {tile_size}. The nearest is "
+            f"{nearest_latents * downsampling}."
         )
     if overlap is None:
         return
     _check_pixels("overlap", overlap)
-    tile_latents = tile_size // f
+    tile_latents = tile_size // downsampling
     most_latents = (tile_latents - 1) // 2  # of an overlap, which must be less than half of a tile
-    is_in_range = 0 <= overlap <= most_latents * f
-    if overlap % f != 0 or not is_in_range:
-        rounded_latents = max(0, round(overlap / f))
+    is_in_range = 0 <= overlap <= most_latents * downsampling
+    if overlap % downsampling != 0 or not is_in_range:
+        rounded_latents = max(0, round(overlap / downsampling))
         nearest_latents = min(rounded_latents, most_latents)
         raise ValueError(
-            f"`overlap` must be a multiple of f = {f} and less than half of `tile_size` = {tile_size}, got {overlap}. "
-            f"The nearest is {nearest_latents * f}."
+            f"`overlap` must be a multiple of f = {downsampling} and less than half of `tile_size` = {tile_size}, got "
+            f"{overlap}. The nearest is {nearest_latents * downsampling}."
         )
 
 

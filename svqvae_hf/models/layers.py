@@ -121,11 +121,14 @@ class TileContext:
 
     def core_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Crops features of any resolution to the core of the tile."""
-        rows, columns = self._core_in(hidden)
-        return hidden[..., rows, columns]
+        core = self._core_in(hidden)
+        return hidden[..., core.rows, core.columns]
 
     def crop(self, hidden: torch.Tensor, margin: int) -> tuple[torch.Tensor, Self]:
         """Crops the features of a window to a smaller window: the core and at most `margin` positions around it.
+
+        For example, a window has 8 rows, and its core is the rows `3:5`. With a margin of 1, the rows `2:6` are kept.
+        Counted from the first of these, the core is the rows `1:3`.
 
         A compiled graph does not crop, because it needs the same size for every tile.
 
@@ -134,17 +137,15 @@ class TileContext:
         """
         if torch.compiler.is_compiling():
             return hidden, self
-        rows, columns = self._core_in(hidden)
-        # Both are in positions of `hidden`.
-        core = Area(rows, columns)
+        core = self._core_in(hidden)
         smaller_window = core.widened(margin, hidden.shape[-2:])
         cropped = hidden[..., smaller_window.rows, smaller_window.columns]
         core_in_smaller_window = core.within(smaller_window)
         context = replace(self, size=smaller_window.size, core=core_in_smaller_window)
         return fast_layout(cropped), context
 
-    def _core_in(self, hidden: torch.Tensor) -> tuple[slice, slice]:
-        """Rows and columns of the core in features `(..., h, w)` of the window, which may have another resolution."""
+    def _core_in(self, hidden: torch.Tensor) -> Area:
+        """The core, in positions of features `(..., h, w)` of the window, which may have another resolution."""
         latent_height, latent_width = self.size
         height, width = hidden.shape[-2:]
         core = self.core  # in latents
@@ -152,7 +153,7 @@ class TileContext:
         bottom = core.rows.stop * height // latent_height
         left = core.columns.start * width // latent_width
         right = core.columns.stop * width // latent_width
-        return slice(top, bottom), slice(left, right)
+        return Area(slice(top, bottom), slice(left, right))
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +180,7 @@ class WindowSample(TileContext):
         self.attended[attention] = attention.keys_and_values(self.core_of(normed), self.images)  # type: ignore[operator]
         return self.attended[attention]
 
-    def tile(self, window: torch.Tensor, core: Area, input_stride: int) -> TileContext:
+    def context_of_tile(self, window: torch.Tensor, core: Area, input_stride: int) -> TileContext:
         """Context of one tile, which is cut on the sides that its core does not reach.
 
         Args:
@@ -266,16 +267,26 @@ class GroupNorm(nn.GroupNorm):
         bias = self.bias.to(mean.dtype)
         images = len(mean)
         if images == 1 and not torch.is_grad_enabled():
-            # With one image, each channel has one mean and one variance, as in batch normalisation. The kernel of
-            # batch normalisation computes all of the lines below at once, but without a gradient for the moments.
-            return F.batch_norm(hidden, mean[0], variance[0], weight, bias, eps=self.eps)
+            # All windows are of one image, so each channel has one mean and one variance. This is what batch
+            # normalisation in evaluation computes with. Its kernel is faster than the lines below, and gives the same
+            # result, but no gradient for the moments.
+            return F.batch_norm(
+                hidden,
+                running_mean=mean[0],
+                running_var=variance[0],
+                weight=weight,
+                bias=bias,
+                training=False,
+                eps=self.eps,
+            )
         scale = weight * torch.rsqrt(variance + self.eps)  # (images, channels)
-        shift = bias - mean * scale
-        scale = scale[:, None, :, None, None]  # (images, 1, channels, 1, 1)
-        shift = shift[:, None, :, None, None]
+        shift = bias - mean * scale  # (images, channels)
         by_image = hidden.unflatten(0, (images, -1))  # (images, windows, channels, h, w)
+        # The axes of length 1 stand for the windows, the rows and the columns.
+        scale = scale[:, None, :, None, None]  # (images, 1, channels, 1, 1)
+        shift = shift[:, None, :, None, None]  # (images, 1, channels, 1, 1)
         normed = by_image * scale + shift
-        return normed.flatten(0, 1).to(hidden.dtype)
+        return normed.flatten(0, 1).to(hidden.dtype)  # (images * windows, channels, h, w)
 
 
 def pad_edges(hidden: torch.Tensor, shared: TileContext | None, before: int = 1) -> torch.Tensor:
@@ -334,8 +345,9 @@ class Conv3x3(nn.Conv2d):
 class RepeatConv2d(nn.Conv2d):
     """Nearest-neighbour upsampling by 2, then a 3 x 3 convolution with padding 1, in 4 / 9 of the arithmetic.
 
-    Under the 3 x 3 kernel lie only four different pixels of the input. Summing the weights that meet the same pixel
-    gives a transposed convolution of stride 2. Its 4 x 4 kernel is the sum of four shifted 3 x 3 kernels.
+    After upsampling, the 3 x 3 kernel covers nine pixels, which are copies of only four pixels of the input. So the
+    weights that meet copies of one pixel are summed, which gives a transposed convolution of stride 2 with a 4 x 4
+    kernel. See [`~RepeatConv2d.summed_kernel`].
 
     Args:
         channels (`int`): Channels in and out.
@@ -345,31 +357,42 @@ class RepeatConv2d(nn.Conv2d):
         super().__init__(channels, channels, 3)
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
-        """`(windows, channels, h, w)` -> `(windows, channels, 2 * h, 2 * w)`."""
-        kernel = self.summed_kernel()
-        # In a transposed convolution, `padding` is the number of positions that are cropped from each side of the
-        # result. It is 1, because the kernel reaches one position beyond the pixels that upsampling makes.
-        crop = 1
-        if shared is None or shared.cuts is None:  # no side is cut, so zeros lie around the window
-            return F.conv_transpose2d(hidden, kernel, self.bias, stride=2, padding=crop)
-        padded = pad_edges(hidden, shared)  # (windows, channels, h + 2, w + 2)
-        # A position of padding becomes two positions of the result, because the stride is 2. Both are cropped as well.
-        return F.conv_transpose2d(padded, kernel, self.bias, stride=2, padding=crop + 2)
+        """`(windows, channels, h, w)` -> `(windows, channels, 2 * h, 2 * w)`.
+
+        The transposed convolution of `n` rows has `2 * n + 2` rows: two for each row, and an additional one at the top
+        and at the bottom, because the kernel is larger than the stride. The same holds for columns.
+        """
+        is_cut = shared is not None and shared.cuts is not None
+        if is_cut:
+            hidden = pad_edges(hidden, shared)  # (windows, channels, h + 2, w + 2)
+            crop = 3  # the additional row, and the two rows that come from the row of padding
+        else:
+            crop = 1  # the additional row
+        # In a transposed convolution, `padding` is the number of positions that are cropped from each side.
+        return F.conv_transpose2d(hidden, self.summed_kernel(), self.bias, stride=2, padding=crop)
 
     def summed_kernel(self) -> torch.Tensor:
         """Kernel of the transposed convolution, `(in_channels, out_channels, 4, 4)`.
 
-        In one dimension, upsampling makes two equal pixels of each pixel. With a kernel `a b c`, each of the two adds
-        to the results around it, by the flipped kernel. In two dimensions there are four such kernels instead of two:
+        A convolution with the kernel `a b c` computes each result from three pixels: `a` times the pixel before, `b`
+        times the pixel itself, and `c` times the pixel after. Seen from a pixel, it adds `c` times its value to the
+        result before it, `b` times to its own result, and `a` times to the result after it: by the flipped kernel.
 
-            c    b    a    .     kernel of the first of the two pixels
-            .    c    b    a     kernel of the second, one position further
-            c   b+c  a+b   a     their sum, the kernel of the pixel that both come from
+        In one dimension, upsampling makes two equal pixels of a pixel. If they are the pixels 1 and 2, then they add:
+
+            to the result       0    1    2    3
+
+            by pixel 1          c    b    a    .
+            by pixel 2          .    c    b    a
+            by both together    c   b+c  a+b   a     the kernel of length 4
+
+        In two dimensions, upsampling makes four equal pixels. So the kernel is the sum of four flipped kernels, each
+        in another corner of 4 x 4 positions.
         """
         weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         flipped = weight.flip(-2, -1).transpose(0, 1)  # (in_channels, out_channels, 3, 3)
-        flipped = fast_layout(flipped)
-        # The four positions of a 3 x 3 kernel in a 4 x 4 kernel. `F.pad` takes left, right, top, bottom.
+        flipped = fast_layout(flipped)  # the sum below keeps this memory format, in which convolutions are fastest
+        # `F.pad` takes the zeros to add at the left, right, top and bottom.
         top_left = F.pad(flipped, (0, 1, 0, 1))
         top_right = F.pad(flipped, (1, 0, 0, 1))
         bottom_left = F.pad(flipped, (0, 1, 1, 0))

@@ -143,7 +143,8 @@ class AttnBlock(nn.Module, AttentionModuleMixin):
             images, _, _, _ = hidden.shape
             key, value = self.keys_and_values(normed, images)  # (images, h * w, 1, channels)
         else:
-            key, value = shared.keys_and_values(self, normed)  # (images, positions in all windows, 1, channels)
+            # Gathered from the sampled windows of each image: (images, positions in all windows, 1, channels)
+            key, value = shared.keys_and_values(attention=self, normed=normed)
             images, _, _, _ = key.shape
         query = to_positions(self.q(normed), images)  # (images, windows * h * w, 1, channels)
         attended = self.processor(query, key, value)  # (images, windows * h * w, 1, channels)
@@ -310,15 +311,19 @@ class Decoder(nn.Module):
         self.conv_out = Conv3x3(channels, config["out_channels"])
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
-        """`(batch, z_channels, h, w)` -> `(batch, out_channels, h * f, w * f)`; with `shared` only at its core."""
+        """`(batch, z_channels, h, w)` -> `(batch, out_channels, h * f, w * f)`.
+
+        With `shared`, the input is a window of an image: a core and a margin around it. The result is the image at the
+        core alone. After each level, the margin is cropped to the part of it that later levels read.
+        """
         hidden = self.conv_in(fast_layout(hidden), shared)
         for block in self.mid:
             hidden = block(hidden, shared)
         for level, margin in zip(self.conv_blocks, self.margins, strict=True):
             hidden = level(hidden, shared)
-            is_last_level = margin == 0  # its output is cropped at the end, by `core_of`
+            is_last_level = margin == 0  # `conv_out` reads a margin of its output, which `core_of` then crops
             if shared is not None and not is_last_level:
-                # Keeps what the later levels read. The new `shared` describes the smaller window.
+                # The new `shared` describes the smaller window.
                 hidden, shared = shared.crop(hidden, margin)
         hidden = self.conv_out(silu(self.norm_out(hidden, shared)), shared)
         if shared is None:
@@ -329,10 +334,13 @@ class Decoder(nn.Module):
 def margins_of_levels(num_levels: int, num_blocks: int) -> list[int]:
     """Margin around the core that must be kept of the output of each decoder level, because later levels read it.
 
-    Margins are in positions of the output of the level. The margin of the last level is 0. With 3 levels of 3 blocks,
-    for example, the margins are `[10, 7, 0]`. The last level has 7 convolutions, which read 7 positions around the
-    core. They are kept of the output of the middle level, whose input has half the resolution. There they are
-    7 // 2 = 3 positions, and the 7 convolutions of the middle level read 7 positions more: 3 + 7 = 10.
+    Margins are in positions of the output of the level. With 3 levels of 3 blocks, which have 7 convolutions each, the
+    margins are `[10, 7, 0]`:
+
+        level 2, the last:  0, because no level reads its output.
+        level 1:            7, because each convolution of level 2 reads one position further.
+        level 0:            10 = 3 + 7. The 7 positions at the output of level 1 are 7 // 2 = 3 positions at its input,
+                            which has half the resolution. Its convolutions read 7 positions further.
     """
     # Each 3 x 3 convolution reads one position on each side. A residual block has two of them. One more follows the
     # blocks of a level: in its upsampling, or at the end of the decoder.

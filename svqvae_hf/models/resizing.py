@@ -9,11 +9,11 @@ import torch.nn.functional as F
 AREA_SCALE = 0.25  # largest scale at which images are resized by area
 
 
-def pad_to_multiple(sample: torch.Tensor, f: int) -> torch.Tensor:
-    """Pads both sides to multiples of `f`, at the bottom and right, by repeating the last row and column."""
+def pad_to_multiple(sample: torch.Tensor, downsampling: int) -> torch.Tensor:
+    """Pads both sides to multiples of `downsampling`, at the bottom and right, by repeating the last row or column."""
     height, width = sample.shape[-2:]
-    bottom = -height % f
-    right = -width % f
+    bottom = -height % downsampling  # rows to add
+    right = -width % downsampling  # columns to add
     # A compiled graph always pads, because the same graph runs on images of any size.
     if not torch.compiler.is_compiling() and bottom == 0 and right == 0:
         return sample
@@ -57,20 +57,20 @@ def resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:
     """
     height, width = latents.shape[-2:]
     mode = "area" if scale < 1 else "bilinear"
-    return resize(latents, grid_shape(height, width, 1, scale), mode)
+    return resize(latents, grid_shape(height, width, downsampling=1, scale=scale), mode)
 
 
-def grid_shape(height: int, width: int, f: int, scale: float) -> tuple[int, int]:
+def grid_shape(height: int, width: int, downsampling: int, scale: float) -> tuple[int, int]:
     """Rows and columns of ids of an image at a scale.
 
     Args:
         height (`int`): Height of the image in pixels.
         width (`int`): Width of the image in pixels.
-        f (`int`): Pixels per latent side of the model.
+        downsampling (`int`): Pixels per id along each side: `f` of the model.
         scale (`float`): Output side over input side, more than 0.
     """
-    rows = max(1, round(scale * math.ceil(height / f)))
-    columns = max(1, round(scale * math.ceil(width / f)))
+    rows = max(1, round(scale * math.ceil(height / downsampling)))
+    columns = max(1, round(scale * math.ceil(width / downsampling)))
     return rows, columns
 
 

@@ -146,9 +146,9 @@ class TiledRun:
     Args:
         network (`Callable`): [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`].
         read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
-        size (`tuple[int, int]`): Height and width of the image.
-        tile (`int`): Maximum side of a tile.
-        overlap (`int`): Overlap on each side of a tile.
+        size (`tuple[int, int]`): Height and width of the image, in latents.
+        tile (`int`): Maximum side of a tile, in latents.
+        overlap (`int`): Overlap on each side of a tile, in latents.
         input_stride (`int`, defaults to 1): Input positions per latent along each side.
     """
 
@@ -180,15 +180,16 @@ def sample_windows(run: TiledRun) -> WindowSample:
     cut_sides = [CutSides.of_window(area, run.size) for area in areas]
     cut_sides_of_batch = cut_sides * images  # windows lie at the same places in each image
     cuts = make_cuts(cut_sides_of_batch, like=batch)
-    core = _core_of_sample(run.size, side)
-    sample = WindowSample(size=areas[0].size, core=core, cuts=cuts, images=images)
+    size_of_windows = areas[0].size  # all windows have the same size
+    core_of_windows = _core_of_sample(run.size, side)
+    sample = WindowSample(size=size_of_windows, core=core_of_windows, cuts=cuts, images=images)
     # While the network runs, its norms and attentions store their values in the sample. Its result is not needed.
     run.network(batch, sample)
     return sample
 
 
 def _areas_of_sample(image_size: Sequence[int], side: int) -> list[Area]:
-    """Areas of the sampled windows in latents: squares of `side`, shorter along an axis where the image is."""
+    """Areas of the sampled windows in latents: squares of `side`, or less along an axis where the image is shorter."""
     image_height, image_width = image_size
     height = min(side, image_height)
     width = min(side, image_width)
@@ -199,7 +200,10 @@ def _areas_of_sample(image_size: Sequence[int], side: int) -> list[Area]:
 
 
 def _core_of_sample(image_size: Sequence[int], side: int) -> Area:
-    """Part of each sampled window that its values are gathered from: all but a margin, which may lie next to a cut."""
+    """Core of the sampled windows: the part, the same in each window, from which norms and attentions gather values.
+
+    Around it lies a margin. A window may be cut from the image there, and features next to a cut are not exact.
+    """
     image_height, image_width = image_size
     return Area(_core_along_axis(image_height, side), _core_along_axis(image_width, side))
 
@@ -232,8 +236,10 @@ def run_tiles(run: TiledRun) -> Iterator[tuple[Area, torch.Tensor]]:
             window = Area(window_rows, window_columns)  # what the network reads: the core, and an overlap around it
             core = Area(core_rows, core_columns)  # where its result is kept
             tile_input = run.read_area(window)
-            context = values_of_all_tiles.tile(tile_input, core.within(window), run.input_stride)
-            yield core, run.network(tile_input, context)
+            core_in_window = core.within(window)
+            context = values_of_all_tiles.context_of_tile(tile_input, core_in_window, run.input_stride)
+            result = run.network(tile_input, context)  # of the core alone
+            yield core, result
 
 
 def map_tiles(
@@ -244,18 +250,18 @@ def map_tiles(
     Args:
         network (`Callable`): As in [`TiledRun`].
         source (`torch.Tensor` of shape `(batch, channels, height, width)`): Sides are multiples of `input_stride`.
-        tile (`int`): Maximum side of a tile.
-        overlap (`int`): Overlap on each side.
-        input_stride (`int`, defaults to 1): Input positions per latent along each side.
-        output_stride (`int`, defaults to 1): Result positions per latent along each side.
+        tile (`int`): Maximum side of a tile, in latents.
+        overlap (`int`): Overlap on each side, in latents.
+        input_stride (`int`, defaults to 1): Rows and columns of `source` per latent.
+        output_stride (`int`, defaults to 1): Rows and columns of the result per latent.
     """
 
     def read(rows: slice, columns: slice) -> torch.Tensor:
         return source[..., rows, columns]
 
-    height = source.shape[-2] // input_stride
-    width = source.shape[-1] // input_stride
-    run = TiledRun(network, read, (height, width), tile, overlap, input_stride)
+    height = source.shape[-2] // input_stride  # in latents
+    width = source.shape[-1] // input_stride  # in latents
+    run = TiledRun(network, read, size=(height, width), tile=tile, overlap=overlap, input_stride=input_stride)
     joined = torch.empty(0)  # replaced when the first result shows the number of channels
     for area, result in run_tiles(run):
         is_first = joined.numel() == 0
@@ -327,8 +333,9 @@ class TilingMixin(ModelMixin):
             return Tiles(tile_size_of_call, overlap)
         if tile_size is None:
             return Tiles(self.tile_size, self.overlap)
-        overlap_of_small_tile = quarter_of_tile(tile_size, self.f)
-        return Tiles(tile_size, min(self.overlap, overlap_of_small_tile))
+        # The model's overlap suits the model's tile size. It may be too large for the tile size of this call.
+        most_overlap = quarter_of_tile(tile_size, self.f)
+        return Tiles(tile_size, min(self.overlap, most_overlap))
 
     def _check_tiles(self, tiles: Tiles | tuple[int, int] | None) -> Tiles | None:
         """Tiles of a call, by default those that are enabled. Raises ValueError if they do not fit."""
@@ -382,7 +389,7 @@ class TilingMixin(ModelMixin):
             source (`torch.Tensor` of shape `(batch, channels, height, width)`): Padded images, or quantised latents.
             tiles ([`Tiles`], *optional*): Tile size and overlap in pixels; by default images are not tiled.
             input_stride (`int`): Rows and columns of `source` per latent: `f` for images, 1 for latents.
-            output_stride (`int`): Rows and columns of the result per latent.
+            output_stride (`int`): Rows and columns of the result per latent: 1 for latents, `f` for images.
         """
         if self.use_slicing and len(source) > 1:
             results = []
@@ -392,27 +399,41 @@ class TilingMixin(ModelMixin):
             return torch.cat(results)
         if tiles is None:
             return network(source)
-        # Tiles and sides are counted in latents, so that an image has the same tiles in the encoder and the decoder.
+        # These lengths are in latents, so that an image has the same tiles in the encoder and the decoder.
         tile = tiles.tile_size // self.f
         overlap = tiles.overlap // self.f
         longer_side = max(source.shape[-2:]) // input_stride
         if longer_side <= tile:
             return network(source)
-        runs_blocks_again = torch.is_grad_enabled() and self.is_gradient_checkpointing
-        if runs_blocks_again:
-            # A block that runs again stores new statistics, keys and values in place of those that the tiles read.
+        self._check_no_block_runs_again()
+        return map_tiles(network, source, tile, overlap, input_stride, output_stride)
+
+    def _check_no_block_runs_again(self) -> None:
+        """Raises ValueError for tiles with gradients and gradient checkpointing.
+
+        Gradient checkpointing runs each block a second time, in the backward pass. In the run over the sampled
+        windows, a block stores the statistics, keys and values that the tiles read. When this run is repeated, the
+        block would store new ones in their place.
+        """
+        if torch.is_grad_enabled() and self.is_gradient_checkpointing:
             raise ValueError(
                 "Gradient checkpointing must be off for tiles with gradients, because it runs the network again after "
                 "the values that tiles share have changed. Disable gradient checkpointing, tiling or gradients."
             )
-        return map_tiles(network, source, tile, overlap, input_stride, output_stride)
 
 
-def default_overlap(tile_size: int, f: int) -> int:
-    """Overlap in pixels of tiles of this size, if none is set: 32, or a quarter of a small tile, in whole latents."""
-    return min(OVERLAP_PX // f * f, quarter_of_tile(tile_size, f))
+def default_overlap(tile_size: int, downsampling: int) -> int:
+    """Overlap in pixels of tiles of this size, if none is set: 32, or a quarter of a small tile, in whole latents.
+
+    Args:
+        tile_size (`int`): Side of a tile in pixels.
+        downsampling (`int`): Pixels per latent along each side.
+    """
+    usual_overlap = OVERLAP_PX // downsampling * downsampling
+    return min(usual_overlap, quarter_of_tile(tile_size, downsampling))
 
 
-def quarter_of_tile(tile_size: int, f: int) -> int:
-    """A quarter of a tile in pixels, in whole latents."""
-    return tile_size // f // 4 * f
+def quarter_of_tile(tile_size: int, downsampling: int) -> int:
+    """A quarter of a tile in pixels, rounded down to whole latents."""
+    latents_per_tile = tile_size // downsampling
+    return latents_per_tile // 4 * downsampling

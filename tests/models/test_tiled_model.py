@@ -38,7 +38,7 @@ def test_decoding_a_core_is_exact_and_cheaper(config, core):
     sample = sample_windows(run)
     rows, columns = (slice(model.f * start, model.f * stop) for start, stop in core)
     core = Area(*(slice(*span) for span in core))
-    cropped = sample.tile(codes, core, input_stride=1)
+    cropped = sample.context_of_tile(codes, core, input_stride=1)
     uncropped = dataclasses.replace(cropped, core=Area.of_size((40, 40)))
     with FlopCounterMode(display=False) as of_window:
         whole = model.decode_window(codes, uncropped)
@@ -128,7 +128,7 @@ def test_blocks_on_all_windows_equal_blocks_on_the_whole_image():
         windows = block(windows, sample)
     norm_out(windows, sample)
     tile = hidden[..., 2:9, 3:]
-    context = sample.tile(tile, Area.of_size((7, 9)), input_stride=1)
+    context = sample.context_of_tile(tile, Area.of_size((7, 9)), input_stride=1)
     for block in blocks:
         tile = block(tile, context)
     torch.testing.assert_close(tile, expected[..., 2:9, 3:], rtol=1e-4, atol=1e-4)
