@@ -58,7 +58,7 @@ class LlamaGenConfig(LlamaConfig):
                 f"`num_attention_heads` must divide the {self.hidden_size} channels into heads of a multiple of 4 "
                 f"channels, got {self.num_attention_heads}."
             )
-        # At least all tokens up to the last one, the unconditional token. A larger vocabulary is kept.
+        # The vocabulary must hold the unconditional token, which is the last one. A larger vocabulary is kept.
         self.vocab_size = max(self.vocab_size, self.unconditional_token + 1)
         self.head_dim = self.hidden_size // self.num_attention_heads
         self.max_position_embeddings = self.num_condition_tokens + self.grid_size**2

@@ -160,11 +160,13 @@ def _check_planes(tags: Mapping[int, Any]) -> None:
 def _check_grey_values(image: Image.Image, tags: Mapping[int, Any]) -> None:
     """Raises for grey TIFFs whose values Pillow misreads: signed, of 12 bits, or with white as the lowest value."""
     bits_per_channel = tags.get(TAG_BITS_PER_SAMPLE)  # a tuple, of one number for grey
+    is_8_or_16_bits = bits_per_channel in ((8,), (16,))
+    is_12_bits = bits_per_channel == (12,)
     is_signed = SIGNED in tags.get(TAG_SAMPLE_FORMAT, ())
-    has_signed_8_or_16_bits = is_signed and bits_per_channel in ((8,), (16,))  # Pillow reads 32 signed bits correctly
-    has_12_bits = bits_per_channel == (12,)
-    is_inverted = _has_deep_grey(image) and tags.get(TAG_PHOTOMETRIC) == WHITE_IS_LOWEST
-    if has_signed_8_or_16_bits or has_12_bits or is_inverted:
+    is_misread_as_unsigned = is_signed and is_8_or_16_bits  # Pillow reads 32 signed bits correctly
+    white_is_lowest = tags.get(TAG_PHOTOMETRIC) == WHITE_IS_LOWEST
+    stays_inverted = white_is_lowest and _has_deep_grey(image)  # Pillow inverts grey of at most 8 bits
+    if is_misread_as_unsigned or is_12_bits or stays_inverted:
         raise ValueError("a grey TIFF must have unsigned values of 8 or 16 bits, black the lowest. Convert it.")
 
 
@@ -177,15 +179,23 @@ def _scale_transparent_value(image: Image.Image) -> None:
     if image.format != "PNG":
         return
     colour = image.info.get("transparency")  # a grey value, or a value per channel
-    decoder_tiles = getattr(image, "tile", [])  # how Pillow will decode the pixels; empty after decoding
-    if colour is None or not decoder_tiles:
+    layout = _layout_of_pixels(image)
+    if colour is None or layout is None:
         return
-    layout_in_file = decoder_tiles[0].args  # Pillow's name of it, such as "L;4" for grey of 4 bits
-    if layout_in_file in PNG_GREY_FACTORS and isinstance(colour, int):
-        image.info["transparency"] = colour * PNG_GREY_FACTORS[layout_in_file]
-    elif layout_in_file == PNG_RGB_16_BITS:
+    is_grey_value = isinstance(colour, int)  # a damaged file can declare channels for a grey image
+    if layout in PNG_GREY_FACTORS and is_grey_value:
+        image.info["transparency"] = colour * PNG_GREY_FACTORS[layout]
+    elif layout == PNG_RGB_16_BITS:
         # Pillow reads the higher 8 bits of each channel.
         image.info["transparency"] = tuple(channel >> 8 for channel in colour)
+
+
+def _layout_of_pixels(image: Image.Image) -> str | None:
+    """Pillow's name for the layout of the pixels in a PNG, such as `L;4` for grey of 4 bits. `None` once decoded."""
+    decoder_tiles = getattr(image, "tile", [])  # what Pillow still has to decode: one tile in a PNG
+    if not decoder_tiles:
+        return None
+    return decoder_tiles[0].args  # the decoder of PNGs has one argument, the layout
 
 
 def _has_deep_grey(image: Image.Image) -> bool:

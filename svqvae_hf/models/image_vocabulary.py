@@ -234,7 +234,10 @@ class ImageVocabulary:
             )
 
     def _check_text(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
-        """Tokens of a text that starts at a position of the sequence. Raises for image tokens in it."""
+        """Returns the tokens of a text. Raises ValueError if one of them is an image token.
+
+        `start` is the position of the text in its sequence, for the error.
+        """
         is_in_image_vocabulary = (tokens >= self.first_token) & (tokens < self.stop)
         # The token for "no condition" belongs to the image vocabulary, but stands in a text, in place of a caption.
         is_image_token = is_in_image_vocabulary & (tokens != self.no_condition)

@@ -24,7 +24,9 @@ MISSING_CAPTIONS = (
 
 
 class LlamaGenRotaryEmbedding(nn.Module):
-    """Angles by row and column of an id, in float32. It has no buffers, which `model.to(torch.bfloat16)` would round.
+    """Rotation of queries and keys by the row and the column of an id, in the form that Ernie 4.5 reads.
+
+    It computes in float32, and has no buffers, which `model.to(torch.bfloat16)` would round.
 
     Args:
         config ([`LlamaGenConfig`]): Config of the model.
@@ -35,10 +37,9 @@ class LlamaGenRotaryEmbedding(nn.Module):
         self.config = config
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes the factors of the rotation.
+        """Computes the cosines and sines that Ernie 4.5 rotates queries and keys by.
 
-        For condition tokens both are 0, as in LlamaGen. Rotating by them turns the queries and keys of these tokens
-        into zeros.
+        For condition tokens both are 0, as in LlamaGen. So the queries and keys of these tokens become 0.
 
         Args:
             x (`torch.Tensor`): Any tensor on the device of the result.
@@ -47,22 +48,31 @@ class LlamaGenRotaryEmbedding(nn.Module):
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Cosines and sines `(batch, length, head_dim)`, float32.
         """
-        # Neighbouring channels form a pair, which is rotated by one angle. The angles of the first half of the pairs
-        # follow the row of an id, the angles of the second half follow its column.
-        pairs_per_axis = self.config.head_dim // 4
-        exponents = torch.arange(pairs_per_axis, device=x.device, dtype=torch.float32) / pairs_per_axis
-        frequencies = 1 / self.config.rope_parameters["rope_theta"] ** exponents  # (pairs per axis,)
         positions_in_image = position_ids[..., None] - self.config.num_condition_tokens  # (batch, length, 1)
+        angles_of_pairs = self._angles_of_pairs(positions_in_image)  # (batch, length, head_dim / 2)
+        # Ernie 4.5 takes an angle per channel, but reads only the first half of them, as the angles of the pairs. The
+        # second half fills the shape, and its values do not matter.
+        angles = torch.cat([angles_of_pairs, angles_of_pairs], dim=-1)  # (batch, length, head_dim)
+        is_in_image = positions_in_image >= 0  # (batch, length, 1), False for condition tokens
+        cosines = angles.cos() * is_in_image
+        sines = angles.sin() * is_in_image
+        return cosines, sines
+
+    def _angles_of_pairs(self, positions_in_image: torch.Tensor) -> torch.Tensor:
+        """Angles `(batch, length, head_dim / 2)` of ids at these positions of an image, `(batch, length, 1)`.
+
+        Neighbouring channels form a pair, which is rotated by one angle. The angles of the first half of the pairs
+        follow the row of an id, the angles of the second half follow its column.
+        """
+        pairs_per_axis = self.config.head_dim // 4
+        exponents = torch.arange(pairs_per_axis, device=positions_in_image.device, dtype=torch.float32)
+        exponents = exponents / pairs_per_axis
+        frequencies = 1 / self.config.rope_parameters["rope_theta"] ** exponents  # (pairs per axis,)
         rows = positions_in_image // self.config.grid_size
         columns = positions_in_image % self.config.grid_size
         angles_by_row = rows * frequencies  # (batch, length, pairs per axis)
         angles_by_column = columns * frequencies  # (batch, length, pairs per axis)
-        angles = torch.cat([angles_by_row, angles_by_column], dim=-1)  # (batch, length, pairs)
-        # Ernie 4.5 expects an angle per channel, but reads the first half of them, one angle per pair. The second half
-        # only fills the shape.
-        angles = torch.cat([angles, angles], dim=-1)  # (batch, length, head_dim)
-        is_in_image = positions_in_image >= 0  # False for condition tokens
-        return angles.cos() * is_in_image, angles.sin() * is_in_image
+        return torch.cat([angles_by_row, angles_by_column], dim=-1)
 
 
 class CodeHead(nn.Linear):
@@ -260,10 +270,9 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
     ) -> dict[str, Any]:
         """Chooses the arguments of the next call of `forward` in transformers' `generate`.
 
-        transformers makes a mask, positions and, if asked for, a cache of fixed length, with one entry per token. They
-        are too short for a model with captions, where one token, the condition token, stands for a whole caption of
-        `num_condition_tokens` positions. The mask and the positions are left out, because `forward` finds them by
-        itself. The cache is replaced.
+        transformers makes a mask, positions and, if asked for, a cache of fixed length. Each has one entry per token.
+        In a model with captions the first token, the condition token, takes `num_condition_tokens` positions, so all
+        three are too short. `forward` finds the mask and the positions by itself. A longer cache is made here.
 
         Args:
             input_ids (`torch.Tensor` of shape `(batch, length)`): Tokens.
@@ -275,6 +284,7 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
         has_captions = self.config.caption_dim is not None
         if not has_captions:
             return inputs
+        # Both have one entry for the whole caption, which is too few.
         inputs.pop("attention_mask", None)
         inputs.pop("position_ids", None)
         # The first call puts the caption into the cache. Without a cache, each call needs the caption.

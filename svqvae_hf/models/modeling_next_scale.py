@@ -132,7 +132,8 @@ class Attention(nn.Module, AttentionModuleMixin):
             num_visible += query_of_scale.shape[1]
             visible_key = key[:, :num_visible]
             visible_value = value[:, :num_visible]
-            # `scale` is a factor of the products of queries and keys. It is 1, because the queries have a length.
+            # This `scale` is a factor of the products of queries and keys. `forward` has already multiplied the
+            # queries by the learned factor of their head, so it is 1.
             attended.append(self.processor(query_of_scale, visible_key, visible_value, scale=1.0))
         return torch.cat(attended, dim=1)
 
@@ -359,9 +360,9 @@ class NextScaleTransformer(StrictLoadingMixin):
             elif is_weight:
                 gain = initial_gain(name, len(self.blocks))
                 nn.init.trunc_normal_(parameter, std=gain * std)
-            # Part of such a weight, which has just been drawn, is drawn once more.
             modulates_block = name.startswith("blocks.") and name.endswith(MODULATION_WEIGHT)
             if modulates_block:
+                # Some rows of this weight compute the gates. They are drawn again, because they start far smaller.
                 draw_gates(parameter, std)
 
 

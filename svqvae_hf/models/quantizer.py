@@ -89,11 +89,12 @@ class Codebook(nn.Module):
         """Follows the model's device but stays float32, because rounding the codes would change the ids."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
+            moved = fn(tensor)  # on another device, of another type, or both
             keeps_dtype = moved.dtype == tensor.dtype
             if keeps_dtype:
                 return moved
-            return tensor.to(moved.device)  # follows to the device alone
+            # The codes in `moved` are rounded to another type. So the original codes go to its device.
+            return tensor.to(moved.device)
 
         return super()._apply(move, recurse)
 
@@ -223,8 +224,9 @@ class VectorQuantizer(nn.Module):
         It rewards a low entropy of each latent's soft assignment, so that latents lie near codes, and a high entropy
         of the mean assignment, so that all codes are used.
 
-        The mean is over the latents of all processes. Each process has the same number, so the mean of their gradients
-        is the gradient of the joined batch. Source: LlamaGen, `compute_entropy_loss`.
+        The mean assignment is over the latents of all processes, but its gradient in a process is only for the latents
+        of this process. Training with several processes takes the mean of their gradients. As each process has equally
+        many latents, this is the gradient for the joined batch. Source: LlamaGen, `compute_entropy_loss`.
         """
         if self.entropy_loss_ratio == 0 or not self.training:
             return flat.new_zeros(())
