@@ -92,16 +92,25 @@ def read_compressed(content: bytes) -> CompressedTokens:
     position = header.end
     for index in coding_order(shapes):
         chunk_size = header.chunk_sizes[index]
-        size_with_checksum = chunk_size + CRC.size
-        num_ids = math.prod(shapes[index])
-        if num_ids * LEAST_BITS_PER_ID > 8 * size_with_checksum:
-            raise ValueError(f"its {chunk_size} bytes cannot hold {num_ids} ids.")
+        _check_number_of_ids(math.prod(shapes[index]), chunk_size)
         chunks[index] = _take_checked(content, position, position + chunk_size)
-        position += size_with_checksum
+        position += chunk_size + CRC.size
     if position < len(content):
         raise ValueError(f"it must end after {position} bytes, but has {len(content)}.")
     chunks_by_scale = [chunks[index] for index in range(len(shapes))]
     return CompressedTokens(record, header.fingerprint, chunks_by_scale)
+
+
+def _check_number_of_ids(num_ids: int, chunk_size: int) -> None:
+    """Raises ValueError if a chunk of this many bytes cannot hold this many ids.
+
+    The number of ids follows from the sides of the image in the header. A small hostile file with huge sides would
+    take all memory when it is decoded.
+    """
+    least_bits = num_ids * LEAST_BITS_PER_ID
+    most_bits = 8 * (chunk_size + CRC.size)  # a little generous, as it includes the checksum
+    if least_bits > most_bits:
+        raise ValueError(f"its {chunk_size} bytes cannot hold {num_ids} ids.")
 
 
 def decompress(compressed: CompressedTokens, model: ContextModel) -> list[np.ndarray]:
@@ -172,7 +181,7 @@ def _unpack_header(content: bytes) -> _Header:
     """Reads the header of a file. Raises ValueError if it is damaged or a value is out of range."""
     values = HEADER.unpack(_take(content, 0, HEADER.size))
     # In the order of `_pack_header`.
-    magic, version, f, source_index, num_scales, height, width, tile_size, overlap, fingerprint = values
+    magic, version, downsampling, source_index, num_scales, height, width, tile_size, overlap, fingerprint = values
     if magic != MAGIC or version != VERSION:
         raise ValueError(f"it must start with {MAGIC!r} and version {VERSION}, got {magic!r} and {version}.")
     end = HEADER.size + num_scales * SCALE.size
@@ -184,16 +193,17 @@ def _unpack_header(content: bytes) -> _Header:
         chunk_sizes.append(chunk_size)
     are_scales_in_range = num_scales > 0 and all(0 < scale < INTEGER_LIMIT for scale in scales)
     is_source_in_range = source_index < len(SCALE_SOURCES)
-    if f == 0 or not is_source_in_range or not are_scales_in_range:
+    if downsampling == 0 or not is_source_in_range or not are_scales_in_range:
         raise ValueError(
-            f"its header must have f, scales and their source in range, got {f}, {tuple(scales)} and {source_index}."
+            f"its header must have f, scales and their source in range, got {downsampling}, {tuple(scales)} and "
+            f"{source_index}."
         )
     check_scales_differ(scales)
     has_tiles = tile_size > 0
     record = {
         "height": height,
         "width": width,
-        "f": f,
+        "f": downsampling,
         "scale_from": SCALE_SOURCES[source_index],
         "tile_size": tile_size if has_tiles else None,
         "overlap": overlap if has_tiles else None,

@@ -54,8 +54,10 @@ class ContextModel:
         self.fingerprint = _fingerprint(tensors, codebook_fingerprint)
         self.order = tensors["order"].astype(np.int64)  # (codes,): the id of each rank
         self.rank = np.argsort(self.order)  # (codes,): the rank of each id
-        self.inputs = code_inputs(tensors["codes"])  # (codes + 1, dim + 1): for each id, what the network reads
-        self.outside = len(self.order)  # stands for places outside the grid, and follows the last id
+        # What the network reads for each id, `(codes + 1, dim + 1)`: a row for each id, and a last row for places
+        # outside the grid. A row holds the code of the id, and a mark of places inside the grid.
+        self.inputs_of_ids = code_inputs(tensors["codes"])
+        self.outside = len(self.order)  # the index of the last row, in place of an id
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, subfolder: str = "", **options: Any) -> "ContextModel":
@@ -111,13 +113,13 @@ class ContextModel:
         encoder = constriction.stream.queue.RangeEncoder()
         height, width = ids.shape
         for rows, columns in diagonals(height, width):  # both (n,), for the n ids of a diagonal
-            inputs = context(self.inputs, padded, padded_coarse, rows, columns)
-            hidden = self.network.hidden(inputs)
+            inputs = context(self.inputs_of_ids, padded, padded_coarse, rows, columns)  # (n, inputs)
+            hidden = self.network.hidden(inputs)  # (n, hidden)
             group = groups[rows, columns]  # (n,)
-            group_probabilities = probabilities(self.network.group_logits(hidden))
+            group_probabilities = probabilities(self.network.group_logits(hidden))  # (n, groups)
             encoder.encode(group.astype(np.int32), categorical(), group_probabilities)
             member = members[rows, columns]  # (n,)
-            member_probabilities = probabilities(self.network.member_logits(hidden, group))
+            member_probabilities = probabilities(self.network.member_logits(hidden, group))  # (n, members)
             encoder.encode(member.astype(np.int32), categorical(), member_probabilities)
         words = encoder.get_compressed()
         return words.astype("<u4").tobytes()
@@ -144,20 +146,23 @@ class ContextModel:
         decoder = constriction.stream.queue.RangeDecoder(words)
         try:
             for rows, columns in diagonals(height, width):  # both (n,), for the n ids of a diagonal
-                inputs = context(self.inputs, padded, padded_coarse, rows, columns)
-                hidden = self.network.hidden(inputs)
-                group_probabilities = probabilities(self.network.group_logits(hidden))
-                group = decoder.decode(categorical(), group_probabilities)  # (n,)
-                member_probabilities = probabilities(self.network.member_logits(hidden, group))
-                member = decoder.decode(categorical(), member_probabilities)  # (n,)
-                rank = group * self.network.num_members + member
-                last_rank = len(self.order) - 1
-                rank = np.minimum(rank, last_rank)  # damaged content may decode to a member that does not exist
-                ids = self.order[rank]  # (n,)
-                padded[rows + MARGIN, columns + MARGIN] = ids
+                inputs = context(self.inputs_of_ids, padded, padded_coarse, rows, columns)  # (n, inputs)
+                padded[rows + MARGIN, columns + MARGIN] = self._decode_ids(decoder, inputs)
         except (AssertionError, IndexError) as error:  # constriction raises the first for content that nobody encoded
             raise ValueError("its coded ids or its context model are damaged.") from error
         return padded[MARGIN:-MARGIN, MARGIN:-MARGIN].copy()
+
+    def _decode_ids(self, decoder: constriction.stream.queue.RangeDecoder, inputs: np.ndarray) -> np.ndarray:
+        """Decodes the next ids `(n,)`, from the inputs of the network for them, `(n, inputs)`."""
+        hidden = self.network.hidden(inputs)  # (n, hidden)
+        group_probabilities = probabilities(self.network.group_logits(hidden))  # (n, groups)
+        group = decoder.decode(categorical(), group_probabilities)  # (n,)
+        member_probabilities = probabilities(self.network.member_logits(hidden, group))  # (n, members)
+        member = decoder.decode(categorical(), member_probabilities)  # (n,)
+        rank = group * self.network.num_members + member
+        last_rank = len(self.order) - 1
+        rank = np.minimum(rank, last_rank)  # damaged content may decode to a member that does not exist
+        return self.order[rank]
 
 
 def find_context_model(source: str | os.PathLike, codebook_fingerprint: str, **options: Any) -> ContextModel | None:

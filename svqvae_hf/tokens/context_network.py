@@ -31,8 +31,13 @@ TOTAL = 2**16  # sum of the frequencies of a distribution
 class ContextNetwork:
     """Computes the frequencies of ids from the ids around them.
 
-    The codes are split into groups of similar codes. An id is the number of its group and its number among the members
-    of that group, so that few frequencies are computed for it.
+    The codes are ranked, so that similar codes follow each other, and split into groups of equally many members. An id
+    is the number of its group and its number among the members of that group, so that few frequencies are computed for
+    it. These are the ranks of 7 codes in 3 groups of 3 members:
+
+        group 0    0  1  2
+        group 1    3  4  5
+        group 2    6  -  -      the last group may lack members
 
     Args:
         tensors (`Mapping[str, np.ndarray]`): As in [`~svqvae_hf.tokens.context_model.ContextModel`].
@@ -49,14 +54,15 @@ class ContextNetwork:
         check_tensors(tensors)
         self.weights = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
         num_codes = len(tensors["order"])
-        self.num_groups, num_features = tensors["bias_member"].shape
+        self.num_groups, num_features = tensors["bias_member"].shape  # a row of biases for each group
         self.num_members = divide_rounding_up(num_codes, self.num_groups)
-        # `weight_code` `(codes, features)` and `bias_code` `(codes,)` have the codes in the order of their ranks: all
-        # members of the first group, then all of the second, and so on. The last group may lack members. They get a
-        # weight of 0 and a bias that is never the largest.
+        # The last layer has a weight and a bias for each code, in the order of the ranks. The members that the last
+        # group lacks get a weight of 0, and a bias so low that their logit is never the largest.
         num_missing = self.num_groups * self.num_members - num_codes
-        weight = np.pad(self.weights["weight_code"], ((0, num_missing), (0, 0)))  # (groups * members, features)
-        bias = np.pad(self.weights["bias_code"], (0, num_missing), constant_values=NEVER)  # (groups * members,)
+        missing_weights = np.zeros((num_missing, num_features), np.float32)
+        missing_biases = np.full(num_missing, NEVER, np.float32)
+        weight = np.concatenate([self.weights["weight_code"], missing_weights])  # (groups * members, features)
+        bias = np.concatenate([self.weights["bias_code"], missing_biases])  # (groups * members,)
         # Split into groups, so that `member_logits` can look up the members of one group.
         self.code_weight = weight.reshape(self.num_groups, self.num_members, num_features)
         self.code_bias = bias.reshape(self.num_groups, self.num_members)
@@ -103,10 +109,12 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
         `np.ndarray` of shape `(n, symbols)`: Multiples of `1 / TOTAL` above 0 in float32, which sum to 1 per row.
     """
     num_rows, num_symbols = logits.shape
+    # As in a softmax, the weight of a symbol is `exp(logit - peak)`. It is looked up in a table, which has an entry
+    # for each step below the peak, and is an integer. A step is 2**LOGIT_SHIFT units of a logit.
     peaks = logits.max(1, keepdims=True)  # (n, 1)
-    steps_below_peak = ((peaks - logits) / 2**LOGIT_SHIFT).astype(np.int64)  # (n, symbols), in steps of the table
+    steps_below_peak = ((peaks - logits) / 2**LOGIT_SHIFT).astype(np.int64)  # (n, symbols)
     entries = np.minimum(steps_below_peak, LAST_ENTRY)  # a logit far below the peak has the last entry, 0
-    weights = exponentials()[entries]  # (n, symbols), integers
+    weights = exponentials()[entries]  # (n, symbols)
     # Every symbol has a frequency of at least 1. The rest of the total is shared by weight, rounded down.
     total_to_share = TOTAL - num_symbols
     shares = weights * total_to_share // weights.sum(1, keepdims=True)  # (n, symbols), integers

@@ -69,7 +69,8 @@ def image_tokens(
 ) -> ImageTokens:
     """Joins the ids of an image with the facts of the model that a token file stores.
 
-    At scale 1 alone nothing is resized, and `scale_from` is always `"latents"`, so that equal ids make equal files.
+    At scale 1 alone nothing is resized, so the ids do not depend on `scale_from`. It is then stored as `"latents"`,
+    whatever it was, so that files of equal ids are equal.
 
     Args:
         model ([`SVQVAE`]): Model that encoded the image.

@@ -75,51 +75,64 @@ def context(
         place, and for the position of the id within the cell of its coarser id. The last two are zeros without coarser
         ids.
     """
-    parts = _rows_of_neighbours(table, padded, rows, columns, NEIGHBOURS)
+    neighbours = _inputs_of_neighbours(table, padded, rows, columns, NEIGHBOURS)
     if coarse is None:
         num_zeros = len(COARSE_NEIGHBOURS) * table.shape[1] + POSITION_INPUTS
-        parts.append(np.zeros((len(rows), num_zeros), np.float32))
-        return np.hstack(parts)
+        zeros = np.zeros((len(rows), num_zeros), np.float32)
+        return np.hstack([neighbours, zeros])
     height, width = _unpadded_size(padded)
     coarse_height, coarse_width = _unpadded_size(coarse)
-    # Where the ids lie in the coarser grid, in steps: a cell of that grid has CELL_STEPS = 128 steps per side.
-    # Row 4 of 6, for example, lies at 4 * 2 * 128 // 6 = 170 steps of a coarser grid with 2 rows. That is in the
-    # coarser row 170 // 128 = 1, and there 170 % 128 = 42 steps below the top of the cell.
-    row_steps = rows * coarse_height * CELL_STEPS // height  # (n,)
-    column_steps = columns * coarse_width * CELL_STEPS // width  # (n,)
-    coarse_rows = row_steps // CELL_STEPS
-    coarse_columns = column_steps // CELL_STEPS
-    parts += _rows_of_neighbours(table, coarse, coarse_rows, coarse_columns, COARSE_NEIGHBOURS)
-    steps = np.stack([row_steps, column_steps], axis=1)  # (n, POSITION_INPUTS)
-    steps_within_cell = steps % CELL_STEPS
-    parts.append(steps_within_cell.astype(np.float32))
-    return np.hstack(parts)
+    coarse_rows, steps_down = _place_in_coarser_grid(rows, height, coarse_height)
+    coarse_columns, steps_right = _place_in_coarser_grid(columns, width, coarse_width)
+    coarse_neighbours = _inputs_of_neighbours(table, coarse, coarse_rows, coarse_columns, COARSE_NEIGHBOURS)
+    places_in_cells = np.stack([steps_down, steps_right], axis=1).astype(np.float32)  # (n, POSITION_INPUTS)
+    return np.hstack([neighbours, coarse_neighbours, places_in_cells])
 
 
-def _rows_of_neighbours(
+def _place_in_coarser_grid(positions: np.ndarray, length: int, coarse_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Finds where some rows of a grid lie in a coarser grid, or some columns.
+
+    A cell of the coarser grid has `CELL_STEPS`, 128, steps per side. For example, a grid has 6 rows, and the coarser
+    grid has 2. In steps, row 4 starts at 4 / 6 of the coarser grid: at 4 * 2 * 128 // 6 = 170. It lies in the coarser
+    row 170 // 128 = 1, 170 % 128 = 42 steps below the top.
+
+    Args:
+        positions (`np.ndarray` of shape `(n,)`): Rows or columns.
+        length (`int`): Number of rows or columns of the grid.
+        coarse_length (`int`): Number of rows or columns of the coarser grid.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Coarser rows or columns, and the steps from their start, both `(n,)`.
+    """
+    steps = positions * coarse_length * CELL_STEPS // length
+    return steps // CELL_STEPS, steps % CELL_STEPS
+
+
+def _inputs_of_neighbours(
     table: np.ndarray,
     padded: np.ndarray,
     rows: np.ndarray,
     columns: np.ndarray,
     offsets: Sequence[tuple[int, int]],
-) -> list[np.ndarray]:
+) -> np.ndarray:
     """Looks up the neighbours of some ids in the table of [`code_inputs`].
 
     Args:
-        table (`np.ndarray` of shape `(codes + 1, dim + 1)`): A row for each id.
-        padded (`np.ndarray`): Ids, padded by [`pad_ids`].
-        rows (`np.ndarray` of shape `(n,)`): Rows of the ids, without the padding.
-        columns (`np.ndarray` of shape `(n,)`): Columns of the ids, without the padding.
+        table (`np.ndarray` of shape `(codes + 1, dim + 1)`): The inputs that stand for each id.
+        padded (`np.ndarray`): Grid of ids, padded by [`pad_ids`].
+        rows (`np.ndarray` of shape `(n,)`): Rows of the ids in the grid, without the padding.
+        columns (`np.ndarray` of shape `(n,)`): Columns of the ids in the grid, without the padding.
         offsets (`Sequence[tuple[int, int]]`): Places (down, right) of the neighbours, seen from an id.
 
     Returns:
-        `list[np.ndarray]`: For each offset, the rows `(n, dim + 1)` of the table for the neighbours there.
+        `np.ndarray` of shape `(n, len(offsets) * (dim + 1))`: For each id the inputs of its neighbours, one after the
+        other.
     """
-    parts = []
+    inputs = []
     for down, right in offsets:
         neighbours = padded[rows + MARGIN + down, columns + MARGIN + right]  # ids, (n,)
-        parts.append(table[neighbours])
-    return parts
+        inputs.append(table[neighbours])  # (n, dim + 1)
+    return np.hstack(inputs)
 
 
 def _unpadded_size(padded: np.ndarray) -> tuple[int, int]:
@@ -140,8 +153,9 @@ def diagonals(height: int, width: int) -> Iterator[tuple[np.ndarray, np.ndarray]
     last_column = width - 1
     num_diagonals = width + SLOPE * (height - 1)
     for diagonal in range(num_diagonals):
-        # The column is `diagonal - SLOPE * row`, so it falls from row to row. In the first rows it may be beyond the
-        # last column, and in the last rows below 0. The rows between are those of the diagonal.
+        # In a row of the diagonal, the column is `diagonal - SLOPE * row`. It must be at most `last_column`, so the
+        # row is at least `(diagonal - last_column) / SLOPE`. It must be at least 0, so the row is at most
+        # `diagonal / SLOPE`.
         first_row = max(0, divide_rounding_up(diagonal - last_column, SLOPE))
         last_row = min(height - 1, diagonal // SLOPE)
         end_row = last_row + 1

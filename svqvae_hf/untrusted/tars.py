@@ -28,8 +28,8 @@ class StrictTarInfo(tarfile.TarInfo):
         try:
             return super().fromtarfile(tarfile_)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            # A file ends with zeros in place of a header. `tarfile` raises this kind of HeaderError for them, and
-            # catches it itself, so it is no fault.
+            # The regular end of the file: zeros in place of a header. `tarfile` expects this error, and catches it.
+            # It is a HeaderError, too, so it would be taken for damage below.
             raise
         except (tarfile.HeaderError, ValueError, RecursionError) as error:
             raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from error
