@@ -11,7 +11,7 @@ from svqvae_hf.hub.origin import find_origin
 from svqvae_hf.hub.repositories import check_repo_id, hub_repo, public_name
 from svqvae_hf.loaders.checkpoint_files import Checkpoint, locate_checkpoint
 from svqvae_hf.loaders.checkpoints import read_checkpoint
-from svqvae_hf.loaders.llamagen_checkpoints import EMBEDDING, read_llamagen
+from svqvae_hf.loaders.llamagen_checkpoints import CODES_IN_FILE, read_llamagen
 from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
 from svqvae_hf.loaders.pretrained_models import SVQVAE, LlamaGenForCausalLM, NextScaleTransformer
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
@@ -199,7 +199,7 @@ def is_llamagen(source: str | Path) -> bool:
     if is_empty:  # `mmap` takes no empty file
         return False
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        position = content.find(EMBEDDING.encode())  # -1 if absent
+        position = content.find(CODES_IN_FILE.encode())  # -1 if absent
     return position >= 0
 
 

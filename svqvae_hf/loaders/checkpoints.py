@@ -61,11 +61,12 @@ def read_checkpoint(
     all_weights = select_weights(content, stored_weights, source, use_ema=use_ema)
     weights = _without_training_weights(all_weights, format)  # by the names in the file
     check_tensors(weights, source)
-    config = _infer_config(format, weights, source) | config
-    expected_shapes = _expected_shapes(model_class, config, source)  # by the names in this library
+    full_config = _infer_config(format, weights, source)
+    full_config.update(config)
+    expected_shapes = _expected_shapes(model_class, full_config, source)  # by the names in this library
     state_dict = _rename_and_check(weights, expected_shapes, format, source)
     return Checkpoint(
-        source=str(source), path=path, use_ema=use_ema, format=format, config=config, state_dict=state_dict
+        source=str(source), path=path, use_ema=use_ema, format=format, config=full_config, state_dict=state_dict
     )
 
 
@@ -155,7 +156,9 @@ def _describe_keys(keys: list[str]) -> str:
 def _infer_config(format: CheckpointFormat, weights: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
     """Reads the config from the names and shapes of the weights and, where these do not tell, from the format."""
     num_levels = count_numbers(weights, format.level_prefix)
-    num_blocks = count_numbers(weights, format.to_original("encoder.conv_blocks.0.res.", num_levels))
+    # The names of the weights of a block begin with this, followed by the number of the block.
+    start_of_names = format.to_original("encoder.conv_blocks.0.res.", num_levels)
+    num_blocks = count_numbers(weights, start_of_names)
     check_depth(f"`{source}`", {"levels": num_levels, "residual blocks per level": num_blocks})
     sizes = _read_sizes(format, weights, num_levels, source)
     config: dict[str, Any] = {key: sizes[key] for key in CONFIG_AXES}

@@ -14,11 +14,13 @@ from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
 from svqvae_hf.models.checks import check_depth
 
 LLAMAGEN = CheckpointFormat("llamagen-transformer", "LlamaGen's language model", None, level_prefix="layers.")
-EMBEDDING = "tok_embeddings.weight"  # every such checkpoint has it
-EMBEDDED = "model.embed_tokens.weight"  # in this library, with the rows of classes, which lie apart in the file
-CLASSES = "cls_embedding.embedding_table.weight"
-CAPTION = "cls_embedding.uncond_embedding"
-ANGLES = "freqs_cis"  # a row for each position of a sequence, in files of older code
+# Names of weights in a file
+CODES_IN_FILE = "tok_embeddings.weight"  # every such checkpoint has it
+CLASSES_IN_FILE = "cls_embedding.embedding_table.weight"  # in models with classes
+NO_CAPTION_IN_FILE = "cls_embedding.uncond_embedding"  # in models with captions
+ANGLES_IN_FILE = "freqs_cis"  # a row for each position of a sequence, in files of older code
+# Name in this library of the embedding of all tokens, which joins the embeddings of codes and classes
+TOKEN_EMBEDDING = "model.embed_tokens.weight"
 CONTAINERS = ("model", "module", "state_dict")  # keys of the weights in files of DDP, DeepSpeed and others
 
 # Heads of the sizes that LlamaGen defines, by layers and channels: B, L, XL, XXL, XXXL, 1B, 3B, 7B.
@@ -75,17 +77,17 @@ def read_llamagen(
     stored_weights = find_language_model(content)
     if stored_weights is None:
         raise ValueError(
-            f"`{source}` must be a checkpoint of a language model of LlamaGen, but has no `{EMBEDDING}`, at "
+            f"`{source}` must be a checkpoint of a language model of LlamaGen, but has no `{CODES_IN_FILE}`, at "
             f"its top level or in {', '.join(CONTAINERS)}. Load a tokenizer with `SVQVAE.from_single_file`."
         )
     weights = select_weights(content, stored_weights, source, use_ema=use_ema)
-    # The angles are no weights, so none of the checks is for them. They only tell the number of positions.
-    angles = weights.pop(ANGLES, None)
+    # The angles lie among the weights, but are not one. They are taken out before the weights are checked, because
+    # they only tell the size of the grid.
+    angles = weights.pop(ANGLES_IN_FILE, None)
     check_tensors(weights, source)
     sizes = _read_sizes(weights, source)
     layout = _layout(sizes)
-    expected_shapes = {name: torch.Size(file_weight.shape) for name, file_weight in layout.items()}
-    check_weights(weights, expected_shapes, source)
+    _check_shapes(weights, layout, source)
     config = dict(sizes)
     config["grid_size"] = _find_grid_size(angles, sizes["num_condition_tokens"], grid_size, source)
     config["num_attention_heads"] = num_attention_heads or _find_heads(sizes, source)
@@ -96,13 +98,19 @@ def read_llamagen(
     )
 
 
+def _check_shapes(weights: Mapping[str, torch.Tensor], layout: Mapping[str, FileWeight], source: str | Path) -> None:
+    """Raises ValueError unless a file holds exactly the weights of a layout, by their names in the file."""
+    expected_shapes = {name: torch.Size(file_weight.shape) for name, file_weight in layout.items()}
+    check_weights(weights, expected_shapes, source)
+
+
 def find_language_model(content: Mapping[str | None, Any]) -> dict[Any, Any] | None:
     """Returns the weights of a language model of LlamaGen from the content of its file, or None for other files."""
     candidates: list[Any] = [top_level_weights(content)]
     for name in CONTAINERS:
         candidates.append(content.get(name))
     for weights in candidates:
-        if isinstance(weights, dict) and EMBEDDING in weights:
+        if isinstance(weights, dict) and CODES_IN_FILE in weights:
             return weights
     return None
 
@@ -122,12 +130,12 @@ def _find_heads(sizes: Mapping[str, Any], source: str | Path) -> int:
 
 def _read_sizes(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict[str, Any]:
     """Config values that are sizes of weights."""
-    reads_captions = CAPTION in weights
+    reads_captions = NO_CAPTION_IN_FILE in weights
     # A row per position of a caption, or a row per class
-    condition = CAPTION if reads_captions else CLASSES
+    condition = NO_CAPTION_IN_FILE if reads_captions else CLASSES_IN_FILE
     axes = {  # for each size, the name of a weight and the axis that has the size
-        "codebook_size": (EMBEDDING, 0),
-        "hidden_size": (EMBEDDING, 1),
+        "codebook_size": (CODES_IN_FILE, 0),
+        "hidden_size": (CODES_IN_FILE, 1),
         "intermediate_size": ("layers.0.feed_forward.w1.weight", 0),
         "condition_rows": (condition, 0),
         "condition_channels": (condition, 1),
@@ -155,11 +163,15 @@ def _read_sizes(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict
 
 
 def _layout(sizes: Mapping[str, Any]) -> dict[str, FileWeight]:
-    """Weights of a file with these sizes, by their names in the file."""
+    """Weights of a file with these sizes, by their names in the file.
+
+    The embedding of the codes gets the name of the embedding of all tokens. The embedding of the classes keeps its
+    name, because `_join_embeddings` will join both to one.
+    """
     codes = sizes["codebook_size"]
     hidden = sizes["hidden_size"]
     layout = {  # shapes are (output channels, input channels), or (rows, channels) of an embedding
-        EMBEDDING: FileWeight((codes, hidden), names=[EMBEDDED]),
+        CODES_IN_FILE: FileWeight((codes, hidden), names=[TOKEN_EMBEDDING]),
         "norm.weight": FileWeight((hidden,), names=["model.norm.weight"]),
         "output.weight": FileWeight((codes, hidden), names=["lm_head.weight"]),
     }
@@ -170,12 +182,12 @@ def _layout(sizes: Mapping[str, Any]) -> dict[str, FileWeight]:
             layout[f"layers.{index}.{name_in_layer}"] = FileWeight(weight.shape, names=our_names)
     caption_dim = sizes["caption_dim"]
     if caption_dim is None:
-        layout[CLASSES] = FileWeight((sizes["num_classes"] + 1, hidden), names=[CLASSES])
+        layout[CLASSES_IN_FILE] = FileWeight((sizes["num_classes"] + 1, hidden), names=[CLASSES_IN_FILE])
         return layout
     projection = "cls_embedding.cap_proj"
     layout[f"{projection}.fc1.weight"] = FileWeight((hidden, caption_dim), names=["caption_projection.fc1.weight"])
     layout[f"{projection}.fc2.weight"] = FileWeight((hidden, hidden), names=["caption_projection.fc2.weight"])
-    layout[CAPTION] = FileWeight((sizes["num_condition_tokens"], caption_dim), names=["uncond_embedding"])
+    layout[NO_CAPTION_IN_FILE] = FileWeight((sizes["num_condition_tokens"], caption_dim), names=["uncond_embedding"])
     return layout
 
 
@@ -211,28 +223,26 @@ def _rename(weights: dict[str, torch.Tensor], layout: Mapping[str, FileWeight]) 
 def _join_embeddings(state_dict: dict[str, torch.Tensor], num_classes: int) -> None:
     """Joins the embeddings of a file, one for the codes and one for the classes, to one embedding of all tokens.
 
+    `state_dict` has the names that `_layout` gives the weights.
+
     The rows of the classes, and of the token for no condition, follow the rows of the codes. A model with captions has
     no embedding of classes. It reads features in place of these rows, so they may be zeros.
     """
-    codes = state_dict[EMBEDDED]  # (codes, hidden)
-    classes = state_dict.pop(CLASSES, None)  # (classes + 1, hidden)
+    codes = state_dict[TOKEN_EMBEDDING]  # (codes, hidden)
+    classes = state_dict.pop(CLASSES_IN_FILE, None)  # (classes + 1, hidden)
     if classes is None:
         classes = codes.new_zeros(num_classes + 1, codes.shape[1])
-    state_dict[EMBEDDED] = torch.cat([codes, classes])
+    state_dict[TOKEN_EMBEDDING] = torch.cat([codes, classes])
 
 
-def _find_grid_size(angles: Any, condition_tokens: int, grid_size: int | None, source: str | Path) -> int:
-    """Rows and columns of ids, from the angles in a file or as they were passed.
-
-    `angles` is what the file holds in their place: None, or any value that a pickle can hold.
-    """
-    has_rows = isinstance(angles, torch.Tensor) and angles.ndim > 0
-    has_angles_of_ids = has_rows and len(angles) > condition_tokens
-    if has_angles_of_ids:
-        num_positions = len(angles)  # of the condition tokens, then of the ids
-        stored_size = math.isqrt(num_positions - condition_tokens)
+def _find_grid_size(angles: Any, num_condition_tokens: int, grid_size: int | None, source: str | Path) -> int:
+    """Side of the square grid of ids, as the angles in a file tell it, or as the user passed it in `grid_size`."""
+    stored_size = _grid_size_of_angles(angles, num_condition_tokens)
+    if stored_size is not None:
         if grid_size is not None and grid_size != stored_size:
-            raise ValueError(f"`grid_size` must be {stored_size}, as `{ANGLES}` in `{source}` tells, got {grid_size}.")
+            raise ValueError(
+                f"`grid_size` must be {stored_size}, as `{ANGLES_IN_FILE}` in `{source}` tells, got {grid_size}."
+            )
         return stored_size
     if grid_size is None:
         raise ValueError(
@@ -241,3 +251,22 @@ def _find_grid_size(angles: Any, condition_tokens: int, grid_size: int | None, s
             "side: `grid_size` is 16 for 256 pixels, 24 for 384, 32 for 512."
         )
     return grid_size
+
+
+def _grid_size_of_angles(angles: Any, num_condition_tokens: int) -> int | None:
+    """Side of the square grid of ids that the angles of a file are for; `None` if they do not tell it.
+
+    Angles have a row for each position: first for the condition tokens, then for the ids. For example, 1 + 256 rows
+    are for a class and 16 x 16 ids.
+
+    Args:
+        angles: The value that the file holds as its angles, which nothing has checked; `None` if it holds none.
+        num_condition_tokens (`int`): Number of positions of the condition.
+    """
+    has_rows = isinstance(angles, torch.Tensor) and angles.ndim > 0
+    if not has_rows:
+        return None
+    num_ids = len(angles) - num_condition_tokens
+    if num_ids < 1:
+        return None
+    return math.isqrt(num_ids)

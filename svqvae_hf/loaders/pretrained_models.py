@@ -302,10 +302,13 @@ class SVQVAEProcessor(HubMixin, PlainProcessor):
         source = os.fspath(pretrained_model_name_or_path)
         subfolder = kwargs.get("subfolder") or ""
         folder = os.path.join(source, subfolder)
-        check_files(folder)  # checks nothing if the source is on the Hub
+        # Damaged files raise an error. This checks a local folder, and nothing if the source is on the Hub.
+        check_files(folder)
         check_files(os.path.join(folder, VQVAE_FOLDER))
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        # `from_hub` calls `check_parts` with these arguments, and explains errors of the Hub, from which it may load.
+        # Whole files of another model raise an error, too: `check_parts` compares the tokenizer, the chat template and
+        # other parts with their digests in the config of the processor. It may load them from the Hub, so it is called
+        # by `from_hub`, which explains errors of the Hub.
         from_hub(check_parts, source, subfolder=subfolder, **hub_options)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 

@@ -83,6 +83,7 @@ def find_part(source: str | os.PathLike, subfolder: str, name: str, options: dic
     try:
         return Path(hf_hub_download(os.fspath(source), name, subfolder=subfolder or None, **options))
     except errors.EntryNotFoundError as error:
-        if lacks_file(error):
-            return None
-        raise  # the Hub does not answer, so the file may exist
+        # It is also raised for a file that is not in the cache while the Hub does not answer.
+        if not lacks_file(error):
+            raise
+        return None
