@@ -158,7 +158,8 @@ def _models(converted: ModelMixin | DiffusionPipeline) -> dict[str, torch.nn.Mod
 
 def _state(converted: ModelMixin | DiffusionPipeline) -> dict[str, Any]:
     """All that outputs depend on, by name: weights, buffers and configs. In a pipeline, names start with the part."""
-    # A model is the only part. A pipeline has its models as parts, and itself, for its config.
+    # A pipeline is a part, because it has a config, and so is each of its models. A model is the only part: `_models`
+    # returns it by the same name.
     parts: dict[str, Any] = {"": converted} | _models(converted)
     state: dict[str, Any] = {}
     for part_name, part in parts.items():
@@ -170,6 +171,7 @@ def _state(converted: ModelMixin | DiffusionPipeline) -> dict[str, Any]:
         if isinstance(part, torch.nn.Module):
             for name, tensor in part.state_dict().items():
                 state[prefix + name] = tensor
+            # Outputs also depend on buffers that are not persistent, which `state_dict` leaves out.
             for name, buffer in part.named_buffers():
                 state[prefix + name] = buffer
     return state

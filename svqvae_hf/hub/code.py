@@ -14,7 +14,8 @@ from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.processing_svqvae import SVQVAEProcessor
 
-# For each class with code: the auto classes of transformers and diffusers that load from its file, and what they load
+# For each class with code: the auto classes of transformers and diffusers that load from its file, and for each of
+# them the name of the class that it loads
 AUTO_CLASSES: Mapping[type, Mapping[str, str]] = {
     SVQVAE: {"AutoModel": "SVQVAE"},
     SVQVAEImageProcessor: {"AutoImageProcessor": "SVQVAEImageProcessor"},
@@ -42,8 +43,8 @@ def write_code(folder: Path) -> None:
                 continue
             module = copy_code(model_class, path.parent)  # such as "modeling_svqvae"
             auto_map = {}  # such as {"AutoModel": "modeling_svqvae.SVQVAE"}
-            for auto_class, name_of_loaded_class in auto_classes.items():
-                auto_map[auto_class] = f"{module}.{name_of_loaded_class}"
+            for auto_class, loaded_class in auto_classes.items():
+                auto_map[auto_class] = f"{module}.{loaded_class}"
             config["auto_map"] = auto_map
             _write_config(path, config)
 

@@ -32,14 +32,14 @@ def model_card(
         `str`: Text of `README.md`, metadata first.
     """
     num_levels = len(config["encoder_ch_mult"])
-    f = 2 ** (num_levels - 1)  # each level but the last halves the sides
+    downsampling = 2 ** (num_levels - 1)  # each level but the last halves the sides
     codebook = f"{config['codebook_size']} x {config['codebook_embed_dim']}"
     if config["codebook_l2_norm"]:
         codebook += ", L2-normalised"
     encoder_levels = tuple(config["encoder_ch_mult"])
     decoder_levels = tuple(config["decoder_ch_mult"])
-    facts = {
-        "f (pixels per id, along each side)": f,
+    facts = {  # rows of a table of the card
+        "f (pixels per id, along each side)": downsampling,
         "codebook": codebook,
         "pixel range of inputs and outputs": list(config["pixel_range"]),
         "pixel range of the training images": list(config["network_range"]),
@@ -50,8 +50,12 @@ def model_card(
         for variant, dtype in variants.items():
             arguments = f'{quote(repo_id)}, variant="{variant}", torch_dtype={dtype}'
             calls_of_variants.append(f"`SVQVAE.from_pretrained({arguments})`")
-    # Texts for the placeholders of these names in the template
-    texts = {"facts": table_rows(facts.items()), "f": f, "variants": " or ".join(calls_of_variants)}
+    # The template of the cards, `card.md`, has placeholders of these names, such as `{{ facts }}`.
+    texts = {
+        "facts": table_rows(facts.items()),
+        "f": downsampling,
+        "variants": " or ".join(calls_of_variants),
+    }
     common.setdefault("tags", TAGS)
     common.setdefault("pipeline_tag", "image-to-image")
     return write_card(repo_id, texts, **common)

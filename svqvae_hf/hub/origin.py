@@ -57,10 +57,16 @@ def find_origin(
 ) -> Origin:
     """Reads the cards of all sources. A source that is `None` is left out.
 
+    The card of the result will have a table with a row for each source, such as:
+
+        | started from | `org/model` (licence: apache-2.0) |
+        | images       | `org/set` (licence: not known)    |
+
     Args:
-        models (`Mapping[str, str]`): Folders, files or Hub ids of models, by the name of their row. The one in the row
-            `STARTED_FROM` is trained further.
-        sets (`Mapping[str, str]`): Folders, URLs or Hub ids of token or image sets, by the name of their row.
+        models (`Mapping[str, str]`): Folders, files or Hub ids of models, by the name of their row, such as
+            `{"started from": "org/model"}`. The model in the row `STARTED_FROM` is trained further.
+        sets (`Mapping[str, str]`): Folders, URLs or Hub ids of token or image sets, by the name of their row, such as
+            `{"images": "org/set"}`.
         license (`str`, *optional*): Licence that the user states. By default, the only one that the sources state.
 
     Raises:

@@ -48,9 +48,11 @@ class LargeImage:
         is_grey = values.shape[2] == 1
         has_16_bits = values.dtype == np.uint16
         if is_grey:
-            values = values[..., 0]  # (rows, columns); with 8 or 16 bits, both of which `to_rgb` converts
-        elif has_16_bits:
-            values = (values >> 8).astype(np.uint8)  # as Pillow reads colours of 16 bits from a file
+            values = values[..., 0]  # (rows, columns)
+        # Pillow has images of 16-bit grey, which `to_rgb` converts, but no images of 16-bit colours. From a file it
+        # reads the higher 8 bits of such colours.
+        if has_16_bits and not is_grey:
+            values = (values >> 8).astype(np.uint8)
         image = to_rgb(Image.fromarray(values))
         return np.asarray(image)
 
@@ -185,13 +187,15 @@ def _check_page(path: Path, page: Any) -> None:
             "a TIFF must be grey, RGB or RGBA with 8 or 16 bits, upright and in tiles, got "
             f"{_describe_page(page)}. Convert it: vips autorot INPUT OUTPUT.tif[tile,bigtiff]."
         )
-    tile_shape = page.chunks  # (height, width) or (height, width, channels)
+    tile_shape = page.chunks  # of one tile in pixels, such as (256, 256) for grey or (256, 256, 3) for RGB
     if is_chunk_too_large(tile_shape, page.dtype.itemsize):
         raise ValueError(f"tiles must have at most {MAX_CHUNK_BYTES >> 20} MiB, got {tile_shape}. Use smaller ones.")
     has_valid_sides = all(isinstance(side, int) and side > 0 for side in page.shape)
     if not has_valid_sides:
         raise ValueError("its sides must be whole numbers of at least 1.")
-    tiles_per_axis = page.chunked  # (rows of tiles, columns of tiles), or with a 1 for the channels after them
+    # Number of tiles along each axis. For 4 rows and 5 columns of tiles, this is (4, 5) for grey, and (4, 5, 1) for
+    # RGB, because a tile holds all channels.
+    tiles_per_axis = page.chunked
     check_segments(page.databytecounts, math.prod(tiles_per_axis), path.stat().st_size)
 
 
@@ -211,7 +215,8 @@ def _is_supported(page: Any) -> bool:
     is_grey = page.photometric == PHOTOMETRIC.MINISBLACK and num_channels == 1
     is_jpeg = page.compression == COMPRESSION.JPEG and page.photometric == PHOTOMETRIC.YCBCR
     is_coloured = (page.photometric == PHOTOMETRIC.RGB or is_jpeg) and num_channels > 1
-    has_supported_channels = EXTRA_CHANNELS.get(num_channels) == page.extrasamples
+    supported_extra_channels = EXTRA_CHANNELS.get(num_channels)  # `None` for an unsupported number of channels
+    has_supported_channels = page.extrasamples == supported_extra_channels
     has_supported_bits = page.bitspersample in (8, 16) and page.dtype in (np.uint8, np.uint16)
     is_plane = page.axes in ("YX", "YXS")  # rows and columns, with or without channels
     is_upright = _orientation(page) == UPRIGHT

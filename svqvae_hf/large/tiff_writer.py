@@ -36,14 +36,17 @@ class TiffWriter:
         self._file = path.open("r+b")
 
     def write(self, top: int, left: int, pixels: np.ndarray) -> None:
-        """Writes pixels `(rows, columns, 3)` in uint8 at a position."""
+        """Writes pixels `(rows, columns, 3)` in uint8 at a position.
+
+        The file holds one tile after the other, and the pixels of a tile row by row. So the pixels of one row that lie
+        in the same tile are next to each other in the file, and are written at once.
+        """
         num_rows, num_columns, _ = pixels.shape
         right = left + num_columns
         first_tile_column = left // TILE_PX
-        end_tile_column = -(-right // TILE_PX)  # rounded up
+        last_tile_column = (right - 1) // TILE_PX  # of the tile that holds the last column
         for row in range(num_rows):
-            # The pixels of a row that lie in one tile of the file are contiguous in it.
-            for tile_column in range(first_tile_column, end_tile_column):
+            for tile_column in range(first_tile_column, last_tile_column + 1):
                 # Columns of the image that are written to this tile
                 first_column = max(left, tile_column * TILE_PX)
                 end_column = min(right, (tile_column + 1) * TILE_PX)
