@@ -10,11 +10,13 @@ import onnxruntime
 import torch
 
 from svqvae_hf.export.comparison import ADVICE, largest_difference
-from svqvae_hf.export.drawing_graph import cache_shape
+from svqvae_hf.export.drawing_graph import ROW_OUTPUTS, cache_shape
 from svqvae_hf.export.onnx_graphs import Graph
 from svqvae_hf.export.prompts import prompt_template
 from svqvae_hf.pipelines.image_chats import MAX_REWRITTEN_TOKENS, ImageChats
 
+# Runs a graph of `drawing_graph`. It takes the inputs by their names, and returns the outputs in the order of
+# `ROW_OUTPUTS`.
 RowGraph = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
 
 # Each row is drawn after the model's own rows above, so only the rest of a row follows from an id that differs.
@@ -66,9 +68,11 @@ def compare_drawings(model: ImageChats, draw_row: RowGraph, decode: Graph, capti
 
 def compare_rewriting(model: ImageChats, draw_row: RowGraph, caption: str) -> None:
     """Raises ValueError unless a graph rewrites a caption as the model does, before it draws."""
-    template = prompt_template(model, model.processor.vocabulary.grids[0])
     (expected,) = model.rewrite([caption])
+    any_grid = model.processor.vocabulary.grids[0]  # it only follows the text that is compared
+    template = prompt_template(model, any_grid)
     question = template.question_tokens(model.tokenizer, caption)
+    # After the text, the model begins an image, or ends its answer.
     ends_of_text = (model.processor.vocabulary.begin, model.tokenizer.eos_token_id)
     answer: list[int] = []  # tokens that the graph writes, one after the other
     while len(answer) < MAX_REWRITTEN_TOKENS:
@@ -91,8 +95,14 @@ def _next_text_token(model: ImageChats, draw_row: RowGraph, tokens: list[int]) -
     second row may be anything of the same length.
     """
     inputs = _greedy_inputs(model, [tokens, tokens], num_pads=[0, 0], steps=1)
-    _, _, _, text_tokens = draw_row(inputs)  # text tokens (1, 1)
+    text_tokens = _output(draw_row, inputs, "text_tokens")  # (1, 1)
     return text_tokens.item()
+
+
+def _output(draw_row: RowGraph, inputs: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Runs a graph, and returns its output of this name."""
+    outputs = draw_row(inputs)
+    return outputs[ROW_OUTPUTS.index(name)]
 
 
 def likeliest_ids(model: ImageChats, caption: str | None) -> torch.Tensor:
@@ -120,9 +130,9 @@ def ids_of_rows(model: ImageChats, draw_row: RowGraph, caption: str | None, draw
     for row in range(rows):
         ids_above = drawn[:row].flatten()
         tokens_above = (ids_above + vocabulary.first_token).tolist()
-        tokens = [prompt + tokens_above for prompt in prompts.tokens]
+        tokens = [prompt + tokens_above for prompt in prompts.tokens]  # with the caption, then without it
         inputs = _greedy_inputs(model, tokens, prompts.num_pads, steps=columns)
-        _, _, ids, _ = draw_row(inputs)  # ids (columns, 1)
+        ids = _output(draw_row, inputs, "ids")  # (columns, 1)
         ids_of_graph.append(torch.from_numpy(ids[:, 0]))  # (columns,)
     return torch.stack(ids_of_graph)  # (rows, columns)
 
@@ -130,8 +140,16 @@ def ids_of_rows(model: ImageChats, draw_row: RowGraph, caption: str | None, draw
 def _greedy_inputs(
     model: ImageChats, tokens: Sequence[Sequence[int]], num_pads: Sequence[int], steps: int
 ) -> dict[str, np.ndarray]:
-    """Inputs of the graph for the likeliest ids of some steps, after tokens `(2, length)`."""
+    """Inputs of the graph for the likeliest ids of some steps.
+
+    Args:
+        model ([`ImageChats`]): Language model, and its processor.
+        tokens (`Sequence[Sequence[int]]`): Two rows of tokens of equal length, with the caption and without it.
+        num_pads (`Sequence[int]`): Number of pads at the start of both rows.
+        steps (`int`): Number of ids to draw.
+    """
     num_codes = model.processor.vocabulary.codebook_size
+    # At temperature 0 the noise counts for nothing, and the likeliest of all codes is drawn.
     return {
         "tokens": np.array(tokens, np.int64),
         "pads": np.array(num_pads, np.int64),
@@ -160,14 +178,15 @@ def _padded_prompts(model: ImageChats, caption: str | None, grid: tuple[int, int
     """Prompts for an image with this grid: with the caption, if any, and then without it."""
     no_condition = model.processor.no_condition
     template = prompt_template(model, grid)
-    unconditional = template.tokens(model.tokenizer, no_condition)
+    unconditional = template.tokens(model.tokenizer, caption=no_condition)
     if caption is None:
         conditional = unconditional
     elif model.rewrites:
-        (rewritten,) = model.rewrite([caption])  # the model writes it before the image
-        conditional = template.tokens(model.tokenizer, caption, rewritten)
+        # Such a model answers with the caption in other words, and then with the image.
+        (rewritten,) = model.rewrite([caption])
+        conditional = template.tokens(model.tokenizer, caption=caption, written=rewritten)
     else:
-        conditional = template.tokens(model.tokenizer, caption)
+        conditional = template.tokens(model.tokenizer, caption=caption)
     length = max(len(conditional), len(unconditional))
     padded_prompts = []
     num_pads = []

@@ -27,6 +27,7 @@ TRACED_PAST = 3  # tokens before
 TRACED_GUIDANCE = 1.5
 STEP_INPUTS = ["step_tokens", "pads", "step_past", "guidance"]
 STEP_OUTPUTS = ["logits", "text_token", "step_present"]
+ROW_OUTPUTS = ["next_tokens", "next_past", "ids", "text_tokens"]  # see `drawing_graph`
 INTEGER = TensorProto.INT64
 REAL = TensorProto.FLOAT
 BOOLEAN = TensorProto.BOOL
@@ -71,8 +72,10 @@ class DrawingStep(nn.Module):
         self.first_code = vocabulary.first_token
         self.end_of_codes = vocabulary.begin
         all_tokens = torch.arange(language_model.config.get_text_config().vocab_size)
-        # Tokens that an answer may have before its image: texts, and the begin of the image, which ends them
-        self.may_precede_image = (all_tokens < vocabulary.first_token) | (all_tokens == vocabulary.begin)
+        # A text goes on with a token of a text, or ends with the begin of an image.
+        is_text = all_tokens < vocabulary.first_token
+        is_begin = all_tokens == vocabulary.begin
+        self.may_follow_text = is_text | is_begin  # (vocabulary,)
 
     def forward(
         self, tokens: torch.Tensor, pads: torch.Tensor, past: torch.Tensor, guidance: torch.Tensor
@@ -98,26 +101,40 @@ class DrawingStep(nn.Module):
         keys_and_values = []  # a pair per layer
         for layer in range(past.shape[0]):
             keys_and_values.append((past[layer, 0], past[layer, 1]))
+        positions = new_places[None, :] - pads[:, None]  # (2, length), without the pads
         output = self.language_model(
             input_ids=tokens,
-            attention_mask=attention_bias(new_places, all_places, pads),
-            position_ids=(new_places[None, :] - pads[:, None]).clamp_min(0),  # (2, length)
+            attention_mask=attention_bias(new_places, all_places, pads),  # (2, 1, length, past length + length)
+            position_ids=positions.clamp_min(0),
             past_key_values=DynamicCache(keys_and_values),
             use_cache=True,
             logits_to_keep=1,
         )
-        logits_of_tokens = output.logits[:, -1]  # (2, tokens)
-        lowest = torch.finfo(torch.float32).min
-        logits_of_text = torch.where(self.may_precede_image, logits_of_tokens[:1], lowest)  # (1, tokens)
-        text_token = logits_of_text.argmax(-1)  # (1,)
-        logits = logits_of_tokens[:, self.first_code : self.end_of_codes]  # (2, codes)
-        conditional = logits[:1]
-        unconditional = logits[1:]
-        guided = unconditional + guidance * (conditional - unconditional)
+        logits = output.logits[:, -1]  # (2, vocabulary), of the token after the new ones
+        guided = self._guided_logits(logits, guidance)
+        text_token = self._likeliest_text_token(logits)
         present = []  # keys and values of each layer, with the new tokens
         for layer in output.past_key_values.layers:
             present.append(torch.stack([layer.keys, layer.values]))  # (2, 2, heads, past length + length, head_dim)
         return guided, text_token, torch.stack(present)
+
+    def _guided_logits(self, logits: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+        """Guided logits `(1, codes)`, from logits `(2, vocabulary)` with the caption and without it."""
+        logits_of_codes = logits[:, self.first_code : self.end_of_codes]  # (2, codes)
+        conditional = logits_of_codes[:1]  # (1, codes)
+        unconditional = logits_of_codes[1:]  # (1, codes)
+        return unconditional + guidance * (conditional - unconditional)
+
+    def _likeliest_text_token(self, logits: torch.Tensor) -> torch.Tensor:
+        """Likeliest token `(1,)` after a text with the caption: of a text, or the begin of an image.
+
+        Args:
+            logits (`torch.Tensor` of shape `(2, vocabulary)`): Logits with the caption and without it.
+        """
+        conditional = logits[:1]  # (1, vocabulary)
+        lowest = torch.finfo(torch.float32).min
+        logits_of_text = torch.where(self.may_follow_text, conditional, lowest)  # (1, vocabulary)
+        return logits_of_text.argmax(-1)
 
 
 def attention_bias(new_places: torch.Tensor, all_places: torch.Tensor, pads: torch.Tensor) -> torch.Tensor:
@@ -172,9 +189,7 @@ def drawing_graph(language_model: PreTrainedModel, vocabulary: ImageVocabulary) 
     nodes = [
         helper.make_node("Shape", ["noise"], ["noise_length"], start=0, end=1),
         helper.make_node("Squeeze", ["noise_length", "first_axis"], ["steps"]),
-        helper.make_node(
-            "Loop", ["steps", "", "tokens", "past"], ["next_tokens", "next_past", "ids", "text_tokens"], body=body
-        ),
+        helper.make_node("Loop", ["steps", "", "tokens", "past"], ROW_OUTPUTS, body=body),
     ]
     inputs = [
         helper.make_tensor_value_info("tokens", INTEGER, [ROWS, "length"]),
@@ -202,7 +217,7 @@ def drawing_graph(language_model: PreTrainedModel, vocabulary: ImageVocabulary) 
     return model
 
 
-def loop_body(step: onnx.GraphProto, cache: list[Any]) -> onnx.GraphProto:
+def loop_body(step: onnx.GraphProto, shape_of_cache: list[Any]) -> onnx.GraphProto:
     """Joins a step of the language model with the sampling of its id. Weights stay outside.
 
     The nodes of both are joined by the names of their values, which are listed in `STEP_INPUTS`, `STEP_OUTPUTS` and
@@ -217,18 +232,22 @@ def loop_body(step: onnx.GraphProto, cache: list[Any]) -> onnx.GraphProto:
         step_past                         step_present    becomes `step_past` of the next step
                                           id              collected from all steps
                                           text_token      collected from all steps
+
+    Args:
+        step (`onnx.GraphProto`): Graph of [`DrawingStep`].
+        shape_of_cache (`list`): Shape of the keys and values, from [`cache_shape`].
     """
     sampling = onnx.parser.parse_graph(SAMPLING)
     inputs = [
         helper.make_tensor_value_info("step", INTEGER, []),
         helper.make_tensor_value_info("unfinished", BOOLEAN, []),
         helper.make_tensor_value_info("step_tokens", INTEGER, [ROWS, None]),
-        helper.make_tensor_value_info("step_past", REAL, cache),
+        helper.make_tensor_value_info("step_past", REAL, shape_of_cache),
     ]
     outputs = [
         helper.make_tensor_value_info("continued", BOOLEAN, []),
         helper.make_tensor_value_info("id_tokens", INTEGER, [ROWS, 1]),
-        helper.make_tensor_value_info("step_present", REAL, cache),
+        helper.make_tensor_value_info("step_present", REAL, shape_of_cache),
         helper.make_tensor_value_info("id", INTEGER, [1]),
         helper.make_tensor_value_info("text_token", INTEGER, [1]),
     ]
@@ -242,10 +261,11 @@ def trace_step(language_model: PreTrainedModel, vocabulary: ImageVocabulary) -> 
     pads = torch.tensor(TRACED_PADS)  # one number per row
     past = torch.zeros(cache_shape(language_model, TRACED_PAST))
     guidance = torch.tensor(TRACED_GUIDANCE)
+    # For each input, the axes of any length: the length of the tokens, and the number of tokens before.
     dynamic_shapes = (
-        {1: Dim.DYNAMIC},  # tokens (2, length)
+        {1: Dim.DYNAMIC},  # axis 1 of tokens (rows, length)
         None,  # pads
-        {4: Dim.DYNAMIC},  # past (layers, 2, 2, heads, past length, head_dim)
+        {4: Dim.DYNAMIC},  # axis 4 of past (layers, keys and values, rows, heads, past length, head_dim)
         None,  # guidance
     )
     step = DrawingStep(language_model, vocabulary)

@@ -21,12 +21,12 @@ def store_in_float16(graph: onnx.ModelProto) -> None:
         values = numpy_helper.to_array(weight)
         if values.size < MIN_SIZE or not fits_float16(values):
             continue
-        # The nodes of the graph read the weight by its name. From now on, the result of the cast has this name, and
-        # the stored weight has another name: weight "w" becomes "w_float16" --Cast--> "w".
+        # The nodes of the graph read a weight by its name. The weight "w" is stored as "w_float16", and a cast of it
+        # gets the name "w". So the nodes read the result of the cast in place of the weight.
         name = weight.name
         stored_name = f"{name}_float16"
         stored_weight = numpy_helper.from_array(values.astype(np.float16), stored_name)
-        weight.CopyFrom(stored_weight)  # overwrites the weight in the graph
+        weight.CopyFrom(stored_weight)  # replaces the weight and its name in the graph
         cast = onnx.helper.make_node("Cast", inputs=[stored_name], outputs=[name], to=onnx.TensorProto.FLOAT)
         casts.append(cast)
     nodes = casts + list(graph.graph.node)  # the casts first, because the other nodes read their results
