@@ -167,26 +167,39 @@ def _with_images(template: str | dict[str, str] | None) -> str | dict[str, str]:
 def _start_rows(model: PreTrainedModel, vocabulary: ImageVocabulary, codebook: torch.Tensor, seed: int) -> None:
     """Sets the new rows to a linear map of the codes, with the mean and the standard deviation of the old rows."""
     features = _features_of_tokens(vocabulary, codebook, seed)  # (image tokens, channels)
-    input_layer = model.get_input_embeddings()
-    output_layer = model.get_output_embeddings()
-    layers = [input_layer, output_layer]
-    share_one_weight = input_layer.weight is output_layer.weight
-    if share_one_weight:
-        layers = [output_layer]  # the one of both that may have a bias
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    have_one_weight = embedding.weight is head.weight
+    if not have_one_weight:
+        _start_rows_of_layer(embedding, vocabulary, features, seed)
+    # The head is always set, because it may have a bias, which an embedding has not.
+    _start_rows_of_layer(head, vocabulary, features, seed)
+
+
+def _start_rows_of_layer(
+    layer: torch.nn.Module, vocabulary: ImageVocabulary, features: torch.Tensor, seed: int
+) -> None:
+    """Sets the new rows of the embedding or of the head, whose weight is `(tokens, hidden)`.
+
+    Args:
+        layer (`torch.nn.Module`): The embedding or the head.
+        vocabulary ([`ImageVocabulary`]): The image tokens.
+        features (`torch.Tensor` of shape `(image tokens, channels)`): Vector of each image token.
+        seed (`int`): Seed. Equal seeds give the embedding and the head the same linear map.
+    """
     first_token = vocabulary.first_token
-    for layer in layers:
-        old_rows = layer.weight[:first_token].float()  # (tokens of the text, hidden)
-        generator = torch.Generator().manual_seed(seed + 1)  # equal seeds, so that both layers have the same map
-        linear_map = torch.randn(features.shape[1], old_rows.shape[1], generator=generator)  # (channels, hidden)
-        mapped = features @ linear_map  # (image tokens, hidden)
-        mean_of_old_rows = old_rows.mean(0).cpu()  # (hidden,)
-        std_of_old_rows = old_rows.std(0).mean().cpu()  # one number, the mean over the channels
-        gain = std_of_old_rows / mapped.std()
-        new_rows = mean_of_old_rows + mapped * gain  # (image tokens, hidden)
-        layer.weight[first_token : vocabulary.stop] = new_rows.to(layer.weight)
-        bias = getattr(layer, "bias", None)
-        if bias is not None:
-            bias[first_token : vocabulary.stop] = bias[:first_token].mean()
+    old_rows = layer.weight[:first_token].float()  # (tokens of the text, hidden)
+    generator = torch.Generator().manual_seed(seed + 1)
+    linear_map = torch.randn(features.shape[1], old_rows.shape[1], generator=generator)  # (channels, hidden)
+    mapped = features @ linear_map  # (image tokens, hidden)
+    mean_of_old_rows = old_rows.mean(0).cpu()  # (hidden,)
+    std_of_old_rows = old_rows.std(0).mean().cpu()  # one number, the mean over the channels
+    gain = std_of_old_rows / mapped.std()
+    new_rows = mean_of_old_rows + mapped * gain  # (image tokens, hidden)
+    layer.weight[first_token : vocabulary.stop] = new_rows.to(layer.weight)
+    bias = getattr(layer, "bias", None)
+    if bias is not None:
+        bias[first_token : vocabulary.stop] = bias[:first_token].mean()
 
 
 def _features_of_tokens(vocabulary: ImageVocabulary, codebook: torch.Tensor, seed: int) -> torch.Tensor:

@@ -36,23 +36,14 @@ class ImageGrammar(LogitsProcessor):
     def __init__(self, config: PreTrainedConfig):
         vocabulary = ImageVocabulary.from_config(config)
         self.begin = vocabulary.begin
-        vocabulary_size = config.get_text_config().vocab_size
-        # Kinds of the tokens of an image, one row per size of images. A row of `kinds` says, for each number of tokens
-        # after the begin, which kind of token follows.
+        # Kind of the next token, by the size of the image and the number of tokens after its begin.
         self.kinds = kinds_in_images(vocabulary.grids)  # (sizes, longest)
-        # Number of the row in `kinds`, for each token of the vocabulary that is a size. Other tokens have 0.
+        # For each token that stands for a size, the number of this size: its row in `kinds`. Other tokens have 0.
+        vocabulary_size = config.get_text_config().vocab_size
         num_sizes = len(vocabulary.grids)
         self.row_of_size = torch.zeros(vocabulary_size, dtype=torch.int64)
         self.row_of_size[vocabulary.first_size : vocabulary.stop] = torch.arange(num_sizes)
-
-        # Bias of each token, by the kind of the next token: 0 if the token is of this kind, else minus infinity. The
-        # tokens are, in this order: text, codes from `first_token`, begin, end, no condition, sizes from `first_size`.
-        self.bias = torch.full((NUM_KINDS, vocabulary_size), -torch.inf)
-        self.bias[OUTSIDE, : vocabulary.first_token] = 0
-        self.bias[OUTSIDE, vocabulary.begin] = 0
-        self.bias[SIZE, vocabulary.first_size : vocabulary.stop] = 0
-        self.bias[CODES, vocabulary.first_token : vocabulary.begin] = 0
-        self.bias[LAST, vocabulary.end] = 0
+        self.bias = _bias_of_kinds(vocabulary, vocabulary_size)  # (kinds, vocabulary)
 
     def next_kind(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Kind of the token after sequences `(batch, length)`: `OUTSIDE`, `SIZE`, `CODES` or `LAST`, `(batch, 1)`.
@@ -72,11 +63,11 @@ class ImageGrammar(LogitsProcessor):
         newest_first = newest_tokens.flip(1)  # (batch, longest)
         is_begin = newest_first == self.begin  # (batch, longest)
         has_begun = is_begin.any(dim=1, keepdim=True)  # (batch, 1)
-        # Of several images, the newest one has the first begin. `argmax` returns its index.
+        # Of several images, the newest one has the first begin. `argmax` returns its index, or 0 if there is no begin.
         index_of_begin = is_begin.int().argmax(dim=1, keepdim=True)  # (batch, 1)
-        num_after_begin = index_of_begin
+        num_after_begin = index_of_begin  # because the newest token has the index 0
         row = self._row_of_image(newest_first, index_of_begin)  # (batch, 1)
-        kind_in_image = self.kinds[row, num_after_begin]  # (batch, 1)
+        kind_in_image = self.kinds[row, num_after_begin]  # (batch, 1), without meaning if no image has begun
         return torch.where(has_begun, kind_in_image, OUTSIDE)
 
     def _row_of_image(self, newest_first: torch.Tensor, index_of_begin: torch.Tensor) -> torch.Tensor:
@@ -98,6 +89,28 @@ class ImageGrammar(LogitsProcessor):
         """Sets the logits `(batch, vocab_size)` of the forbidden tokens to minus infinity."""
         kind = self.next_kind(input_ids)[:, 0]  # first, because it moves the bias to the device
         return scores + self.bias.index_select(0, kind)
+
+
+def _bias_of_kinds(vocabulary: ImageVocabulary, vocabulary_size: int) -> torch.Tensor:
+    """Bias `(kinds, vocabulary)` of each token if the next token must be of a kind: 0, or minus infinity.
+
+    These are the kinds that have a bias of 0, for the tokens in the order of the vocabulary:
+
+        tokens          from           to             kind
+        text            0              first_token    OUTSIDE
+        codes           first_token    begin          CODES
+        begin           begin                         OUTSIDE
+        end             end                           LAST
+        no condition                                  none
+        sizes           first_size     stop           SIZE
+    """
+    bias = torch.full((NUM_KINDS, vocabulary_size), -torch.inf)
+    bias[OUTSIDE, : vocabulary.first_token] = 0
+    bias[CODES, vocabulary.first_token : vocabulary.begin] = 0
+    bias[OUTSIDE, vocabulary.begin] = 0
+    bias[LAST, vocabulary.end] = 0
+    bias[SIZE, vocabulary.first_size : vocabulary.stop] = 0
+    return bias
 
 
 def kinds_in_images(grids: Sequence[tuple[int, int]]) -> torch.Tensor:
