@@ -191,13 +191,7 @@ def _unpack_header(content: bytes) -> _Header:
     for scale, chunk_size in SCALE.iter_unpack(header[HEADER.size :]):
         scales.append(scale)
         chunk_sizes.append(chunk_size)
-    are_scales_in_range = num_scales > 0 and all(0 < scale < INTEGER_LIMIT for scale in scales)
-    is_source_in_range = source_index < len(SCALE_SOURCES)
-    if downsampling == 0 or not is_source_in_range or not are_scales_in_range:
-        raise ValueError(
-            f"its header must have f, scales and their source in range, got {downsampling}, {tuple(scales)} and "
-            f"{source_index}."
-        )
+    _check_ranges(downsampling, scales, source_index)
     check_scales_differ(scales)
     has_tiles = tile_size > 0
     record = {
@@ -210,6 +204,17 @@ def _unpack_header(content: bytes) -> _Header:
         "scales": tuple(scales),
     }
     return _Header(record, fingerprint.hex(), chunk_sizes, end + CRC.size)
+
+
+def _check_ranges(downsampling: int, scales: Sequence[float], source_index: int) -> None:
+    """Raises ValueError if values of a header are out of range, or there is no scale."""
+    are_scales_in_range = len(scales) > 0 and all(0 < scale < INTEGER_LIMIT for scale in scales)
+    is_source_in_range = source_index < len(SCALE_SOURCES)
+    if downsampling == 0 or not is_source_in_range or not are_scales_in_range:
+        raise ValueError(
+            f"its header must have f, scales and their source in range, got {downsampling}, {tuple(scales)} and "
+            f"{source_index}."
+        )
 
 
 def _shapes(record: Mapping[str, Any]) -> list[tuple[int, int]]:
