@@ -16,7 +16,7 @@ from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.layers import Area
 from svqvae_hf.models.loading import execution_device
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.models.tiling import Read, RunWindow, TiledRun, Tiles, run_tiles, tile_axis
+from svqvae_hf.models.tiling import Read, RunWindow, TiledRun, Tiles, divide_rounding_up, run_tiles, tile_axis
 from svqvae_hf.tokens.image_tokens import image_tokens
 from svqvae_hf.tokens.token_files import ImageTokens
 
@@ -42,8 +42,8 @@ def encode_large(model: SVQVAE, source: Path, tiles: Tiles | None = None) -> Ima
     if tiles is None:
         tiles = Tiles(model.tile_size, model.overlap)
     with open_large_image(source) as image:
-        grid_height = -(-image.height // model.f)  # rounded up
-        grid_width = -(-image.width // model.f)
+        grid_height = divide_rounding_up(image.height, model.f)
+        grid_width = divide_rounding_up(image.width, model.f)
         ids = torch.empty(grid_height, grid_width, dtype=torch.int32)
 
         def read(rows: slice, columns: slice) -> torch.Tensor:

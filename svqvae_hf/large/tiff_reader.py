@@ -15,6 +15,7 @@ from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC
 
 from svqvae_files.errors import os_error
 from svqvae_hf.models.image_files import to_rgb
+from svqvae_hf.models.tiling import divide_rounding_up
 from svqvae_hf.untrusted.images import MAX_CHUNK_BYTES, check_segments, is_chunk_too_large
 
 TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are of BigTIFF
@@ -61,7 +62,7 @@ class LargeImage:
         shape = (rows.stop - rows.start, columns.stop - columns.start, self.page.samplesperpixel)
         values = np.full(shape, self.page.nodata, self.page.dtype)  # also of tiles that the file leaves out
         tile_height, tile_width = self.page.chunks[:2]
-        tiles_per_row = -(-self.width // tile_width)  # rounded up
+        tiles_per_row = divide_rounding_up(self.width, tile_width)
         tiles_of_window = {}
         for tile_row in _tiles_under(rows, tile_height):
             for tile_column in _tiles_under(columns, tile_width):
@@ -106,7 +107,7 @@ class LargeImage:
 def _tiles_under(window: slice, tile_side: int) -> range:
     """Rows or columns of tiles that hold the rows or columns of pixels of a window."""
     first_tile = window.start // tile_side
-    end_tile = -(-window.stop // tile_side)  # rounded up
+    end_tile = divide_rounding_up(window.stop, tile_side)
     return range(first_tile, end_tile)
 
 

@@ -6,6 +6,8 @@ from typing import Self
 import numpy as np
 import tifffile
 
+from svqvae_hf.models.tiling import divide_rounding_up
+
 TILE_PX = 256  # side of a tile of the file
 BYTES_PER_PIXEL = 3
 
@@ -32,7 +34,7 @@ class TiffWriter:
         )
         with tifffile.TiffFile(path) as file:
             self._offsets = file.pages[0].dataoffsets
-        self._tiles_per_row = -(-width // TILE_PX)
+        self._tiles_per_row = divide_rounding_up(width, TILE_PX)
         self._file = path.open("r+b")
 
     def write(self, top: int, left: int, pixels: np.ndarray) -> None:
