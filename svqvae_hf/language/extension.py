@@ -177,7 +177,7 @@ def _start_rows(model: PreTrainedModel, vocabulary: ImageVocabulary, codebook: t
 
 
 def _start_rows_of_layer(
-    layer: torch.nn.Module, vocabulary: ImageVocabulary, features: torch.Tensor, seed: int
+    layer: torch.nn.Embedding | torch.nn.Linear, vocabulary: ImageVocabulary, features: torch.Tensor, seed: int
 ) -> None:
     """Sets the new rows of the embedding or of the head, whose weight is `(tokens, hidden)`.
 
