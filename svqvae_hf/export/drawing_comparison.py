@@ -69,7 +69,7 @@ def compare_drawings(model: ImageChats, draw_row: RowGraph, decode: Graph, capti
 def compare_rewriting(model: ImageChats, draw_row: RowGraph, caption: str) -> None:
     """Raises ValueError unless a graph rewrites a caption as the model does, before it draws."""
     (expected,) = model.rewrite([caption])
-    any_grid = model.processor.vocabulary.grids[0]  # it only follows the text that is compared
+    any_grid = model.processor.vocabulary.grids[0]  # the grid stands after the text, so it changes nothing here
     template = prompt_template(model, any_grid)
     question = template.question_tokens(model.tokenizer, caption)
     # After the text, the model begins an image, or ends its answer.

@@ -25,7 +25,7 @@ class EncoderGraph(nn.Module):
         super().__init__()
         self.encoder = with_nested_means(model.encoder)  # its own norms would be inexact in a graph, see `norms.py`
         self.quant_conv = model.quant_conv
-        self.f = model.f  # pixels per latent along each side
+        self.downsampling = model.f  # pixels per latent along each side
         self.pixel_range = model.config["pixel_range"]
         self.network_range = model.config["network_range"]
         self.l2_norm = model.config["codebook_l2_norm"]
@@ -37,13 +37,14 @@ class EncoderGraph(nn.Module):
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         """`(batch, in_channels, height, width)` -> int64 ids `(batch, ceil(height / f), ceil(width / f))`."""
-        height, width = sample.shape[-2:]
-        rows = (height + self.f - 1) // self.f
-        columns = (width + self.f - 1) // self.f
         # The sides must become multiples of f. How much padding that takes depends on the image, but the padding of a
         # graph is a constant. So the graph pads by the most that any image needs, and crops what is too much.
-        sample = F.pad(sample, (0, self.f - 1, 0, self.f - 1), mode="replicate")
-        sample = sample[..., : rows * self.f, : columns * self.f]
+        height, width = sample.shape[-2:]
+        most_padding = self.downsampling - 1
+        rows = (height + most_padding) // self.downsampling  # of latents: height / f, rounded up
+        columns = (width + most_padding) // self.downsampling
+        sample = F.pad(sample, (0, most_padding, 0, most_padding), mode="replicate")
+        sample = sample[..., : rows * self.downsampling, : columns * self.downsampling]
 
         hidden = self.encoder(map_range(sample, self.pixel_range, self.network_range))
         latents = self.quant_conv(hidden)

@@ -65,7 +65,7 @@ class ImageGrammar(LogitsProcessor):
         has_begun = is_begin.any(dim=1, keepdim=True)  # (batch, 1)
         # Of several images, the newest one has the first begin. `argmax` returns its index, or 0 if there is no begin.
         index_of_begin = is_begin.int().argmax(dim=1, keepdim=True)  # (batch, 1)
-        num_after_begin = index_of_begin  # because the newest token has the index 0
+        num_after_begin = index_of_begin  # a begin at index 2, for example, has two tokens after it
         row = self._row_of_image(newest_first, index_of_begin)  # (batch, 1)
         kind_in_image = self.kinds[row, num_after_begin]  # (batch, 1), without meaning if no image has begun
         return torch.where(has_begun, kind_in_image, OUTSIDE)

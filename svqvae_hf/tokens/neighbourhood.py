@@ -105,7 +105,9 @@ def _place_in_coarser_grid(positions: np.ndarray, length: int, coarse_length: in
         `tuple[np.ndarray, np.ndarray]`: Coarser rows or columns, and the steps from their start, both `(n,)`.
     """
     steps = positions * coarse_length * CELL_STEPS // length
-    return steps // CELL_STEPS, steps % CELL_STEPS
+    coarse_positions = steps // CELL_STEPS
+    steps_in_cell = steps % CELL_STEPS
+    return coarse_positions, steps_in_cell
 
 
 def _inputs_of_neighbours(
