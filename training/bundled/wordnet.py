@@ -251,6 +251,37 @@ def is_latin(word: str, nouns: Nouns) -> bool:
     return is_species or lower.endswith(LATIN_ENDINGS)
 
 
+@dataclass(frozen=True)
+class ThingSynsets:
+    """Synsets by which the words for things are found.
+
+    The senses of a word are its synsets, the commonest first, such as `["02121808", "10153414"]`. Rare senses tell
+    nothing of what a prompt means.
+
+    Args:
+        shaped (`set[str]`): Synsets of things that have a shape.
+        grounds (`set[str]`): Synsets of grounds, places and meals.
+        drawable (`set[str]`): Synsets of the objects that scenes show, and of their kinds.
+    """
+
+    shaped: set[str]
+    grounds: set[str]
+    drawable: set[str]
+
+    def has_shape(self, senses: list[str]) -> bool:
+        """Whether a word means a thing that has a shape, in one of its two commonest senses."""
+        return any(sense in self.shaped for sense in senses[:2])
+
+    def is_ground(self, senses: list[str]) -> bool:
+        """Whether a word means a ground, in its commonest sense."""
+        commonest_sense = senses[0]
+        return commonest_sense in self.grounds
+
+    def may_be_drawable(self, senses: list[str]) -> bool:
+        """Whether a word may mean an object of the scenes: "boxer" is also a dog, in its third sense."""
+        return any(sense in self.drawable for sense in senses[:3])
+
+
 def find_things(nouns: Nouns, names: set[str]) -> list[str]:
     """Nouns, in singular, for things that have a shape and no name in captions.
 
@@ -258,26 +289,30 @@ def find_things(nouns: Nouns, names: set[str]) -> list[str]:
         nouns ([`Nouns`]): All nouns.
         names (`set[str]`): Names and words of captions.
     """
-    shaped = shaped_synsets(nouns)
-    grounds = ground_synsets(nouns)
-    drawable = drawable_synsets(nouns)
-    words = set(DICTIONARY.read_text("utf-8").split())
-    words -= names | COLOUR_NOUNS | NOT_THINGS | CATEGORIES
+    synsets = ThingSynsets(
+        shaped=shaped_synsets(nouns),
+        grounds=ground_synsets(nouns),
+        drawable=drawable_synsets(nouns),
+    )
+    english_words = set(DICTIONARY.read_text("utf-8").split())
+    excluded_words = names | COLOUR_NOUNS | NOT_THINGS | CATEGORIES
     things = []
-    for word, senses in nouns.senses.items():
-        if word not in words or len(word) < 3:
-            continue
-        # The senses of a word are synsets, the commonest first. Rare senses tell nothing of what a prompt means.
-        has_shape = not shaped.isdisjoint(senses[:2])
-        is_ground = senses[0] in grounds
-        # "boxer" is also a dog, in its third sense. Such a word is no reason to warn.
-        may_be_drawable = not drawable.isdisjoint(senses[:3])
-        uses_as_noun = nouns.uses[word].total()
-        is_mostly_no_noun = nouns.other_uses[word] > uses_as_noun  # "flies", "acoustic"
-        is_excluded = is_ground or may_be_drawable or is_mostly_no_noun
-        if has_shape and not is_excluded:
+    for word in nouns.senses:
+        is_candidate = word in english_words and word not in excluded_words and len(word) >= 3
+        if is_candidate and is_undrawable_thing(word, nouns, synsets):
             things.append(word)
     return sorted(things)
+
+
+def is_undrawable_thing(word: str, nouns: Nouns, synsets: ThingSynsets) -> bool:
+    """Whether a noun usually means a thing that has a shape, but that scenes cannot show."""
+    is_mostly_verb_or_adjective = nouns.other_uses[word] > nouns.uses[word].total()  # "flies", "acoustic"
+    if is_mostly_verb_or_adjective:
+        return False
+    senses = nouns.senses[word]
+    if synsets.is_ground(senses) or synsets.may_be_drawable(senses):
+        return False
+    return synsets.has_shape(senses)
 
 
 def shaped_synsets(nouns: Nouns) -> set[str]:
