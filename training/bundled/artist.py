@@ -190,34 +190,46 @@ class Artist:
             for number, colour in enumerate(colours[:num_series]):
                 _draw_series(axes, kind, number, colour, generator)
 
-    def sheet(self, cells: Sequence[Draw], side: int, square: int) -> Image.Image:
-        """Draws cells on a square ground, row by row.
+    def sheet(self, draws: Sequence[Draw], cell_side: int, sheet_side: int) -> Image.Image:
+        """Draws a square sheet of square cells, row by row, with a drawing or a page of text in each cell.
 
         Args:
-            cells (`Sequence[Draw]`): Drawings, or `self.text` for pages of text.
-            side (`int`): Side of a cell in pixels.
-            square (`int`): Side of the sheet in pixels.
+            draws (`Sequence[Draw]`): Functions that draw the cells. `self.text` draws a page of text.
+            cell_side (`int`): Side of a cell in pixels.
+            sheet_side (`int`): Side of the sheet in pixels.
         """
-        sheet = self.ground(square)
-        columns = square // side
-        for number, draw in enumerate(cells):
-            x = side * (number % columns)
-            y = side * (number // columns)
-            part_of_sheet = sheet.crop((x, y, x + side, y + side))
-            cell = self._cell(draw, side, part_of_sheet)
-            sheet.paste(cell, (x, y))
+        sheet = self.ground(sheet_side)
+        num_columns = sheet_side // cell_side
+        for number, draw in enumerate(draws):
+            row, column = divmod(number, num_columns)
+            left = cell_side * column
+            top = cell_side * row
+            is_page_of_text = draw == self.text
+            if is_page_of_text:
+                content = draw(cell_side)
+            else:
+                content = self._drawing_in_cell(draw, sheet, left, top, cell_side)
+            sheet.paste(content, (left, top))
         return sheet
 
-    def _cell(self, draw: Draw, side: int, part_of_sheet: Image.Image) -> Image.Image:
-        """A page of text, or a smaller drawing on the ground of the sheet or on one of its own."""
-        is_page = draw == self.text  # bound methods of one object are equal if they are the same method
-        if is_page:
-            return draw(side)
-        drawing_side = round(side * self.random.uniform(0.75, 1))
+    def _drawing_in_cell(self, draw: Draw, sheet: Image.Image, left: int, top: int, cell_side: int) -> Image.Image:
+        """Content of a cell of a sheet: a drawing that is a little smaller than the cell, on a ground.
+
+        Args:
+            draw (`Draw`): Draws the drawing.
+            sheet (`PIL.Image.Image`): The sheet, whose ground shows behind most drawings. It is not changed.
+            left (`int`): Left side of the cell on the sheet.
+            top (`int`): Upper side of the cell on the sheet.
+            cell_side (`int`): Side of the cell in pixels.
+        """
+        drawing_side = round(cell_side * self.random.uniform(0.75, 1))
         drawing = draw(drawing_side)
-        if self.random.random() < SHARE_ON_SHEET:
-            return on_ground(drawing, part_of_sheet)
-        return on_ground(drawing, self.ground(side))
+        stands_on_sheet = self.random.random() < SHARE_ON_SHEET
+        if stands_on_sheet:
+            ground = sheet.crop((left, top, left + cell_side, top + cell_side))
+        else:
+            ground = self.ground(cell_side)
+        return on_ground(drawing, ground)
 
 
 def _draw_series(axes: plt.Axes, kind: str, number: int, colour: np.ndarray, generator: np.random.Generator) -> None:
