@@ -20,10 +20,12 @@ from svqvae_hf.models.image_vocabulary import ImageVocabulary
 
 ROWS = 2  # of tokens in a batch: one with the caption and one without it, for guidance
 KEYS_AND_VALUES = 2  # size of the dimension that holds first the keys, then the values
+TOKENS_LENGTH_AXIS = 1  # of tokens `(rows, length)`
+PAST_LENGTH_AXIS = 4  # of keys and values `(layers, keys and values, rows, heads, past length, head_dim)`
 # Example input of a step, from which the graph is traced. Any values would do.
 TRACED_LENGTH = 5  # new tokens
 TRACED_PADS = [0, 1]
-TRACED_PAST = 3  # tokens before
+TRACED_PAST = 3  # tokens of earlier steps
 TRACED_GUIDANCE = 1.5
 STEP_INPUTS = ["step_tokens", "pads", "step_past", "guidance"]
 STEP_OUTPUTS = ["logits", "text_token", "step_present"]
@@ -80,81 +82,106 @@ class DrawingStep(nn.Module):
     def forward(
         self, tokens: torch.Tensor, pads: torch.Tensor, past: torch.Tensor, guidance: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Runs the language model on new tokens of two rows, first with the caption and then without it.
+        """Runs the language model on new tokens of two rows, row 0 with the caption and row 1 without it.
 
         Args:
             tokens (`torch.Tensor` of shape `(2, length)`): New tokens. The first may be padded on the left.
             pads (`torch.Tensor` of shape `(2,)`): Number of pads of each row.
-            past (`torch.Tensor` of shape `(layers, 2, 2, heads, past length, head_dim)`): Of each layer the keys, then
-                the values, each of both rows: of the tokens before.
+            past (`torch.Tensor` of shape `(layers, 2, 2, heads, past length, head_dim)`): Keys and values of tokens
+                of earlier steps. Axis 1 holds the keys, then the values. Axis 2 holds row 0, then row 1.
             guidance (`torch.Tensor` of shape `()`): Guidance scale.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Guided logits `(1, codes)` of the next id, for drawing.
-            For writing, the next token `(1,)` of the row with the caption: the likeliest token of a text, or the begin
-            of an image. And `past` with the keys and values of the new tokens.
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`:
+
+            - Guided logits `(1, codes)` of the next id, for drawing.
+            - For writing, the next token `(1,)` of row 0: the likeliest token of a text, or the begin of an image.
+            - `past` with the new tokens: `(layers, 2, 2, heads, past length + length, head_dim)`.
         """
-        length = tokens.shape[1]
-        past_length = past.shape[4]
-        new_places = past_length + torch.arange(length)  # of the new tokens in the sequence
-        all_places = torch.arange(past_length + length)  # also of the tokens before
-        keys_and_values = []  # a pair per layer
-        for layer in range(past.shape[0]):
-            keys_and_values.append((past[layer, 0], past[layer, 1]))
-        positions = new_places[None, :] - pads[:, None]  # (2, length), without the pads
+        length = tokens.shape[TOKENS_LENGTH_AXIS]
+        past_length = past.shape[PAST_LENGTH_AXIS]
+        # Each token has an index in its row, counted from 0 over pads, tokens of earlier steps and new tokens.
+        all_indices = torch.arange(past_length + length)  # (past length + length,)
+        new_indices = past_length + torch.arange(length)  # (length,)
         output = self.language_model(
             input_ids=tokens,
-            attention_mask=attention_bias(new_places, all_places, pads),  # (2, 1, length, past length + length)
-            position_ids=positions.clamp_min(0),
-            past_key_values=DynamicCache(keys_and_values),
+            attention_mask=attention_bias(new_indices, all_indices, pads),  # (2, 1, length, past length + length)
+            position_ids=position_ids(new_indices, pads),  # (2, length)
+            past_key_values=unpack_cache(past),
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=1,  # the logits after the last new token
         )
-        logits = output.logits[:, -1]  # (2, vocabulary), of the token after the new ones
-        guided = self._guided_logits(logits, guidance)
-        text_token = self._likeliest_text_token(logits)
-        present = []  # keys and values of each layer, with the new tokens
-        for layer in output.past_key_values.layers:
-            present.append(torch.stack([layer.keys, layer.values]))  # (2, 2, heads, past length + length, head_dim)
-        return guided, text_token, torch.stack(present)
+        next_logits = output.logits[:, -1]  # (2, vocabulary)
+        with_caption = next_logits[:1]  # (1, vocabulary)
+        without_caption = next_logits[1:]  # (1, vocabulary)
+        guided_logits = self._guided_logits(with_caption, without_caption, guidance)
+        text_token = self._likeliest_text_token(with_caption)
+        return guided_logits, text_token, pack_cache(output.past_key_values)
 
-    def _guided_logits(self, logits: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
-        """Guided logits `(1, codes)`, from logits `(2, vocabulary)` with the caption and without it."""
-        logits_of_codes = logits[:, self.first_code : self.end_of_codes]  # (2, codes)
-        conditional = logits_of_codes[:1]  # (1, codes)
-        unconditional = logits_of_codes[1:]  # (1, codes)
+    def _guided_logits(
+        self, with_caption: torch.Tensor, without_caption: torch.Tensor, guidance: torch.Tensor
+    ) -> torch.Tensor:
+        """Guided logits `(1, codes)`, from logits `(1, vocabulary)` with the caption and without it."""
+        conditional = with_caption[:, self.first_code : self.end_of_codes]  # (1, codes)
+        unconditional = without_caption[:, self.first_code : self.end_of_codes]  # (1, codes)
         return unconditional + guidance * (conditional - unconditional)
 
     def _likeliest_text_token(self, logits: torch.Tensor) -> torch.Tensor:
-        """Likeliest token `(1,)` after a text with the caption: of a text, or the begin of an image.
-
-        Args:
-            logits (`torch.Tensor` of shape `(2, vocabulary)`): Logits with the caption and without it.
-        """
-        conditional = logits[:1]  # (1, vocabulary)
+        """Likeliest token `(1,)` of a text, or the begin of an image, from logits `(1, vocabulary)`."""
         lowest = torch.finfo(torch.float32).min
-        logits_of_text = torch.where(self.may_follow_text, conditional, lowest)  # (1, vocabulary)
+        logits_of_text = torch.where(self.may_follow_text, logits, lowest)  # (1, vocabulary)
         return logits_of_text.argmax(-1)
 
 
-def attention_bias(new_places: torch.Tensor, all_places: torch.Tensor, pads: torch.Tensor) -> torch.Tensor:
-    """Bias `(2, 1, length, past length + length)` of attention: 0 for the places that a new token sees, else very low.
+def attention_bias(new_indices: torch.Tensor, all_indices: torch.Tensor, pads: torch.Tensor) -> torch.Tensor:
+    """Bias `(2, 1, length, past length + length)` of attention: 0 for the tokens that a new one sees, else very low.
 
     The first dimension is the rows with and without the caption, and the second one stands for all heads.
 
     Args:
-        new_places (`torch.Tensor` of shape `(length,)`): Places of the new tokens in the sequence.
-        all_places (`torch.Tensor` of shape `(past length + length,)`): All places, from 0.
+        new_indices (`torch.Tensor` of shape `(length,)`): Indices of the new tokens in a row.
+        all_indices (`torch.Tensor` of shape `(past length + length,)`): Indices of all tokens of a row, from 0.
         pads (`torch.Tensor` of shape `(2,)`): Number of pads at the start of each row.
     """
-    queries = new_places[None, :, None]  # (1, length, 1)
-    keys = all_places[None, None, :]  # (1, 1, past length + length)
+    queries = new_indices[None, :, None]  # (1, length, 1)
+    keys = all_indices[None, None, :]  # (1, 1, past length + length)
     is_before = keys <= queries  # (1, length, past length + length)
     is_text = keys >= pads[:, None, None]  # (2, 1, past length + length)
     is_itself = keys == queries  # pads see themselves, so that no row is empty
     is_seen = (is_before & is_text) | is_itself  # (2, length, past length + length)
     bias = torch.where(is_seen, 0.0, torch.finfo(torch.float32).min)
     return bias[:, None]  # (2, 1, length, past length + length)
+
+
+def position_ids(new_indices: torch.Tensor, pads: torch.Tensor) -> torch.Tensor:
+    """Positions `(2, length)` that the language model takes for new tokens. They are counted without the pads.
+
+    A row of 3 pads and the tokens "a", "cat" has the positions 0, 0, 0, 0, 1. The positions of the pads do not matter.
+
+    Args:
+        new_indices (`torch.Tensor` of shape `(length,)`): Indices of the new tokens in a row, counted with the pads.
+        pads (`torch.Tensor` of shape `(2,)`): Number of pads at the start of each row.
+    """
+    positions = new_indices[None, :] - pads[:, None]  # (2, length), negative for pads
+    return positions.clamp_min(0)
+
+
+def unpack_cache(past: torch.Tensor) -> DynamicCache:
+    """Cache of transformers from keys and values `(layers, 2, 2, heads, past length, head_dim)`."""
+    keys_and_values = []  # a pair per layer
+    for layer in range(past.shape[0]):
+        keys = past[layer, 0]  # (2, heads, past length, head_dim)
+        values = past[layer, 1]  # (2, heads, past length, head_dim)
+        keys_and_values.append((keys, values))
+    return DynamicCache(keys_and_values)
+
+
+def pack_cache(cache: DynamicCache) -> torch.Tensor:
+    """Keys and values `(layers, 2, 2, heads, tokens, head_dim)` from a cache of transformers."""
+    layers = []
+    for layer in cache.layers:
+        layers.append(torch.stack([layer.keys, layer.values]))  # (2, 2, heads, tokens, head_dim)
+    return torch.stack(layers)
 
 
 def drawing_graph(language_model: PreTrainedModel, vocabulary: ImageVocabulary) -> onnx.ModelProto:
@@ -256,20 +283,24 @@ def loop_body(step: onnx.GraphProto, shape_of_cache: list[Any]) -> onnx.GraphPro
 
 
 def trace_step(language_model: PreTrainedModel, vocabulary: ImageVocabulary) -> ExportedProgram:
-    """Traces a step by an example input. The traced program takes any number of new tokens and of tokens before."""
-    tokens = torch.full((ROWS, TRACED_LENGTH), vocabulary.begin)  # any token would do
-    pads = torch.tensor(TRACED_PADS)  # one number per row
-    past = torch.zeros(cache_shape(language_model, TRACED_PAST))
-    guidance = torch.tensor(TRACED_GUIDANCE)
-    # For each input, the axes of any length: the length of the tokens, and the number of tokens before.
-    dynamic_shapes = (
-        {1: Dim.DYNAMIC},  # axis 1 of tokens (rows, length)
-        None,  # pads
-        {4: Dim.DYNAMIC},  # axis 4 of past (layers, keys and values, rows, heads, past length, head_dim)
-        None,  # guidance
+    """Traces [`DrawingStep`] with example inputs.
+
+    The program takes any length of `tokens`, and any past length of `past`, which may be 0.
+    """
+    example_inputs = (
+        torch.full((ROWS, TRACED_LENGTH), vocabulary.begin),  # tokens
+        torch.tensor(TRACED_PADS),  # pads
+        torch.zeros(cache_shape(language_model, TRACED_PAST)),  # past
+        torch.tensor(TRACED_GUIDANCE),  # guidance
     )
+    axes_of_any_length = {
+        "tokens": {TOKENS_LENGTH_AXIS: Dim.DYNAMIC},
+        "pads": None,
+        "past": {PAST_LENGTH_AXIS: Dim.DYNAMIC},
+        "guidance": None,
+    }
     step = DrawingStep(language_model, vocabulary)
-    return torch.export.export(step, (tokens, pads, past, guidance), dynamic_shapes=dynamic_shapes, strict=False)
+    return torch.export.export(step, example_inputs, dynamic_shapes=axes_of_any_length, strict=False)
 
 
 def cache_shape(language_model: PreTrainedModel, num_tokens: int | None = None) -> list[Any]:
