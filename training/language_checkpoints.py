@@ -134,14 +134,16 @@ class OptionsOnResume(TrainerCallback):
 
     def __init__(self, best_checkpoint: Path | None = None):
         self.best_checkpoint = best_checkpoint
-        self.options_of_groups: list[dict[str, Any]] = []  # of each group of parameters that the optimizer has
+        # Options of each group of parameters of the optimizer, such as `[{"initial_lr": 1e-4, "weight_decay": 0.1}]`.
+        # None until `remember` is called.
+        self.remembered_options: list[dict[str, Any]] | None = None
 
     def remember(self, scheduler: LambdaLR) -> None:
         """Remembers the options of a new optimizer, by its schedule, before a checkpoint replaces them."""
-        self.options_of_groups = []
+        self.remembered_options = []
         for settings in hyperparameters(scheduler):
             options = {name: settings[name] for name in OPTIMIZER_OPTIONS if name in settings}
-            self.options_of_groups.append(options)
+            self.remembered_options.append(options)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Restores the options of the optimizer, and sets the best checkpoint, after a checkpoint was loaded.
@@ -150,10 +152,20 @@ class OptionsOnResume(TrainerCallback):
         wrote it. The user may have changed them for this run.
         """
         is_resumed = state.global_step > 0
-        if not is_resumed:
-            return
-        has_remembered_options = len(self.options_of_groups) > 0  # not with schedules that are no `LambdaLR`
-        if has_remembered_options:
-            resume_schedule(kwargs["lr_scheduler"], state.global_step, self.options_of_groups)
+        if is_resumed:
+            self._restore_options(kwargs["lr_scheduler"], state.global_step)
+            self._set_best_checkpoint(state)
+
+    def _restore_options(self, scheduler: LambdaLR, steps_done: int) -> None:
+        """Sets the optimizer and its schedule to the options that [`remember`] has stored.
+
+        A schedule of another class than `LambdaLR`, such as `reduce_lr_on_plateau`, is not remembered. The optimizer
+        then goes on with the options from the checkpoint.
+        """
+        if self.remembered_options is not None:
+            resume_schedule(scheduler, steps_done, self.remembered_options)
+
+    def _set_best_checkpoint(self, state: TrainerState) -> None:
+        """Sets the path of the best checkpoint, which may differ from the recorded path if the run was moved."""
         if self.best_checkpoint is not None:
             state.best_model_checkpoint = str(self.best_checkpoint)
