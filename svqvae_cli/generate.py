@@ -9,7 +9,8 @@ interrupted run.
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,23 @@ from svqvae_files.file_names import DEFAULT_GENERATOR
 
 LOW_TEMPERATURE = 0.5  # up to which most images of a caption are the same
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # arguments that a pipeline has under the same names
+
+
+@dataclass(frozen=True)
+class PlannedImage:
+    """An image that the command line asks for.
+
+    Args:
+        name (`str`): Name of its file without suffix, such as `class_cat_0`.
+        seed (`int`): Seed of its random numbers.
+        prompt (`str`, *optional*): Its caption.
+        class_label (`str`): Its class, by name or by number, as the user typed it; empty without a class.
+    """
+
+    name: str
+    seed: int
+    prompt: str | None
+    class_label: str
 
 
 def add_arguments(parser: Parser) -> None:
@@ -54,14 +72,32 @@ def run(args: argparse.Namespace) -> None:
     check_source(args.model)
     check_trained(args.model)
     check_source(args.adapter)
-    conditions: dict[str, int] = {}  # number of an image's class or caption, by the image's file name without suffix
-    for condition, name in enumerate(_condition_names(args)):
-        for index in range(args.num_images):
-            conditions[f"{name}_{index}"] = condition
-    targets = {stem: [args.output / f"{stem}.png"] for stem in conditions}
+    images = {image.name: image for image in _plan_images(args)}
+    targets = {name: [args.output / f"{name}.png"] for name in images}
     with Run(args, targets, "images", DEFAULT_GENERATOR) as work:
         if work.todo:
-            _generate(args, work, conditions)
+            _generate(args, work, images)
+
+
+def _plan_images(args: argparse.Namespace) -> list[PlannedImage]:
+    """All images that the command line asks for, in order. Image i has the seed of the first one plus i."""
+    images: list[PlannedImage] = []
+    for condition, condition_name in enumerate(_condition_names(args)):
+        prompt = None
+        class_label = ""
+        if args.prompt:
+            prompt = args.prompt[condition]
+        if args.class_labels:
+            class_label = args.class_labels[condition]
+        for index in range(args.num_images):
+            image = PlannedImage(
+                name=f"{condition_name}_{index}",
+                seed=args.seed + len(images),
+                prompt=prompt,
+                class_label=class_label,
+            )
+            images.append(image)
+    return images
 
 
 def _condition_names(args: argparse.Namespace) -> list[str]:
@@ -85,13 +121,13 @@ def _condition_names(args: argparse.Namespace) -> list[str]:
     return names
 
 
-def _generate(args: argparse.Namespace, work: Run[str], conditions: Mapping[str, int]) -> None:
-    """Generates the images that are not there yet.
+def _generate(args: argparse.Namespace, work: Run[str], images: Mapping[str, PlannedImage]) -> None:
+    """Generates the images that are not there yet, and writes each to its file.
 
     Args:
         args (`argparse.Namespace`): Parsed command line.
-        work ([`Run`]): The run. Its inputs are the names of all images, without suffixes.
-        conditions (`Mapping[str, int]`): Number of the class or caption of each image, by its name.
+        work ([`Run`]): The run. Its inputs are the names of all images.
+        images (`Mapping[str, PlannedImage]`): All images, by name.
     """
     import torch
 
@@ -100,20 +136,24 @@ def _generate(args: argparse.Namespace, work: Run[str], conditions: Mapping[str,
 
     pipeline = load_generator(args.model, args.device, args.dtype, args.adapter)
     _check_options(pipeline, args)
-    _warn_of_unknown_words(pipeline, args.prompt or [])
-    _warn_of_undrawable_things(pipeline, args.prompt or [])
-    _tell_rewritten_prompts(pipeline, args.prompt or [])
-    sampling = _sampling_options(args)
-    seeds = {stem: args.seed + number for number, stem in enumerate(work.targets)}
-    for stems in _batches(work.files(), args.batch_size):
-        generators = [torch.Generator().manual_seed(seeds[stem]) for stem in stems]
-        conditions_of_batch = [conditions[stem] for stem in stems]
-        images = _sample(pipeline, args, conditions_of_batch, generator=generators, **sampling)
-        for stem, image in zip(stems, images, strict=True):
-            with work.attempt(stem):
-                path = work.outputs(stem)[0]
-                save_png(image, path)
-    _tell_temperature(pipeline, args)
+    _report_prompts(pipeline, args.prompt or [])
+    missing_names = work.files()  # names of the images that are not there yet
+    for names in _batches(missing_names, args.batch_size):
+        batch = [images[name] for name in names]
+        generators = [torch.Generator().manual_seed(image.seed) for image in batch]
+        pictures = _sample(pipeline, args, batch, generators)
+        for name, picture in zip(names, pictures, strict=True):
+            with work.attempt(name):
+                (path,) = work.outputs(name)
+                save_png(picture, path)
+    _advise_temperature(pipeline, args)  # at the end, when the user looks at the images
+
+
+def _report_prompts(pipeline: Any, prompts: list[str]) -> None:
+    """Says on stderr what a generator makes of captions: words and things that it leaves out, and new captions."""
+    _warn_of_unknown_words(pipeline, prompts)
+    _warn_of_undrawable_things(pipeline, prompts)
+    _tell_rewritten_prompts(pipeline, prompts)
 
 
 def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -126,12 +166,12 @@ def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _batches(stems: Iterator[str], size: int) -> Iterator[list[str]]:
+def _batches(names: Iterator[str], size: int) -> Iterator[list[str]]:
     """Yields the names of images in lists of one size. The last one may be shorter."""
-    batch = list(islice(stems, size))
+    batch = list(islice(names, size))
     while batch:
         yield batch
-        batch = list(islice(stems, size))
+        batch = list(islice(names, size))
 
 
 def _warn_of_unknown_words(pipeline: Any, prompts: list[str]) -> None:
@@ -146,10 +186,11 @@ def _warn_of_unknown_words(pipeline: Any, prompts: list[str]) -> None:
         print(f"svqvae: {message}", file=sys.stderr)
 
 
-def _tell_temperature(pipeline: Any, args: argparse.Namespace) -> None:
-    """Says that a model samples at a low temperature of its own, because its seeds then hardly change an image."""
-    defaults = getattr(pipeline, "sampling", None)
-    if defaults is None or args.temperature is not None:
+def _advise_temperature(pipeline: Any, args: argparse.Namespace) -> None:
+    """Advises a higher temperature if a model has a low one of its own, at which seeds hardly change an image."""
+    defaults = getattr(pipeline, "sampling", None)  # only language models have defaults of sampling
+    is_chosen_by_user = args.temperature is not None
+    if defaults is None or is_chosen_by_user:
         return
     temperature = defaults["temperature"]
     if temperature > LOW_TEMPERATURE:
@@ -183,7 +224,7 @@ def _tell_rewritten_prompts(pipeline: Any, prompts: list[str]) -> None:
 
 def _check_options(pipeline: Any, args: argparse.Namespace) -> None:
     """Raises for an option of another kind of generator."""
-    is_language_model = hasattr(pipeline, "draw")
+    is_language_model = _is_language_model(pipeline)
     is_next_scale = hasattr(pipeline, "trained_schedule")
     if is_language_model and args.class_labels:
         raise _foreign_option_error("--class", pipeline, args)
@@ -206,25 +247,41 @@ def _foreign_option_error(option: str, pipeline: Any, args: argparse.Namespace) 
     )
 
 
-def _sample(pipeline: Any, args: argparse.Namespace, conditions: list[int], **sampling: Any) -> list[Any]:
-    """Samples an image for each condition, which is the number of a class or caption on the command line."""
-    is_language_model = hasattr(pipeline, "draw")
-    if is_language_model:
-        prompts: list[str | None] = [None] * len(conditions)
-        if args.prompt:
-            prompts = [args.prompt[condition] for condition in conditions]
-        return pipeline.draw(prompts, args.grid, **sampling)
-    pipeline.set_progress_bar_config(position=1, leave=False, disable=None)  # below the bar of the run
+def _sample(
+    pipeline: Any, args: argparse.Namespace, images: Sequence[PlannedImage], generators: list[Any]
+) -> list[Any]:
+    """Samples images at once.
+
+    Args:
+        pipeline: Generator.
+        args (`argparse.Namespace`): Parsed command line.
+        images (`Sequence[PlannedImage]`): The images. All have captions, or all have classes, or none has either.
+        generators (`list[torch.Generator]`): Source of random numbers of each image.
+
+    Returns:
+        `list[PIL.Image.Image]`: The images.
+    """
+    options = _sampling_options(args)
+    options["generator"] = generators
+    if _is_language_model(pipeline):
+        prompts = [image.prompt for image in images]
+        return pipeline.draw(prompts, args.grid, **options)
     if args.steps:
-        sampling["num_inference_steps"] = args.steps
+        options["num_inference_steps"] = args.steps
     if args.prompt:
-        prompts = [args.prompt[condition] for condition in conditions]
-        return pipeline(prompt=prompts, **sampling).images
-    if args.class_labels:
-        class_numbers = _class_numbers(pipeline, args.class_labels)
-        labels = [class_numbers[condition] for condition in conditions]
-        return pipeline(class_labels=labels, **sampling).images
-    return pipeline(num_images_per_prompt=len(conditions), **sampling).images
+        options["prompt"] = [image.prompt for image in images]
+    elif args.class_labels:
+        class_labels = [image.class_label for image in images]
+        options["class_labels"] = _class_numbers(pipeline, class_labels)
+    else:
+        options["num_images_per_prompt"] = len(images)
+    pipeline.set_progress_bar_config(position=1, leave=False, disable=None)  # below the bar of the run
+    return pipeline(**options).images
+
+
+def _is_language_model(pipeline: Any) -> bool:
+    """Whether a generator is a language model. Only language models have a method `draw`."""
+    return hasattr(pipeline, "draw")
 
 
 def _class_numbers(pipeline: Any, texts: list[str]) -> list[int]:
