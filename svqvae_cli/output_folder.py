@@ -63,22 +63,28 @@ class OutputFolder:
     def __init__(self, args: argparse.Namespace, default_model: str = DEFAULT_MODEL):
         self.path: Path = args.output
         self.overwrite: bool = args.overwrite
-        command = args.parser.prog.split()[-1]
-        self.record = RunRecord(self.path / f".svqvae-{command}.jsonl")
+        self.record = RunRecord(self.path / f".svqvae-{_command_name(args.parser)}.jsonl")
         self.options = _recorded_options(args, default_model)
         if not self.overwrite:
             self.record.check_options(self.options)
         self._is_started = False
         self._lock_descriptor: int | None = None  # file descriptor of this folder, which is open during the run
         self._real_path = os.path.realpath(self.path)  # of this folder, without links
-        self._relative_folders: dict[Path, str] = {}  # folders of inputs, and their paths relative to this folder
-        self._made_folders: set[Path] = set()  # folders of outputs that this run has created or found
+        self._recorded_paths: dict[Path, str] = {}  # results of `_recorded_path`, by the folder of the input
+        self._existing_folders: set[Path] = set()  # folders of outputs that this run has created or found
 
     def source(self, folder: Path, identity: InputIdentity) -> Source:
         """What an output is made from, as it is recorded."""
-        if folder not in self._relative_folders:
-            self._relative_folders[folder] = os.path.relpath(os.path.realpath(folder), self._real_path)
-        return Source(self._relative_folders[folder], identity)
+        return Source(self._recorded_path(folder), identity)
+
+    def _recorded_path(self, folder: Path) -> str:
+        """Path of the folder of an input, relative to this folder, such as `../photos`.
+
+        It is computed once per folder, because many inputs lie in the same one, and resolving links is slow.
+        """
+        if folder not in self._recorded_paths:
+            self._recorded_paths[folder] = os.path.relpath(os.path.realpath(folder), self._real_path)
+        return self._recorded_paths[folder]
 
     def holds(self, outputs: Iterable[Path], source: Source) -> bool:
         """Whether all outputs of an input are finished and were made from it as it is now.
@@ -155,11 +161,11 @@ class OutputFolder:
         self.record.begin([self._name(output) for output in outputs], record_of_source)
 
     def _make_folder(self, folder: Path) -> None:
-        if folder in self._made_folders:
+        if folder in self._existing_folders:
             return
         with explained(folder, "written"):
             folder.mkdir(parents=True, exist_ok=True)
-        self._made_folders.add(folder)
+        self._existing_folders.add(folder)
 
     def close(self) -> None:
         """Ends the run. The folder no longer counts as used by it."""
@@ -316,6 +322,11 @@ class OutputFolder:
     def _name(self, output: Path) -> str:
         """Name of an output in the record: its path below the folder."""
         return os.fspath(output).removeprefix(os.path.join(self.path, ""))
+
+
+def _command_name(parser: argparse.ArgumentParser) -> str:
+    """Name of a command, such as `encode`. The program name of its parser is `svqvae encode`."""
+    return parser.prog.split()[-1]
 
 
 def _recorded_options(args: argparse.Namespace, default_model: str) -> dict[str, Any]:
