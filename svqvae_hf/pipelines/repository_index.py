@@ -118,23 +118,37 @@ def write_blocks(blocks: type, folder: Path, source: str) -> None:
 
 
 def _entry_of_component(name: str, library_and_class: list[str], source: str) -> list[Any]:
-    """Entry of a component in a modular index, `[library, class, place]`, as diffusers reads it.
+    """Entry of a component in a modular index, `[library, class, loading spec]`, as diffusers reads it.
 
-    Library and class are None there, because `place` holds both in its `type_hint`.
+    Library and class are those of a loaded component. They are None in an index, where nothing is loaded yet. The
+    loading spec says what will be loaded. The entry of the text encoder in `org/name` is:
+
+        [null, null, {
+            "type_hint": ["transformers", "T5EncoderModel"],
+            "pretrained_model_name_or_path": "org/name",
+            "subfolder": "text_encoder",
+            "variant": null,
+            "revision": null
+        }]
     """
-    has_code_in_repository = name in MODELS
-    if has_code_in_repository:
-        type_hint = AUTO_MODEL  # it finds the class by the code in the repository
-    else:
-        type_hint = library_and_class  # such as `["transformers", "T5EncoderModel"]`
-    place = {
-        "type_hint": type_hint,
+    loading_spec = {
+        "type_hint": _loader_of_component(name, library_and_class),
         "pretrained_model_name_or_path": source,
         "subfolder": name,
         "variant": None,
         "revision": None,
     }
-    return [None, None, place]
+    library = None
+    class_name = None
+    return [library, class_name, loading_spec]
+
+
+def _loader_of_component(name: str, library_and_class: list[str]) -> list[str]:
+    """Library and class by which diffusers loads a component, such as `["transformers", "T5EncoderModel"]`."""
+    has_code_in_repository = name in MODELS
+    if has_code_in_repository:
+        return AUTO_MODEL  # it finds the class by the code in the repository
+    return library_and_class
 
 
 def load_arguments(cls: Callable[..., Any], source: str, index: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -202,15 +216,15 @@ def _class_of_component(name: str, type_hint: list[Any]) -> Any:
 def _type_hint(entry: Any) -> list[Any] | None:
     """Library and class in an entry of a modular index, such as `["transformers", "T5EncoderModel"]`.
 
-    The entry is `[library, class, place]`, see [`_entry_of_component`]. The hint is in the place. None for a broken
-    entry.
+    The entry is `[library, class, loading spec]`, see [`_entry_of_component`]. The loading spec has the hint. None for
+    a broken entry.
     """
     if not isinstance(entry, list) or not entry:
         return None
-    place = entry[-1]
-    if not isinstance(place, dict):
+    loading_spec = entry[-1]
+    if not isinstance(loading_spec, dict):
         return None
-    type_hint = place.get("type_hint")
+    type_hint = loading_spec.get("type_hint")
     if not isinstance(type_hint, list) or not type_hint:
         return None
     return type_hint
