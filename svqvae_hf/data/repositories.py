@@ -46,10 +46,10 @@ class StreamPart:
         image_column (`str`): Column of the images.
         root (`str`): Folder or name of the set.
         repository (`str`, *optional*): Repository of the set if it is on the Hub, which its rows may name files of.
-        name (`str`): Name of the shard's file.
-        number (`int`): Number of the shard.
-        table (`str`, *optional*): Path or URL of the shard's file if it is a Parquet or Arrow file with labels. Its
-            classes are compared with the classes of the set before it is read.
+        name (`str`): Name of the shard's file, or of the set if the file is unknown.
+        shard_index (`int`): Index of the shard among the shards of `rows`.
+        path_to_check (`str`, *optional*): Path or URL of the shard's file if it is a Parquet or Arrow file with
+            labels. Its classes are compared with the classes of the set before it is read.
     """
 
     rows: datasets.IterableDataset
@@ -57,8 +57,8 @@ class StreamPart:
     root: str
     repository: str | None
     name: str
-    number: int
-    table: str | None
+    shard_index: int
+    path_to_check: str | None
 
     def read(self) -> Iterator[ImageRow]:
         """Yields the images.
@@ -67,8 +67,8 @@ class StreamPart:
             OSError: The file cannot be reached.
             ValueError: It has other classes than the set, or types that cannot be converted to those of the set.
         """
-        if self.table is not None:
-            self._check_classes(self.table)
+        if self.path_to_check is not None:
+            self._check_classes(self.path_to_check)
         try:
             yield from self._image_rows()
         except TypeError as error:  # of a conversion that does not exist, such as of lists to texts
@@ -83,23 +83,23 @@ class StreamPart:
 
     def _image_rows(self) -> Iterator[ImageRow]:
         """Yields the images. The errors are those of `datasets`."""
-        shard = self.rows.shard(self.rows.num_shards, self.number)
+        shard = self.rows.shard(self.rows.num_shards, self.shard_index)
         # In a worker of a loader, iteration over `shard` would yield only the share of this worker. Iteration over
         # batches yields all rows.
         for index, batch in enumerate(shard.iter(batch_size=1)):
             row = {name: values[0] for name, values in batch.items()}
             image = row.pop(self.image_column)
             source = confine_row(image, self.repository)  # unreadable if it names a file outside the repository
-            key = row_key(source, self.root, default=f"{self.number}-{index}")
+            key = row_key(source, self.root, default=f"{self.shard_index}-{index}")
             yield ImageRow(key, source, values=row, shard=self.name)
 
-    def _check_classes(self, table: str) -> None:
+    def _check_classes(self, path: str) -> None:
         """Raises ValueError if a file has other classes, whose numbers `datasets` would take for classes of the set.
 
         A damaged file passes. It is reported when its rows are read.
         """
         try:
-            check_classes(table, self.rows.features)
+            check_classes(path, self.rows.features)
         except (OSError, pa.ArrowException) as error:
             if is_unreachable(error, is_remote=self.repository is not None):
                 raise
@@ -304,19 +304,25 @@ def _parts_of_stream(
     If there are as many shards as files, each shard is a file, and its part has the name of the file. Otherwise the
     file of a shard is unknown, and all parts have the name of the set.
     """
-    paths = files.paths()
-    has_file_per_shard = rows.num_shards == len(paths)
-    repository = files.builder.repo_id
+    file_paths = files.paths()
+    is_each_shard_a_file = rows.num_shards == len(file_paths)
     parts = []
-    for number in range(rows.num_shards):
-        part_name = set_name
-        table = None
-        if has_file_per_shard:
-            path = paths[number]
-            part_name = os.path.basename(path)
-            if has_labels and is_table(path):
-                table = path  # so that the part compares the classes of its file with the classes of the set
-        parts.append(StreamPart(rows, image_column, files.root, repository, part_name, number, table))
+    for shard_index in range(rows.num_shards):
+        part = StreamPart(
+            rows=rows,
+            image_column=image_column,
+            root=files.root,
+            repository=files.builder.repo_id,
+            name=set_name,
+            shard_index=shard_index,
+            path_to_check=None,
+        )
+        if is_each_shard_a_file:
+            file_path = file_paths[shard_index]
+            part.name = os.path.basename(file_path)
+            if has_labels and is_table(file_path):
+                part.path_to_check = file_path
+        parts.append(part)
     return parts
 
 
