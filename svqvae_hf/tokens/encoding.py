@@ -110,16 +110,24 @@ class Encoding:
 
 
 def encoding_of(model: SVQVAE, scales: Sequence[float], scale_from: str, tiles: Tiles | None = None) -> dict[str, Any]:
-    """How a model encodes images, as arguments of [`Encoding`]. By default, with the tiles that are enabled on it."""
+    """How a model encodes images, as arguments of [`Encoding`].
+
+    Args:
+        model ([`SVQVAE`]): The model.
+        scales (`Sequence[float]`): Output side over input side of each grid of ids.
+        scale_from (`str`): What the model resizes to the scales: `"image"`, or the `"latents"` of the image.
+        tiles ([`Tiles`], *optional*): Tiles that images are encoded in. By default, the tiles that
+            [`~SVQVAE.enable_tiling`] has set on the model, or none.
+    """
     if tiles is None:
-        tiles = model.tiles_of_call()
+        tiles = model.tiles_of_call()  # called without arguments, it returns the tiles that are set on the model
     tile_size: int | None = None
     overlap: int | None = None
     if tiles is not None:
         tile_size, overlap = tiles
     return {
         "scales": tuple(float(scale) for scale in scales),
-        "f": model.f,
+        "f": model.f,  # pixels of an image per latent, along a side
         "tile_size": tile_size,
         "overlap": overlap,
         "codebook_size": model.config["codebook_size"],
