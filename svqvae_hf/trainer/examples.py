@@ -376,34 +376,60 @@ def read_texts(files: Sequence[str], processor: SVQVAEProcessor, context: int) -
             is_empty_line = not line.strip()
             if is_empty_line:
                 continue
-            place = f"line {number} of `{file}`"
-            row = _read_text(place, line, processor)
-            _check_text_length(place, row, processor, context)
+            line_name = f"line {number} of `{file}`"
+            row = _read_text(line_name, line, processor)
+            _check_text_length(line_name, row, processor, context)
             texts.append(row)
     return texts
 
 
-def _read_text(place: str, line: str, processor: SVQVAEProcessor) -> dict[str, Any]:
-    """Object of a line. Raises a ValueError that names the place of the line."""
+def _read_text(line_name: str, line: str, processor: SVQVAEProcessor) -> dict[str, Any]:
+    """Reads the JSON object of a line, such as `{"text": "A cat: <image>.", "images": [[[3, 7], [1, 0]]]}`.
+
+    Args:
+        line_name (`str`): Name of the line for an error, such as "line 7 of `texts.jsonl`".
+        line (`str`): The line.
+        processor ([`SVQVAEProcessor`]): Processor of the language model.
+
+    Raises:
+        ValueError: The line is not such an object.
+    """
+    requirement = f"{line_name} must be a JSON object with a `text` and its `images`"
     try:
         row = json.loads(line)
-        images = row.get("images", [])
-        for ids in images:
-            processor.vocabulary.encode(torch.tensor(ids))  # raises for ids that are not of the codebook
-        num_placeholders = row["text"].count(processor.image_token)
-        if num_placeholders != len(images):
-            raise ValueError(f"it has {num_placeholders} {processor.image_token} for {len(images)} images")
-    except ValueError as error:
-        raise ValueError(f"{place} must be a JSON object with a `text` and its `images` ({error}).") from error
-    except (AttributeError, KeyError, TypeError) as error:  # the line is not such an object
-        raise ValueError(f"{place} must be a JSON object with a `text` and its `images`.") from error
+        _check_images_of_text(row, processor)
+    except ValueError as error:  # the line is not JSON, or its images are wrong
+        raise ValueError(f"{requirement} ({error}).") from error
+    except (AttributeError, KeyError, TypeError) as error:  # the JSON is not an object, or its values have other types
+        raise ValueError(f"{requirement}.") from error
     return row
 
 
-def _check_text_length(place: str, row: dict[str, Any], processor: SVQVAEProcessor, context: int) -> None:
+def _check_images_of_text(row: Any, processor: SVQVAEProcessor) -> None:
+    """Checks that the images of a text have ids of the model, and that each has a placeholder in the text.
+
+    Raises:
+        ValueError: The model cannot have such ids, or the number of placeholders differs.
+        AttributeError, KeyError, TypeError: The row is not an object with a `text` and `images`.
+    """
+    images = row.get("images", [])
+    for ids in images:
+        _check_ids(torch.tensor(ids), processor)
+    num_placeholders = row["text"].count(processor.image_token)
+    if num_placeholders != len(images):
+        raise ValueError(f"it has {num_placeholders} {processor.image_token} for {len(images)} images")
+
+
+def _check_ids(ids: torch.Tensor, processor: SVQVAEProcessor) -> None:
+    """Raises ValueError if the vocabulary of a model has no grid of the shape of the ids, or not all of the ids."""
+    processor.vocabulary.encode(ids)  # raises the error; the tokens that it returns are not needed here
+
+
+def _check_text_length(line_name: str, row: dict[str, Any], processor: SVQVAEProcessor, context: int) -> None:
     """Raises ValueError if a text with its images is longer than the context."""
     length = len(text_tokens(processor, row))
     if length > context:
         raise ValueError(
-            f"{place} must fit the context of {context} tokens with its images, but takes {length}. Split the text."
+            f"{line_name} must fit the context of {context} tokens with its images, but takes {length}. Split the "
+            "text."
         )
