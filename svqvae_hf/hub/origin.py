@@ -140,19 +140,28 @@ def read_card(source: str, kind: str = "model") -> RepoCard | None:
 
 def _card_content(source: str, kind: str) -> bytes | None:
     """Content of the card of a source; `None` if it has none, or the Hub does not answer."""
-    if is_hub_id(source):
-        return _card_on_hub(source, kind)
-    repository = hub_repo(source)  # `org/name` if the source is `org/name:file`
+    repository = _repository_of(source)
     if repository is not None:
         return _card_on_hub(repository, kind)
     if is_url(source):
         return Folder(source).read(CARD)
-    is_folder = Path(source).is_dir()
-    if not is_folder:
-        return None
-    content = Folder(source).read(CARD)
+    if Path(source).is_dir():
+        return _card_in_folder(Path(source), kind)
+    return None  # a local file has no card
+
+
+def _repository_of(source: str) -> str | None:
+    """Repository on the Hub in which a source lies, `org/name` for `org/name` and for `org/name:file`; else `None`."""
+    if is_hub_id(source):
+        return source
+    return hub_repo(source)
+
+
+def _card_in_folder(folder: Path, kind: str) -> bytes | None:
+    """Content of the card in a local folder. A part of a model has no card, but the folder above it may have one."""
+    content = Folder(folder).read(CARD)
     if content is None and kind == "model":
-        return _card_of_parent(Path(source))  # a part of a pipeline has no card of its own
+        return _card_of_parent(folder)
     return content
 
 
