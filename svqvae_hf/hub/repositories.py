@@ -25,12 +25,20 @@ def is_hub_id(source: str | Path) -> bool:
 
 def public_name(source: str | Path) -> str:
     """A source as it may be published: its Hub id, `org/repo:file`, its bundled name, or its name without folders."""
-    for name, folder in BUNDLED.items():
-        if Path(source).resolve() == Path(folder).resolve():
-            return name
+    name_of_bundled_model = bundled_name(source)
+    if name_of_bundled_model is not None:
+        return name_of_bundled_model
     if is_hub_id(source) or hub_repo(source) is not None:
         return str(source)
     return Path(source).absolute().name
+
+
+def bundled_name(source: str | Path) -> str | None:
+    """Name of the bundled model in a folder; `None` for any other source."""
+    for name, folder in BUNDLED.items():
+        if Path(source).resolve() == Path(folder).resolve():
+            return name
+    return None
 
 
 def hub_repo(source: str | Path) -> str | None:
@@ -61,8 +69,9 @@ def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: 
         return load(source, **options)
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:
         is_local = Path(source).exists()
-        if is_local or lacks_file(error):
-            raise  # the error says what is wrong
+        is_one_file_missing = lacks_file(error)  # the repository is on the Hub, but lacks a file
+        if is_local or is_one_file_missing:
+            raise  # the error of `load` names the file, so it needs no explanation
         raise OSError(f"could not load `{source}`: there is no such folder, and {hub_reason(error)}") from error
 
 

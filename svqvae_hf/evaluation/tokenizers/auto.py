@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, VQModel
 
-from svqvae_files.file_names import BUNDLED, REPO_ID
+from svqvae_files.file_names import REPO_ID
 from svqvae_hf.evaluation.tokenizers.diffusers_models import AutoencoderKLTokenizer, SVQVAETokenizer, VQModelTokenizer
 from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
-from svqvae_hf.hub.repositories import from_hub, is_hub_id
+from svqvae_hf.hub.repositories import bundled_name, from_hub, is_hub_id
 from svqvae_hf.models.image_files import IMAGE_SUFFIXES
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.tokens.context_model import find_context_model
@@ -27,11 +27,18 @@ class _Location:
 
     Args:
         repository (`str`): Folder or Hub id.
-        options (`dict[str, str]`): Arguments of `from_pretrained`: `subfolder`, or nothing.
+        subfolder (`str`, *optional*): Folder of the repository that holds the tokenizer, by default all of it.
     """
 
     repository: str
-    options: dict[str, str]
+    subfolder: str | None = None
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Options of `from_pretrained` besides the repository."""
+        if self.subfolder is None:
+            return {}
+        return {"subfolder": self.subfolder}
 
 
 def load_tokenizers(
@@ -113,37 +120,44 @@ def tokenizer_titles(sources: Sequence[str]) -> list[str]:
     Returns:
         `list[str]`: The name of a bundled model, the id on the Hub, or the last folders of a local path.
     """
-    names = [_parts_of_name(source) for source in sources]
+    parts_of_titles = [_title_parts(source) for source in sources]
     titles = []
-    for number, name in enumerate(names):
-        names_of_others = names[:number] + names[number + 1 :]
-        titles.append(_shortest_end(name, names_of_others))
+    for number, parts in enumerate(parts_of_titles):
+        parts_of_others = parts_of_titles[:number] + parts_of_titles[number + 1 :]
+        titles.append(_shortest_unique_end(parts, parts_of_others))
     return titles
 
 
-def _parts_of_name(source: str) -> tuple[str, ...]:
-    """Splits the name of a tokenizer in parts, from which [`_shortest_end`] takes the last ones.
+def _title_parts(source: str) -> tuple[str, ...]:
+    """Parts of the longest title of a tokenizer. The last of them are its title in a table.
 
-    A local path is split in its folders. The name of a bundled model and an id on the Hub are a single part, so that
-    they stay whole.
+    The name of a bundled model and an id on the Hub are a single part, so that they stay whole.
     """
-    for bundled_name, bundled_folder in BUNDLED.items():
-        if Path(source).resolve() == Path(bundled_folder).resolve():
-            return (bundled_name,)  # such as ("bundled",)
-    is_subfolder_on_hub = "subfolder" in _locate(source).options
-    if is_hub_id(source) or is_subfolder_on_hub:
+    name_of_bundled_model = bundled_name(source)
+    if name_of_bundled_model is not None:
+        return (name_of_bundled_model,)  # such as ("bundled",)
+    if _is_on_hub(source):
         return (source,)  # such as ("org/repo",) or ("org/repo/vqvae",)
     return Path(source).absolute().parts  # such as ("/", "home", "me", "model")
 
 
-def _shortest_end(name: tuple[str, ...], names_of_others: Sequence[tuple[str, ...]]) -> str:
-    """The last parts of a name, as a path, as few as make it differ from the ends of all other names."""
-    for num_parts in range(1, len(name)):
-        end = name[-num_parts:]
-        ends_of_others = [name_of_other[-num_parts:] for name_of_other in names_of_others]
+def _is_on_hub(source: str) -> bool:
+    """Whether a source is `org/repo` or `org/repo/subfolder` on the Hub, and not a local folder."""
+    is_subfolder_on_hub = _locate(source).subfolder is not None
+    return is_hub_id(source) or is_subfolder_on_hub
+
+
+def _shortest_unique_end(parts: tuple[str, ...], parts_of_others: Sequence[tuple[str, ...]]) -> str:
+    """Joins the last parts of a title, as few as make it differ from the ends of all other titles.
+
+    The end of `("/", "home", "me", "model")` beside `("/", "home", "you", "model")` is `me/model`.
+    """
+    for num_parts in range(1, len(parts)):
+        end = parts[-num_parts:]
+        ends_of_others = [parts_of_other[-num_parts:] for parts_of_other in parts_of_others]
         if end not in ends_of_others:
             return str(Path(*end))
-    return str(Path(*name))
+    return str(Path(*parts))
 
 
 def _load_model(model_class: Any, source: str, location: _Location) -> Any:
@@ -190,5 +204,5 @@ def _locate(source: str) -> _Location:
     """Splits `org/repo/subfolder` on the Hub. Any other source is a folder or Hub id as a whole."""
     match = re.fullmatch(rf"({REPO_ID})/(.+)", source)
     if match is None or Path(source).exists():
-        return _Location(source, {})
-    return _Location(match[1], {"subfolder": match[2]})
+        return _Location(source)
+    return _Location(repository=match[1], subfolder=match[2])
