@@ -80,36 +80,47 @@ class CropLoader(OrderedLoader):
         self.num_workers = num_workers
         self.shuffle_buffer = shuffle_buffer
         # Each worker is a reader of a stream. Without workers, this process is the only reader.
-        num_readers = max(1, num_workers)
-        self.places = [Place()] * num_readers
+        self.num_readers = max(1, num_workers)
+        self.places = [Place()] * self.num_readers  # of each reader in its shards
         if self.rows is None:
             self._check_shards()
-            contents = f"images of {len(images.parts):,} shards"
+            contents = f"images of {self._num_shards:,} shards"
             settings = self._stream_settings()
         else:
             contents = f"{len(self.rows):,} images"
             settings = {"seed": cutter.seed, "number of images": len(self.rows)}
         super().__init__(cutter.share, contents, settings)
 
+    @property
+    def _num_shards(self) -> int:
+        """Number of shards of a stream. Each of them is a part of the image set."""
+        return len(self.images.parts)
+
+    @property
+    def _num_processes(self) -> int:
+        """Number of processes that train. Each of them has a loader like this one."""
+        return self.cutter.share.num_processes
+
     def _stream_settings(self) -> dict[str, int]:
-        """Settings that decide, with the step, which samples of a stream it holds."""
+        """Settings that decide which samples of a stream each step has.
+
+        A checkpoint records them. A run can only resume with the same settings.
+        """
         return {
             "seed": self.cutter.seed,
-            "number of processes": self.cutter.share.num_processes,
-            "number of workers": len(self.places),
+            "number of processes": self._num_processes,
+            "number of workers": self.num_readers,
             "shuffle buffer": self.shuffle_buffer,
-            "number of shards": len(self.images.parts),
+            "number of shards": self._num_shards,
         }
 
     def _check_shards(self) -> None:
         """Raises ValueError if a stream has fewer shards than there are workers of all processes."""
-        num_shards = len(self.images.parts)
-        num_processes = self.cutter.share.num_processes
-        num_readers = len(self.places)
-        if num_shards < num_processes * num_readers:
+        readers_of_all_processes = self._num_processes * self.num_readers
+        if self._num_shards < readers_of_all_processes:
             raise ValueError(
-                f"A stream must have a shard per worker, but has {num_shards} for `--dataloader_num_workers` "
-                f"{num_readers} x {num_processes} processes. Start fewer, make more shards, or leave out "
+                f"A stream must have a shard per worker, but has {self._num_shards} for `--dataloader_num_workers` "
+                f"{self.num_readers} x {self._num_processes} processes. Start fewer, make more shards, or leave out "
                 "`--streaming`."
             )
 
@@ -137,7 +148,7 @@ class CropLoader(OrderedLoader):
         """Yields batches of a stream, counts them, and remembers the place of the reader that cut each."""
         stream = CropStream(self.images.parts, self.cutter, batches, list(self.places), self.shuffle_buffer)
         for place, crops in self._load(stream, None):
-            reader = self.batch % len(self.places)
+            reader = self.batch % self.num_readers
             self.places[reader] = place
             self.batch += 1
             yield crops
