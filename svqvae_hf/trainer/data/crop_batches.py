@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -173,23 +172,35 @@ class CropCutter:
     def _first_readable_crop(
         self, images: Iterator[ImageRow], step: int, crop_number: int
     ) -> tuple[_Crop, list[tuple[str, str]]]:
-        """Cuts the first image that is readable.
+        """Cuts a crop from the first image that is readable.
+
+        Args:
+            images (`Iterator[ImageRow]`): Images to try, without an end.
+            step (`int`): Number of the step.
+            crop_number (`int`): Number of the crop in the step.
 
         Returns:
             `tuple`: The crop, and the skipped images before it: the key of each, and the reason.
+
+        Raises:
+            ValueError: If 1000 images in a row are unreadable.
         """
         side = int(self.sides[step])
-        seed = (CROP, self.seed, step, crop_number)
+        seed = self._seed_of_crop(step, crop_number)
         skipped: list[tuple[str, str]] = []
-        for image in islice(images, MAX_IN_A_ROW):
+        while len(skipped) < MAX_IN_A_ROW:
+            image = next(images)
             try:
                 crop = self._cut(image, side, seed)
+                return crop, skipped
             except _SkippedError as error:
                 skipped.append((image.key, str(error)))
-            else:
-                return crop, skipped
-        key, reason = skipped[-1]  # of the last of `MAX_IN_A_ROW` images, because `images` has no end
-        raise ValueError(f"{MAX_IN_A_ROW} images in a row are not readable, the last one `{key}`: {reason}")
+        last_key, last_reason = skipped[-1]
+        raise ValueError(f"{MAX_IN_A_ROW} images in a row are not readable, the last one `{last_key}`: {last_reason}")
+
+    def _seed_of_crop(self, step: int, crop_number: int) -> tuple[int, ...]:
+        """Seed of the position, the factor and the flip of a crop. Seeds for other uses do not begin with `CROP`."""
+        return (CROP, self.seed, step, crop_number)
 
     def _cut(self, row: ImageRow, side: int, seed: tuple[int, ...]) -> _Crop:
         """Cuts a crop, or draws a synthetic one in its place, for which the image is not read.
