@@ -387,17 +387,38 @@ def check_whole_weights(folder: Path) -> None:
 def optimizer_and_arguments(
     model: PreTrainedModel, options: LanguageRunOptions, arguments: TrainingArguments
 ) -> tuple[type, dict[str, Any]] | None:
-    """Class of the optimizer and its keyword arguments; None for AdamW, which transformers makes itself."""
-    if options.optimizer == "adamw":
-        return None
-    betas = (arguments.adam_beta1, arguments.adam_beta2)
-    if options.optimizer == "muon":
-        # transformers passes the parameters to an optimizer. `params` replaces them, because Muon has its own groups.
-        groups = muon_groups(model, arguments.weight_decay)
-        return MuonAndAdam, {"params": groups, "lr": arguments.learning_rate, "betas": betas}
-    from pytorch_optimizer.optimizer.soap import SOAP  # importing it takes a second
+    """Class and keyword arguments of an optimizer that transformers does not have, Muon or SOAP.
 
-    return SOAP, {"lr": arguments.learning_rate, "betas": betas, "max_precondition_dim": MAX_PRECONDITION_DIM}
+    None for AdamW: the Trainer then makes the optimizer itself, from `arguments`.
+    """
+    if options.optimizer == "muon":
+        return MuonAndAdam, muon_arguments(model, arguments)
+    if options.optimizer == "soap":
+        from pytorch_optimizer.optimizer.soap import SOAP  # importing it takes a second
+
+        return SOAP, soap_arguments(arguments)
+    return None
+
+
+def muon_arguments(model: PreTrainedModel, arguments: TrainingArguments) -> dict[str, Any]:
+    """Keyword arguments of [`MuonAndAdam`].
+
+    `params` holds its own groups of parameters. The Trainer uses them in place of the groups that it makes by default.
+    """
+    return {
+        "params": muon_groups(model, arguments.weight_decay),
+        "lr": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+    }
+
+
+def soap_arguments(arguments: TrainingArguments) -> dict[str, Any]:
+    """Keyword arguments of SOAP. The Trainer adds the parameters."""
+    return {
+        "lr": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "max_precondition_dim": MAX_PRECONDITION_DIM,
+    }
 
 
 def sharding_faults(trainer: Trainer, options: LanguageRunOptions) -> Iterator[str]:
