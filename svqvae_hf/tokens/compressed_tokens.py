@@ -83,22 +83,12 @@ def read_compressed(content: bytes) -> CompressedTokens:
         content (`bytes`): The file.
 
     Raises:
-        ValueError: The content is damaged or cut.
+        ValueError: The content is damaged or cut. The message calls the file "it", because callers put the file's name
+            before: "`a.svqz` must be a token file that can be decoded, but is not: it must end after 90 bytes, ...".
     """
     header = _unpack_header(content)
-    record = header.record
-    shapes = _shapes(record)
-    chunks: dict[int, bytes] = {}  # by the index of the scale
-    position = header.end
-    for index in coding_order(shapes):
-        chunk_size = header.chunk_sizes[index]
-        _check_number_of_ids(math.prod(shapes[index]), chunk_size)
-        chunks[index] = _take_checked(content, position, position + chunk_size)
-        position += chunk_size + CRC.size
-    if position < len(content):
-        raise ValueError(f"it must end after {position} bytes, but has {len(content)}.")
-    chunks_by_scale = [chunks[index] for index in range(len(shapes))]
-    return CompressedTokens(record, header.fingerprint, chunks_by_scale)
+    chunks = _read_chunks(content, header)
+    return CompressedTokens(header.record, header.fingerprint, chunks)
 
 
 def _check_number_of_ids(num_ids: int, chunk_size: int) -> None:
@@ -204,6 +194,29 @@ def _unpack_header(content: bytes) -> _Header:
         "scales": tuple(scales),
     }
     return _Header(record, fingerprint.hex(), chunk_sizes, end + CRC.size)
+
+
+def _read_chunks(content: bytes, header: _Header) -> list[bytes]:
+    """Coded ids of each scale, in the order of the scales in the header.
+
+    In the file, the chunks stand in the order of coding: the scale with the fewest ids comes first. A checksum follows
+    each chunk.
+    """
+    shapes = _shapes(header.record)
+    chunks = [b""] * len(shapes)
+    start = header.end
+    for scale_index in coding_order(shapes):
+        chunk_size = header.chunk_sizes[scale_index]
+        num_ids = math.prod(shapes[scale_index])
+        _check_number_of_ids(num_ids, chunk_size)
+        end = start + chunk_size
+        chunks[scale_index] = _take_checked(content, start, end)
+        end_of_checksum = end + CRC.size
+        start = end_of_checksum  # of the next chunk
+    end_of_last_chunk = start
+    if len(content) > end_of_last_chunk:
+        raise ValueError(f"it must end after {end_of_last_chunk} bytes, but has {len(content)}.")
+    return chunks
 
 
 def _check_ranges(downsampling: int, scales: Sequence[float], source_index: int) -> None:

@@ -172,7 +172,12 @@ def load_compressed(path: str | os.PathLike) -> CompressedTokens:
 
 
 def decompressed_tokens(compressed: CompressedTokens, context_model: ContextModel | None) -> ImageTokens:
-    """Decodes the ids of a compressed token file, see [`load_tokens`]."""
+    """Decodes the ids of a compressed token file, see [`load_tokens`].
+
+    Raises:
+        ValueError: There is no context model, or another one coded the ids. The message calls the file "it", because
+            [`load_tokens`] puts the file's name before.
+    """
     if context_model is None:
         raise ValueError(
             "it is compressed, so `context_model` must be its context model, got None. Load one with "
