@@ -70,7 +70,8 @@ class GeneratorPage:
         self, label: int, prompt: str, seed: float | None, guidance: float, temperature: float
     ) -> Iterator[list[Any]]:
         """Generates an image, and yields the values of the page's outputs after each step."""
-        yield from self._generate(Request(label, prompt, seed, guidance, temperature))
+        request = Request(label=label, prompt=prompt, seed=seed, guidance=guidance, temperature=temperature)
+        yield from self._generate(request)
 
     def repaint(
         self,
@@ -87,7 +88,16 @@ class GeneratorPage:
         if picture is None or mask is None:
             yield _summary_values(_alert("Nothing is painted yet. Paint over a part of the picture."))
             return
-        yield from self._generate(Request(label, prompt, seed, guidance, temperature, picture, mask))
+        request = Request(
+            label=label,
+            prompt=prompt,
+            seed=seed,
+            guidance=guidance,
+            temperature=temperature,
+            picture=picture,
+            mask=mask,
+        )
+        yield from self._generate(request)
 
     def describe(self, picture: Image.Image | None) -> str:
         """Caption of a picture, by the language model."""
