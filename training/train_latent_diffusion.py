@@ -72,8 +72,9 @@ def train(run: Run[DiffusionOptions]) -> None:
             with weights.evaluating():
                 loss = measure(run, denoise, held_out)
             run.log.write(steps_done, {"validation/loss": loss})
+        arguments = sampling_arguments(options, pipeline)
         labels = sample_labels(options, pipeline)
-        log_samples(run.log, weights, pipeline, sample_call(options, pipeline), labels, steps_done)
+        log_samples(run.log, weights, pipeline, arguments, labels, steps_done)
 
     if run.is_new:
         validate(0)
@@ -273,8 +274,8 @@ def noise_of_images(denoise: Denoising, numbers: Sequence[int]) -> Noise:
     return join_noise(noise_of_each)
 
 
-def sample_call(options: DiffusionOptions, pipeline: DiTPipeline) -> dict[str, Any]:
-    """Arguments of the pipeline's call for the images of a validation: each class in turn."""
+def sampling_arguments(options: DiffusionOptions, pipeline: DiTPipeline) -> dict[str, Any]:
+    """Arguments of the pipeline that samples images for a validation: each class in turn."""
     count = options.num_validation_images
     steps = options.num_inference_steps
     if options.label_column is None:

@@ -106,8 +106,9 @@ def train(run: Run[NextScaleOptions]) -> None:
             with weights.evaluating():
                 numbers = measure(run, predict, held_out, schedule)
             run.log.write(steps_done, numbers)
-        call = sample_call(options, source)
-        log_samples(run.log, weights, pipeline, call, sample_labels(options, source), steps_done)
+        arguments = sampling_arguments(options, source)
+        labels = sample_labels(options, source)
+        log_samples(run.log, weights, pipeline, arguments, labels, steps_done)
 
     if run.is_new:
         validate(0)
@@ -405,8 +406,8 @@ def count_ids(sizes: Sequence[Size]) -> int:
     return sum(height * width for height, width in sizes)
 
 
-def sample_call(options: NextScaleOptions, source: TokenSource) -> dict[str, Any]:
-    """Arguments of the pipeline's call for the images of a validation: each class in turn, or the first captions."""
+def sampling_arguments(options: NextScaleOptions, source: TokenSource) -> dict[str, Any]:
+    """Arguments of the pipeline that samples images for a validation: each class in turn, or the first captions."""
     count = options.num_validation_images
     if options.caption_column is not None:
         return {"prompt": first_captions(source, count), "guidance_scale": options.guidance_scale}
