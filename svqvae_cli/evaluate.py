@@ -116,7 +116,7 @@ def _check(args: argparse.Namespace) -> None:
         find_inputs([args.generated], IMAGE_SUFFIXES, args.output)  # raises if there are no images
     else:
         for source in _models(args):
-            check_source(source, subfolder=True)
+            check_source(source, allow_subfolder=True)
     for weights in (args.lpips_weights, args.inception_weights):
         if weights is not None and not weights.is_file():
             raise ValueError(f"there is no file `{weights}`. docs/evaluation.md says where the weights are.")

@@ -192,12 +192,12 @@ def check_absent(path: Path) -> None:
         raise ValueError(f"`{path}` already exists. Pass --overwrite, or use another --output.")
 
 
-def check_source(source: str | None, subfolder: bool = False) -> None:
+def check_source(source: str | None, allow_subfolder: bool = False) -> None:
     """Raises ValueError unless a model is a folder, or its name has the form of a Hub id. Its files are not read.
 
     Args:
         source (`str`, *optional*): Folder or Hub id of the model; `None` for the bundled model.
-        subfolder (`bool`, defaults to `False`): Whether a Hub id may be followed by a subfolder: `org/repo/vqvae`.
+        allow_subfolder (`bool`, defaults to `False`): Whether a subfolder may follow a Hub id: `org/repo/vqvae`.
     """
     if source is None:  # the bundled model
         return
@@ -207,7 +207,7 @@ def check_source(source: str | None, subfolder: bool = False) -> None:
     if path.is_dir():
         return
     pattern = REPO_ID
-    if subfolder:
+    if allow_subfolder:
         pattern = rf"{REPO_ID}(/\w[\w.-]*)*"
     if not re.fullmatch(pattern, source):
         raise ValueError(

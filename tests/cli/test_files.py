@@ -55,8 +55,8 @@ def test_folders_are_searched_with_their_subfolders_but_not_the_output(tmp_path)
 
 @pytest.mark.parametrize("source", ["org/repo/vqvae", "org/repo/models/vqvae"])
 def test_a_part_of_a_repository_may_lie_at_any_depth(source):
-    check_source("org/repo", subfolder=True)
-    check_source(source, subfolder=True)
+    check_source("org/repo", allow_subfolder=True)
+    check_source(source, allow_subfolder=True)
     with pytest.raises(ValueError, match="On the Hub a model is `org/repo`"):
         check_source(source)
 
@@ -64,4 +64,4 @@ def test_a_part_of_a_repository_may_lie_at_any_depth(source):
 @pytest.mark.parametrize("source", ["org/repo/", "org/repo/../vqvae", "org/repo//vqvae", "/gone/repo/vqvae"])
 def test_no_other_path_is_taken_for_a_part_of_a_repository(source):
     with pytest.raises(ValueError, match="there is no file or folder"):
-        check_source(source, subfolder=True)
+        check_source(source, allow_subfolder=True)
