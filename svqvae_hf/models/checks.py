@@ -431,7 +431,7 @@ def check_same_codebook(model: Any, tokens: Any) -> None:
         tokens ([`ImageTokens`] or [`TokenSettings`]): Ids, or the settings of a token set.
 
     Raises:
-        ValueError: The codebook's fingerprint or size differs, or the model's f.
+        ValueError: The codebook's fingerprint or size differs, or `f`, the pixels per latent side.
     """
     fingerprint = model.codebook_fingerprint()
     if tokens.codebook_fingerprint != fingerprint:
@@ -439,9 +439,11 @@ def check_same_codebook(model: Any, tokens: Any) -> None:
             f"the ids must be of the model's codebook, with fingerprint {fingerprint}, got "
             f"{tokens.codebook_fingerprint}. Use the model that encoded them."
         )
-    if tokens.f != model.f:
+    pixels_per_latent_side = model.f
+    if tokens.f != pixels_per_latent_side:
         raise ValueError(
-            f"the ids must be of a model with f = {model.f}, got {tokens.f}. Use the model that encoded them."
+            f"the ids must be of a model with f = {pixels_per_latent_side}, got {tokens.f}. Use the model that "
+            "encoded them."
         )
     codebook_size = model.config["codebook_size"]
     if tokens.codebook_size != codebook_size:
