@@ -15,8 +15,9 @@ from svqvae_files.inputs import readable
 from svqvae_hf.data.image_rows import ImageRow
 from svqvae_hf.data.metadata import ImageTable
 
-# Starts of paths that keys lack: `hf://datasets/org/set@main/` of a file on the Hub, `zip://` of one in an archive.
-START_BEFORE_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"
+# Prefixes that paths have and keys lack: `hf://datasets/org/set@main/` of a file on the Hub, `zip://` of one in an
+# archive.
+HUB_OR_ARCHIVE_PREFIX = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"
 
 
 class ImagePart(Protocol):
@@ -176,8 +177,8 @@ def row_key(source: Any, root: str, default: str) -> str:
     if not isinstance(source, Mapping) or not source["path"]:
         return default
     # An image in an archive has a path such as `zip://cats/1.png::/data/photos.zip`. Its key is `cats/1.png`.
-    path, _, _ = source["path"].partition("::")
-    key = re.sub(START_BEFORE_KEY, "", path)
+    path, _, _path_of_archive = source["path"].partition("::")
+    key = re.sub(HUB_OR_ARCHIVE_PREFIX, "", path)
     if os.path.isabs(key):
         return os.path.relpath(key, root)
     return key
