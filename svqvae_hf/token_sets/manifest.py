@@ -235,8 +235,13 @@ class TokenSet:
         paths = [self._path(file) for file in self.files]
         patterns = [_pattern_of(path) for path in paths]  # `datasets` takes no paths, but patterns
         with explained_set(self.name, "token"):
+            # `datasets` knows a file by its path and its time, which another set at the same path may have as well.
+            # The name of the config is part of the folder of the copy. So each set has a copy of its own.
             builder = datasets.load_dataset_builder(
-                "parquet", data_files={"train": patterns}, fragment_scan_options=VERIFY_CHECKSUMS
+                "parquet",
+                name=self.digest,
+                data_files={"train": patterns},
+                fragment_scan_options=VERIFY_CHECKSUMS,
             )
         is_copied = os.path.exists(builder.cache_dir)
         if not is_copied:

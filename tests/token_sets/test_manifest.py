@@ -1,6 +1,7 @@
 """Token sets are read through their manifest, and resumed through the records of their parts."""
 
 import json
+import os
 import shutil
 import threading
 
@@ -121,6 +122,17 @@ def test_rows_are_those_of_datasets(sets, cache):
 def test_a_folder_of_any_name_is_loaded(sets, tmp_path):
     shutil.copytree(sets / "set", tmp_path / "set [1]")
     assert len(load_rows(tmp_path / "set [1]")) == TokenSet(tmp_path / "set [1]").num_rows
+
+
+def test_another_set_at_the_same_path_is_copied_even_if_its_times_are_equal(sets, tmp_path):
+    """`datasets` knows a file by its path and its time alone."""
+    folder = tmp_path / "set"
+    for name in ("set", "other"):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(sets / name, folder)
+        for file in files_of(folder):
+            os.utime(file, (1, 1))
+        assert list(load_rows(folder)) == list(TokenSet(sets / name).rows())
 
 
 # Parts
