@@ -13,6 +13,7 @@ from svqvae_files.errors import explained
 from svqvae_files.file_names import ARCHIVE_SUFFIXES
 from svqvae_files.identity import InputIdentity
 from svqvae_files.inputs import expand_braces, is_url, readable, walk_files
+from svqvae_hf.data.saved_sets import STATE_FILE, find_leftovers
 from svqvae_hf.data.splits import check_no_split, choose_folder, choose_shards
 from svqvae_hf.data.tar_files import TAR_SUFFIXES
 from svqvae_hf.models.image_files import IMAGE_SUFFIXES
@@ -114,6 +115,7 @@ def find_files(names: Sequence[str], split: str | None) -> SetFiles:
     listings = []
     for name in names:
         listings.extend(_list_name(name))
+    listings = _without_leftovers(listings)
     kind = _kind_of_all(listings)
     holds_images = kind == "image"  # otherwise shards
     sets = []
@@ -201,6 +203,10 @@ class _Listing:
         elif base_name.lower().endswith(UNREAD_SUFFIXES):
             self.unread.append(file.path)
 
+    def paths(self) -> list[str]:
+        """Absolute path or URL of each image or shard."""
+        return [file.path for file in self.files]
+
     def finish(self) -> None:
         """Warns of images in formats that are not read. Raises FileNotFoundError if the folder has no others."""
         if not self.files:
@@ -238,6 +244,26 @@ def _list_name(name: str) -> list[_Listing]:
         else:
             listings.append(_list_pattern(pattern))
     return listings
+
+
+def _without_leftovers(listings: Sequence[_Listing]) -> list[_Listing]:
+    """Leaves out Arrow files that lie beside a saved set and are not its shards, and listings without other files.
+
+    Raises:
+        FileNotFoundError: No file is left.
+    """
+    listings_to_read = []
+    for listing in listings:
+        leftovers = find_leftovers(listing.paths())
+        listing.files = [file for file in listing.files if file.path not in leftovers]
+        if listing.files:
+            listings_to_read.append(listing)
+    if not listings_to_read:
+        raise FileNotFoundError(
+            f"a set must have shards, but `{listings[0].name}` has only Arrow files that `{STATE_FILE}` beside them "
+            "does not name. Save the set again with `save_to_disk`."
+        )
+    return listings_to_read
 
 
 def _list_folder(name: str) -> _Listing:

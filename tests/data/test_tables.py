@@ -214,6 +214,34 @@ def test_arrow_files_of_both_formats(tmp_path):
     assert images.features["label"].names == ["a", "b"]
 
 
+@pytest.mark.parametrize("form", ["{}/*.arrow", "{}", "file://{}", "file://{}/*.arrow"])
+def test_arrow_files_that_a_saved_set_does_not_name_are_not_read(tmp_path, form):
+    folder = tmp_path / "saved"
+    make_rows(range(4)).save_to_disk(folder, num_shards=2)
+    make_rows([7, 8]).save_to_disk(folder)  # leaves the shards of the first set
+    saved = datasets.load_from_disk(folder)
+    saved.map(lambda row: row, load_from_cache_file=False)
+    saved.filter(lambda label: label == 0, input_columns="label")
+    assert len(list(folder.glob("*.arrow"))) == 5
+    assert reds(open_images([form.format(folder)])) == [7, 8]
+    expanded = sorted(str(path) for path in folder.glob("*.arrow"))  # as by a shell
+    assert reds(open_images(expanded)) == [7, 8]
+
+
+def test_arrow_files_without_a_saved_set_are_an_error(tmp_path):
+    make_rows([1, 2]).save_to_disk(tmp_path)
+    shard = tmp_path / "data-00000-of-00001.arrow"
+    (tmp_path / "state.json").write_text('{"epoch": 1}')  # of another program
+    assert reds(open_images([str(tmp_path)])) == [1, 2]
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "other.arrow"}]}')
+    with pytest.raises(FileNotFoundError, match="has only Arrow files that `state.json` beside them does not name"):
+        open_images([str(shard)])
+    for content in ("{", '{"_data_files": [1]}', '{"_data_files": null}'):
+        (tmp_path / "state.json").write_text(content)
+        with pytest.raises(ValueError, match="state.json` must .*, but is damaged"):
+            open_images([str(tmp_path)])
+
+
 def test_a_damaged_page_is_one_unreadable_row_that_names_the_file(tmp_path):
     table = make_rows(range(8)).data.table
     pq.write_table(table, tmp_path / "0.parquet", **PLAIN)
