@@ -24,7 +24,7 @@ from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
 from svqvae_hf.loaders.saved_parts import check_parts
 from svqvae_hf.models import image_processing_svqvae, modeling_llamagen, modeling_next_scale, modeling_svqvae
 from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
-from svqvae_hf.models.loading import check_weights
+from svqvae_hf.models.loading import WEIGHTS_NAME, check_weights
 from svqvae_hf.models.processing_svqvae import HUB_OPTIONS, VQVAE_FOLDER
 from svqvae_hf.models.processing_svqvae import SVQVAEProcessor as PlainProcessor
 
@@ -71,6 +71,8 @@ class RepositoryMixin(HubMixin, ModelMixin):
         if os.path.isfile(save_directory):  # diffusers would only log it
             raise ValueError(f"`{os.fspath(save_directory)}` must be a folder, but is a file. Choose another name.")
         super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):  # other processes write nothing
+            _delete_replaced_weights(Path(save_directory), WEIGHTS_NAME)
         if standalone:
             write_code(Path(save_directory))
 
@@ -209,6 +211,8 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
         # saved config must not name it.
         self.config.__dict__.pop("auto_map", None)
         super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):  # other processes write nothing
+            _delete_replaced_weights(Path(save_directory), "model")
         if standalone:
             write_code(Path(save_directory))
 
@@ -323,6 +327,27 @@ class SVQVAEProcessor(HubMixin, PlainProcessor):
         configs = [Path(save_directory, "processor_config.json"), Path(save_directory, VQVAE_FOLDER, "config.json")]
         with kept_code(*configs):
             return super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+
+def _delete_replaced_weights(folder: Path, name: str) -> None:
+    """Deletes the file of an earlier save that would be loaded in place of the weights just saved, or beside them.
+
+    diffusers and transformers delete the old shards. They leave the old index when a model is saved whole, and the old
+    whole file when it is saved in shards.
+
+    Args:
+        folder (`Path`): Folder of the model.
+        name (`str`): Start of the names of its files of weights, such as "model".
+    """
+    start_of_index = f"{name}.safetensors.index"
+    for index in folder.glob(f"{start_of_index}*.json"):
+        variant = index.name.removeprefix(start_of_index).removesuffix(".json")  # such as ".fp16", or empty
+        has_shards = any(folder.glob(f"{name}{variant}-*-of-*.safetensors"))
+        if has_shards:
+            whole_file = folder / f"{name}{variant}.safetensors"
+            whole_file.unlink(missing_ok=True)
+        else:
+            index.unlink()
 
 
 AutoConfig.register(LlamaGenConfig.model_type, LlamaGenConfig)

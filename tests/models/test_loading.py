@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import ROOT, make_tiny
 from diffusers import AutoModel, DiffusionPipeline, VQModel
-from generators import make_next_scale
+from generators import make_llamagen, make_next_scale
 from safetensors.torch import load_file, save_file
 
 from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, SVQVAE, NextScaleTransformer, SVQVAEImageProcessor
@@ -29,6 +29,24 @@ def test_saved_and_loaded_weights_are_bit_equal(tiny_model, tmp_path, shards):
     loaded = SVQVAE.from_pretrained(tmp_path)
     assert loaded.state_dict().keys() == tiny_model.state_dict().keys()
     assert all(torch.equal(loaded.state_dict()[key], weight) for key, weight in tiny_model.state_dict().items())
+
+
+@pytest.mark.parametrize("sizes", [("20KB", "10GB"), ("10GB", "20KB"), ("20KB", "60KB")])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("kind", ["svqvae", "next_scale", "llamagen"])
+def test_a_model_saved_over_another_one_in_other_shards_is_loaded(tmp_path, kind, variant, sizes):
+    models = {
+        "svqvae": make_tiny,
+        "next_scale": lambda: make_next_scale().transformer,
+        "llamagen": lambda: make_llamagen("c2i").language_model,
+    }
+    first, second = (models[kind]() for _ in range(2))
+    for parameter in second.parameters():
+        parameter.data.add_(1.0)
+    for model, size in zip((first, second), sizes, strict=True):
+        model.save_pretrained(tmp_path, max_shard_size=size, variant=variant)
+    loaded = type(second).from_pretrained(tmp_path, variant=variant)
+    assert all(torch.equal(loaded.state_dict()[key], weight) for key, weight in second.state_dict().items())
 
 
 def test_loading_in_half_precision_keeps_the_codebook(tiny_model, tmp_path):
