@@ -17,7 +17,7 @@ from svqvae_hf.models.loading import check_merged
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.labels import Labels, encode_labels, to_int64
 from svqvae_hf.pipelines.modular_blocks import check_fingerprint
-from svqvae_hf.pipelines.repository_index import load_arguments, read_index, write_blocks
+from svqvae_hf.pipelines.repository_index import delete_modular_index, load_arguments, read_index, write_blocks
 
 # For readers of `model_index.json`.
 LOAD_WITH = "`pip install svqvae-hf`, then `from_pretrained` of its class in `svqvae_hf`"
@@ -145,6 +145,8 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             place_of_components = title
         if is_standalone:
             write_blocks(self.blocks(), folder, place_of_components)
+        else:
+            delete_modular_index(folder)
         card = folder / "README.md"
         if not card.exists():
             text = self.make_card(title, standalone=is_standalone)

@@ -28,6 +28,7 @@ PIPELINE_OF_BLOCKS = {
 }
 COMPONENTS = ("vqvae", "transformer", "language_model", "text_encoder", "tokenizer")
 AUTO_MODEL = ["diffusers", "AutoModel"]  # library and class of components whose code lies in the repository
+MODULAR_CONFIG = "modular_config.json"  # names the code of the blocks
 MODELS = {"vqvae": SVQVAE, "transformer": NextScaleTransformer, "language_model": LlamaGenForCausalLM}
 
 
@@ -86,6 +87,17 @@ def check_index(index: Any, source: str | os.PathLike) -> None:
         raise ValueError(f"the index of `{source}` must name a class in `_class_name`, but does not.")
 
 
+def delete_modular_index(folder: Path) -> None:
+    """Deletes the modular index of a pipeline that was saved in the folder before, with its code.
+
+    Args:
+        folder (`Path`): Folder of a pipeline that was saved without code.
+    """
+    for name in (MODULAR_CONFIG, ModularIndex.config_name):
+        path = folder / name
+        path.unlink(missing_ok=True)
+
+
 def write_blocks(blocks: type, folder: Path, source: str) -> None:
     """Copies the code of a saved pipeline's models and blocks beside them, with the index of a modular pipeline.
 
@@ -112,7 +124,7 @@ def write_blocks(blocks: type, folder: Path, source: str) -> None:
             modular_index[name] = _entry_of_component(name, value, source)
         else:
             modular_index[name] = value  # such as `schedule`
-    write_json(folder / "modular_config.json", {"auto_map": {"ModularPipelineBlocks": class_of_blocks}})
+    write_json(folder / MODULAR_CONFIG, {"auto_map": {"ModularPipelineBlocks": class_of_blocks}})
     write_json(folder / ModularIndex.config_name, modular_index)
     path_of_index.unlink()
 

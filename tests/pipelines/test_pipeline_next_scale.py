@@ -220,6 +220,14 @@ def test_a_broken_component_of_a_modular_index_is_named(pipeline, tmp_path, entr
         SVQVAENextScalePipeline.from_pretrained(tmp_path)
 
 
+def test_a_pipeline_saved_without_code_replaces_the_index_of_one_with_code(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path, standalone=True)
+    pipeline.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.json")} == {"model_index.json"}
+    pipeline.save_pretrained(tmp_path, standalone=True)
+    assert {path.name for path in tmp_path.glob("*.json")} == {"modular_config.json", "modular_model_index.json"}
+
+
 @pytest.mark.parametrize(("mode", "white"), [("F", 1.0), ("I", 65535), ("I;16", 65535), ("La", 255), ("RGBA", 255)])
 def test_masks_of_any_mode_are_the_same_mask(editor, photo, mode, white):
     image = photo.resize((16, 16))
