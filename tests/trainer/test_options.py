@@ -163,6 +163,7 @@ def test_invalid_values_are_refused(options, message):
 
 OPTIONS = {"train": [TrainOptions], "train_latent_diffusion": [DiffusionOptions]}
 OPTIONS |= {"train_llamagen": [LlamaGenOptions, TrainingArguments], "train_next_scale": [NextScaleOptions]}
+OPTIONS |= {"train_language_model": [LanguageModelOptions, TrainingArguments]}
 
 
 ON_CPU = {"train_llamagen": ["--use_cpu"]}  # else bf16 is refused
@@ -178,7 +179,7 @@ def test_command_of_a_recipe_is_valid_from_any_folder(path, tmp_path, monkeypatc
     assert arguments[0] == path.relative_to(ROOT).as_posix()
     monkeypatch.chdir(tmp_path)
     config, *_ = read_options(OPTIONS[script], [str(path), *arguments[1:], *ON_CPU.get(script, [])])
-    if config.model_config_name_or_path is not None:
+    if getattr(config, "model_config_name_or_path", None) is not None:
         assert SVQVAE.load_config(config.model_config_name_or_path)
     launcher = re.search(r"--config_file (\S+)", command)
     assert launcher is None or (ROOT / launcher[1]).is_file()
