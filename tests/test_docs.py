@@ -15,6 +15,7 @@ import pytest
 import write_reference
 from cli_runner import svqvae
 from conftest import ROOT
+from contact_sheet import counting_order
 from diffusion_options import DiffusionOptions
 from hub_server import serve_hub
 from page_runner import code_cells, kept_kinds, python_blocks
@@ -271,3 +272,11 @@ def test_contact_sheet_of_an_empty_folder_is_one_line(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode != 0
     assert result.stderr == f"contact_sheet.py: error: `{tmp_path}` must hold PNG files, but has none.\n"
+
+
+def test_contact_sheet_has_picture_2_before_picture_10():
+    names = ["class_crab_1.png", "prompt_10_0.png", "prompt_2_0.png", "prompt_2_10.png", "prompt_2_9.png"]
+    paths = [Path(name) for name in names]
+    paths.sort(key=counting_order)
+    in_order = [path.name for path in paths]
+    assert in_order == [names[0], names[2], names[4], names[3], names[1]]
