@@ -6,7 +6,7 @@ Repositories, on the Hub or downloaded from it, are listed and opened by `datase
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import datasets
 
@@ -21,7 +21,7 @@ from svqvae_hf.data.selection import IMAGE_COLUMN, Selection
 from svqvae_hf.data.set_errors import explained_set
 from svqvae_hf.data.set_files import InputFiles, SetFiles, find_files
 from svqvae_hf.data.splits import choose_split
-from svqvae_hf.data.tables import open_tables
+from svqvae_hf.data.tables import named_paths, open_tables
 from svqvae_hf.data.tar_files import open_tars
 
 
@@ -233,6 +233,7 @@ def _open_captioned_images(files: SetFiles, selection: Selection) -> ImageSet:
     for column, feature in table.features.items():
         if selection.keeps(column):
             features[column] = feature
+    files.add_named(os.path.join(files.root, key) for key in table.keys)
     rows = CaptionedRows(files.root, table, list(features))
     return ImageSet([rows], features, files, length=len(rows))
 
@@ -240,7 +241,9 @@ def _open_captioned_images(files: SetFiles, selection: Selection) -> ImageSet:
 def _open_tables(files: SetFiles, selection: Selection) -> ImageSet:
     """Opens Parquet or Arrow files."""
     parts, features = open_tables(files.paths(), files.root, selection)
-    return ImageSet(parts, features, files, parts[0].image_column)
+    image_column = parts[0].image_column
+    files.add_named(named_paths(files.paths(), image_column))
+    return ImageSet(parts, features, files, image_column)
 
 
 def _open_tars(files: InputFiles, selection: Selection) -> ImageSet:
@@ -270,4 +273,6 @@ def _open_repository(name: str, selection: Selection) -> ImageSet:
     if files.are_tars:  # all others are opened by `datasets`
         return _open_tars(files, selection)
     stream = open_stream(files, name, selection)
+    if files.are_local_tables:
+        files = replace(files, named=named_paths(files.paths(), stream.image_column))
     return ImageSet(stream.parts, stream.features, files, stream.image_column, stream.length)

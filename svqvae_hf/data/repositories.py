@@ -113,18 +113,20 @@ class RepositoryFiles:
         builder (`datasets.DatasetBuilder`): Builder of the set.
         split (`str`): The split.
         root (`str`): Absolute path of a local folder.
+        named (`Sequence[str]`): Paths of images that rows of Parquet or Arrow files name.
     """
 
     builder: datasets.DatasetBuilder
     split: str
     root: str
+    named: Sequence[str] = ()
 
     def paths(self) -> list[str]:
         """Paths or URLs of the files."""
         return [str(path) for path in self.builder.config.data_files[self.split]]
 
     def inputs(self) -> list[InputIdentity]:
-        """Identity of each file.
+        """Identity of each file, and of each image that rows name.
 
         `datasets` tells the revision of the repository, but no version of a single file. So the revision is the
         version of each file at a URL.
@@ -132,7 +134,7 @@ class RepositoryFiles:
         files = self.builder.config.data_files[self.split]
         revision = str(files.origin_metadata)  # such as "[('org/set', '52a10e7...'), ...]"
         identities = []
-        for path in self.paths():
+        for path in [*self.paths(), *self.named]:
             if is_url(path):
                 identities.append(InputIdentity(path, size=0, version=revision))
             else:

@@ -71,6 +71,7 @@ class SetFiles:
         folders (`list[str]`): Path of each file's folder below the folder that was searched; `.` for that itself.
         kind (`str`): Kind of all files, a key of `SUFFIXES`.
         metadata (`list[SetFile]`): Files in the folder with captions or labels of its images.
+        named (`list[SetFile]`): Further images, which rows of metadata, Parquet or Arrow files name by their paths.
     """
 
     name: str
@@ -79,6 +80,7 @@ class SetFiles:
     folders: list[str]
     kind: str
     metadata: list[SetFile] = field(default_factory=list)
+    named: list[SetFile] = field(default_factory=list)
 
     @property
     def is_remote(self) -> bool:
@@ -94,11 +96,18 @@ class SetFiles:
         return [file.path for file in self.files]
 
     def inputs(self) -> list[InputIdentity]:
-        """Identities of all files, in their order, and of those with captions or labels."""
+        """Identities of all files, in their order, of those with captions or labels, and of images that rows name."""
         identities = []
-        for file in self.files + self.metadata:
+        for file in self.files + self.metadata + self.named:
             identities.append(file_identity(self.root, file))
         return identities
+
+    def add_named(self, paths: Iterable[str]) -> None:
+        """Adds images that rows name by their paths on this machine, except for files of the set."""
+        files_of_set = set(self.paths())
+        for path in dict.fromkeys(paths):
+            if path not in files_of_set:
+                self.named.append(SetFile(path))
 
 
 def find_files(names: Sequence[str], split: str | None) -> SetFiles:
@@ -530,6 +539,6 @@ def file_identity(root: str, file: SetFile) -> InputIdentity:
         return InputIdentity(key, file.size, file.version)
     try:
         status = os.stat(file.path)
-    except OSError:  # such as a broken link
+    except (OSError, ValueError):  # such as a broken link, or a name in a row that no file can have
         return InputIdentity(key, 0, "unreadable")
     return InputIdentity(key, status.st_size, str(status.st_mtime_ns))

@@ -1,11 +1,13 @@
 """Image sets in tables: Parquet and Arrow files, each of which is a part."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from svqvae_files.errors import is_unreachable
@@ -301,3 +303,72 @@ def _open_arrow(file: BinaryIO) -> pa.RecordBatchStreamReader | pa.RecordBatchFi
     if magic == ARROW_MAGIC:
         return pa.ipc.open_file(file)
     return pa.ipc.open_stream(file)
+
+
+# Images that rows name by their paths
+
+
+def named_paths(paths: Sequence[str], image_column: str) -> list[str]:
+    """Paths of the images on this machine that rows of Parquet or Arrow files name in place of holding their bytes.
+
+    Args:
+        paths (`Sequence[str]`): Local paths of the files, or URLs, whose rows may name no file of this machine.
+        image_column (`str`): Column of the images.
+
+    Returns:
+        `list[str]`: Absolute paths, in the order of the rows. A damaged file is left out, because it is reported when
+        its rows are read.
+    """
+    image_paths = []
+    for path in paths:
+        if is_url(path):
+            continue
+        try:
+            image_paths += _named_in_file(path, image_column)
+        except (OSError, pa.ArrowException):
+            continue
+    return image_paths
+
+
+def _named_in_file(path: str, image_column: str) -> list[str]:
+    """Absolute paths of the images that rows of a file name in place of holding their bytes."""
+    image_paths = []
+    # In a mapped file, only the blocks with paths are read, and not the bytes of images.
+    with pa.memory_map(path) as file:
+        for images in _images_that_may_be_named(path, file, image_column):
+            has_bytes = pc.is_valid(pc.struct_field(images, "bytes"))
+            image_names = pc.struct_field(images, "path").filter(pc.invert(has_bytes))
+            for name in image_names.drop_null().to_pylist():
+                if not is_url(name):
+                    image_paths.append(os.path.abspath(name))
+    return image_paths
+
+
+def _images_that_may_be_named(path: str, file: pa.MemoryMappedFile, image_column: str) -> Iterator[pa.StructArray]:
+    """Yields the images of a file in batches, without batches of a Parquet file in which all images have bytes."""
+    schema = _read_schema(path, file)
+    if not pa.types.is_struct(schema.field(image_column).type):  # the column holds bytes alone
+        return
+    if not _is_parquet(path):
+        for batch in _batches(path, file, [image_column]):
+            yield batch[image_column]
+        return
+    parquet = pq.ParquetFile(file)
+    row_groups = _row_groups_without_bytes(parquet.metadata, f"{image_column}.bytes")
+    for batch in parquet.iter_batches(ROWS_AT_A_TIME, row_groups, columns=[image_column]):
+        yield batch[image_column]
+
+
+def _row_groups_without_bytes(metadata: pq.FileMetaData, bytes_column: str) -> list[int]:
+    """Numbers of the row groups of a Parquet file in which bytes are missing, or may be for lack of statistics."""
+    numbers = []
+    for number in range(metadata.num_row_groups):
+        row_group = metadata.row_group(number)
+        for index in range(row_group.num_columns):
+            column = row_group.column(index)
+            if column.path_in_schema != bytes_column:
+                continue
+            statistics = column.statistics
+            if statistics is None or statistics.null_count != 0:  # `None` if it is unknown
+                numbers.append(number)
+    return numbers

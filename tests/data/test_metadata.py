@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -70,6 +71,21 @@ def test_a_captioned_folder_may_have_any_name(tmp_path):
     assert (first.key, first.values, read_image(first).getpixel((0, 0))[0]) == ("1.png", {"caption": "one"}, 1)
     with pytest.raises(FileNotFoundError):
         read_image(missing)
+
+
+@pytest.mark.parametrize("name", ["../outside/0.png", ".hidden/0.png"])
+def test_images_that_a_search_of_the_folder_does_not_find_are_part_of_the_identity(tmp_path, name):
+    folder = tmp_path / "photos"
+    save_photos(folder)
+    save_photos((folder / name).parent)
+    rows = [{"file_name": "1.png"}, {"file_name": name}, {"file_name": "\0.png"}]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    images = open_images([str(folder)])
+    listed = ["0.png", "1.png", "metadata.jsonl", name, "\0.png"]
+    assert [file.name for file in images.files.inputs()] == listed
+    before = images.fingerprint
+    os.utime(folder / name, ns=(0, 0))
+    assert images.fingerprint != before
 
 
 def test_classes_of_parquet_metadata_are_kept(tmp_path):

@@ -1,3 +1,4 @@
+import os
 import re
 
 import datasets
@@ -264,3 +265,39 @@ def test_columns_of_bytes_and_of_paths_hold_images(tmp_path):
     paths = datasets.Dataset.from_dict({"image": [str(tmp_path / "7.png")]}).cast_column("image", datasets.Image())
     paths.to_parquet(tmp_path / "paths.parquet")
     assert reds(open_images([str(tmp_path / "paths.parquet")])) == [7]
+
+
+@pytest.mark.parametrize("readme", ["", README])
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_images_that_rows_name_are_part_of_the_identity(tmp_path, suffix, readme):
+    named = tmp_path / "7.png"
+    numbered(7).save(named)
+    unused = tmp_path / "8.png"
+    numbered(8).save(unused)
+    images = [
+        {"bytes": None, "path": str(named)},
+        {"bytes": encode(numbered(3)), "path": str(unused)},
+        {"bytes": None, "path": "https://localhost/1.png"},
+        None,
+    ]
+    table = pa.table({"image": images})
+    folder = tmp_path / "set"
+    folder.mkdir()
+    if suffix == "parquet":
+        pq.write_table(table, folder / "0.parquet")
+    else:
+        with pa.OSFile(str(folder / "0.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    if readme:
+        (folder / "README.md").write_text(readme.replace("parquet", suffix))
+    before = open_images([str(folder)]).fingerprint
+    os.utime(unused, ns=(0, 0))
+    assert open_images([str(folder)]).fingerprint == before
+    os.utime(named, ns=(0, 0))
+    assert open_images([str(folder)]).fingerprint != before
+
+
+@pytest.mark.parametrize("options", [{}, {"write_statistics": False}])
+def test_the_identity_of_a_file_with_all_images_embedded_is_of_the_file_alone(tmp_path, options):
+    pq.write_table(make_rows(range(3)).data.table, tmp_path / "0.parquet", **options)
+    assert [file.name for file in open_images([str(tmp_path)]).files.inputs()] == ["0.parquet"]
