@@ -27,7 +27,7 @@ def test_the_network_computes_the_integers_of_the_context_model():
     model = network.to_integers("0" * 64)
     ids = torch.randint(100, (5, 7)).numpy()
     rows, columns = (each.ravel() for each in np.indices(ids.shape))
-    inputs = context(model.inputs, pad_ids(ids, 100), pad_ids(ids[:3, :4], 100), rows, columns)
+    inputs = context(model.inputs_of_ids, pad_ids(ids, 100), pad_ids(ids[:3, :4], 100), rows, columns)
     groups = model.rank[ids.ravel()] // model.network.num_members
     logits = network.logits(torch.from_numpy(inputs), torch.from_numpy(groups))
     hidden = model.network.hidden(inputs)
