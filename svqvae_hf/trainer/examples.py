@@ -126,8 +126,21 @@ class ChatExamples(Dataset):
             self.settings = read_settings(self.token_set)
             check_same_codebook(self.processor.vqvae, self.settings)
             self.pairs = TokenSet(self.token_set).load()
+            self._check_grids()
             check_captions(self.pairs, self.caption_column)
             self.caption_rows = self.pairs.select_columns([self.caption_column])
+
+    def _check_grids(self) -> None:
+        """Raises ValueError unless the language model knows the grid of each image. The error names the row."""
+        finest_scale = max(self.settings.scales)
+        sizes = self.pairs.select_columns(["key", "height", "width"]).to_pandas()
+        one_row_per_size = sizes.drop_duplicates(["height", "width"])
+        for row in one_row_per_size.itertuples():
+            grid = self.settings.grid(finest_scale, row.height, row.width)
+            try:
+                self.processor.vocabulary.size_token(grid)
+            except ValueError as error:
+                raise ValueError(f"`{self.token_set}`, row {row.Index} (`{row.key}`): {error}") from error
 
     def __len__(self) -> int:
         return len(self.pairs) if self.count is None else self.count

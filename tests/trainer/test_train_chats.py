@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from captioned_tokens import CAPTIONS, captioned_tokens
+from cli_runner import svqvae
 from conftest import ROOT, make_tiny
 from language_checkpoints import OptionsOnResume, delete_partial_checkpoints, set_aside_partial_checkpoints
 from language_options import ADAMW_ARGUMENTS, VALIDATION_ARGUMENTS, WITHOUT_EFFECT
@@ -480,6 +481,18 @@ def test_captions_and_texts_longer_than_the_context_are_named_before_the_run(tra
     with pytest.raises(ValueError, match=f"line 2 of `{texts}` must fit the context of 512 tokens with its images"):
         train("wrong", model="neox", token_set=None, text_files=[str(texts)], text_fraction=1.0)
     assert not (tmp_path / "wrong").exists()
+
+
+def test_a_grid_that_the_model_does_not_know_is_named_before_the_run(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name, side in (("0", 16), ("1", 20), ("2", 20)):
+        Image.new("RGB", (side, side)).save(tmp_path / "images" / f"{name}.png")
+    rows = [json.dumps({"file_name": f"{name}.png", "caption": "a cat"}) for name in range(3)]
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(rows))
+    vqvae = extended("qwen") / "vqvae"
+    assert svqvae("tokenize", tmp_path / "images", "--output", tmp_path / "tokens", "--model", vqvae) == 0
+    with pytest.raises(ValueError, match=r"tokens`, row 1 \(`1.png`\): `grid` must be one of .*, got 5 x 5\."):
+        examples(tmp_path / "tokens")
 
 
 def test_images_of_the_training_are_not_validated(train, tokens):
