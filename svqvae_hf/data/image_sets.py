@@ -195,7 +195,7 @@ def _with_slash(name: str) -> str:
 def _copy(images: ImageSet, name: str) -> ImageSet:
     """Copies a stream, for random access. `name` names the set in errors."""
     with explained_set(name):
-        rows = copy_images(images.parts, images.features, images.fingerprint)
+        rows = copy_images(images.parts, images.features, images.fingerprint, images.files.root)
     return ImageSet([rows], images.features, images.files, images.image_column, len(rows))
 
 

@@ -311,6 +311,20 @@ def test_a_repository_with_metadata_in_one_split_keeps_the_images_of_others(tmp_
     assert [row.values for row in open_images([str(tmp_path)], split="test")] == [{"caption": "two"}]
 
 
+def test_the_copy_of_a_repository_that_was_moved_reads_its_new_folder(tmp_path):
+    for number in range(2):
+        save(numbered(number), tmp_path / "old" / f"{number}.png")
+    write_repository(tmp_path / "old", {"train": "*.png"})
+    images = open_images([str(tmp_path / "old")], copy=True)
+    assert same(images, [numbered(0), numbered(1)])
+    shutil.copytree(tmp_path / "old", tmp_path / "new")  # with the times of change
+    for number in range(2):
+        save(numbered(9), tmp_path / "old" / f"{number}.png")
+    moved = open_images([str(tmp_path / "new")], copy=True)
+    assert keys(moved) == ["0.png", "1.png"]
+    assert same(moved, [numbered(0), numbered(1)])
+
+
 def test_the_fingerprint_of_a_repository_changes_with_the_size_of_a_file(tmp_path):
     for name in ("0.png", "1.png"):
         save(numbered(0), tmp_path / name)
