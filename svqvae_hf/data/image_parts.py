@@ -99,6 +99,10 @@ class CaptionedRows(IndexedRows):
         self.keys = table.keys
         self.values = table.values.select(columns)
 
+    def paths(self) -> list[str]:
+        """Path of the file of each row."""
+        return [os.path.join(self.root, key) for key in self.keys]
+
     def __len__(self) -> int:
         return len(self.keys)
 

@@ -233,8 +233,8 @@ def _open_captioned_images(files: SetFiles, selection: Selection) -> ImageSet:
     for column, feature in table.features.items():
         if selection.keeps(column):
             features[column] = feature
-    files.add_named(os.path.join(files.root, key) for key in table.keys)
     rows = CaptionedRows(files.root, table, list(features))
+    files.add_named(rows.paths())
     return ImageSet([rows], features, files, length=len(rows))
 
 

@@ -31,6 +31,18 @@ def test_a_file_of_both_sets_is_an_error_for_all_kinds_of_sets(tmp_path, kind, c
         check_held_out(again, trained)
 
 
+def test_only_images_with_a_row_in_the_metadata_are_compared(tmp_path):
+    for name in ("train", "new"):
+        write_set(tmp_path / name, "folder", [encode(numbered(number)) for number in range(2)])
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,caption\n000.png,a")
+    (tmp_path / "new" / "000.png").unlink()
+    trained, held_out = (open_images([str(tmp_path / name)]) for name in ("train", "new"))
+    check_held_out(held_out, trained)
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,caption\n../new/001.png,a")
+    with pytest.raises(ValueError, match="`001.png` is `../new/001.png` of the training images"):
+        check_held_out(held_out, open_images([str(tmp_path / "train")]))
+
+
 def test_files_at_urls_are_compared_by_their_urls(tmp_path):
     for name in ("a", "b"):
         write_tar(tmp_path / f"{name}.tar", [(f"{name}.png", encode(numbered(ord(name))))])

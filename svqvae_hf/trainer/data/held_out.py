@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from svqvae_files.inputs import is_url, readable
+from svqvae_hf.data.image_parts import CaptionedRows
 from svqvae_hf.data.image_sets import ImageSet
 from svqvae_hf.token_sets.manifest import TokenSet
 from svqvae_hf.token_sets.settings import TokenSettings
@@ -28,10 +29,10 @@ def check_held_out(held_out: ImageSet, trained: ImageSet | None) -> None:
     """
     if trained is None:
         return
-    trained_paths = trained.files.paths()
+    trained_paths = _paths_of_files(trained)
     trained_urls = {path for path in trained_paths if is_url(path)}
     trained_files_by_size = _files_by_size(trained_paths)
-    for path in held_out.files.paths():
+    for path in _paths_of_files(held_out):
         if path in trained_urls:
             raise _shared_file_error(held_out, path, trained, path)
         if not os.path.isfile(path):
@@ -42,6 +43,14 @@ def check_held_out(held_out: ImageSet, trained: ImageSet | None) -> None:
             has_same_bytes = filecmp.cmp(path, trained_path, shallow=False)
             if has_same_bytes:
                 raise _shared_file_error(held_out, path, trained, trained_path)
+
+
+def _paths_of_files(images: ImageSet) -> list[str]:
+    """Paths or URLs of the files of a set, without image files that have no row in its metadata files."""
+    rows = images.rows
+    if isinstance(rows, CaptionedRows):
+        return rows.paths()
+    return images.files.paths()
 
 
 def _files_by_size(paths: Sequence[str]) -> dict[int, list[str]]:
