@@ -38,11 +38,13 @@ class Sample:
         members (`dict[str, bytes | None]`): Content of each member by its suffix without a dot, such as `jpg`; `None`
             for a member that is too large to be read.
         repeated (`list[str]`): Suffixes that several members of the sample have. `members` holds the last of these.
+        links (`list[str]`): Suffixes of members that are links, whose content lies elsewhere. `members` holds `None`.
     """
 
     name: str
     members: dict[str, bytes | None] = field(default_factory=dict)
     repeated: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
 
     def add(self, suffix: str, content: bytes | None) -> None:
         """Adds a member."""
@@ -108,6 +110,9 @@ class TarPart:
             fault = f"the sample must hold one image, its files side by side, one of each kind, got {listed}."
             return unreadable(sample.name, fault, columns)
         key = f"{sample.name}.{image_suffix}"
+        for suffix in [image_suffix, *columns]:
+            if suffix in sample.links:
+                return unreadable(key, _link_fault(suffix), columns)
         values = {}
         try:
             for column, feature in self.features.items():
@@ -264,18 +269,36 @@ def _samples(path: str) -> Iterator[Sample]:
             earlier_names.add(name)
             sample = Sample(name)
             for member in members:
-                sample.add(member.suffix.lower(), read_member(tar, member.header))
+                suffix = member.suffix.lower()
+                if _is_link(member.header):
+                    sample.links.append(suffix)
+                    sample.add(suffix, None)
+                else:
+                    sample.add(suffix, read_member(tar, member.header))
             yield sample
         check_end(tar)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
-    """Yields the files with a suffix, which belong to samples. `tar` can read the content of the last one."""
+    """Yields files and links with a suffix, which belong to samples. `tar` can read the content of the last file."""
     for header in _headers(tar):
         match = MEMBER_NAME.fullmatch(readable(header.name))
-        if match is not None and header.isfile():
+        if match is not None and (header.isfile() or _is_link(header)):
             sample_name, suffix = match.groups()
             yield _Member(sample_name, suffix, header)
+
+
+def _is_link(header: tarfile.TarInfo) -> bool:
+    """Whether a member is a hard or symbolic link. `tar` packs the second name of a file as a hard link."""
+    return header.islnk() or header.issym()
+
+
+def _link_fault(suffix: str) -> str:
+    """Reason why a sample with a link cannot be read."""
+    return (
+        f"its {suffix} is a link in the tar file, which is not followed. Pack the file again with `tar --sort=name "
+        "--dereference --hard-dereference`."
+    )
 
 
 def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -305,7 +328,7 @@ def _feature_of_labels(suffix: str, samples: Sequence[Sample]) -> datasets.Value
     if suffix != CLASS_SUFFIX:
         return text
     for sample in samples:
-        if suffix not in sample.members:  # a sample without a label says nothing about the type
+        if suffix not in sample.members or suffix in sample.links:  # such a sample says nothing about the type
             continue
         content = sample.members[suffix]
         if content is None:  # it is too large to be read, so it is not an integer

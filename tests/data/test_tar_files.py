@@ -1,4 +1,6 @@
 import gzip
+import os
+import subprocess
 import tarfile
 
 import datasets
@@ -87,6 +89,35 @@ def test_samples_that_cannot_be_read_are_named_with_the_reason(tmp_path, monkeyp
         "d.png": "the image (0 bytes) is not a readable image. It must be intact, in one of the formats BMP, GIF, "
         "JPEG, PNG, PPM, TIFF, WEBP, AVIF (BMP without run-length encoding).",
     }
+
+
+def pack(folder, path, *options):
+    subprocess.run(["tar", "--sort=name", *options, "-cf", path, "-C", folder, "."], check=True)
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+@pytest.mark.parametrize("linked", ["png", "cls"])
+def test_links_are_named_with_the_way_to_pack_their_content(tmp_path, linked, prefix):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, content in [*sample(0), *sample(1), *sample(2), *sample(3)]:
+        (folder / name).write_bytes(content)
+    (folder / f"0001.{linked}").unlink()
+    os.link(folder / f"0000.{linked}", folder / f"0001.{linked}")
+    (folder / f"0002.{linked}").unlink()
+    (folder / f"0002.{linked}").symlink_to(f"0000.{linked}")
+    (folder / "folder.v1").symlink_to(tmp_path)
+    pack(folder, tmp_path / "links.tar")
+    images = open_images([f"{prefix}{tmp_path}/links.tar"])
+    assert images.features["cls"] == datasets.Value("int64")
+    assert [row.key for row in images] == ["./0000.png", "./0001.png", "./0002.png", "./0003.png", "./folder"]
+    assert [*faults(images)] == ["./0001.png", "./0002.png", "./folder"]
+    assert f"its {linked} is a link in the tar file, which is not followed. Pack" in faults(images)["./0001.png"]
+    (folder / "folder.v1").unlink()
+    pack(folder, tmp_path / "contents.tar", "--dereference", "--hard-dereference")
+    images = open_images([f"{prefix}{tmp_path}/contents.tar"])
+    assert len(list(images)) == 4
+    assert not faults(images)
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
