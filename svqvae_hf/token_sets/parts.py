@@ -34,6 +34,7 @@ CARD_FILE = "README.md"
 NUM_IMAGES = "images"  # option that holds their number
 DIGESTS_OF_IMAGES = ("image_set", "image_files")  # options that hold digests of the set and of its files
 RECORD_NAME = re.compile(r"(?P<part>\d{7})\.json")
+EXCERPT_LENGTH = 80  # of options in errors
 SHARD_NAME = re.compile(DATA + r"/\d{4}-\d{4}/train-(?P<part>\d{7})-\d{5}\.parquet")
 
 
@@ -101,11 +102,23 @@ def check_options(folder: Folder, options: Mapping[str, Any]) -> None:
         if name in DIGESTS_OF_IMAGES:
             raise _changed_images(folder)
         reason = "the images have changed since" if name == NUM_IMAGES else "it was made otherwise"
+        old_text, new_text = _differing_excerpts(repr(recorded_value), repr(value))
         raise ValueError(
             f"`{folder.url}` must be continued with the same images and options, but {reason}: `{name}` was "
-            f"{recorded_value!r:.80} and is now {value!r:.80}. Pass --overwrite to start over, or choose another "
-            "folder."
+            f"{old_text} and is now {new_text}. Pass --overwrite to start over, or choose another folder."
         )
+
+
+def _differing_excerpts(old: str, new: str) -> tuple[str, str]:
+    """Excerpts of two texts from the place where they differ: their starts, unless these are equal."""
+    if old[:EXCERPT_LENGTH] != new[:EXCERPT_LENGTH]:
+        return old[:EXCERPT_LENGTH], new[:EXCERPT_LENGTH]
+    start = 0
+    for start in range(0, len(old), EXCERPT_LENGTH // 2):
+        end = start + EXCERPT_LENGTH
+        if old[start:end] != new[start:end]:
+            break
+    return f"...{old[start:end]}", f"...{new[start:end]}"
 
 
 def _changed_images(folder: Folder) -> ValueError:

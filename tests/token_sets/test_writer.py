@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 
 import datasets
 import pytest
@@ -173,6 +174,19 @@ def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
     check_refused()
     run()
     check_refused()
+
+
+def test_the_error_for_other_classes_shows_where_they_differ(photos, tmp_path):
+    names = [f"class {number}" for number in range(9)]
+    for name in names:
+        (photos / name).mkdir()
+        shutil.copy(photos / "0.png", photos / name)
+    tokenize(make_tiny(), photos, tmp_path / "set", num_parts=2, parts=[0])
+    (photos / "class 5").rename(photos / "new class")
+    message = r"`columns` was \.\.\..*'class 5', .* and is now \.\.\..*'class 6', "
+    with pytest.raises(ValueError, match=message) as raised:
+        tokenize(make_tiny(), photos, tmp_path / "set", num_parts=2)
+    assert len(str(raised.value)) < 500
 
 
 def test_offloaded_weights_are_in_the_digest_of_an_encoder():
