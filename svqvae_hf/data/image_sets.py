@@ -258,7 +258,7 @@ def _open_tars(files: InputFiles, selection: Selection) -> ImageSet:
 def _open_repository(name: str, selection: Selection) -> ImageSet:
     """Opens a set on the Hub, or a folder with the files of one."""
     with explained_set(name):
-        builder = datasets.load_dataset_builder(name, selection.config)
+        builder = _load_builder(name, selection.config)
         # If the Hub cannot be reached, `datasets` returns a builder of the rows in its cache, without names of files.
         has_only_cached_rows = builder.config.data_files is None
         if has_only_cached_rows:
@@ -276,3 +276,17 @@ def _open_repository(name: str, selection: Selection) -> ImageSet:
     if files.are_local_tables:
         files = replace(files, named=named_paths(files.paths(), stream.image_column))
     return ImageSet(stream.parts, stream.features, files, stream.image_column, stream.length)
+
+
+def _load_builder(name: str, config: str | None) -> datasets.DatasetBuilder:
+    """Builder of a configuration of a set. Raises ValueError if it has no such one, or several and none is named."""
+    try:
+        return datasets.load_dataset_builder(name, config)
+    except ValueError as error:
+        configs = datasets.get_dataset_config_names(name)
+        listed = ", ".join(configs)
+        if config is None and len(configs) > 1:
+            raise ValueError(f"it has the configurations {listed}, choose one with --config") from error
+        if config is not None and config not in configs:
+            raise ValueError(f"--config must be one of {listed}, got `{config}`") from error
+        raise

@@ -311,6 +311,19 @@ def test_a_repository_with_metadata_in_one_split_keeps_the_images_of_others(tmp_
     assert [row.values for row in open_images([str(tmp_path)], split="test")] == [{"caption": "two"}]
 
 
+def test_the_configuration_of_a_repository_must_be_one_of_several(tmp_path):
+    lines = ["---", "configs:"]
+    for number, name in enumerate("ab"):
+        save(numbered(number), tmp_path / f"{number}.png")
+        lines += [f"- config_name: {name}", f"  data_files: {number}.png"]
+    (tmp_path / "README.md").write_text("\n".join([*lines, "---"]))
+    assert keys(open_images([str(tmp_path)], config="b")) == ["1.png"]
+    with pytest.raises(ValueError, match="cannot be opened: it has the configurations a, b, choose one with --config"):
+        open_images([str(tmp_path)])
+    with pytest.raises(ValueError, match="cannot be opened: --config must be one of a, b, got `c`"):
+        open_images([str(tmp_path)], config="c")
+
+
 def test_the_copy_of_a_repository_that_was_moved_reads_its_new_folder(tmp_path):
     for number in range(2):
         save(numbered(number), tmp_path / "old" / f"{number}.png")
