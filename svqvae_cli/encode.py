@@ -9,6 +9,7 @@ same command resumes an interrupted run.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes one token file per image."""
     check_large(args)
+    _check_output(args)
     image_suffixes: Sequence[str] = IMAGE_SUFFIXES
     if args.large:
         image_suffixes = TIFF_SUFFIXES
@@ -43,6 +45,16 @@ def run(args: argparse.Namespace) -> None:
             _encode_large(args, work)
         else:
             _encode(args, work)
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """Raises ValueError if token files would lie in the folder of the model, of which they would count as weights."""
+    if args.compress or args.model is None or not os.path.isdir(args.model):
+        return
+    model_folder = os.path.realpath(args.model)
+    output_folder = os.path.realpath(args.output)
+    if os.path.commonpath([model_folder, output_folder]) == model_folder:
+        raise ValueError(f"`{args.output}` must not be in the folder of the model, `{args.model}`. Choose another.")
 
 
 def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:

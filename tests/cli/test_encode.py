@@ -31,6 +31,12 @@ def test_bundled_model_is_the_default(two_images, out, saved_model, monkeypatch)
     assert load_tokens(out / "a.safetensors").f == 4
 
 
+def test_token_files_do_not_lie_in_the_folder_of_the_model(two_images, saved_model, capsys):
+    error = fails(capsys, "encode", two_images, "--output", f"{saved_model}/tokens", "--model", saved_model)
+    assert error.endswith(f"/tokens` must not be in the folder of the model, `{saved_model}`. Choose another.\n")
+    assert not os.path.exists(f"{saved_model}/tokens")
+
+
 @pytest.mark.parametrize("command", ["reconstruct", "encode"])
 def test_scale_too_large_for_memory_is_an_error(two_images, out, saved_model, capsys, command, monkeypatch):
     monkeypatch.setattr("svqvae_hf.tokens.image_tokens.available_memory", lambda device: 2**20)
