@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from svqvae_files.inputs import readable
 from svqvae_files.outputs import write_file
 from svqvae_hf.models.checks import check_integers
 from svqvae_hf.tokens.compressed_tokens import MAGIC, CompressedTokens, compress, decompress, read_compressed
@@ -104,9 +105,23 @@ def save_tokens(path: str | os.PathLike, tokens: ImageTokens, context_model: Con
     Raises:
         OSError: The file cannot be written.
         TypeError: `tokens` are ids alone.
-        ValueError: Ids and context model are of different codebooks.
+        ValueError: Ids and context model are of different codebooks, or the path is not UTF-8. Such a path is only
+            allowed with a context model, because safetensors could not open the file.
     """
+    if context_model is None:
+        _check_is_utf8(os.fspath(path))
     write_file(path, token_file_content(tokens, context_model))
+
+
+def _check_is_utf8(path: str) -> None:
+    """Raises ValueError if a path has bytes that are not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"`{readable(path)}` must be a path in UTF-8, because safetensors opens no others. Rename it, or compress "
+            "the ids."
+        ) from error
 
 
 def token_file_content(tokens: ImageTokens, context_model: ContextModel | None = None) -> bytes:

@@ -214,12 +214,13 @@ def test_names_that_are_not_utf_8(command, photo, tmp_path, saved_model, capsys)
     name = os.fsdecode(b"gr\xfcn")
     photo.crop((0, 0, 8, 8)).save(photos / f"{name}.png")
     words = ["--output", tmp_path / "out", "--model", saved_model]
+    if command == "encode":  # safetensors opens no such file
+        error = fails(capsys, command, photos, *words)
+        assert "gr\\xfcn.safetensors` must be a path in UTF-8" in error
+        return
     for _ in range(2):
         assert main([command, os.fsdecode(photos), *map(str, words)]) == 0
     assert "resumed: 1 of 1" in capsys.readouterr().out
-    if command == "encode":  # safetensors opens no such file
-        assert main(["decode", str(tmp_path / "out" / f"{name}.safetensors"), *map(str, words)]) == 2
-        assert "is not valid UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '"a"', "{"])

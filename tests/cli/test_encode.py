@@ -37,6 +37,15 @@ def test_token_files_do_not_lie_in_the_folder_of_the_model(two_images, saved_mod
     assert not os.path.exists(f"{saved_model}/tokens")
 
 
+def test_a_name_that_safetensors_cannot_open_is_skipped(two_images, out, saved_model, capsys):
+    os.rename(two_images / "a.png", os.fsdecode(os.fsencode(two_images) + b"/\xff.png"))
+    assert svqvae("encode", two_images, "--output", out, "--model", saved_model) == 1
+    assert visible(out) == ["b.safetensors"]
+    assert (
+        "/\\xff.safetensors` must be a path in UTF-8, because safetensors opens no others." in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("command", ["reconstruct", "encode"])
 def test_scale_too_large_for_memory_is_an_error(two_images, out, saved_model, capsys, command, monkeypatch):
     monkeypatch.setattr("svqvae_hf.tokens.image_tokens.available_memory", lambda device: 2**20)
