@@ -31,7 +31,9 @@ def graph_of(values):
     weight = onnx.numpy_helper.from_array(values, "weight")
     output = onnx.helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, values.shape)
     node = onnx.helper.make_node("Identity", ["weight"], ["output"])
-    return onnx.helper.make_model(onnx.helper.make_graph([node], "graph", [], [output], [weight]))
+    graph = onnx.helper.make_graph([node], "graph", [], [output], [weight])
+    opset = onnx.helper.make_opsetid("", 18)  # the default may be newer than what onnxruntime reads
+    return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
 
 
 @pytest.mark.parametrize(("factor", "is_stored_in_float16"), [(1, True), (1.0001, False), (1e6, False)])
