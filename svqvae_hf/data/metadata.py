@@ -44,8 +44,10 @@ def read_metadata(files: Sequence[str], root: str) -> ImageTable:
 
     Raises:
         OSError: A file cannot be read.
-        ValueError: A file is damaged, names no images, or has other types of columns than the first.
+        ValueError: A file is damaged, names no images, or has other types of columns than the first; or a folder has
+            several.
     """
+    _check_one_per_folder(files)
     keys: list[str] = []
     tables = []
     features = datasets.Features()
@@ -61,6 +63,18 @@ def read_metadata(files: Sequence[str], root: str) -> ImageTable:
         if is_empty_in_all_files:
             features[column] = EMPTY
     return ImageTable(keys, values, features)
+
+
+def _check_one_per_folder(files: Sequence[str]) -> None:
+    """Raises ValueError if a folder has several metadata files, which would name its images several times."""
+    file_of_folder: dict[str, str] = {}
+    for file in files:
+        folder, name = os.path.split(file)
+        if folder in file_of_folder:
+            raise ValueError(
+                f"`{folder}` must have one metadata file, but has {file_of_folder[folder]} and {name}. Move one away."
+            )
+        file_of_folder[folder] = name
 
 
 def _add_types_to(features: datasets.Features, schema: pa.Schema, file: str) -> None:
@@ -91,7 +105,7 @@ def _read_table(file: str) -> pa.Table:
                 table = _read_json_lines(file)
             else:
                 table = pq.read_table(file)
-        except (pa.ArrowException, csv.Error, UnicodeError) as error:
+        except (pa.ArrowException, csv.Error, UnicodeError, OverflowError) as error:  # such as a number of 30 digits
             raise ValueError(f"`{file}` must hold a table, but is damaged: {error}.") from error
     if FILE_NAME not in table.column_names:
         raise ValueError(f"`{file}` must have a column `{FILE_NAME}`, but has {', '.join(table.column_names)}.")

@@ -120,6 +120,11 @@ def test_classes_of_parquet_metadata_are_kept(tmp_path):
             "metadata.csv` must hold a table, but is damaged: ',' expected after '\"'",
         ),
         ("metadata.csv", b"file_name\n\xff", "metadata.csv` must hold a table, but is damaged"),
+        (
+            "metadata.jsonl",
+            f'{{"file_name": "0.png", "label": {10**30}}}',
+            "metadata.jsonl` must hold a table, but is damaged: Python int too large",
+        ),
         ("metadata.jsonl", "[1]", "metadata.jsonl, line 1` must hold a JSON object, but holds a list"),
         (
             "metadata.jsonl",
@@ -135,6 +140,14 @@ def test_a_damaged_metadata_file_is_named(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as raised:
         open_images([str(tmp_path)])
     assert "\n" not in str(raised.value)
+
+
+def test_a_folder_with_two_metadata_files_is_an_error(tmp_path):
+    save_photos(tmp_path / "photos")
+    (tmp_path / "photos" / "metadata.csv").write_text("file_name\n0.png")
+    (tmp_path / "photos" / "metadata.jsonl").write_text('{"file_name": "0.png"}')
+    with pytest.raises(ValueError, match="photos` must have one metadata file, but has metadata.csv and"):
+        open_images([str(tmp_path)])
 
 
 def test_metadata_files_must_agree_on_types(tmp_path):
