@@ -20,6 +20,7 @@ from svqvae_hf.trainer.data.token_sequences import TokenSource, check_captions
 
 IGNORED = -100  # label that the loss skips
 CAPTION_BATCH = 1000  # captions that are checked at a time
+SIZES_AT_A_TIME = 100_000  # rows whose sizes are checked at a time
 MARGIN = 16  # tokens by which a chat may be longer than the sum of its parts
 
 
@@ -132,15 +133,25 @@ class ChatExamples(Dataset):
 
     def _check_grids(self) -> None:
         """Raises ValueError unless the language model knows the grid of each image. The error names the row."""
+        known_sizes = set()
+        rows = self.pairs.select_columns(["key", "height", "width"]).with_format("pandas")
+        for first_row in range(0, len(rows), SIZES_AT_A_TIME):  # in batches, because a set may be larger than memory
+            batch = rows[first_row : first_row + SIZES_AT_A_TIME]
+            one_row_per_size = batch.drop_duplicates(["height", "width"])
+            for row in one_row_per_size.itertuples():
+                size = (row.height, row.width)
+                if size not in known_sizes:
+                    self._check_grid(*size, name_of_row=f"row {first_row + row.Index} (`{row.key}`)")
+                    known_sizes.add(size)
+
+    def _check_grid(self, height: int, width: int, name_of_row: str) -> None:
+        """Raises ValueError unless the language model knows the grid of an image with these sides in pixels."""
         finest_scale = max(self.settings.scales)
-        sizes = self.pairs.select_columns(["key", "height", "width"]).to_pandas()
-        one_row_per_size = sizes.drop_duplicates(["height", "width"])
-        for row in one_row_per_size.itertuples():
-            grid = self.settings.grid(finest_scale, row.height, row.width)
-            try:
-                self.processor.vocabulary.size_token(grid)
-            except ValueError as error:
-                raise ValueError(f"`{self.token_set}`, row {row.Index} (`{row.key}`): {error}") from error
+        grid = self.settings.grid(finest_scale, height, width)
+        try:
+            self.processor.vocabulary.size_token(grid)
+        except ValueError as error:
+            raise ValueError(f"`{self.token_set}`, {name_of_row}: {error}") from error
 
     def __len__(self) -> int:
         return len(self.pairs) if self.count is None else self.count

@@ -483,7 +483,9 @@ def test_captions_and_texts_longer_than_the_context_are_named_before_the_run(tra
     assert not (tmp_path / "wrong").exists()
 
 
-def test_a_grid_that_the_model_does_not_know_is_named_before_the_run(tmp_path):
+@pytest.mark.parametrize("rows_at_a_time", [1, 100])
+def test_a_grid_that_the_model_does_not_know_is_named_before_the_run(rows_at_a_time, tmp_path, monkeypatch):
+    monkeypatch.setattr("svqvae_hf.trainer.examples.SIZES_AT_A_TIME", rows_at_a_time)
     (tmp_path / "images").mkdir()
     for name, side in (("0", 16), ("1", 20), ("2", 20)):
         Image.new("RGB", (side, side)).save(tmp_path / "images" / f"{name}.png")
