@@ -121,8 +121,8 @@ class TileContext:
 
     def core_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Crops features of any resolution to the core of the tile."""
-        core = self._core_in(hidden)
-        return hidden[..., core.rows, core.columns]
+        rows, columns = self._core_in(hidden)
+        return hidden[..., rows, columns]
 
     def crop(self, hidden: torch.Tensor, margin: int) -> tuple[torch.Tensor, Self]:
         """Crops the features of a window to a smaller window: the core and at most `margin` positions around it.
@@ -137,15 +137,19 @@ class TileContext:
         """
         if torch.compiler.is_compiling():
             return hidden, self
-        core = self._core_in(hidden)
+        rows, columns = self._core_in(hidden)
+        core = Area(rows, columns)
         smaller_window = core.widened(margin, hidden.shape[-2:])
         cropped = hidden[..., smaller_window.rows, smaller_window.columns]
         core_in_smaller_window = core.within(smaller_window)
         context = replace(self, size=smaller_window.size, core=core_in_smaller_window)
         return fast_layout(cropped), context
 
-    def _core_in(self, hidden: torch.Tensor) -> Area:
-        """The core, in positions of features `(..., h, w)` of the window, which may have another resolution."""
+    def _core_in(self, hidden: torch.Tensor) -> tuple[slice, slice]:
+        """Rows and columns of the core in features `(..., h, w)` of the window, which may have another resolution.
+
+        They are not an [`Area`], because a graph that makes one is compiled anew for each position of a core.
+        """
         latent_height, latent_width = self.size
         height, width = hidden.shape[-2:]
         core = self.core  # in latents
@@ -153,7 +157,7 @@ class TileContext:
         bottom = core.rows.stop * height // latent_height
         left = core.columns.start * width // latent_width
         right = core.columns.stop * width // latent_width
-        return Area(slice(top, bottom), slice(left, right))
+        return slice(top, bottom), slice(left, right)
 
 
 @dataclass(frozen=True, eq=False)
