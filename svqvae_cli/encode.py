@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    """Raises ValueError if token files would lie in the folder of the model, of which they would count as weights."""
+    """Raises ValueError if token files would lie in the folder of the model, where they would count as its weights."""
     if args.compress or args.model is None or not os.path.isdir(args.model):
         return
     model_folder = os.path.realpath(args.model)
