@@ -74,19 +74,25 @@ class Folder:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    @contextmanager
-    def new_file(self, name: str) -> Iterator[Path]:
-        """Yields the path of a local file to write, which becomes the file `name` if the block raises nothing."""
+    def new_file(self, name: str) -> AbstractContextManager[Path]:
+        """Makes a context whose value is a temporary local path to write to.
+
+        What was written becomes the file `name` at the end of the context, unless an error is raised within.
+        """
         if self.is_local:
             path = Path(self._path(name))
             path.parent.mkdir(parents=True, exist_ok=True)
-            with outputs.new_file(path) as temporary:
+            return outputs.new_file(path)
+        return self._new_remote_file(name)
+
+    @contextmanager
+    def _new_remote_file(self, name: str) -> Iterator[Path]:
+        """Yields a temporary local path, and uploads what was written to it."""
+        with tempfile.TemporaryDirectory() as temporary_folder:
+            temporary = Path(temporary_folder, "content")
+            with self._explained(name, "written"):  # errors say that the file `name` cannot be written
                 yield temporary
-            return
-        with tempfile.TemporaryDirectory() as folder, self._explained(name, "written"):
-            content = Path(folder, "content")
-            yield content
-            self.files.put_file(str(content), self._path(name))
+                self.files.put_file(str(temporary), self._path(name))
 
     def names(self, subfolder: str) -> set[str]:
         """Names of what is in a subfolder; none if it is absent."""

@@ -63,39 +63,40 @@ def token_set_card(
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
-    command = shlex.join(["svqvae", "decode", repo_id, "--model", settings.model, "--output", "DIR"])
-    facts = {"images, rows": f"{totals['images']}, {totals['rows']}"}
-    facts |= _facts(settings, source_set)
-    _, _, name = repo_id.rpartition("/")
     card_data = DatasetCardData(license=license or "unknown", tags=TAGS)
     if source_set is not None:
         card_data.source_datasets = [source_set]
+    _, _, name = repo_id.rpartition("/")
+    decode_command = shlex.join(["svqvae", "decode", repo_id, "--model", settings.model, "--output", "DIR"])
+    facts = _facts(settings, source_set, totals)
+    descriptions = _descriptions_of_columns(settings, columns)
     card = DatasetCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
+        # Values that the template inserts
         name=one_line(name),
         repo_id=quote(repo_id),
-        command=one_line(command),
-        plain=settings.context_model is None,
+        decode_command=one_line(decode_command),
+        is_compressed=settings.context_model is not None,
         facts=table_rows(facts.items()),
-        columns=table_rows(_meanings(settings, columns).items()),
-        licence=one_line(license or NO_LICENCE),
+        columns=table_rows(descriptions.items()),
+        licence_text=one_line(license or NO_LICENCE),
     )
     return f"{card}\n"
 
 
-def _meanings(settings: TokenSettings, columns: Iterable[str]) -> dict[str, str]:
+def _descriptions_of_columns(settings: TokenSettings, columns: Iterable[str]) -> dict[str, str]:
     """What each column holds, by its name in Markdown."""
-    known_meanings = dict(COLUMNS)
+    descriptions_by_name = dict(COLUMNS)
     for index, scale in enumerate(settings.scales):
-        known_meanings[f"ids_{index}"] = f"ids at scale {scale:g}, row by row"
-    meanings = {}
+        descriptions_by_name[f"ids_{index}"] = f"ids at scale {scale:g}, row by row"
+    descriptions = {}
     for column in columns:
-        meanings[f"`{column}`"] = known_meanings.get(column, "as in the image set")
-    return meanings
+        descriptions[f"`{column}`"] = descriptions_by_name.get(column, "as in the image set")
+    return descriptions
 
 
-def _facts(settings: TokenSettings, source_set: str | None) -> dict[str, Any]:
+def _facts(settings: TokenSettings, source_set: str | None, totals: Mapping[str, int]) -> dict[str, Any]:
     """Rows of the table of a card."""
     scales = [f"{scale:g}" for scale in settings.scales]
     crops = settings.crops
@@ -105,6 +106,7 @@ def _facts(settings: TokenSettings, source_set: str | None) -> dict[str, Any]:
     if settings.tile_size is not None:
         tiles = f"{settings.tile_size} pixels, overlap {settings.overlap}"
     return {
+        "images, rows": f"{totals['images']}, {totals['rows']}",
         "image set": source_set or "not on the Hub",
         "model": settings.model,
         "codebook": f"{settings.codebook_size} codes, sha256 `{settings.codebook_fingerprint}`",

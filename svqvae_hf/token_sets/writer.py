@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -293,6 +293,9 @@ def make_part(
         part (`int`): Number of the part.
         on_image (`Callable`): Called after each image.
 
+    Returns:
+        [`PartRecord`]: The record.
+
     Raises:
         OSError: A file cannot be written, or an image cannot be fetched.
         ValueError: Another process has meanwhile started the set anew with other options; or an image needs more
@@ -301,23 +304,29 @@ def make_part(
     image_parts = images.part(part, plan.num_parts)
     names = [image_part.name for image_part in image_parts]
     record = PartRecord(part, value_digest(plan.options), read=names)
-    # Each step reads what it needs from the step before, so only few images are in memory.
+    # These are iterators: nothing is read until `_write_part` takes rows, so only few images are in memory.
     image_rows = chain.from_iterable(image_part.read() for image_part in image_parts)
     cropped_images = read_crops(image_rows, plan.request.crops, plan.request.resolution, plan.request.num_workers)
-    token_rows = encoder.encode(cropped_images, record, on_image)
+    token_rows = encoder.encode(cropped_images, record, on_image)  # counts images in the record
     try:
-        for written in write_shards(plan.folder, part, token_rows, plan.settings, plan.features):
-            record.files.append(written.file)
-            record.rows += written.file.rows
-            record.ids += written.num_ids
-        check_options(plan.folder, plan.options)
-        write_record(plan.folder, record)
+        _write_part(plan, token_rows, record)
     except OSError:
-        # Another process may have made the same part, completed the set and deleted the temporary files of this one.
-        # Then the part has the record of that process, and `record` only adds to the summary of this run.
+        # Another process may make the same part. If it completes the set first, it deletes the temporary files of this
+        # process. That is no failure, because the part is finished. The record of this process is not stored then, and
+        # only counts in the summary of the run.
         if not is_finished(plan.folder, plan.options, part):
             raise
     return record
+
+
+def _write_part(plan: SetPlan, rows: Iterator[dict[str, Any]], record: PartRecord) -> None:
+    """Writes the rows of a part to files, enters the files in its record, and then writes the record."""
+    for written in write_shards(plan.folder, record.part, rows, plan.settings, plan.features):
+        record.files.append(written.file)
+        record.rows += written.file.rows
+        record.ids += written.num_ids
+    check_options(plan.folder, plan.options)
+    write_record(plan.folder, record)
 
 
 def finish_set(plan: SetPlan) -> dict[str, int] | None:
