@@ -154,25 +154,33 @@ def _convert_llamagen(
 ) -> Converted:
     """Reads the checkpoint of a language model of LlamaGen, and makes its pipeline."""
     vqvae = _load_tokenizer(tokenizer, **tokenizer_config)
-    grid_size = None
+    grid_size = None  # by default as the checkpoint states it
     if image_size is not None:
         grid_size = _latents_side(vqvae, image_size)
     checkpoint = read_llamagen(source, grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema)
-    has_captions = checkpoint.config["caption_dim"] is not None
-    text_components = _load_text_components(checkpoint.source, text_encoder, has_captions)
-    fingerprint = vqvae.codebook_fingerprint()
+    text_components = _load_text_components(checkpoint, text_encoder)
     language_model = LlamaGenForCausalLM.from_checkpoint(checkpoint)
-    language_model.config.codebook_fingerprint = fingerprint
+    language_model.config.codebook_fingerprint = vqvae.codebook_fingerprint()
     pipeline = SVQVAEAutoregressivePipeline(vqvae, language_model, **text_components)
-    side = pipeline.grid[0] * vqvae.f
+    provenance = _provenance_of_llamagen(pipeline, tokenizer, text_encoder)
+    card = {"provenance": provenance, "tags": ["svqvae", "llamagen", "autoregressive"]}
+    return Converted(pipeline, checkpoint, card)
+
+
+def _provenance_of_llamagen(
+    pipeline: SVQVAEAutoregressivePipeline, tokenizer: str | Path, text_encoder: str | None
+) -> dict[str, str]:
+    """Rows of the card about what a model of LlamaGen was trained with."""
+    language_model_config = pipeline.language_model.config
+    side = language_model_config.grid_size * pipeline.vqvae.f  # in pixels
+    fingerprint = language_model_config.codebook_fingerprint
     provenance = {
         "images": f"{side} x {side} pixels",
         "tokenizer": f"`{public_name(tokenizer)}`, sha256 of its codebook `{fingerprint}`",
     }
-    if text_encoder is not None:
+    if text_encoder is not None:  # only a model for captions has one
         provenance["text encoder"] = f"`{public_name(text_encoder)}`"
-    card = {"provenance": provenance, "tags": ["svqvae", "llamagen", "autoregressive"]}
-    return Converted(pipeline, checkpoint, card)
+    return provenance
 
 
 def _convert_next_scale(
@@ -203,19 +211,25 @@ def is_llamagen(source: str | Path) -> bool:
     return position >= 0
 
 
-def _load_text_components(source: str, text_encoder: str | None, has_captions: bool) -> dict[str, Any]:
-    """Components of the pipeline for captions: the text encoder and its tokenizer; none for a model with classes."""
-    if has_captions:
-        if text_encoder is None:
-            raise ValueError(
-                f"`{source}` does not name the encoder of its captions. Pass `text_encoder`, or `--text-encoder` to "
-                "`svqvae convert`: LlamaGen's released models need google/flan-t5-xl."
-            )
-        encoder, tokenizer = load_text_encoder(text_encoder)
-        return {"text_encoder": encoder, "tokenizer": tokenizer}
-    if text_encoder is not None:
+def _load_text_components(checkpoint: Checkpoint, text_encoder: str | None) -> dict[str, Any]:
+    """Components of the pipeline for captions: the text encoder and its tokenizer; none for a model with classes.
+
+    Raises:
+        ValueError: A model for captions has no text encoder, or a model with classes has one.
+    """
+    source = checkpoint.source
+    has_captions = checkpoint.config["caption_dim"] is not None
+    if has_captions and text_encoder is None:
+        raise ValueError(
+            f"`{source}` does not name the encoder of its captions. Pass `text_encoder`, or `--text-encoder` to "
+            "`svqvae convert`: LlamaGen's released models need google/flan-t5-xl."
+        )
+    if text_encoder is None:
+        return {}
+    if not has_captions:
         raise ValueError(f"`{source}` has classes instead of captions, and no text encoder. Leave `text_encoder` out.")
-    return {}
+    encoder, tokenizer = load_text_encoder(text_encoder)
+    return {"text_encoder": encoder, "tokenizer": tokenizer}
 
 
 def _latents_side(vqvae: SVQVAE, image_size: int) -> int:

@@ -238,12 +238,17 @@ def _join_embeddings(state_dict: dict[str, torch.Tensor], num_classes: int) -> N
 def _find_grid_size(angles: Any, num_condition_tokens: int, grid_size: int | None, source: str | Path) -> int:
     """Side of the square grid of ids, as the angles in a file tell it, or as the user passed it in `grid_size`."""
     stored_size = _grid_size_of_angles(angles, num_condition_tokens)
-    if stored_size is not None:
-        if grid_size is not None and grid_size != stored_size:
-            raise ValueError(
-                f"`grid_size` must be {stored_size}, as `{ANGLES_IN_FILE}` in `{source}` tells, got {grid_size}."
-            )
-        return stored_size
+    if stored_size is None:
+        return _passed_grid_size(grid_size, source)
+    if grid_size is not None and grid_size != stored_size:
+        raise ValueError(
+            f"`grid_size` must be {stored_size}, as `{ANGLES_IN_FILE}` in `{source}` tells, got {grid_size}."
+        )
+    return stored_size
+
+
+def _passed_grid_size(grid_size: int | None, source: str | Path) -> int:
+    """Returns the size that the user passed. Raises ValueError if there is none."""
     if grid_size is None:
         raise ValueError(
             f"`{source}` does not state the size of its images. Pass `grid_size`, or the side in pixels to "
