@@ -117,23 +117,30 @@ def likeliest_ids(model: ImageChats, caption: str | None) -> torch.Tensor:
     return drawn["ids"][0].cpu()
 
 
-def ids_of_rows(model: ImageChats, draw_row: RowGraph, caption: str | None, drawn: torch.Tensor) -> torch.Tensor:
-    """Ids `(rows, columns)` of a graph, for a comparison with the ids `drawn` by the model, of the same shape.
+def ids_of_rows(
+    model: ImageChats, draw_row: RowGraph, caption: str | None, ids_of_model: torch.Tensor
+) -> torch.Tensor:
+    """Ids `(rows, columns)` that a graph draws, to compare them with the ids that the model has drawn.
 
-    For each row, the graph gets the rows above as the model has drawn them, and not its own. Otherwise all rows below
-    a first id that differs would differ, too.
+    Args:
+        model ([`ImageChats`]): Language model, and its processor.
+        draw_row (`Callable`): Graph, which draws one row of ids at a time.
+        caption (`str`, *optional*): Caption.
+        ids_of_model (`torch.Tensor` of shape `(rows, columns)`): Ids that the model has drawn. The graph continues
+            them at each row. If it continued its own ids, all ids after a first different one would differ, too.
     """
-    rows, columns = drawn.shape
-    vocabulary = model.processor.vocabulary
-    prompts = _padded_prompts(model, caption, (rows, columns))
+    num_rows, num_columns = ids_of_model.shape
+    first_token = model.processor.vocabulary.first_token  # token of id 0
+    prompts = _padded_prompts(model, caption, (num_rows, num_columns))
     ids_of_graph = []
-    for row in range(rows):
-        ids_above = drawn[:row].flatten()
-        tokens_above = (ids_above + vocabulary.first_token).tolist()
-        tokens = [prompt + tokens_above for prompt in prompts.tokens]  # with the caption, then without it
-        inputs = _greedy_inputs(model, tokens, prompts.num_pads, steps=columns)
-        ids = _output(draw_row, inputs, "ids")  # (columns, 1)
-        ids_of_graph.append(torch.from_numpy(ids[:, 0]))  # (columns,)
+    for row in range(num_rows):
+        ids_above = ids_of_model[:row].flatten()  # (row * columns,)
+        tokens_above = (ids_above + first_token).tolist()
+        # For guidance, the graph reads the ids twice: after the prompt with the caption, and after the one without it.
+        sequences = [prompt + tokens_above for prompt in prompts.tokens]
+        inputs = _greedy_inputs(model, sequences, prompts.num_pads, steps=num_columns)
+        ids = _output(draw_row, inputs, "ids")  # (columns, images), where there is one image
+        ids_of_graph.append(torch.from_numpy(ids.squeeze(1)))  # (columns,)
     return torch.stack(ids_of_graph)  # (rows, columns)
 
 

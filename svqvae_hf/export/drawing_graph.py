@@ -133,36 +133,42 @@ class DrawingStep(nn.Module):
         return logits_of_text.argmax(-1)
 
 
-def attention_bias(new_indices: torch.Tensor, all_indices: torch.Tensor, pads: torch.Tensor) -> torch.Tensor:
-    """Bias `(2, 1, length, past length + length)` of attention: 0 for the tokens that a new one sees, else very low.
+def attention_bias(new_indices: torch.Tensor, all_indices: torch.Tensor, num_pads: torch.Tensor) -> torch.Tensor:
+    """Bias of attention: 0 where a new token sees a token of its row, and very low where it does not.
 
-    The first dimension is the rows with and without the caption, and the second one stands for all heads.
+    A token sees itself and the tokens before it, except for pads. In a row of 2 pads and the tokens "a", "cat", the
+    token "cat" sees "a" and "cat". A pad sees itself, because attention must not be empty.
 
     Args:
         new_indices (`torch.Tensor` of shape `(length,)`): Indices of the new tokens in a row.
-        all_indices (`torch.Tensor` of shape `(past length + length,)`): Indices of all tokens of a row, from 0.
-        pads (`torch.Tensor` of shape `(2,)`): Number of pads at the start of each row.
+        all_indices (`torch.Tensor` of shape `(total,)`): Indices of all tokens of a row, from 0.
+        num_pads (`torch.Tensor` of shape `(2,)`): Number of pads at the start of each row.
+
+    Returns:
+        `torch.Tensor` of shape `(2, 1, length, total)`: The bias for the row with the caption, and the one without it.
+            The dimension of size 1 stands for all heads.
     """
-    queries = new_indices[None, :, None]  # (1, length, 1)
-    keys = all_indices[None, None, :]  # (1, 1, past length + length)
-    is_before = keys <= queries  # (1, length, past length + length)
-    is_text = keys >= pads[:, None, None]  # (2, 1, past length + length)
-    is_itself = keys == queries  # pads see themselves, so that no row is empty
-    is_seen = (is_before & is_text) | is_itself  # (2, length, past length + length)
-    bias = torch.where(is_seen, 0.0, torch.finfo(torch.float32).min)
-    return bias[:, None]  # (2, 1, length, past length + length)
+    seeing = new_indices[None, :, None]  # (1, length, 1)
+    seen = all_indices[None, None, :]  # (1, 1, total)
+    first_after_pads = num_pads[:, None, None]  # (2, 1, 1): after 2 pads, which have the indices 0 and 1, it is 2
+    is_not_later = seen <= seeing  # (1, length, total)
+    is_not_pad = seen >= first_after_pads  # (2, 1, total)
+    is_itself = seen == seeing  # (1, length, total)
+    is_visible = (is_not_later & is_not_pad) | is_itself  # (2, length, total)
+    bias = torch.where(is_visible, 0.0, torch.finfo(torch.float32).min)
+    return bias[:, None]  # (2, 1, length, total)
 
 
-def position_ids(new_indices: torch.Tensor, pads: torch.Tensor) -> torch.Tensor:
+def position_ids(new_indices: torch.Tensor, num_pads: torch.Tensor) -> torch.Tensor:
     """Positions `(2, length)` that the language model takes for new tokens. They are counted without the pads.
 
     A row of 3 pads and the tokens "a", "cat" has the positions 0, 0, 0, 0, 1. The positions of the pads do not matter.
 
     Args:
         new_indices (`torch.Tensor` of shape `(length,)`): Indices of the new tokens in a row, counted with the pads.
-        pads (`torch.Tensor` of shape `(2,)`): Number of pads at the start of each row.
+        num_pads (`torch.Tensor` of shape `(2,)`): Number of pads at the start of each row.
     """
-    positions = new_indices[None, :] - pads[:, None]  # (2, length), negative for pads
+    positions = new_indices[None, :] - num_pads[:, None]  # (2, length), negative for pads
     return positions.clamp_min(0)
 
 
