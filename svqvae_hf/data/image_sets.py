@@ -259,22 +259,34 @@ def _open_repository(name: str, selection: Selection) -> ImageSet:
     """Opens a set on the Hub, or a folder with the files of one."""
     with explained_set(name):
         builder = _load_builder(name, selection.config)
-        # If the Hub cannot be reached, `datasets` returns a builder of the rows in its cache, without names of files.
-        has_only_cached_rows = builder.config.data_files is None
-        if has_only_cached_rows:
-            raise OSError("the Hub cannot be reached, and the cache has the rows of the set, but not their files")
+        _check_has_files(builder)
     splits = [str(split) for split in builder.config.data_files]
     split = choose_split(name, splits, selection.split)
-    # Names of files and keys of images are relative to the root, if it is the start of their paths. The files of a
-    # set on the Hub have URLs, which do not start with it.
-    root = os.path.abspath(name)
+    root = os.path.abspath(name)  # of a local folder; for a set on the Hub any path would do, as its files have URLs
     files = RepositoryFiles(builder, split, root)
     files.check_order()
-    if files.are_tars:  # all others are opened by `datasets`
+    if files.are_tars:
         return _open_tars(files, selection)
+    return _open_stream(files, name, selection)
+
+
+def _check_has_files(builder: datasets.DatasetBuilder) -> None:
+    """Raises OSError if `datasets` could not reach the Hub.
+
+    It then returns a builder of the rows in its cache, which knows no names of files.
+    """
+    if builder.config.data_files is None:
+        raise OSError("the Hub cannot be reached, and the cache has the rows of the set, but not their files")
+
+
+def _open_stream(files: RepositoryFiles, name: str, selection: Selection) -> ImageSet:
+    """Opens files that `datasets` streams."""
     stream = open_stream(files, name, selection)
     if files.are_local_tables:
-        files = replace(files, named=named_paths(files.paths(), stream.image_column))
+        # Rows of a table may name files of images, which then belong to the set. On the Hub they need not be listed,
+        # because the revision of the repository covers them.
+        paths_of_images = named_paths(files.paths(), stream.image_column)
+        files = replace(files, named=paths_of_images)
     return ImageSet(stream.parts, stream.features, files, stream.image_column, stream.length)
 
 
