@@ -392,30 +392,27 @@ def _fit_upsample(upsample: Any, layouts: Layouts, hidden: _Hidden, target: torc
     """Lets the convolution after an enlargement restore the features of the finer resolution, and returns its output.
 
     Args:
-        upsample (`Upsample`): The enlargement, with its convolution.
+        upsample (`Upsample`): Doubles height and width, and then applies its convolution.
         layouts (`dict[int, ChannelLayout]`): Layouts.
-        hidden (`_Hidden` of shape `(batch, channels, h, w)`): Its input.
+        hidden (`_Hidden` of shape `(batch, channels, h, w)`): Input of `upsample`.
         target (`torch.Tensor` of shape `(batch, features, 2 * h, 2 * w)`): Features of the encoder.
         border (`int`): Rows and columns at each side of the target that depend on padding.
     """
     convolution = upsample.conv
-    # The convolution has equally many channels in and out, so input and output have the same layout. It reads features
-    # from the first content channels, and writes the restored ones to the first content channels.
+    # The channels that can hold features. They are the same before and after the convolution, which has equally many
+    # channels in and out. The first ones hold the features that there are.
     content_channels = layouts[convolution.out_channels].content
-    input_channels = content_channels[: hidden.num_features]
-    features = hidden.values[:, input_channels]  # (B, features, h, w)
-    enlarged = features.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)  # (B, features, 2 * h, 2 * w)
-    restored_features = target[:, : len(content_channels)]  # no more features than channels that can hold them
-    fit = regress(enlarged, restored_features, RIDGE, border)
-    set_rows(
-        convolution,
-        output_channels=content_channels,
-        input_channels=input_channels,
-        weight=fit.weight,
-        bias=fit.bias,
-    )
+    num_inputs = hidden.num_features
+    num_outputs = min(target.shape[1], len(content_channels))  # features without a channel are not restored
+    input_channels = content_channels[:num_inputs]
+    output_channels = content_channels[:num_outputs]
+
+    coarse = hidden.values[:, input_channels]  # (B, num_inputs, h, w)
+    enlarged = coarse.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)  # (B, num_inputs, 2 * h, 2 * w)
+    fit = regress(enlarged, target[:, :num_outputs], RIDGE, border)
+    set_rows(convolution, output_channels, input_channels, fit.weight, fit.bias)
     values = upsample(hidden.values)  # (B, channels, 2 * h, 2 * w)
-    return _Hidden(values, num_features=restored_features.shape[1])
+    return _Hidden(values, num_features=num_outputs)
 
 
 def _fit_last_layer(decoder: Any, layouts: Layouts, hidden: _Hidden, pixels: torch.Tensor, border: int) -> None:

@@ -73,26 +73,28 @@ def make_optimizer(
     return optimizer, lr_scheduler
 
 
-def resume_schedule(lr_scheduler: LambdaLR, steps_done: int, groups: Sequence[Mapping[str, Any]]) -> None:
+def resume_schedule(lr_scheduler: LambdaLR, steps_done: int, options_of_groups: Sequence[Mapping[str, Any]]) -> None:
     """Sets a schedule and its optimizer to the hyperparameters of this run, after their state has been loaded.
 
     Args:
         lr_scheduler (`LambdaLR`): Schedule, with its optimizer.
         steps_done (`int`): Steps of the schedule that are done.
-        groups (`Sequence[Mapping]`): Hyperparameters of each group in this run, as [`hyperparameters`] returned them
-            before the state was loaded.
+        options_of_groups (`Sequence[Mapping]`): Hyperparameters of each group of parameters in this run, as
+            [`hyperparameters`] returned them before the state was loaded.
     """
-    peak_rates = [group["initial_lr"] for group in groups]
-    current_rates = []  # of the groups, at this step
+    # PyTorch stores the peak learning rate of a group as `initial_lr`. For each group, the schedule has a function,
+    # which returns the factor of the peak rate at a step.
+    peak_rates = [options["initial_lr"] for options in options_of_groups]
+    current_rates = []
     for peak_rate, factor_at in zip(peak_rates, lr_scheduler.lr_lambdas, strict=True):
         current_rates.append(peak_rate * factor_at(steps_done))
     lr_scheduler.last_epoch = steps_done
     lr_scheduler.base_lrs = peak_rates
     lr_scheduler._last_lr = current_rates  # what `get_last_lr` returns
-    loaded_groups = lr_scheduler.optimizer.param_groups
-    for loaded_group, group, current_rate in zip(loaded_groups, groups, current_rates, strict=True):
-        loaded_group.update(group)
-        loaded_group["lr"] = current_rate  # not the rate of `group`, which is the one before the first step
+    groups = lr_scheduler.optimizer.param_groups  # with the hyperparameters that were loaded
+    for group, options, current_rate in zip(groups, options_of_groups, current_rates, strict=True):
+        group.update(options)
+        group["lr"] = current_rate  # in `options`, it is the rate before the first step
 
 
 def hyperparameters(lr_scheduler: LambdaLR) -> list[dict[str, Any]]:

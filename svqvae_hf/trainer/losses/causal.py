@@ -22,31 +22,31 @@ def mean_of_one_process(value: torch.Tensor) -> torch.Tensor:
 
 
 def causal_loss(latents: torch.Tensor, mean: Mean = mean_of_one_process) -> torch.Tensor:
-    """Mean logarithm of the squared error of predicting latents from earlier ones in raster order.
+    """Mean logarithm of the squared error with which latents are predicted from earlier ones.
 
-    Each latent is predicted as a linear combination of the latents to its left and above. The coefficients are those
-    with the least squared error over the whole batch. No gradient flows through the coefficients. It flows through the
-    latents that are predicted, and through those that predict them.
+    Each latent is predicted from its four neighbours to the left and above, by the linear map with the least squared
+    error over the batch. Gradients flow through the latents, but not through the coefficients of the map.
 
-    The bits of an id grow with the logarithm of the squared error, so halving the error counts as much where it is
-    small as where it is large.
+    The bits of an id grow with the logarithm of the error, so halving a small error is worth as much as halving a
+    large one.
 
     Args:
         latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Latents before quantisation.
         mean (`Callable`, *optional*): Averages a tensor over all processes; not needed for one process.
 
     Returns:
-        `torch.Tensor`: Scalar in float32, at least `log(FLOOR)`. If earlier latents say nothing about a latent, it is
-            predicted as 0. The squared error is then the mean square of the values of a unit vector,
-            `1 / codebook_embed_dim`, and the loss is about `-log(codebook_embed_dim)`.
+        `torch.Tensor`: Scalar in float32, at least `log(FLOOR)`. If neighbours do not help, the loss is about
+            `-log(codebook_embed_dim)`, because the best prediction of a unit vector is then 0.
     """
     with torch.autocast(latents.device.type, enabled=False):
-        latents = F.normalize(latents.float(), dim=1)  # unit vectors
-        neighbours = _neighbours(latents)  # (B, 4 * C, h, w)
+        unit_latents = F.normalize(latents.float(), dim=1)  # (B, C, h, w)
+        neighbours = _neighbours(unit_latents)  # (B, 4 * C, h, w), the four earlier neighbours of each latent
         inputs = _flatten(neighbours)  # (B * h * w, 4 * C)
-        targets = _flatten(latents)  # (B * h * w, C)
-        predictions = inputs @ _best_coefficients(inputs, targets, mean)  # (B * h * w, C)
+        targets = _flatten(unit_latents)  # (B * h * w, C)
+        coefficients = _best_coefficients(inputs, targets, mean)  # (4 * C, C)
+        predictions = inputs @ coefficients  # (B * h * w, C)
         squared_errors = (predictions - targets).square().mean(1)  # (B * h * w,)
+        # Quantisation causes an error of about `FLOOR` anyway, so a prediction need not be more exact.
         return (squared_errors + FLOOR).log().mean()
 
 
@@ -68,18 +68,24 @@ def _neighbours(latents: torch.Tensor) -> torch.Tensor:
 def _best_coefficients(inputs: torch.Tensor, targets: torch.Tensor, mean: Mean) -> torch.Tensor:
     """Coefficients `(4 * C, C)` that predict targets `(n, C)` from inputs `(n, 4 * C)` with the least squared error.
 
-    A target is a latent, a unit vector, and its inputs are its four earlier neighbours. The coefficients solve
-    (inputs^T inputs) coefficients = inputs^T targets. Both products are means over all processes.
+    This is a ridge regression over the batches of all processes. The coefficients solve
+    (inputs^T inputs / n + penalty) coefficients = inputs^T targets / n.
+
+    Args:
+        inputs (`torch.Tensor` of shape `(n, 4 * C)`): The four earlier neighbours of each latent.
+        targets (`torch.Tensor` of shape `(n, C)`): The latents, which are unit vectors.
+        mean (`Callable`): Averages a tensor over all processes.
     """
-    dim = targets.shape[1]
+    num_inputs = inputs.shape[1]
+    num_targets = targets.shape[1]
+    # Both products are computed as one, so that the processes exchange one tensor.
     inputs_and_targets = torch.cat([inputs, targets], dim=1)  # (n, 5 * C)
     products = mean(inputs.T @ inputs_and_targets / len(inputs))  # (4 * C, 5 * C)
-    input_products = products[:, :-dim]  # (4 * C, 4 * C)
-    target_products = products[:, -dim:]  # (4 * C, C)
-    # The squares of the `dim` values of a unit vector sum to 1, so their mean is 1 / dim. The ridge is relative to it.
-    ridge = RIDGE / dim
-    input_products.diagonal().add_(ridge)
-    return torch.linalg.solve(input_products, target_products)
+    input_products = products[:, :num_inputs]  # (4 * C, 4 * C)
+    target_products = products[:, num_inputs:]  # (4 * C, C)
+    mean_square = 1 / num_targets  # of the values of a unit vector, whose squares sum to 1
+    penalty = RIDGE * mean_square * torch.eye(num_inputs, device=inputs.device)
+    return torch.linalg.solve(input_products + penalty, target_products)
 
 
 def _flatten(latents: torch.Tensor) -> torch.Tensor:
