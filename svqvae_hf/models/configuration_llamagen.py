@@ -53,13 +53,17 @@ class LlamaGenConfig(LlamaConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.hidden_size % (4 * self.num_attention_heads):
+        # Attention rotates pairs of channels: half of the pairs of a head by the row of an id, and half by its column.
+        # So a head must have a multiple of two pairs.
+        smallest_head_dim = 4
+        if self.hidden_size % (self.num_attention_heads * smallest_head_dim) != 0:
             raise ValueError(
                 f"`num_attention_heads` must divide the {self.hidden_size} channels into heads of a multiple of 4 "
                 f"channels, got {self.num_attention_heads}."
             )
-        # The vocabulary must hold the unconditional token, which is the last one. A larger vocabulary is kept.
-        self.vocab_size = max(self.vocab_size, self.unconditional_token + 1)
+        # The last token is the unconditional one. A config may state a larger vocabulary, such as a padded one.
+        smallest_vocab_size = self.unconditional_token + 1
+        self.vocab_size = max(self.vocab_size, smallest_vocab_size)
         self.head_dim = self.hidden_size // self.num_attention_heads
         self.max_position_embeddings = self.num_condition_tokens + self.grid_size**2
         self.num_key_value_heads = self.num_attention_heads

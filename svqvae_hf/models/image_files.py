@@ -73,9 +73,7 @@ def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
 def _decode(file: BinaryIO, name: str) -> Image.Image:
     """Decodes an open file to 8-bit RGB. `name` names the file in errors."""
     with opened_image(file, name, tuple(IMAGE_FORMATS)) as image:
-        _check_values(image)
-        _scale_transparent_value(image)
-        image.load()
+        _load_pixels(image)
         ImageOps.exif_transpose(image, in_place=True)
         return _convert(image)
 
@@ -91,12 +89,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         `PIL.Image.Image`: Image of mode `"RGB"`.
 
     Raises:
-        ValueError: If a 16-bit or float image has values outside its range. Or if the image is a TIFF that Pillow
-            misreads: grey whose values are signed, have 12 bits, or count from white; or uncompressed with a plane per
-            channel, of more than 8 bits or counted from white.
+        ValueError: If a 16-bit or float image has values outside its range, or the image is one of the rare TIFFs that
+            Pillow misreads, such as grey with signed values.
     """
-    _check_values(image)
-    _scale_transparent_value(image)  # changes `image.info`, and must come before the image is decoded
+    _load_pixels(image)
     upright = ImageOps.exif_transpose(image)  # a copy
     is_opaque_rgb = upright.mode == "RGB" and not upright.has_transparency_data
     if is_opaque_rgb:
@@ -128,6 +124,16 @@ def _unpremultiply_grey(image: Image.Image) -> Image.Image:
     if image.mode == "La":
         return image.convert("LA")
     return image
+
+
+def _load_pixels(image: Image.Image) -> None:
+    """Decodes the pixels of an image that was only opened so far. Raises ValueError for a TIFF that Pillow misreads.
+
+    The colour that a PNG declares transparent is scaled to 8 bits, as Pillow scales the pixels.
+    """
+    _check_values(image)
+    _scale_transparent_value(image)
+    image.load()
 
 
 def _check_values(image: Image.Image) -> None:

@@ -77,9 +77,12 @@ class Attention(nn.Module, AttentionModuleMixin):
         super().__init__()
         self.num_heads = num_heads
         self.layer = layer  # number of the layer, by which a cache stores its keys and values
-        # The names of the parameters are FlexVAR's. Keys have no bias. `scale_mul_1H11` is the logarithm of the norm
-        # that the queries of each head are scaled to. "1H11" is its shape, (1, heads, 1, 1).
-        self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(INITIAL_QUERY_NORM)))
+        # The parameters and their names are FlexVAR's. `scale_mul_1H11` is the logarithm of the norm that the queries
+        # of each head are scaled to. "1H11" is its shape, where H is the number of heads.
+        log_of_norm = math.log(INITIAL_QUERY_NORM)
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), log_of_norm))
+        # One matrix projects to queries, keys and values. It has no bias of its own, because in FlexVAR only the
+        # queries and the values have one.
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
