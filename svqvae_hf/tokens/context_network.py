@@ -15,6 +15,7 @@ import numpy as np
 
 from svqvae_hf.tokens.neighbourhood import LIMIT, divide_rounding_up, num_inputs
 
+LARGEST_INT8 = 2**7  # absolute value of the lowest integer of int8
 EXACT_LIMIT = 2**24  # float32 holds all integers below this exactly
 NEVER = -EXACT_LIMIT // 2  # logit of a member that does not exist
 LAYERS = ("1", "2", "group", "member", "code")  # ends of the names of their weights and biases
@@ -186,10 +187,10 @@ def _largest_sum(tensors: Mapping[str, np.ndarray], layer: str) -> int:
 
     It is the sum of the largest absolute values of the products. No partial sum can exceed it, whatever the order.
     """
-    largest_input = LIMIT + 1  # the lowest integer of int8 is -128
-    weight = np.abs(tensors[f"weight_{layer}"].astype(np.int64))
-    bias = np.abs(tensors[f"bias_{layer}"].astype(np.int64))
-    # The weight is `(codes, features)` in layer "code", and `(inputs, outputs)` in all other layers.
-    axis_of_inputs = 1 if layer == "code" else 0
-    largest_sums = weight.sum(axis_of_inputs) * largest_input + bias  # of each output
+    weight = np.abs(tensors[f"weight_{layer}"].astype(np.int64))  # (inputs, outputs), except in layer "code"
+    bias = np.abs(tensors[f"bias_{layer}"].astype(np.int64))  # (outputs,), or (groups, outputs) in layer "member"
+    if layer == "code":
+        weight = weight.T  # (codes, features) -> (inputs, outputs), as the layer reads features
+    largest_products = weight * LARGEST_INT8
+    largest_sums = largest_products.sum(axis=0) + bias  # in the shape of the bias
     return largest_sums.max()
