@@ -17,16 +17,21 @@ from svqvae_hf.loaders.checkpoint_files import load_checkpoint_file, top_level_w
 
 
 class Backbone(NamedTuple):
-    """Network under LPIPS: the name of its torchvision weights, and the smallest image side in pixels."""
+    """Network under LPIPS: its name in torchvision, and the smallest image side in pixels."""
 
-    weights: str
+    architecture: str
     min_side: int
+
+    @property
+    def weights(self) -> str:
+        """Name of its weights in torchvision."""
+        return f"{self.architecture}_Weights.IMAGENET1K_V1"
 
 
 BACKBONES = {
-    "vgg": Backbone("VGG16_Weights.IMAGENET1K_V1", 16),
-    "alex": Backbone("AlexNet_Weights.IMAGENET1K_V1", 31),
-    "squeeze": Backbone("SqueezeNet1_1_Weights.IMAGENET1K_V1", 17),
+    "vgg": Backbone("VGG16", 16),
+    "alex": Backbone("AlexNet", 31),
+    "squeeze": Backbone("SqueezeNet1_1", 17),
 }
 NORM_EPS = 1e-10  # as in the `lpips` package
 FID_FEATURES = 2048
@@ -42,14 +47,16 @@ class LPIPS(lpips.LPIPS):
     """
 
     def __init__(self, net: str):
-        # The package would look for its linear layers beside the file of this subclass, where they are not.
         linear_layers = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
         with warnings.catch_warnings():
             # The package calls torchvision with deprecated arguments.
             warnings.filterwarnings("ignore", category=UserWarning, module=r"torchvision\.models\._utils")
-            # `pnet_rand` makes a network with random weights, which `load_lpips` replaces. Without it, the package
-            # would download the weights.
-            super().__init__(net=net, pnet_rand=True, model_path=str(linear_layers), verbose=False)
+            super().__init__(
+                net=net,
+                pnet_rand=True,  # random weights instead of downloaded ones; `load_lpips` replaces them
+                model_path=str(linear_layers),  # by default, the package searches beside the file of this subclass
+                verbose=False,
+            )
         self.min_side = BACKBONES[net].min_side
         self.requires_grad_(False)
 
@@ -101,15 +108,16 @@ def load_lpips(net: str, weights: str | Path | None = None) -> LPIPS:
     model = LPIPS(net)
     wrong_names = _wrong_weights(model, state_dict)
     if wrong_names:
-        architecture, _, _ = BACKBONES[net].weights.partition("_")  # such as VGG16
         raise ValueError(
-            f"`{weights}` must hold torchvision's {architecture}, but these weights are missing, unexpected or of "
-            f"another shape: {', '.join(wrong_names)}. Pass that network's file, or the name of another network."
+            f"`{weights}` must hold torchvision's {BACKBONES[net].architecture}, but these weights are missing, "
+            f"unexpected or of another shape: {', '.join(wrong_names)}. Pass that network's file, or the name of "
+            "another network."
         )
-    weights_of_package = {}
-    for package_name in model.net.state_dict():
-        weights_of_package[package_name] = state_dict[_torchvision_name(package_name)]
-    model.net.load_state_dict(weights_of_package)
+    # The `lpips` package splits torchvision's network into slices, so the same weights have other names in it.
+    renamed_weights = {}
+    for name_in_package in model.net.state_dict():
+        renamed_weights[name_in_package] = state_dict[_torchvision_name(name_in_package)]
+    model.net.load_state_dict(renamed_weights)
     return model
 
 
@@ -142,17 +150,17 @@ def load_inception(weights: str | Path) -> NoTrainInceptionV3:
     return inception
 
 
-def _torchvision_name(package_name: str) -> str:
+def _torchvision_name(name_in_package: str) -> str:
     """Name in torchvision, such as `features.5.bias`, of a weight that the package calls `slice2.5.bias`."""
-    _, _, layer_and_kind = package_name.partition(".")
+    _, _, layer_and_kind = name_in_package.partition(".")
     return f"features.{layer_and_kind}"
 
 
 def _wrong_weights(model: LPIPS, state_dict: Mapping[str, torch.Tensor]) -> list[str]:
     """Names of torchvision's weights that do not fit the network under LPIPS, which has no classifier."""
     expected_shapes = {}
-    for package_name, tensor in model.net.state_dict().items():
-        expected_shapes[_torchvision_name(package_name)] = tensor.shape
+    for name_in_package, tensor in model.net.state_dict().items():
+        expected_shapes[_torchvision_name(name_in_package)] = tensor.shape
     shapes = {}
     for name, tensor in state_dict.items():
         if not name.startswith("classifier."):
