@@ -102,20 +102,21 @@ def _compressed_file_facts(path: Path) -> dict[str, Any]:
 
 
 def _token_file_facts(path: Path) -> dict[str, Any]:
+    """Facts about a token file that is not compressed. All ids of its codebook count as equally likely."""
     from svqvae_hf.tokens.token_files import load_tokens
 
     tokens = load_tokens(path)
     bits_per_id = math.log2(tokens.codebook_size)
     bits_per_scale = [ids.numel() * bits_per_id for ids in tokens.ids]
     facts = {"kind": "token file", "codebook": _codebook(tokens)}
-    return facts | _image_facts(vars(tokens), bits_per_scale)
+    return facts | _image_facts(tokens.to_record(), bits_per_scale)
 
 
 def _image_facts(record: Mapping[str, Any], bits_per_scale: Sequence[float]) -> dict[str, Any]:
     """Facts about the image of a token file.
 
     Args:
-        record (`Mapping[str, Any]`): Values of the file: `height`, `width`, `f`, `scales` and so on.
+        record (`Mapping[str, Any]`): All values of the file but the ids, from [`ImageTokens.to_record`].
         bits_per_scale (`Sequence[float]`): Bits of all ids at each scale.
     """
     from svqvae_hf.models.resizing import grid_shape
