@@ -128,14 +128,14 @@ class CaptionWriter:
         phrase, frame = self.phrase_and_frame(voice, kind, random, held_out)  # "a {size} {0}" and "{p} on {g}"
         surroundings = self.surroundings(voice, frame, random, held_out)  # "please draw {p} on {g}"
         caption = surroundings.replace(PHRASE_SLOT, phrase)  # "please draw a {size} {0} on {g}"
-        if random.random() < recipe.noise:
+        if happens(recipe.noise, random):
             caption = add_noise(caption, random)
         caption = caption.replace(GROUND_SLOT, self.colour(ground, random))  # "please draw a {size} {0} on sky blue"
         if kind in ("small", "large"):
             caption = caption.replace(SIZE_SLOT, self.size(kind, random))  # "please draw a tiny {0} on sky blue"
         chosen_names = [self.name(name, random) for name in names]
         caption = fill(caption, chosen_names)  # "please draw a tiny fox on sky blue"
-        if random.random() < recipe.typos:
+        if happens(recipe.typos, random):
             caption = add_typo(caption, random)
         return caption
 
@@ -158,16 +158,25 @@ class CaptionWriter:
                 return phrase, frame
 
     def surroundings(self, voice: dict[str, Any], frame: str | None, random: Random, held_out: bool) -> str:
-        """Chooses the words around a phrase, such as "please draw {p} on {g}": a lead, the frame, both or neither."""
+        """Chooses the words around a phrase, such as "please draw {p} on {g}": a lead, the frame, both or neither.
+
+        Args:
+            voice (`dict[str, Any]`): Wordings of a writer.
+            frame (`str`, *optional*): Frame of the phrase, such as "{p} on {g}", if it needs one to name the ground.
+            random (`Random`): Source of all choices.
+            held_out (`bool`): Whether the caption must have its frame, because it is held out for its pair of a phrase
+                and a frame.
+
+        Returns:
+            `str`: Words with `PHRASE_SLOT`, "{p}", in place of the phrase.
+        """
         text = PHRASE_SLOT
-        if frame is not None:
-            uses_frame = held_out or random.random() < self.recipe.grounds
-            if uses_frame:
-                text = frame
-        if random.random() < self.recipe.leads:
+        if frame is not None and (held_out or happens(self.recipe.grounds, random)):
+            text = frame  # "{p} on {g}"
+        if happens(self.recipe.leads, random):
             lead = random.choice(voice["leads"])  # "please draw {p}"
-            text = lead.replace(PHRASE_SLOT, text)
-        if random.random() < self.recipe.random_words:
+            text = lead.replace(PHRASE_SLOT, text)  # "please draw {p} on {g}"
+        if happens(self.recipe.random_words, random):
             text = self.replace_words(text, random)
         return text
 
@@ -188,7 +197,7 @@ class CaptionWriter:
         chosen_name = name
         if other_names:
             chosen_name = random.choice(other_names)
-        if random.random() < self.recipe.adjectives:
+        if happens(self.recipe.adjectives, random):
             adjective = random.choice(self.wordnet["adjectives"])
             return f"{adjective} {chosen_name}"
         return chosen_name
@@ -223,10 +232,15 @@ class CaptionWriter:
         share = random.choice((0.3, 0.6, 1.0))
         words = []
         for word in text.split():
-            if word.isalpha() and random.random() < share:
+            if word.isalpha() and happens(share, random):
                 word = random.choice(self.wordnet["words"])
             words.append(word)
         return " ".join(words)
+
+
+def happens(probability: float, random: Random) -> bool:
+    """Draws whether something happens that has this probability."""
+    return random.random() < probability
 
 
 def _is_held_out(phrase: str, frame: str) -> bool:
