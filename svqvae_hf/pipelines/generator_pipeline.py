@@ -19,7 +19,7 @@ from svqvae_hf.pipelines.labels import Labels, encode_labels, to_int64
 from svqvae_hf.pipelines.modular_blocks import check_fingerprint
 from svqvae_hf.pipelines.repository_index import delete_modular_index, load_arguments, read_index, write_blocks
 
-# For readers of `model_index.json`.
+# A note in `model_index.json`, which no code reads
 LOAD_WITH = "`pip install svqvae-hf`, then `from_pretrained` of its class in `svqvae_hf`"
 
 # Pipeline, step, size in ids, tensors -> tensors that replace them
@@ -46,7 +46,8 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         Args:
             components (`dict[str, Any]`): Components, among them `vqvae`.
             num_classes (`int`): Number of classes in training.
-            fingerprints (`Sequence[str]`): Fingerprints of the codebook in training, as far as they are known.
+            fingerprints (`Sequence[str]`): Digests of the codebook in training, as far as they are known. Ids mean
+                nothing to another codebook, so `vqvae` must have this one.
             class_names (`list[str]`, *optional*): Name of each class.
             **config: Further values for `model_index.json`.
 
@@ -60,14 +61,14 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         for fingerprint in fingerprints:
             check_fingerprint(fingerprint, vqvae)
         self.register_modules(**components)
-        self.register_to_config(
-            codebook_fingerprint=vqvae.codebook_fingerprint(),
+        self.register_to_config(  # saved in `model_index.json`
+            codebook_fingerprint=vqvae.codebook_fingerprint(),  # checked when the pipeline is loaded
             class_names=class_names,
-            _load_with=LOAD_WITH,
+            _load_with=LOAD_WITH,  # tells people who open the file which package to load it with
             **config,
         )
         self.num_classes = num_classes
-        self._interrupt = False
+        self._interrupt = False  # a callback sets it to `True` to end the sampling
         self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
 
     @classmethod

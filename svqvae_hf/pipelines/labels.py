@@ -30,22 +30,25 @@ def encode_labels(class_labels: Labels | None, num_classes: int, class_names: Se
         return torch.tensor([num_classes])
     if not num_classes:
         raise ValueError("`class_labels` must be left out, because the model has no classes.")
-    if isinstance(class_labels, str):
-        class_labels = [class_labels]
-    numbers: Any
-    if isinstance(class_labels, list | tuple):
-        names = [] if class_names is None else list(class_names)
-        numbers = [_number_of_class(label, names, num_classes) for label in class_labels]
-    else:
-        numbers = class_labels  # a single number, or an array or a tensor of numbers
-    labels = torch.as_tensor(numbers).reshape(-1)  # (labels,)
-    if labels.numel() == 0:
-        raise ValueError(f"`class_labels` must be in [0, {num_classes}), got {class_labels!r}.")
-    labels = to_int64("class_labels", labels)
-    is_in_range = labels.min() >= 0 and labels.max() < num_classes
-    if not is_in_range:
+    numbers = _numbers_of_classes(class_labels, num_classes, class_names)
+    labels = numbers.reshape(-1)  # (labels,), also for a single number
+    is_empty = labels.numel() == 0
+    if not is_empty:  # without a number, the tensor has no type of integers
+        labels = to_int64("class_labels", labels)
+    if is_empty or labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"`class_labels` must be in [0, {num_classes}), got {class_labels!r}.")
     return labels
+
+
+def _numbers_of_classes(class_labels: Labels, num_classes: int, class_names: Sequence[str] | None) -> torch.Tensor:
+    """Numbers of classes that were given by number or name, as a tensor of any type. Their range is not checked."""
+    if isinstance(class_labels, str):
+        class_labels = [class_labels]
+    if not isinstance(class_labels, list | tuple):  # a single number, or an array or a tensor of numbers
+        return torch.as_tensor(class_labels)
+    names = [] if class_names is None else list(class_names)
+    numbers = [_number_of_class(label, names, num_classes) for label in class_labels]
+    return torch.as_tensor(numbers)
 
 
 def _number_of_class(label: Any, names: list[str], num_classes: int) -> Any:

@@ -43,24 +43,21 @@ class ScalePredictor:
         *,
         guided: bool,
     ):
-        device = labels.device
-        if guided:  # the transformer has two rows per image: first all with a condition, then all without
-            no_class = torch.full_like(labels, transformer.config["num_classes"])
-            labels = torch.cat([labels, no_class])  # (images,) -> (2 * images,)
+        if guided:
+            # The batch of the transformer has two rows per image: first all images with their class or caption, then
+            # all images without it.
+            labels = _append_rows_of(transformer.config["num_classes"], labels)  # (images,) -> (2 * images,)
             if text is not None:
-                no_text = torch.full_like(text, pad_token)
-                text = torch.cat([text, no_text])  # (images, length) -> (2 * images, length)
+                text = _append_rows_of(pad_token, text)  # (images, length) -> (2 * images, length)
         self.transformer = transformer
         self.guided = guided
         self.labels = labels  # (rows,)
         self.text = text  # (rows, length)
-        quantize = vqvae.quantize
-        device_of_codebook = quantize.embedding.table().device  # the CPU while the tokenizer is offloaded
-        all_ids = torch.arange(quantize.size, device=device_of_codebook)
-        codebook = quantize.get_codebook_entry(all_ids)  # (codebook_size, dim)
-        self.codebook = codebook.to(device)
+        self.codebook = _read_codebook(vqvae).to(labels.device)  # (codebook_size, dim)
         self.cache = DynamicCache()
-        self.codes: list[torch.Tensor] = []  # of the last scale; empty before the first
+        # Codes that the transformer reads to predict the next scale: none for the first scale, then one tensor
+        # (rows, dim, h, w) with the codes of the last scale.
+        self.codes: list[torch.Tensor] = []
 
     def next_logits(self, size: tuple[int, int]) -> torch.Tensor:
         """Logits of the next scale, `(images, tokens, codebook_size)`; if guided, then those without a condition."""
@@ -74,6 +71,20 @@ class ScalePredictor:
         self.codes = [codes]
 
 
+def _append_rows_of(value: int, rows: torch.Tensor) -> torch.Tensor:
+    """Appends equally many rows of one value: `(images, ...)` -> `(2 * images, ...)`."""
+    rows_of_value = torch.full_like(rows, value)
+    return torch.cat([rows, rows_of_value])
+
+
+def _read_codebook(vqvae: Any) -> torch.Tensor:
+    """Codes of all ids, `(codebook_size, dim)`, on the device of the codebook."""
+    quantizer = vqvae.quantize
+    device = quantizer.embedding.table().device  # the CPU while the tokenizer is offloaded
+    all_ids = torch.arange(quantizer.size, device=device)
+    return quantizer.get_codebook_entry(all_ids)
+
+
 class TokenizeCaptionStep(Step):
     """Tokenizes captions."""
 
@@ -83,14 +94,15 @@ class TokenizeCaptionStep(Step):
     intermediate_outputs = [OutputParam(**LABELS), OutputParam("text", torch.Tensor), OutputParam("pad_token")]
 
     def run(self, components: Any, values: Any) -> None:
-        """Sets `text`, the label "no class" of each caption, and `pad_token`."""
+        """Sets `text` and `pad_token`, and `labels` to the label for no class, because captions have no class."""
         prompts = [values.prompt] if isinstance(values.prompt, str) else values.prompt
         config = components.transformer.config
-        text = pad_captions(components.tokenizer, prompts, config["max_text_length"])
+        device = components._execution_device
+        text = pad_captions(components.tokenizer, prompts, config["max_text_length"])  # (prompts, length)
         text_of_images = text.repeat_interleave(values.num_images_per_prompt, dim=0)  # (images, length)
-        values.text = text_of_images.to(components._execution_device)
-        no_class = config["num_classes"]
-        values.labels = values.text.new_full((len(values.text),), no_class)
+        num_images = len(text_of_images)
+        values.text = text_of_images.to(device)
+        values.labels = torch.full((num_images,), config["num_classes"], device=device)
         values.pad_token = components.tokenizer.pad_token_id
 
 
