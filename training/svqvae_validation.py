@@ -52,7 +52,9 @@ def open_validation_sets(options: TrainOptions, images: ImageSource) -> list[Val
     sets = []
     for number, folder in enumerate(options.validation_data_dir, 1):
         with about_split("validation_split"):
-            held_out = open_images([folder], split=options.validation_split, keep_labels=False)
+            held_out = open_images(
+                [folder], split=options.validation_split, keep_labels=False, results=options.output_dir
+            )
         images.check_held_out(held_out)
         crops = centre_crops(held_out, options.num_validation_images, options.resolution, images.pixel_range)
         name = "validation"
