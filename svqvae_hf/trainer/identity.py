@@ -19,6 +19,7 @@ from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.options import MODEL_SUFFIX
 
 IMAGE_SET_OPTIONS = ("dataset_name", "train_data_dir", "mix_data_dir", "validation_data_dir")
+TOKEN_SET_OPTIONS = ("token_set", "validation_token_set")
 UNIMPORTANT = ("output_dir", "resume_from_checkpoint")  # options that do not change the result
 
 
@@ -152,7 +153,7 @@ def token_set_digests(options: Any) -> dict[str, str]:
     """
     sources = vars(options)
     digests = {}
-    for name in ("token_set", "validation_token_set"):
+    for name in TOKEN_SET_OPTIONS:
         if sources.get(name) is not None:
             digests[name] = TokenSet(sources[name]).digest
     text_files = sources.get("text_files", ())

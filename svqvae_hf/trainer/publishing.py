@@ -1,6 +1,7 @@
 """The result of a run: its folder, its repository on the Hub, and the record that it is finished."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from svqvae_files.outputs import write_file
 from svqvae_hf.hub.origin import STARTED_FROM, Origin, find_origin
 from svqvae_hf.hub.repositories import prepare_repo, push_folder
 from svqvae_hf.trainer.disk import WRITE_ERRORS, write_fault
-from svqvae_hf.trainer.identity import RunIdentity, changed_names, check_sources
+from svqvae_hf.trainer.identity import TOKEN_SET_OPTIONS, RunIdentity, changed_names, check_sources
 from svqvae_hf.trainer.options import MODEL_SUFFIX
 
 # In the output folder
@@ -158,6 +159,20 @@ def provenance(script: str, steps: int, batch: int, examples: str) -> dict[str, 
         "trained by": f"`{script}` of svqvae-hf {version('svqvae-hf')}, options in `train_config.yaml`",
         "steps": f"{steps:,} of {batch} {examples}",
     }
+
+
+def refuse_sources(output_dir: str | Path, options: Any) -> None:
+    """Raises ValueError if the result would replace files of a model or token set that the options name."""
+    output_folder = os.path.realpath(output_dir)
+    for name, source in vars(options).items():
+        names_folder = name.endswith(MODEL_SUFFIX) or name in TOKEN_SET_OPTIONS
+        if not names_folder or source is None:
+            continue
+        if os.path.realpath(source) == output_folder:
+            raise ValueError(
+                f"`--output_dir` must not be the folder of `--{name}`, whose files would be replaced, but both are "
+                f"`{source}`. Choose another."
+            )
 
 
 def refuse_finished(output_dir: Path, identity: RunIdentity) -> None:

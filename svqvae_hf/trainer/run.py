@@ -21,7 +21,7 @@ from svqvae_hf.trainer.identity import RunIdentity, model_digests
 from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.optimization import make_optimizer
 from svqvae_hf.trainer.options import Options, RunOptions, public_values, read_options
-from svqvae_hf.trainer.publishing import Result, find_sources, refuse_finished
+from svqvae_hf.trainer.publishing import Result, find_sources, refuse_finished, refuse_sources
 from svqvae_hf.trainer.scripts import one_line_errors
 from svqvae_hf.trainer.weights import Weights
 
@@ -73,10 +73,11 @@ class Run(Generic[Options]):
 
         Raises:
             SystemExit: If the folder holds the result of this very run.
-            ValueError: If the folder holds the result of another run, or checkpoints of a run with other models or
-                sets, or a checkpoint that is not the wanted one.
+            ValueError: If the folder is that of a model or token set, or holds the result of another run, checkpoints
+                of a run with other models or sets, or a checkpoint that is not the wanted one.
         """
         options = self.options
+        refuse_sources(options.output_dir, options)
         self.identity = RunIdentity(public_values(asdict(options)), model_digests(options), dict(sets))
         refuse_finished(Path(options.output_dir), self.identity)
         self.checkpoint = self._find_checkpoint()

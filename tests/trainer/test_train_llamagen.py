@@ -309,6 +309,7 @@ def test_a_pipeline_is_trained_further_with_its_own_classes(classes, parts):
         ({"token_set": "oblong"}, r"one scale of 4 x 4 ids .* but has scales of \[\(4, 5\)\] ids"),
         ({"token_set": "scales"}, r"but has scales of \[\(2, 2\), \(4, 4\)\] ids"),
         ({"vqvae_name_or_path": "other"}, "codebook"),
+        ({"output_dir": "tokens"}, "`--output_dir` must not be the folder of `--token_set`, whose files would be"),
         ({"label_column": "key"}, "`--label_column` must hold a class, or an integer of at least 0, in each row, but"),
         ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has hiden_size"),
         ({"model_config_name_or_path": "llama.json"}, "must be a config of type llamagen, but `llama.json` is"),

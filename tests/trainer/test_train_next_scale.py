@@ -210,6 +210,7 @@ def test_schedules_are_drawn_as_in_flexvar():
     [
         ({"token_set": "halves"}, "must hold the scales of the schedule, 1 x 1, .*, but lacks 1 x 1, 2 x 2"),
         ({"vqvae_name_or_path": "other"}, "codebook"),
+        ({"output_dir": "latents"}, "`--output_dir` must not be the folder of `--token_set`, whose files would be"),
         ({"num_inference_steps": 0}, "`--num_inference_steps` must be at least 2, but is 0"),
         ({"schedule_share": 1.5}, r"`--schedule_share` must be in \[0, 1\], got 1.5"),
     ],
