@@ -134,11 +134,14 @@ def train(run: Run[TrainOptions]) -> None:
         if options.logs_after(step):
             summary = statistics.summary(accelerator.reduce)
             run.log.write_training(step + 1, summary | {"lr": weights.lr})
-        if options.validates_after(step):
-            validate_after(step + 1)
+        steps_done = step + 1
+        # The last validation is in the last checkpoint, too: a longer run may end with these weights.
+        if options.validates_after(step) or steps_done == options.max_steps:
+            validate_after(steps_done)
         checkpoints.after(step)
 
-    validate_after(options.max_steps)
+    if not validations.first:  # the first validation set was added when no step was left
+        validate_after(options.max_steps)
 
     # Result
     vqvae.load_state_dict(validations.weights or weights.final())

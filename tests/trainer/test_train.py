@@ -37,6 +37,7 @@ from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.losses import objective as objective_module
 from svqvae_hf.trainer.losses.objective import Objective
 from svqvae_hf.trainer.options import read_options
+from svqvae_hf.trainer.publishing import FINISHED_FILE
 from svqvae_hf.trainer.run import run_training
 from svqvae_hf.trainer.scripts import one_line_errors
 from svqvae_hf.trainer.tracking import LABEL_HEIGHT
@@ -425,6 +426,28 @@ def test_the_last_line_says_that_nothing_was_learned(options, inputs, caplog):
     run(**options, max_steps=1, learning_rate=1e-12)
     assert "nothing has changed: the saved weights are the ones that the run started from" in caplog.messages[-1]
     assert_equal_weights(options["output_dir"], inputs / "model")
+
+
+def test_a_longer_run_keeps_the_best_weights_of_the_shorter_one(options, inputs, tmp_path):
+    options |= SMALL | {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(inputs / "model")}
+    options |= {"validation_data_dir": [str(inputs / "held_out")], "load_best_model_at_end": True}
+    run(**options, max_steps=2, learning_rate=1e-4)
+    card = Path(options["output_dir"], "README.md")
+    assert "after step 2; " in card.read_text()
+    shutil.copytree(options["output_dir"], tmp_path / "shorter")
+    run(**options, max_steps=3, learning_rate=10.0, resume_from_checkpoint="latest")
+    assert "after step 2; " in card.read_text()
+    assert_equal_weights(options["output_dir"], tmp_path / "shorter")
+
+
+def test_a_validation_that_is_added_when_no_step_is_left_is_measured(options, inputs, caplog):
+    caplog.set_level(logging.INFO)
+    options |= SMALL | {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(inputs / "model")}
+    run(**options, max_steps=1)
+    Path(options["output_dir"], FINISHED_FILE).unlink()  # as if the run had been killed after its last step
+    options |= {"validation_data_dir": [str(inputs / "held_out")], "resume_from_checkpoint": "latest"}
+    run(**options, max_steps=1)
+    assert list(logged(caplog, "validation/psnr@1")) == [1]
 
 
 def test_splits_of_further_sets_can_be_chosen(options, inputs, tmp_path):
