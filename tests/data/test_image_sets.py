@@ -7,7 +7,7 @@ import datasets
 import fsspec
 import numpy as np
 import pytest
-from numbered_images import NUM_IMAGES, STREAMS, crop_loader, encode, numbered, numbers
+from numbered_images import NUM_IMAGES, STREAMS, crop_loader, encode, numbered, numbers, write_tar
 
 from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.data.image_sets import open_images
@@ -336,6 +336,17 @@ def test_the_copy_of_a_repository_that_was_moved_reads_its_new_folder(tmp_path):
     moved = open_images([str(tmp_path / "new")], copy=True)
     assert keys(moved) == ["0.png", "1.png"]
     assert same(moved, [numbered(0), numbered(1)])
+
+
+def test_two_folders_whose_files_look_alike_do_not_share_a_copy(tmp_path, monkeypatch):
+    for number, name in enumerate(["one", "other"]):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "shard.tar", [("a.png", encode(numbered(number)))])
+        os.utime(tmp_path / name / "shard.tar", (0, 0))  # as tools for reproducible archives set it
+        monkeypatch.chdir(tmp_path / name)
+        images = open_images(["shard.tar"], copy=True)
+        assert same(images, [numbered(number)])
+    assert len({path.stat().st_size for path in tmp_path.glob("*/shard.tar")}) == 1
 
 
 def test_the_fingerprint_of_a_repository_changes_with_the_size_of_a_file(tmp_path):
