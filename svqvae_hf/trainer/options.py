@@ -36,6 +36,7 @@ PATH_OPTIONS = (
     "deepspeed",
 )
 MODEL_SUFFIX = "_name_or_path"  # of all options that name models
+NULLS = ("", "~", "null")  # how YAML writes that there is no value
 USAGE = "%(prog)s [CONFIG.yaml] [--option VALUE ...]"  # argparse would list each option before it explains the first
 
 # Ranges of numbers, as arguments of `check_number`
@@ -348,8 +349,11 @@ def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert_or_none
 
 
-class _OptionLoader(yaml.SafeLoader):
-    """Loads a YAML file of options. A key that occurs twice is an error, and not the last of its values."""
+class _OptionLoader(yaml.BaseLoader):
+    """Loads a YAML file of options. A key that occurs twice is an error, and not the last of its values.
+
+    All values are texts, which are parsed as on a command line. YAML itself would read `no` as false and 010 as 8.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Reads a mapping."""
@@ -380,7 +384,7 @@ def file_flags(path: Path) -> list[str]:
         raise ValueError(f"`{path}` must map options to values, but is {type(entries).__name__}.")
     flags = []
     for name, value in entries.items():
-        if value is None:
+        if value in NULLS:
             continue
         flags.append(f"--{name}")
         values = value if isinstance(value, list) else [value]

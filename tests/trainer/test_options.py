@@ -30,6 +30,14 @@ def test_flags_and_file_are_equal_and_flags_override_the_file(tmp_path):
     assert read_options([TrainOptions], [str(file), "--learning_rate", "1e-4"])[0].learning_rate == 1e-4
 
 
+def test_values_of_a_file_are_read_as_those_of_flags(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(NEEDED) + "mixed_precision: no\nmax_steps: 0100\nsave_total_limit:\nuse_ema: yes\n")
+    (options,) = read_options([TrainOptions], [str(file)])
+    assert (options.mixed_precision, options.max_steps, options.use_ema) == ("no", 100, True)
+    assert options.save_total_limit is None
+
+
 def test_only_paths_of_a_file_are_joined_to_its_folder(tmp_path):
     for name in ("train", "linear", "image", "model.json", "held_out"):
         (tmp_path / name).mkdir()
