@@ -437,8 +437,11 @@ def _check_images_of_text(row: Any, processor: SVQVAEProcessor) -> None:
         AttributeError, KeyError, TypeError: The row is not an object with a `text` and `images`.
     """
     images = row.get("images", [])
-    for ids in images:
-        _check_ids(torch.tensor(ids), processor)
+    for rows_of_ids in images:
+        ids = torch.tensor(rows_of_ids)
+        if ids.dtype != torch.int64:
+            raise ValueError("an id of its images is not a whole number")
+        _check_ids(ids, processor)
     num_placeholders = row["text"].count(processor.image_token)
     if num_placeholders != len(images):
         raise ValueError(f"it has {num_placeholders} {processor.image_token} for {len(images)} images")
