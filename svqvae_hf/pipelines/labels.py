@@ -33,7 +33,7 @@ def encode_labels(class_labels: Labels | None, num_classes: int, class_names: Se
     numbers = _numbers_of_classes(class_labels, num_classes, class_names)
     labels = numbers.reshape(-1)  # (labels,), also for a single number
     is_empty = labels.numel() == 0
-    if not is_empty:  # without a number, the tensor has no type of integers
+    if not is_empty:  # an empty list became a tensor of floats, which `to_int64` would reject for its type
         labels = to_int64("class_labels", labels)
     if is_empty or labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"`class_labels` must be in [0, {num_classes}), got {class_labels!r}.")
