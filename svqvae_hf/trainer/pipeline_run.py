@@ -59,6 +59,8 @@ def open_token_sets(options: Any, vqvae: SVQVAE, class_names: Any = None) -> tup
     if options.validation_token_set is None:
         return source, None
     held_out = _open_token_set(options, options.validation_token_set, vqvae, class_names)
+    if source.class_names is None and held_out.num_classes < source.num_classes:
+        held_out.num_classes = source.num_classes  # classes without names are counted, and the last may not occur
     format_of_source = _sequence_format(source)
     format_of_held_out = _sequence_format(held_out)
     if format_of_held_out != format_of_source:

@@ -303,6 +303,16 @@ def test_a_pipeline_is_trained_further_with_its_own_classes(classes, parts):
         open_token_sets(options, make_tiny(codebook_size=256), names[::-1])
 
 
+def test_the_last_class_without_a_name_may_be_absent_from_held_out_images(classes, parts, tmp_path):
+    for name, numbers in (("tokens", [0, 1, 2, 3, 4, 5, 6, 7]), ("held_out", [0, 1, 2, 3, 4, 5, 5, 5])):
+        shutil.copytree(parts / name, tmp_path / name)
+        replace_column(tmp_path / name, "label", numbers)
+    sets = {"token_set": str(tmp_path / "tokens"), "validation_token_set": str(tmp_path / "held_out")}
+    options = SimpleNamespace(**(classes | sets), caption_column=None)
+    source, held_out = open_token_sets(options, make_tiny(codebook_size=256))
+    assert (source.num_classes, held_out.num_classes) == (8, 8)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
