@@ -52,7 +52,7 @@ def check_columns(columns: Sequence[str], names: Sequence[str]) -> None:
     """Raises unless all columns that are asked for are among `names`."""
     missing = sorted(set(columns) - set(names))
     if missing:
-        raise ValueError(f"columns must be among {', '.join(names)}, got {', '.join(missing)}.")
+        raise ValueError(f"The set has no column {', '.join(missing)}, but only {', '.join(names)}. Choose one.")
 
 
 def unreadable(key: str, fault: str, columns: Sequence[str] = ()) -> ImageRow:

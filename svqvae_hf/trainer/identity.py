@@ -93,7 +93,10 @@ def check_sources(location: Path, recorded: Mapping[str, str], current: Mapping[
     name = changed[0]
     remedy = "Restore it"
     if name in IMAGE_SET_OPTIONS:
-        remedy = "Restore the names, sizes and times of change of its files (`cp -p` and `rsync -t` keep times)"
+        remedy = (
+            "Restore its split and columns, and the names, sizes and times of change of its files (`cp -p` and "
+            "`rsync -t` keep times)"
+        )
     raise ValueError(
         f"`--{name}` must name what `{location}` was made from, but names something else, or it has changed since. "
         f"{remedy}, or start a new run in another `--output_dir`."

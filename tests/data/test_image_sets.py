@@ -379,7 +379,7 @@ def test_the_fingerprint_of_a_repository_changes_with_the_size_of_a_file(tmp_pat
         ("images", {"split": "test"}, "--split must be one of train in the set .*, got `test`"),
         ("images", {"max_images": 0}, "`max_images` must be at least 1, got 0"),
         ("a.parquet", {}, "--image-column must be one of the columns of images"),
-        ("a.parquet", {"columns": ["size"]}, "columns must be among number, text, got size"),
+        ("a.parquet", {"columns": ["size"]}, "The set has no column size, but only number, text"),
         ("two.parquet", {}, "--image-column must be one of left, right"),
         ("words", {}, "must be of its splits, validation, but `b.parquet` has no such word in its name. Rename it"),
         ("bad.parquet", {}, "bad.parquet` cannot be opened: Parquet magic bytes"),

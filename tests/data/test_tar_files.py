@@ -58,7 +58,7 @@ def test_a_missing_label_is_none_and_other_members_are_kept_if_named(tmp_path):
     rows = list(open_images([str(tmp_path)], columns=["url"]))
     assert [row.values["url"] for row in rows] == ["a/b", None]
     assert rows[1].values["cls"] is None
-    with pytest.raises(ValueError, match="columns must be among png, cls, txt, json, url, got author"):
+    with pytest.raises(ValueError, match="The set has no column author, but only png, cls, txt, json, url"):
         open_images([str(tmp_path)], columns=["author"])
 
 
