@@ -288,6 +288,8 @@ def read_pyramids(token_set: str, model: SVQVAE) -> list[Pyramid]:
     settings = read_settings(token_set)
     if settings.codebook_fingerprint != model.codebook_fingerprint():
         raise ValueError(f"`{token_set}` must hold ids of MODEL, but has others. Make it with `svqvae tokenize`.")
+    if settings.context_model is not None:
+        raise ValueError(f"`{token_set}` must hold plain ids, but they are compressed. Make it without `--compress`.")
     pyramids = []
     for row in TokenSet(token_set).rows():
         tokens = row_tokens(row, settings)

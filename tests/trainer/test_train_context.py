@@ -76,6 +76,15 @@ def test_a_trained_context_model_takes_fewer_bits_than_a_count(tmp_path, monkeyp
         train_context.main()
 
 
+def test_a_compressed_token_set_is_refused_by_its_name(tmp_path):
+    model = make_tiny()
+    photos = save_photos(tmp_path / "photos")
+    context_model = make_context_model(model.codebook_fingerprint())
+    tokenize(model, photos, tmp_path / "tokens", scales=[1.0], context_model=context_model)
+    with pytest.raises(ValueError, match=r"/tokens` must hold plain ids, but they are compressed. Make it without"):
+        train_context.read_pyramids(str(tmp_path / "tokens"), model)
+
+
 @pytest.mark.parametrize("is_there_at_the_start", [True, False])
 def test_a_context_model_is_replaced_only_with_overwrite(is_there_at_the_start, tmp_path, monkeypatch, capsys):
     model = make_tiny()
