@@ -73,6 +73,8 @@ class RepositoryMixin(HubMixin, ModelMixin):
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):  # other processes write nothing
             _delete_replaced_weights(Path(save_directory), WEIGHTS_NAME)
+            if not kwargs.get("safe_serialization", True):
+                _delete_safetensors(Path(save_directory), WEIGHTS_NAME, kwargs.get("variant"))
         if standalone:
             write_code(Path(save_directory))
 
@@ -348,6 +350,23 @@ def _delete_replaced_weights(folder: Path, name: str) -> None:
             whole_file.unlink(missing_ok=True)
         else:
             index.unlink()
+
+
+def _delete_safetensors(folder: Path, name: str, variant: str | None) -> None:
+    """Deletes the safetensors of an earlier save, which would be loaded in place of the pickle just saved.
+
+    Args:
+        folder (`Path`): Folder of the model.
+        name (`str`): Start of the names of its files of weights.
+        variant (`str`, *optional*): Variant that was saved, such as "fp16". Files of other variants stay.
+    """
+    suffix = f".{variant}" if variant else ""
+    whole_file = f"{name}{suffix}.safetensors"
+    shards = f"{name}{suffix}-*-of-*.safetensors"
+    index = f"{name}.safetensors.index{suffix}.json"
+    for pattern in (whole_file, shards, index):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 AutoConfig.register(LlamaGenConfig.model_type, LlamaGenConfig)

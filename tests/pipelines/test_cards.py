@@ -49,8 +49,14 @@ def test_files_of_each_way_to_save(make, folder, tmp_path):
     saved.save_pretrained(tmp_path / "pickles", safe_serialization=False)
     pickles = tmp_path / "pickles" / folder.relative_to(tmp_path)
     assert [file.suffix for file in pickles.glob("diffusion*")] == [".bin"]
+    saved.save_pretrained(tmp_path, safe_serialization=False)
+    assert not plain.exists(), "it would be loaded in place of the pickle"
+    assert half.exists()
     saved.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     assert len(list((tmp_path / "shards").rglob("diffusion*-of-*.safetensors"))) > 1
+    saved.save_pretrained(tmp_path / "shards", safe_serialization=False)
+    replaced = tmp_path / "shards" / folder.relative_to(tmp_path)
+    assert not list(replaced.glob("diffusion*.safetensors*"))
 
 
 def test_a_variant_of_one_component_loads(tmp_path):
