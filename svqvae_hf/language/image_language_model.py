@@ -17,7 +17,7 @@ from svqvae_hf.models.image_vocabulary import CONFIG_KEY, ImageVocabulary
 from svqvae_hf.models.loading import check_merged, copy_code
 from svqvae_hf.pipelines.any_to_any import ImageLanguagePipeline
 from svqvae_hf.pipelines.image_chats import ImageChats
-from svqvae_hf.pipelines.known_objects_file import read_known_objects, write_known_objects
+from svqvae_hf.pipelines.known_objects_file import KNOWN_OBJECTS_FILE, read_known_objects, write_known_objects
 from svqvae_hf.pipelines.repository_index import write_json
 
 CONFIG = "config.json"
@@ -91,7 +91,9 @@ class ImageLanguageModel(ImageChats):
         check_merged("language_model", self.language_model)
         self.language_model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        if self.known_objects is not None:
+        if self.known_objects is None:
+            Path(folder, KNOWN_OBJECTS_FILE).unlink(missing_ok=True)  # of a model that was saved here before
+        else:
             write_known_objects(self.known_objects, folder)
         path = Path(folder, CONFIG)
         config = read_json_object(path)

@@ -10,7 +10,7 @@ from svqvae_files.outputs import write_file
 from svqvae_hf.loaders.saved_parts import find_part
 from svqvae_hf.pipelines.known_objects import KnownObjects
 
-FILE = "known_objects.json"
+KNOWN_OBJECTS_FILE = "known_objects.json"
 
 
 def read_known_objects(source: str | os.PathLike, **options: Any) -> KnownObjects | None:
@@ -23,7 +23,7 @@ def read_known_objects(source: str | os.PathLike, **options: Any) -> KnownObject
     Raises:
         ValueError: The file is damaged.
     """
-    path = find_part(source, "", FILE, options)
+    path = find_part(source, "", KNOWN_OBJECTS_FILE, options)
     if path is None:
         return None
     entries = read_json_object(path)
@@ -50,4 +50,4 @@ def write_known_objects(objects: KnownObjects, folder: str | os.PathLike) -> Non
         "things": sorted(objects.things),
     }
     text = json.dumps(entries, indent=0) + "\n"
-    write_file(Path(folder, FILE), text.encode())
+    write_file(Path(folder, KNOWN_OBJECTS_FILE), text.encode())

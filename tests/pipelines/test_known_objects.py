@@ -4,11 +4,12 @@ import make_scenes
 import pytest
 import torch
 from cli_runner import svqvae
+from tiny_language_models import load_extended
 
 from svqvae_hf import DEFAULT_GENERATOR
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.pipelines.known_objects import KnownObjects
-from svqvae_hf.pipelines.known_objects_file import FILE, read_known_objects, write_known_objects
+from svqvae_hf.pipelines.known_objects_file import KNOWN_OBJECTS_FILE, read_known_objects, write_known_objects
 
 OBJECTS = KnownObjects(
     names=frozenset(["a", "on", "bearded dragon", "dragon green", "fox", "soup bowl"]),
@@ -67,9 +68,17 @@ def test_they_come_back_from_a_folder_and_a_damaged_file_is_one_error(tmp_path):
     assert read_known_objects(tmp_path) is None
     write_known_objects(OBJECTS, tmp_path)
     assert read_known_objects(tmp_path) == OBJECTS
-    (tmp_path / FILE).write_text('{"names": []}')
+    (tmp_path / KNOWN_OBJECTS_FILE).write_text('{"names": []}')
     with pytest.raises(ValueError, match="must have a list of `things`"):
         read_known_objects(tmp_path)
+
+
+def test_a_model_without_them_does_not_leave_those_of_an_earlier_model(tmp_path):
+    language_model, processor = load_extended("qwen")
+    ImageLanguageModel(language_model, processor, OBJECTS).save_pretrained(tmp_path)
+    assert ImageLanguageModel.from_pretrained(tmp_path).known_objects == OBJECTS
+    ImageLanguageModel(language_model, processor).save_pretrained(tmp_path)
+    assert ImageLanguageModel.from_pretrained(tmp_path).known_objects is None
 
 
 @pytest.mark.filterwarnings("ignore:unknown to the model:UserWarning")
