@@ -307,8 +307,9 @@ class ImageChats:
 
     def _is_black(self, mask: Image.Image, grid: tuple[int, int]) -> torch.Tensor:
         """Whether the part of a mask that belongs to each code has no white, `(rows, columns)` in bool."""
-        if mask.mode in ("LA", "PA", "RGBA"):
-            mask = mask.convert("RGB")  # without transparency
+        if mask.mode in ("LA", "P", "PA", "RGBA"):
+            mask = mask.convert("RGB")  # without an alpha channel
+        mask.info.pop("transparency", None)  # the colour that its file declares transparent
         # The image processor scales masks of floats and of 16 bits to 8 bits.
         pixels = self.image_processor(mask)["pixel_values"]
         images = self.image_processor.postprocess(pixels)  # a list of one image

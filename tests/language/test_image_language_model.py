@@ -175,6 +175,11 @@ def test_masks_keep_their_thin_strokes_and_may_be_floats():
     photo = Image.new("RGB", mask.size)
     expected = [[True, False, True, True]] + [[True] * 4] * 3
     assert pipe._ids_to_keep([photo], [mask], (4, 4), 1)[1][0].tolist() == expected
+    for mode in ("L", "P", "RGB"):
+        with_transparency = mask.convert(mode)
+        black = (0, 0, 0) if mode == "RGB" else 0
+        with_transparency.info["transparency"] = black  # as a program that shrinks PNG files may declare
+        assert pipe._ids_to_keep([photo], [with_transparency], (4, 4), 1)[1][0].tolist() == expected
     floats = Image.fromarray(np.asarray(mask, np.float32) / 255)
     assert floats.mode == "F"
     assert pipe._ids_to_keep([photo], [floats], (4, 4), 1)[1][0].tolist() == expected
