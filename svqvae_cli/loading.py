@@ -142,7 +142,7 @@ def _merge_adapter(pipeline: Any, adapter: str, base: str) -> None:
     """Merges a LoRA adapter into the language model of a generator, which was loaded from `base`."""
     with require_extra("--adapter", "train"):
         import peft  # noqa: F401
-    from svqvae_hf.loaders.adapters import load_adapter
+    from svqvae_hf.loaders.adapters import load_adapter, merge_adapter
 
     class_name = type(pipeline).__name__
     has_language_model = hasattr(pipeline, "language_model")
@@ -162,7 +162,7 @@ def _merge_adapter(pipeline: Any, adapter: str, base: str) -> None:
         cause = _describe_cause(error)
         message = f"`{adapter}` must be a LoRA adapter for the language model of --model: {cause:.300}"
         raise ValueError(message) from error
-    pipeline.language_model = adapted.merge_and_unload()
+    pipeline.language_model = merge_adapter(adapted)
 
 
 def _generator_class(source: str) -> Any:

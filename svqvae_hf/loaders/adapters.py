@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from torch import nn
 
 from svqvae_files.identity import model_file_digest, value_digest, weights_digest
 from svqvae_files.json_files import read_json_object
@@ -85,6 +86,42 @@ def load_adapter(language_model: Any, adapter: str | os.PathLike, base: str | os
             f"{len(expected_names)}: {missing_names[0]}, ... Restore the file."
         )
     return model_with_adapter
+
+
+def merge_adapter(model_with_adapter: Any) -> Any:
+    """Merges an adapter into its language model, which then has the logits of both.
+
+    Args:
+        model_with_adapter ([`~peft.PeftModel`]): From [`load_adapter`] or `PeftModel.from_pretrained`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The language model. If an adapter of the embedding or the head has changed
+        a weight that both shared, each has its own weight now.
+    """
+    _untie_adapted_head(model_with_adapter.get_base_model())
+    return model_with_adapter.merge_and_unload()
+
+
+def _untie_adapted_head(language_model: Any) -> None:
+    """Copies the weight that the head shares with the embedding, if an adapter changes one of the two.
+
+    The adapter of the embedding does not change the head, and the one of the head does not change the embedding. Both
+    would be merged into a shared weight.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer  # installed only with an extra
+
+    embedding = language_model.get_input_embeddings()
+    head = language_model.get_output_embeddings()
+    is_adapted = isinstance(embedding, BaseTunerLayer) or isinstance(head, BaseTunerLayer)
+    is_tied = language_model.config.tie_word_embeddings
+    if not is_adapted or not is_tied:
+        return
+    weights_of_embedding = list(embedding.parameters())
+    for module in head.modules():  # the layer of the adapter, and the layer inside it
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if any(weight is weight_of_embedding for weight_of_embedding in weights_of_embedding):
+            module.weight = nn.Parameter(weight.detach().clone())
+    language_model.config.tie_word_embeddings = False
 
 
 def _check_base(record: dict[str, Any], adapter: str | os.PathLike, base: str | os.PathLike, subfolder: str) -> None:

@@ -11,8 +11,11 @@ from generators import make_autoregressive, make_llamagen, make_next_scale
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from pipeline_parts import text_components
+from tiny_language_models import extended
+from transformers import AutoModelForCausalLM
 
 from svqvae_cli import generate
+from svqvae_cli.loading import load_generator
 
 PHOTO = ROOT / "docs" / "images" / "chelsea.png"
 
@@ -119,6 +122,22 @@ def test_an_adapter_is_merged(saved, saved_next_scale, tmp_path, capsys):
         (saved, "nowhere", "there is no file or folder `nowhere`"),
     ):
         assert message in fails(capsys, "generate", "--model", model, "--adapter", other, *arguments, tmp_path / "new")
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # of peft
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # that peft reads
+@pytest.mark.parametrize("layers", [["embed_tokens", "q_proj"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_an_adapter_of_a_tied_embedding_or_head_leaves_the_other_as_it_is(layers, tmp_path):
+    base = extended("llama")
+    language_model = AutoModelForCausalLM.from_pretrained(base).eval()
+    assert language_model.config.tie_word_embeddings
+    config = LoraConfig(target_modules=layers, init_lora_weights=False, lora_alpha=64)
+    adapter = get_peft_model(language_model, config).eval()
+    adapter.save_pretrained(tmp_path, save_embedding_layers=False)
+    tokens = torch.arange(9)[None]
+    merged = load_generator(str(base), "cpu", "float32", str(tmp_path)).language_model
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, adapter(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
