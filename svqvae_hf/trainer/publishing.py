@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 from accelerate.logging import get_logger
 
+from svqvae_files.identity import output_identity
+from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import write_file
 from svqvae_hf.hub.origin import STARTED_FROM, Origin, find_origin
 from svqvae_hf.hub.repositories import prepare_repo, push_folder
@@ -22,6 +24,7 @@ from svqvae_hf.trainer.options import MODEL_SUFFIX
 # In the output folder
 OPTIONS_FILE = "train_config.yaml"
 FINISHED_FILE = "finished_run.json"
+RESULT_FILES = "files"  # in that file: size and checksum of each file of the result but its card, by its path
 CARD_FILE = "README.md"
 SAMPLES = "samples/*.png"
 PARTIAL_RESULT = "result.partial"  # holds a result while it is saved; the next run deletes it if this one is killed
@@ -90,8 +93,16 @@ class Result:
         if self.push_to_hub:
             uploaded = result_files + [CARD_FILE, SAMPLES, OPTIONS_FILE]
             push_folder(self.output_dir, self.name, "Upload the trained model", files=uploaded)
-        record = json.dumps(self.identity.to_record(), indent=2)
-        write_file(self.output_dir / FINISHED_FILE, record.encode())  # last: from now on the run is finished
+        self._record_end(result_files)  # last: from now on the run is finished
+
+    def _record_end(self, result_files: Sequence[str]) -> None:
+        """Records that the run is finished, and what the files of its result are, except for its card."""
+        identities = {}
+        for name in result_files:
+            if name != CARD_FILE:  # which users edit
+                identities[name] = vars(output_identity(self.output_dir / name))
+        record = self.identity.to_record() | {RESULT_FILES: identities}
+        write_file(self.output_dir / FINISHED_FILE, json.dumps(record, indent=2).encode())
 
     def _save_partial(self, save_pretrained: Callable[..., Any]) -> Path:
         """Saves the result in a new folder inside the output folder, and returns the new folder."""
@@ -186,12 +197,14 @@ def refuse_finished(output_dir: Path, identity: RunIdentity) -> None:
 
     Raises:
         SystemExit: With code 0, if a run with the same options, models and sets has finished here.
-        ValueError: If the finished run had other options, models or sets.
+        ValueError: If the finished run had other options, models or sets, or a file of its result is missing or has
+            changed.
     """
     path = output_dir / FINISHED_FILE
     if not path.exists():
         return
-    finished_run = RunIdentity.from_file(path)
+    record = read_json_object(path)
+    finished_run = RunIdentity.from_record(record, path)
     finished_steps = finished_run.options.get("max_steps", 0)
     steps = identity.options["max_steps"]
     has_checkpoint = any(output_dir.glob("checkpoint-*"))
@@ -201,6 +214,7 @@ def refuse_finished(output_dir: Path, identity: RunIdentity) -> None:
     _check_same_options(output_dir, finished_run, identity, has_checkpoint)
     check_sources(output_dir, finished_run.models, identity.models)
     check_sources(output_dir, finished_run.sets, identity.sets)
+    _check_result(output_dir, record, has_checkpoint)
     sys.stderr.write(f"The run in `{output_dir}` has finished its {steps} steps. Nothing changed.\n")
     sys.exit(0)
 
@@ -228,6 +242,24 @@ def _check_same_options(output_dir: Path, finished: RunIdentity, identity: RunId
         f"`{output_dir}` holds the result of a finished run of {finished_steps} steps, but this run has other options "
         f"({', '.join(flags)}). Choose another `--output_dir`, {advice}."
     )
+
+
+def _check_result(output_dir: Path, record: Mapping[str, Any], has_checkpoint: bool) -> None:
+    """Raises ValueError if a file of the result of a finished run is missing or has changed."""
+    identities = record.get(RESULT_FILES)
+    if not isinstance(identities, dict):
+        raise ValueError(f"`{output_dir / FINISHED_FILE}` must hold the record of a run, but has no `{RESULT_FILES}`.")
+    for name, identity in identities.items():
+        path = output_dir / name
+        if path.is_file() and vars(output_identity(path)) == identity:
+            continue
+        fault = "has changed since" if path.exists() else "is missing"
+        advice = "or train again in another `--output_dir`"
+        if has_checkpoint:
+            advice = f"or delete `{FINISHED_FILE}` and write the result again with `--resume_from_checkpoint latest`"
+        raise ValueError(
+            f"`{path}` must be as the finished run in `{output_dir}` wrote it, but {fault}. Restore it, {advice}."
+        )
 
 
 def move_files(source: Path, target: Path) -> list[str]:

@@ -249,6 +249,24 @@ def test_a_finished_run_started_again_says_so_and_a_longer_one_trains_further(op
     assert "'3 of 2 toys'" in Path(options["output_dir"], "README.md").read_text()
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, 100)])
+def test_a_finished_run_whose_result_is_damaged_names_the_file_and_can_write_it_again(options, damage):
+    options |= {"max_steps": 2, "resume_from_checkpoint": "latest"}
+    train(options, publish=True)
+    folder = Path(options["output_dir"])
+    weights = torch.load(folder / "weights.pt")
+    damage(folder / "weights.pt")
+    with pytest.raises(ValueError, match=r"out/weights.pt` must be as the finished run .* delete `finished_run.json`"):
+        train(options, publish=True)
+    (folder / FINISHED_FILE).unlink()
+    train(options, publish=True)
+    torch.testing.assert_close(torch.load(folder / "weights.pt"), weights, rtol=0, atol=0)
+    (folder / "weights.pt").unlink()
+    shutil.rmtree(folder / "checkpoint-2")
+    with pytest.raises(ValueError, match="is missing. Restore it, or train again in another `--output_dir`"):
+        train(options, publish=True)
+
+
 @pytest.mark.parametrize(
     "sets", [{"train_data_dir": "another digest"}, {}, {"train_data_dir": "a digest", "mix": "b"}]
 )
@@ -401,7 +419,7 @@ def test_settings_of_accelerate_cannot_change_the_accumulation(options, monkeypa
 
 def test_a_set_that_was_moved_is_the_same_set(tmp_path):
     finished = RunIdentity({"max_steps": 3, "train_data_dir": "photos"}, {}, {"train_data_dir": "digest"})
-    (tmp_path / FINISHED_FILE).write_text(json.dumps(finished.to_record()))
+    (tmp_path / FINISHED_FILE).write_text(json.dumps(finished.to_record() | {"files": {}}))
     moved = {"max_steps": 3, "train_data_dir": "moved"}
     with pytest.raises(SystemExit) as end:
         refuse_finished(tmp_path, RunIdentity(moved, {}, {"train_data_dir": "digest"}))
