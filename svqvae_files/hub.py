@@ -88,4 +88,6 @@ def model_folder(source: str | os.PathLike) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(MODEL_FILES)))
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:
-        raise OSError(f"could not load the model `{source}`: {hub_reason(error)}") from error
+        raise OSError(
+            f"could not load the model `{source}`: there is no such folder, and {hub_reason(error)}"
+        ) from error

@@ -34,7 +34,7 @@ from svqvae_hf.trainer.identity import RunIdentity, model_digests, token_set_dig
 from svqvae_hf.trainer.interruption import Interruption
 from svqvae_hf.trainer.muon import MuonAndAdam, muon_groups
 from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM
-from svqvae_hf.trainer.options import public_values, raise_faults
+from svqvae_hf.trainer.options import check_models, public_values, raise_faults
 from svqvae_hf.trainer.publishing import Result, find_sources, provenance, refuse_finished, refuse_sources
 
 TRAINED_FOLDER = "trained.partial"  # in the output folder: the weights, before they are part of a result
@@ -59,6 +59,7 @@ class LanguageRun:
 
     def __init__(self, script: str, options: LanguageRunOptions, arguments: TrainingArguments):
         raise_faults(argument_faults(arguments, options))
+        check_models(options)
         refuse_sources(arguments.output_dir, options)
         self.script = script
         self.options = options

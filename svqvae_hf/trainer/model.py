@@ -14,6 +14,7 @@ from svqvae_hf.loaders.pretrained_models import SVQVAE
 from svqvae_hf.models.modeling_svqvae import AttnBlock, ResnetBlock
 from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.trainer.configs import load_network_config
+from svqvae_hf.trainer.options import check_models
 from svqvae_hf.trainer.train_options import TrainOptions
 
 RESIDUAL_GAIN = 0.1  # of the last convolution of a residual branch, relative to its usual weights
@@ -67,7 +68,7 @@ def load_model(options: TrainOptions) -> SVQVAE:
         ValueError: If there is no such model, a crop side is not a multiple of f, or k-means would have fewer latents
             than codes.
     """
-    options.check_sources("model_config_name_or_path", "pretrained_model_name_or_path")
+    check_models(options)
     if options.pretrained_model_name_or_path is not None:
         vqvae = SVQVAE.from_pretrained(options.pretrained_model_name_or_path, torch_dtype=torch.float32)
     else:

@@ -80,6 +80,25 @@ def range_faults(options: Any, bounds: Mapping[str, float], *names: str) -> Iter
             yield str(error)
 
 
+def check_models(options: Any) -> None:
+    """Raises ValueError if an option names a model that is not a file, a folder or a Hub id.
+
+    Whether the Hub has a repository is not checked here, but only the form `org/name`.
+
+    Args:
+        options: Dataclass of options. Those that end with `MODEL_SUFFIX` name models.
+    """
+    for name, source in vars(options).items():
+        names_model = name.endswith(MODEL_SUFFIX)
+        if not names_model or source is None or Path(source).exists():
+            continue
+        has_form_of_hub_id = re.fullmatch(REPO_ID, source) is not None
+        # "folder/config.json" has the form of a Hub id, but it is the path of a file that does not exist.
+        is_missing_file = source.endswith(".json")
+        if is_missing_file or not has_form_of_hub_id:
+            raise ValueError(f"`--{name}` must be a file, folder or Hub id, org/name, but there is no {source!r}.")
+
+
 def raise_faults(faults: Iterable[str]) -> None:
     """Raises one ValueError with all faults, if there are any."""
     message = " ".join(faults)
@@ -171,21 +190,6 @@ class RunOptions:
         if self.warmup_steps is not None:
             return self.warmup_steps
         return min(500, self.max_steps // 10)
-
-    def check_sources(self, *names: str) -> None:
-        """Raises ValueError if the value of an option is not a file, a folder or a Hub id.
-
-        Whether the Hub has a repository is not checked here, but only the form `org/name`.
-        """
-        for name in names:
-            source = getattr(self, name)
-            if source is None or Path(source).exists():
-                continue
-            has_form_of_hub_id = re.fullmatch(REPO_ID, source) is not None
-            # "folder/config.json" has the form of a Hub id, but it is the path of a file that does not exist.
-            is_missing_file = source.endswith(".json")
-            if is_missing_file or not has_form_of_hub_id:
-                raise ValueError(f"`--{name}` must be a file, folder or Hub id, org/name, but there is no {source!r}.")
 
     def exactly_one_faults(self, name: str, other_name: str) -> Iterator[str]:
         """Yields an error message unless exactly one of two options is given."""

@@ -15,7 +15,7 @@ from svqvae_hf.models.checks import check_same_codebook
 from svqvae_hf.trainer.data.held_out import check_held_out_tokens
 from svqvae_hf.trainer.data.token_sequences import TokenSource
 from svqvae_hf.trainer.log import Log
-from svqvae_hf.trainer.options import PipelineOptions
+from svqvae_hf.trainer.options import PipelineOptions, check_models
 from svqvae_hf.trainer.publishing import Result
 from svqvae_hf.trainer.tracking import log_images
 from svqvae_hf.trainer.weights import Weights
@@ -31,9 +31,9 @@ def load_frozen_vqvae(options: PipelineOptions, pixel_range: tuple[float, float]
         pixel_range (`tuple[float, float]`): Pixel range of the pipeline, which may differ from the SVQVAE's own.
 
     Raises:
-        ValueError: If there is no such SVQVAE, or no such config of the network.
+        ValueError: If there is no such SVQVAE, or no such config of the network or other model.
     """
-    options.check_sources("vqvae_name_or_path", "model_config_name_or_path")
+    check_models(options)
     vqvae = SVQVAE.from_pretrained(options.vqvae_name_or_path, pixel_range=pixel_range, torch_dtype=torch.float32)
     vqvae.register_to_config(_name_or_path=public_name(options.vqvae_name_or_path))
     return vqvae.requires_grad_(False)

@@ -53,5 +53,6 @@ def test_commands_say_so(command, two_images, tmp_path, capsys):
         "tokenize": [two_images, "--output", tmp_path / "out", "--model", "org/gone"],
     }[command]
     line = fails(capsys, command, *argv)
-    assert line.startswith("svqvae: error: could not load the model `org/gone`: the Hub cannot be reached")
+    assert line.startswith("svqvae: error: could not load the model `org/gone`: ")
+    assert "the Hub cannot be reached" in line
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from train_next_scale import NextScaleOptions
 from transformers import TrainingArguments
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.trainer.options import PATH_OPTIONS, read_options
+from svqvae_hf.trainer.options import PATH_OPTIONS, check_models, read_options
 from svqvae_hf.trainer.train_options import TrainOptions
 
 NEEDED = {"output_dir": "out", "model_config_name_or_path": "model.json", "train_data_dir": "photos"}
@@ -96,6 +96,14 @@ def test_wrong_files_are_refused(tmp_path, text, message):
 def test_the_first_wrong_flag_is_named(flags, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         read_options([TrainOptions], flags)
+
+
+def test_models_are_files_folders_or_hub_ids(tmp_path):
+    for model in ("org/name", str(tmp_path)):
+        check_models(LlamaGenOptions(pipeline_name_or_path=model, token_set="tokens"))
+    for model in ("name", "./org/name", "a/b/c", "org/config.json"):
+        with pytest.raises(ValueError, match="must be a file, folder or Hub id, org/name, but there is no"):
+            check_models(LlamaGenOptions(pipeline_name_or_path=model, token_set="tokens"))
 
 
 def test_help_explains_the_options_of_the_script_first(capsys):

@@ -541,6 +541,7 @@ def test_what_would_fail_the_upload_ends_the_run_before_its_first_step(
             {"validation_data_dir": ["copies"], "output_dir": "copies/out"},
             "`copies/out` must not be in `copies`",
         ),
+        ({"model_config_name_or_path": "nowhere.json"}, "but there is no 'nowhere.json'"),
         ({"model_config_name_or_path": "list.json"}, "`list.json` must hold a JSON object, but holds a list"),
         ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has base_chanels"),
         ({"lpips_weight": 1.0, "lpips_weights": "/nowhere.pth"}, "/nowhere.pth"),

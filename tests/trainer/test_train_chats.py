@@ -538,13 +538,17 @@ def test_lora_trains_new_rows_and_leaves_a_model_of_texts(train, family, tmp_pat
         ({"model_name_or_path": None}, "`--model_name_or_path` must be given. To train a LlamaGen, use"),
         ({"caption_column": "text"}, "`--caption_column` must hold texts or lists of texts, but 'text' holds None"),
         ({"caption_column": "height"}, "`--caption_column` must hold texts or lists of texts, but 'height' holds"),
+        (
+            {"model_name_or_path": "nowhere"},
+            "`--model_name_or_path` must be a file, folder or Hub id, org/name, but there",
+        ),
         ({"model_name_or_path": "foreign"}, "the ids must be of the model's codebook"),
         ({"model_name_or_path": "small"}, "`grid` must be one of the rows x columns of codes that the model knows"),
     ],
 )
 def test_wrong_options_are_explained(train, changes, message, tmp_path):
     source = changes.get("model_name_or_path")
-    if source is not None:
+    if source in ("foreign", "small"):
         original, vqvae = extended("qwen").parent / "original", extended("qwen").parent / "vqvae"
         if source == "foreign":
             vqvae = tmp_path / "vqvae"

@@ -321,6 +321,12 @@ def test_the_last_class_without_a_name_may_be_absent_from_held_out_images(classe
         ({"vqvae_name_or_path": "other"}, "codebook"),
         ({"output_dir": "tokens"}, "`--output_dir` must not be the folder of `--token_set`, whose files would be"),
         ({"label_column": "key"}, "`--label_column` must hold a class, or an integer of at least 0, in each row, but"),
+        ({"model_config_name_or_path": "nowhere.json"}, "`--model_config_name_or_path` must be a file, folder or Hub"),
+        ({"text_encoder_name_or_path": "nowhere"}, "`--text_encoder_name_or_path` must be a file, folder or Hub id"),
+        (
+            {"vqvae_name_or_path": "out/nowhere"},
+            "could not load the model `out/nowhere`: there is no such folder, and",
+        ),
         ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has hiden_size"),
         ({"model_config_name_or_path": "llama.json"}, "must be a config of type llamagen, but `llama.json` is"),
         ({"validation_token_set": "tokens"}, "not trained on, but `class0/photo.png` of .* is also in"),
