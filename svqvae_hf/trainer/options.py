@@ -81,7 +81,7 @@ def range_faults(options: Any, bounds: Mapping[str, float], *names: str) -> Iter
 
 
 def check_models(options: Any) -> None:
-    """Raises ValueError if an option names a model that is not a file, a folder or a Hub id.
+    """Raises ValueError if an option names a model that is not a file, a folder or a Hub id, or that is an adapter.
 
     Whether the Hub has a repository is not checked here, but only the form `org/name`.
 
@@ -90,13 +90,31 @@ def check_models(options: Any) -> None:
     """
     for name, source in vars(options).items():
         names_model = name.endswith(MODEL_SUFFIX)
-        if not names_model or source is None or Path(source).exists():
-            continue
-        has_form_of_hub_id = re.fullmatch(REPO_ID, source) is not None
-        # "folder/config.json" has the form of a Hub id, but it is the path of a file that does not exist.
-        is_missing_file = source.endswith(".json")
-        if is_missing_file or not has_form_of_hub_id:
-            raise ValueError(f"`--{name}` must be a file, folder or Hub id, org/name, but there is no {source!r}.")
+        if names_model and source is not None:
+            _check_model(f"--{name}", source)
+
+
+def _check_model(flag: str, source: str) -> None:
+    """Checks the value of one option that names a model, see [`check_models`]."""
+    if _is_adapter(Path(source)):
+        raise ValueError(
+            f"`{flag}` must be a whole model, but `{source}` is a LoRA adapter. Merge it into its base, save the "
+            "merged model, and pass its folder."
+        )
+    if Path(source).exists():
+        return
+    has_form_of_hub_id = re.fullmatch(REPO_ID, source) is not None
+    # "folder/config.json" has the form of a Hub id, but it is the path of a file that does not exist.
+    is_missing_file = source.endswith(".json")
+    if is_missing_file or not has_form_of_hub_id:
+        raise ValueError(f"`{flag}` must be a file, folder or Hub id, org/name, but there is no {source!r}.")
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a LoRA adapter without its base."""
+    has_adapter = (folder / "adapter_config.json").is_file()
+    has_model = (folder / "config.json").is_file()
+    return has_adapter and not has_model
 
 
 def raise_faults(faults: Iterable[str]) -> None:

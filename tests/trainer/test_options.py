@@ -106,6 +106,16 @@ def test_models_are_files_folders_or_hub_ids(tmp_path):
             check_models(LlamaGenOptions(pipeline_name_or_path=model, token_set="tokens"))
 
 
+def test_an_adapter_is_not_a_model_to_train_further(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for options in (
+        LlamaGenOptions(pipeline_name_or_path=str(tmp_path), token_set="tokens"),
+        LanguageModelOptions(model_name_or_path=str(tmp_path), token_set="tokens"),
+    ):
+        with pytest.raises(ValueError, match="must be a whole model, but `.*` is a LoRA adapter. Merge it into its"):
+            check_models(options)
+
+
 def test_help_explains_the_options_of_the_script_first(capsys):
     with pytest.raises(SystemExit):
         read_options([LanguageModelOptions, TrainingArguments], ["--help"])
