@@ -1,10 +1,11 @@
 """Held-out images of `--validation_data_dir`: opens the set, and reads centre crops of some images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from denoiser import PIXEL_RANGE
 from diffusion_options import DiffusionOptions
 from PIL import Image
@@ -12,13 +13,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data.image_parts import IndexedRows
-from svqvae_hf.data.image_rows import ImageRow, read_image
+from svqvae_hf.data.image_rows import ImageRow, fault_of, read_image
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.trainer.data.crop_batches import has_label
 from svqvae_hf.trainer.data.crop_loader import prepare_worker
 from svqvae_hf.trainer.data.crops import CropPolicy
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.options import about_split
+
+logger = get_logger(__name__, log_level="INFO")
 
 
 @dataclass
@@ -28,10 +31,21 @@ class HeldOut:
     Args:
         rows ([`~svqvae_hf.data.image_parts.IndexedRows`]): The images.
         digest (`str`): Digest of the set.
+
+    Attributes:
+        logged_keys (`set[str]`): Keys of the skipped images that the log has named.
     """
 
     rows: IndexedRows
     digest: str
+    logged_keys: set[str] = field(default_factory=set, init=False)
+
+    def log_skipped(self, batch: "HeldOutBatch") -> None:
+        """Logs the images of a batch that were skipped, each once."""
+        for key, reason in batch.skipped:
+            if key not in self.logged_keys:
+                self.logged_keys.add(key)
+                logger.warning(f"Skipped `{key}` of `--validation_data_dir`: {reason}", main_process_only=False)
 
 
 def open_held_out(options: DiffusionOptions, images: ImageSource) -> HeldOut | None:
@@ -74,11 +88,13 @@ class HeldOutBatch:
         numbers (`list[int]`): Numbers of the images in the set.
         sample (`torch.Tensor` of shape `(B, 3, side, side)`): Crops in `PIXEL_RANGE`.
         labels (`list[int]`, *optional*): Labels of the images; `None` without `--label_column`.
+        skipped (`list[tuple[str, str]]`): Keys of images that were left out, with reasons: unreadable or no label.
     """
 
     numbers: list[int]
     sample: torch.Tensor
     labels: list[int] | None
+    skipped: list[tuple[str, str]]
 
 
 @dataclass
@@ -122,33 +138,34 @@ def load_held_out(options: DiffusionOptions, held_out: HeldOut, accelerator: Acc
 def read_held_out(options: DiffusionOptions, held_out: HeldOut, numbers: range) -> HeldOutBatch:
     """Reads held-out images, and cuts their centres. Unreadable ones, and those without a label, are left out."""
     policy = CropPolicy([options.resolution], center_crop=True, random_flip=False, resize_range=[1.0, 1.0])
+    label_column = options.label_column
     numbers_of_crops = []
     crops: list[Any] = []
     labels: list[int] = []  # stays empty without `--label_column`
+    skipped: list[tuple[str, str]] = []
     for number in numbers:
         row = held_out.rows[number]
-        image = read_or_none(row)
-        if image is None:
+        try:
+            image = read_labelled_image(row, label_column)
+        except (OSError, ValueError) as error:
+            skipped.append((row.key, fault_of(error)))
             continue
-        if options.label_column is not None:
-            label = row.values[options.label_column]
-            if not has_label(label):
-                continue
-            labels.append(label)
+        if label_column is not None:
+            labels.append(row.values[label_column])
         numbers_of_crops.append(number)
         crops.append(policy.cut(image, options.resolution, seed=[number]))
     if not crops:
-        return HeldOutBatch([], torch.empty(0), None)
+        return HeldOutBatch([], torch.empty(0), None, skipped)
     processor = SVQVAEImageProcessor(pixel_range=PIXEL_RANGE)
     sample = processor.preprocess(crops)["pixel_values"]  # (B, 3, side, side)
-    if options.label_column is None:
-        return HeldOutBatch(numbers_of_crops, sample, None)
-    return HeldOutBatch(numbers_of_crops, sample, labels)
+    if label_column is None:
+        return HeldOutBatch(numbers_of_crops, sample, None, skipped)
+    return HeldOutBatch(numbers_of_crops, sample, labels, skipped)
 
 
-def read_or_none(row: ImageRow) -> Image.Image | None:
-    """Reads the image of a row; None if it is unreadable."""
-    try:
-        return read_image(row)
-    except (OSError, ValueError):
-        return None
+def read_labelled_image(row: ImageRow, label_column: str | None) -> Image.Image:
+    """Reads the image of a row. Raises OSError or ValueError if it is unreadable or has no label in the column."""
+    image = read_image(row)
+    if label_column is not None and not has_label(row.values[label_column]):
+        raise ValueError("it has no label.")
+    return image

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.logging import get_logger
 
 from svqvae_files.identity import value_digest
 from svqvae_hf import SVQVAE
@@ -22,6 +23,8 @@ from svqvae_hf.trainer.weights import Weights
 
 SHOWN_IMAGES = 4
 
+logger = get_logger(__name__, log_level="INFO")
+
 
 @dataclass
 class ValidationSet:
@@ -30,11 +33,13 @@ class ValidationSet:
     Args:
         name (`str`): Name in the log: `validation`, `validation_2`, ...
         batches (`Sequence[torch.Tensor]`): Centre crops `(B, 3, side, side)` of its first images.
+        num_skipped (`int`): Number of images among them that cannot be read.
         digest (`str`): Digest of the whole set.
     """
 
     name: str
     batches: Sequence[torch.Tensor]
+    num_skipped: int
     digest: str
 
     @property
@@ -47,7 +52,7 @@ def open_validation_sets(options: TrainOptions, images: ImageSource) -> list[Val
     """Opens the set of each `--validation_data_dir`.
 
     Raises:
-        ValueError: If an image of a set is trained on.
+        ValueError: If an image of a set is trained on, or a set has no readable image.
     """
     sets = []
     for number, folder in enumerate(options.validation_data_dir, 1):
@@ -57,11 +62,17 @@ def open_validation_sets(options: TrainOptions, images: ImageSource) -> list[Val
             )
         images.check_held_out(held_out)
         crops = centre_crops(held_out, options.num_validation_images, options.resolution, images.pixel_range)
+        for key, reason in crops.skipped:
+            logger.warning(f"Skipped `{key}` of `{folder}`: {reason}")
+        if len(crops.sample) == 0:
+            raise ValueError(
+                f"`--validation_data_dir` must hold at least one readable image, but `{folder}` holds none."
+            )
         name = "validation"
         if number > 1:
             name = f"validation_{number}"
-        batches = crops.split(options.per_device_train_batch_size)
-        sets.append(ValidationSet(name, batches, held_out.fingerprint))
+        batches = crops.sample.split(options.per_device_train_batch_size)
+        sets.append(ValidationSet(name, batches, len(crops.skipped), held_out.fingerprint))
     return sets
 
 
@@ -198,10 +209,10 @@ def describe_validations(validation_set: ValidationSet, validations: Validations
     """Numbers of a set in the validation that was chosen and in the first one, as text for the card."""
     chosen = list_numbers(validations.chosen[validation_set.name])
     first = list_numbers(validations.first[validation_set.name])
-    return (
-        f"{validation_set.num_images} images, centre crops: {chosen} after step {validations.step:,}; "
-        f"{first} in the first validation"
-    )
+    images = f"{validation_set.num_images} images"
+    if validation_set.num_skipped > 0:
+        images += f" ({validation_set.num_skipped} that cannot be read are skipped)"
+    return f"{images}, centre crops: {chosen} after step {validations.step:,}; {first} in the first validation"
 
 
 def list_numbers(numbers: dict[str, float]) -> str:

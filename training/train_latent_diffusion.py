@@ -240,6 +240,7 @@ def measure(run: Run[DiffusionOptions], denoise: Denoising, held_out: HeldOut) -
     sum_of_losses = 0.0  # of the images of this process
     num_images = 0
     for batch in load_held_out(run.options, held_out, accelerator):
+        held_out.log_skipped(batch)
         has_images = len(batch.numbers) > 0  # unreadable images are left out of a batch, perhaps all of them
         if has_images:
             losses = losses_of_images(denoise, batch, accelerator.device)  # (B,)

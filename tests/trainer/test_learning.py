@@ -55,7 +55,7 @@ def options(tmp_path):
 
 def blocks_of(images, count, side):
     """Blocks of 4 x 4 pixels as rows."""
-    sample = centre_crops(open_images([images]), count, side, (0.0, 1.0))
+    sample = centre_crops(open_images([images]), count, side, (0.0, 1.0)).sample
     return sample.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(-1, 48)
 
 

@@ -215,6 +215,23 @@ def test_a_run_is_not_resumed_with_other_validations(options, inputs, tmp_path, 
         run(**options | {"max_steps": 2, "resume_from_checkpoint": "latest"} | changes)
 
 
+def test_unreadable_images_of_a_validation_are_logged_and_counted(options, inputs, tmp_path, caplog):
+    held_out = tmp_path / "held_out"
+    shutil.copytree(inputs / "held_out", held_out)
+    (held_out / "broken.png").write_bytes(b"no image")
+    options |= SMALL | {"validation_data_dir": [str(held_out)], "max_steps": 1}
+    run(**options)
+    assert re.search(r"Skipped `broken.png` of `.*/held_out`: the image", caplog.text)
+    card = Path(options["output_dir"], "README.md").read_text()
+    assert re.search(r"images \(1 that cannot be read are skipped\), centre crops: ", card)
+    for path in held_out.iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(
+        ValueError, match="`--validation_data_dir` must hold at least one readable image, but `.*held_"
+    ):
+        run(**options | {"output_dir": str(tmp_path / "another")})
+
+
 # Two processes
 
 

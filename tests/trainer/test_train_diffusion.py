@@ -162,6 +162,7 @@ def test_the_loss_of_a_validation_is_a_mean_over_images_for_any_batch(
         train_latent_diffusion.Denoising.draw_noise = draw_noise
     (first, *_) = logged(caplog, "validation/loss").values()
     assert len(drawn) == 5 + 1 + 5, "each image once, in both validations"
+    assert caplog.text.count("Skipped `cat/broken.png` of `--validation_data_dir`: the image") == 1
     assert first == LOSSES.setdefault("first", first)
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from svqvae_hf.data.image_rows import ImageRow, read_image
+from svqvae_hf.data.image_rows import ImageRow, fault_of, read_image
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 
 SIDE = 0  # first word of the seed of sides
@@ -59,7 +58,20 @@ class CropPolicy:
         return crop
 
 
-def centre_crops(images: Iterable[ImageRow], count: int, side: int, pixel_range: tuple[float, float]) -> torch.Tensor:
+@dataclass(frozen=True)
+class CentreCrops:
+    """Centres of images.
+
+    Args:
+        sample (`torch.Tensor` of shape `(B, 3, side, side)`): The crops.
+        skipped (`list[tuple[str, str]]`): Keys of images that cannot be read, with reasons.
+    """
+
+    sample: torch.Tensor
+    skipped: list[tuple[str, str]]
+
+
+def centre_crops(images: Iterable[ImageRow], count: int, side: int, pixel_range: tuple[float, float]) -> CentreCrops:
     """Cuts the centres of the first readable images.
 
     Args:
@@ -67,24 +79,22 @@ def centre_crops(images: Iterable[ImageRow], count: int, side: int, pixel_range:
         count (`int`): Maximum number of crops.
         side (`int`): Side in pixels. A smaller image is enlarged to hold it.
         pixel_range (`tuple[float, float]`): Values of black and white.
-
-    Returns:
-        `torch.Tensor` of shape `(count, 3, side, side)` in `pixel_range`.
-
-    Raises:
-        ValueError: If no image is readable.
     """
     crops: list[Any] = []
+    skipped: list[tuple[str, str]] = []
     for row in images:
-        with suppress(OSError, ValueError):  # unreadable
+        try:
             image = read_image(row)
-            crop = _crop(image, side, factor=1.0, position=CENTRE)
-            crops.append(crop)
+        except (OSError, ValueError) as error:
+            skipped.append((row.key, fault_of(error)))
+            continue
+        crops.append(_crop(image, side, factor=1.0, position=CENTRE))
         if len(crops) == count:
             break
     if not crops:
-        raise ValueError("The set must hold at least one readable image, but holds none.")
-    return SVQVAEImageProcessor(pixel_range=pixel_range).preprocess(crops)["pixel_values"]
+        return CentreCrops(torch.empty(0, 3, side, side), skipped)
+    sample = SVQVAEImageProcessor(pixel_range=pixel_range).preprocess(crops)["pixel_values"]
+    return CentreCrops(sample, skipped)
 
 
 def _crop(image: Image.Image, side: int, factor: float, position: Sequence[float]) -> Image.Image:
