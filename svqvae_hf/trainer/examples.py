@@ -438,10 +438,10 @@ def _check_images_of_text(row: Any, processor: SVQVAEProcessor) -> None:
     """
     images = row.get("images", [])
     for rows_of_ids in images:
-        ids = torch.tensor(rows_of_ids)
-        if ids.dtype != torch.int64:
-            raise ValueError("an id of its images is not a whole number")
-        _check_ids(ids, processor)
+        for row_of_ids in rows_of_ids:
+            if any(type(id) is not int for id in row_of_ids):  # `true` is an int of another type
+                raise ValueError("an id of its images is not a whole number")
+        _check_ids(torch.tensor(rows_of_ids), processor)
     num_placeholders = row["text"].count(processor.image_token)
     if num_placeholders != len(images):
         raise ValueError(f"it has {num_placeholders} {processor.image_token} for {len(images)} images")

@@ -153,6 +153,7 @@ def test_texts_with_images_are_learned_whole(tokens, tmp_path):
         ('{"text": "<|image|>"}', "it has 1 <|image|> for 0 images"),
         ('{"text": "<|image|>", "images": [[[1, 64], [3, 4]]]}', "ids must be in [0, 64)"),
         ('{"text": "<|image|>", "images": [[[1, 2.5], [3, 4]]]}', "an id of its images is not a whole number"),
+        ('{"text": "<|image|>", "images": [[[1, true], [3, 4]]]}', "an id of its images is not a whole number"),
     ],
 )
 def test_wrong_texts_are_refused_by_their_line(line, reason, tmp_path):
