@@ -118,7 +118,10 @@ def _untie_adapted_head(language_model: Any) -> None:
         return
     weights_of_embedding = list(embedding.parameters())
     for module in head.modules():  # the layer of the adapter, and the layer inside it
-        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        parameters = dict(module.named_parameters(recurse=False))
+        if "weight" not in parameters:
+            continue
+        weight = parameters["weight"]
         if any(weight is weight_of_embedding for weight_of_embedding in weights_of_embedding):
             module.weight = nn.Parameter(weight.detach().clone())
     language_model.config.tie_word_embeddings = False
