@@ -11,7 +11,6 @@ import torch
 from transformers import GenerationConfig
 
 from svqvae_hf import SVQVAEProcessor
-from svqvae_hf.pipelines.captions import keep_known_words
 from svqvae_hf.pipelines.image_chats import MAX_REWRITTEN_TOKENS, REWRITES
 
 TRIES = 8
@@ -39,7 +38,6 @@ def rewrite(server: str, model: str, processor: SVQVAEProcessor, caption: str) -
 def draw(server: str, model: str, caption: str, scale: float = 1.5, **sampling: float) -> torch.Tensor:
     """Draws the ids `(height, width)` of one picture."""
     processor = SVQVAEProcessor.from_pretrained(model)
-    (caption,) = keep_known_words(processor.tokenizer, [caption])
     vocabulary = processor.vocabulary
     grid = vocabulary.grids[0]
     rows, columns = grid

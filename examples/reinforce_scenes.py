@@ -19,7 +19,6 @@ from trl import GRPOConfig, GRPOTrainer
 
 from svqvae_hf import SVQVAEProcessor
 from svqvae_hf.language.image_language_model import ImageLanguageModel
-from svqvae_hf.pipelines.captions import keep_known_words
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -51,13 +50,14 @@ def grade(scene: Scene, plain_caption: str) -> float:
     return max(shares) / 2
 
 
-def prompts_of(processor: SVQVAEProcessor, captions: Sequence[str]) -> list[str]:
-    """Prompts that end where the first code of the picture is due."""
-    begun_answer = {"role": "assistant", "content": processor.begin_image(processor.vocabulary.grids[0])}
+def prompts_of(model: ImageLanguageModel, captions: Sequence[str]) -> list[str]:
+    """Prompts that end where the first code of the picture is due, after the caption that the model writes first."""
+    begin_image = model.processor.begin_image(model.processor.vocabulary.grids[0])
+    written = model.rewrite(captions) if model.rewrites else [""] * len(captions)
     prompts = []
-    for caption in keep_known_words(processor.tokenizer, captions):
-        chat = [{"role": "user", "content": caption}, begun_answer]
-        prompts.append(processor.apply_chat_template(chat, continue_final_message=True))
+    for caption, start in zip(captions, written, strict=True):
+        chat = [{"role": "user", "content": caption}, {"role": "assistant", "content": start + begin_image}]
+        prompts.append(model.processor.apply_chat_template(chat, continue_final_message=True))
     return prompts
 
 
@@ -106,7 +106,7 @@ def main() -> None:
         model.language_model,
         reward_funcs=make_reward(model.processor, grader),
         args=config,
-        train_dataset=Dataset.from_dict({"prompt": prompts_of(model.processor, captions), "meaning": meanings}),
+        train_dataset=Dataset.from_dict({"prompt": prompts_of(model, captions), "meaning": meanings}),
         processing_class=model.tokenizer,
     )
     trainer.train()

@@ -150,8 +150,7 @@ def _generate(args: argparse.Namespace, work: Run[str], images: Mapping[str, Pla
 
 
 def _report_prompts(pipeline: Any, prompts: list[str]) -> None:
-    """Says on stderr what a generator makes of captions: words and things that it leaves out, and new captions."""
-    _warn_of_unknown_words(pipeline, prompts)
+    """Says on stderr what a generator makes of captions: things that it cannot draw, and new captions."""
     _warn_of_undrawable_things(pipeline, prompts)
     _tell_rewritten_prompts(pipeline, prompts)
 
@@ -172,18 +171,6 @@ def _batches(names: Iterator[str], size: int) -> Iterator[list[str]]:
     while batch:
         yield batch
         batch = list(islice(names, size))
-
-
-def _warn_of_unknown_words(pipeline: Any, prompts: list[str]) -> None:
-    """Says on stderr which words of captions a generator leaves out, because its tokenizer knows whole words alone."""
-    from svqvae_hf.pipelines.captions import keep_known_words, say_unknown, unknown_words
-
-    reads_any_word = hasattr(pipeline, "text_encoder")  # such as T5, which cuts words in pieces
-    if not prompts or pipeline.tokenizer is None or reads_any_word:
-        return
-    if keep_known_words(pipeline.tokenizer, prompts) != prompts:
-        message = say_unknown(unknown_words(pipeline.tokenizer, prompts))
-        print(f"svqvae: {message}", file=sys.stderr)
 
 
 def _advise_temperature(pipeline: Any, args: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from svqvae_hf.language.image_language_model import ImageLanguageModel
-from svqvae_hf.pipelines.captions import say_unknown, unknown_words
 from svqvae_hf.pipelines.known_objects import say_undrawable
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
 
@@ -107,10 +106,6 @@ class PageGenerator(ABC):
         """Caption of a picture, by a generator that describes."""
         raise NotImplementedError
 
-    def words_left_out(self, prompt: str) -> list[str]:
-        """Words of a prompt that the generator does not know."""
-        return unknown_words(self.model.tokenizer, [prompt])
-
     def things_undrawable(self, prompt: str) -> list[str]:
         """Words of a prompt for things that the generator cannot draw; none if it does not tell."""
         return []
@@ -128,19 +123,16 @@ class PageGenerator(ABC):
             facts += self._prompt_notes(request.prompt)
         return html.escape(", ".join(facts))
 
-    def rewritten(self, prompt: str) -> str:
+    def caption_drawn_for(self, prompt: str) -> str:
         """The prompt itself, or the caption into which a model rewrites it."""
         return prompt
 
     def _prompt_notes(self, prompt: str) -> list[str]:
-        """Notes that tell what is drawn in place of the prompt, which words are left out, and what cannot be drawn."""
+        """Notes that tell what is drawn in place of the prompt, and which things cannot be drawn."""
         notes = []
-        rewritten = self.rewritten(prompt)
-        if rewritten != prompt:
-            notes.append(f"drawn as “{rewritten}”")
-        words = self.words_left_out(prompt)
-        if words:
-            notes.append(say_unknown(words))
+        caption = self.caption_drawn_for(prompt)
+        if caption != prompt:
+            notes.append(f"drawn as “{caption}”")
         things = self.things_undrawable(prompt)
         if things:
             notes.append(say_undrawable(things))
@@ -179,12 +171,6 @@ class PipelineGenerator(PageGenerator):
             generator=request.random_generator(), top_p=TOP_P, callback_on_step_end=callback, **options
         )
         return result.images[0]
-
-    def words_left_out(self, prompt: str) -> list[str]:
-        """None with a text encoder such as T5, which reads any word."""
-        if hasattr(self.model, "text_encoder"):
-            return []
-        return super().words_left_out(prompt)
 
     def _condition(self, request: Request) -> dict[str, Any]:
         """Arguments of the pipeline for the prompt or the class; none without either."""
@@ -236,7 +222,7 @@ class LanguageModelGenerator(PageGenerator):
         """Words of a prompt for things that the model cannot draw, if its `known_objects` tell."""
         return self.model.undrawable([prompt])
 
-    def rewritten(self, prompt: str) -> str:
+    def caption_drawn_for(self, prompt: str) -> str:
         """The caption into which the model rewrites a prompt, if it rewrites prompts."""
         if not prompt:
             return prompt

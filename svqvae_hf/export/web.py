@@ -213,7 +213,6 @@ def drawing_settings(drawing: DrawingModel) -> dict[str, Any]:
         "end_token": model.tokenizer.eos_token_id,
         "add_special_tokens": template.add_special_tokens,
         "no_condition": model.processor.no_condition,
-        "unknown_token": model.tokenizer.unk_token_id,
         "pad_token": model.tokenizer.pad_token_id,
         "max_prompt_tokens": context - num_read_ids,
         "layers": layers,

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from transformers import BatchFeature, PreTrainedModel
 
-from .captions import has_words, keep_known_words
+from .captions import has_words
 from .id_sampler import IdSampler
 from .known_objects import KnownObjects, say_undrawable
 from .sampling import Generators, check_generators, check_sampling, guide, sample
@@ -146,10 +146,9 @@ class ImageChats:
         """Draws one image per caption, or edits images.
 
         Args:
-            prompts (`str` or `Sequence[str]`): A caption, or one per image; None for an image without one. Words and
-                symbols that a tokenizer of whole words lacks are left out, with a warning. Another warning names
-                things that the model cannot draw, if its `known_objects` tell. A model that rewrites captions draws
-                what `rewrite` returns.
+            prompts (`str` or `Sequence[str]`): A caption, or one per image; None for an image without one. A warning
+                names things that the model cannot draw, if its `known_objects` tell. A model that rewrites captions
+                draws what `rewrite` returns.
             grid (`tuple[int, int]`, *optional*): Rows and columns of codes, by default the first of the model.
             guidance_scale (`float`, *optional*): Scale of classifier-free guidance. The defaults of this and of the
                 next three arguments are in `sampling`.
@@ -165,7 +164,7 @@ class ImageChats:
 
         Raises:
             ValueError: If an argument of sampling is out of its range, the model does not know the grid, there are
-                no captions or not as many images, masks or generators, or the tokenizer knows no word of a caption.
+                no captions or not as many images, masks or generators, or a caption has no word.
         """
         texts = _list_of_prompts(prompts)
         _check_prompts(texts)
@@ -239,16 +238,8 @@ class ImageChats:
         return sampling
 
     def _questions(self, texts: Sequence[str | None]) -> list[str]:
-        """What the model is asked for each caption, without unknown words, or for an image without a caption."""
-        captions = [text for text in texts if text is not None]
-        known_captions = iter(keep_known_words(self.tokenizer, captions))
-        questions = []
-        for text in texts:
-            if text is None:
-                questions.append(self.processor.no_condition)
-            else:
-                questions.append(next(known_captions))
-        return questions
+        """What the model is asked for each caption, or for an image without a caption."""
+        return [self.processor.no_condition if text is None else text for text in texts]
 
     def _captions_before_images(self, questions: Sequence[str]) -> list[str]:
         """Captions that the model writes before the images of questions; empty if it writes none."""

@@ -8,6 +8,7 @@ from make_scenes import Scene
 from PIL import Image
 
 from svqvae_hf import DEFAULT_GENERATOR, SVQVAEProcessor
+from svqvae_hf.language.image_language_model import ImageLanguageModel
 
 FOX = Scene("blue", (("large", "fox"),))
 
@@ -46,7 +47,8 @@ def test_the_reward_reads_the_picture_of_the_tokens(example):
 
 
 def test_the_first_code_is_due_at_the_end_of_a_prompt(example):
-    processor = SVQVAEProcessor.from_pretrained(DEFAULT_GENERATOR)
-    (prompt,) = example.prompts_of(processor, ["a fox on blue"])
+    model = ImageLanguageModel.from_pretrained(DEFAULT_GENERATOR)
+    processor = model.processor
+    (prompt,) = example.prompts_of(model, ["a fox on blue"])
     tokens = torch.tensor(processor.tokenizer(prompt).input_ids)
     assert tokens[-2:].tolist() == processor.vocabulary.begin_image(processor.vocabulary.grids[0])

@@ -36,7 +36,8 @@ def make_tokenizer(texts: list[str], size: int = VOCABULARY) -> PreTrainedTokeni
         [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase(), *spelled_out]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
+    without_prefix_space = decoders.Strip(content=" ", left=1, right=0)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), without_prefix_space])
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=[BEGIN, END, ANSWER],

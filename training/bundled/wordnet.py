@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from make_scenes import GROUNDS, OBJECTS
-from scene_captions import VOICES, caption_words, known_names, read_wordings
+from scene_captions import VOICES, caption_words, known_names, read_wordings, texts_of
 
 from svqvae_hf.pipelines.known_objects import KnownObjects
 from svqvae_hf.pipelines.known_objects_file import write_known_objects
@@ -372,7 +372,9 @@ def main() -> None:
     words.update(common_words(options.wordnet, "verb"))
     entries = {"objects": objects, "adjectives": common_adjectives, "words": sorted(words)}
     options.out.write_text(json.dumps(entries, indent=0) + "\n", encoding="utf-8")
-    names = caption_words().union(OBJECTS, *objects.values())
+    survey = texts_of(list(read_wordings("xkcd")["colours"].values()))
+    colours = [name for name in survey if " " in name]  # "tomato red", but a tomato alone is a thing
+    names = caption_words().union(OBJECTS, colours, *objects.values())
     things = find_things(nouns, names)
     known_objects = KnownObjects(frozenset(names), frozenset(things), tuple(OBJECTS), tuple(GROUNDS))
     write_known_objects(known_objects, options.folder)

@@ -113,7 +113,7 @@ function setUpDrawing(model) {
   function draw() {
     const seed = Number(find("#seed").value);
     if (!find("#seed").checkValidity()) return fail(section, "The seed must be a whole number from 0 to 4,294,967,295.");
-    if (!caption.value.trim()) return fail(section, "Type what to draw, or press an example.");
+    if (!/[\p{L}\p{N}\p{S}]/u.test(caption.value)) return fail(section, "Type what to draw, or press an example.");
     const request = {
       kind: "draw",
       caption: caption.value,
@@ -124,7 +124,7 @@ function setUpDrawing(model) {
     start(section, request, (message) => show(message, request));
   }
 
-  function show({ kind, image, ids, rows, columns, written, unknown, undrawable, seconds }, request) {
+  function show({ kind, image, ids, rows, columns, written, undrawable, seconds }, request) {
     if (rows === 1) {
       picture.width = columns * model.f;
       picture.height = model.rows * model.f;
@@ -136,8 +136,7 @@ function setUpDrawing(model) {
     picture.setAttribute("aria-label", `Picture of ${request.caption}`);
     const isDone = kind === "done";
     const progress = isDone ? `Drawn in ${seconds.toFixed(1)} s, seed ${request.seed}.` : `Row ${rows} of ${model.rows} …`;
-    const others = undrawable.filter((thing) => !unknown.includes(thing));
-    say(section.result, progress + understoodAs(written) + leftOut(unknown) + cannotDraw(others));
+    say(section.result, progress + understoodAs(written) + cannotDraw(undrawable));
     panel.show({ ids, rows, columns, image, allRows: model.rows, name: request.caption, isWhole: isDone });
   }
 }
@@ -146,12 +145,6 @@ const quoted = (words) => words.map((word) => `“${word}”`).join(", ");
 
 function understoodAs(written) {
   return written ? ` The model understood: “${written}”.` : "";
-}
-
-function leftOut(words) {
-  if (!words.length) return "";
-  const them = words.length > 1 ? "them" : "it";
-  return ` The model does not know ${quoted(words)}, so it left ${them} out.`;
 }
 
 function cannotDraw(things) {

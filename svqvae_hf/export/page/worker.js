@@ -7,8 +7,6 @@ import { Tokenizer } from "./runtime/tokenizers.min.mjs";
 
 const WASM = "runtime/ort-wasm-simd-threaded.wasm";
 const MAX_IDS = 6144; // 768 x 512 pixels at f = 8. Attention takes 8 bytes per pair of ids.
-// Words and symbols such as emoji, with the characters that join others.
-const WORD = /[\p{L}\p{N}_'’][\p{L}\p{N}_'’\p{Cf}\p{Me}\p{Mn}]*|\p{S}[\p{S}\p{Cf}\p{Me}\p{Mn}]*/gu;
 
 // By these, things that the model cannot draw are told from other words, as `KnownObjects` of the library does.
 const LONGEST_NAME = 4; // words
@@ -117,9 +115,8 @@ async function draw({ job, caption, seed, guidance, temperature }, post) {
   const paths = ["drawing/tokenizer.json", "drawing/tokenizer_config.json", "drawing/row.onnx", "drawing/decoder.onnx"];
   if (model.objects.length) paths.push("drawing/known_objects.json");
   await prepare(paths, post);
-  const { text, unknown } = await knownWords(caption, model);
   const undrawable = await undrawableThings(caption, model);
-  const question = model.before + text + model.after;
+  const question = model.before + caption + model.after;
   const written = model.rewrites ? await rewrite(question, model) : "";
   const withCaption = await tokensOf(question + written + model.begin_image, model.add_special_tokens);
   const noCaption = model.before + model.no_condition + model.after + model.begin_image;
@@ -151,7 +148,7 @@ async function draw({ job, caption, seed, guidance, temperature }, post) {
     ids.push(...Array.from(result.ids.data, Number));
     const image = await decode("drawing/decoder.onnx", ids, row, model);
     const seconds = (performance.now() - began) / 1000;
-    post({ kind: row < model.rows ? "row" : "done", ids, rows: row, columns: model.columns, image, written, unknown, undrawable, seconds });
+    post({ kind: row < model.rows ? "row" : "done", ids, rows: row, columns: model.columns, image, written, undrawable, seconds });
     await new Promise((resolve) => setTimeout(resolve)); // lets a newer request in
   }
 }
@@ -191,20 +188,6 @@ async function tokensOf(text, addSpecialTokens) {
     tokenizer = new Tokenizer(content, await readJson("drawing/tokenizer_config.json"));
   }
   return tokenizer.encode(text, { add_special_tokens: addSpecialTokens }).ids;
-}
-
-// Leaves out the words that a tokenizer of whole words lacks, as the library does.
-async function knownWords(caption, model) {
-  const unknown = [];
-  for (const word of new Set(caption.match(WORD))) {
-    const tokens = await tokensOf(word, false);
-    const isIgnored = !tokens.length && /^\p{S}/u.test(word);
-    if (isIgnored || tokens.includes(model.unknown_token)) unknown.push(word);
-  }
-  const text = caption.replace(WORD, (word) => (unknown.includes(word) ? "" : word));
-  const tokens = await tokensOf(text, false);
-  if (!tokens.length) throw Error("The model knows no word of this text. Try one of the examples.");
-  return { text, unknown };
 }
 
 // Words for things that the model cannot draw, in the order of the text; none if the model does not say what it knows.
