@@ -12,7 +12,7 @@ which states its own errors. Then it grades one picture per caption:
 - edited: one object of a held-out pair replaced by another one, which alone counts under "objects"
 - everyday English: the prompts of `scene_prompts.tsv`, by a writer of the templates, though no template contains them,
   with plain captions of what must be seen; only the whole scene is graded
-- strangers' prompts: of two writers who saw only the lists of objects, grounds and layouts
+- strangers' prompts: of four writers who saw only the lists of objects, grounds and layouts
 
 For a language model, the second table grades captions of real scenes; only the plain caption is right. It also has
 the bits per id of the model, of a table of frequencies, and of a table of pairs of neighbours.
@@ -49,11 +49,10 @@ Generator = ImageLanguageModel | SVQVAENextScalePipeline
 KINDS = ("seen pairs", "single objects", "several of a kind")
 LAYOUTS = [*((slot,) for slot in ONE), *RELATIONS, THREE, FOUR]
 PROMPTS = Path(__file__).with_name("scene_prompts.tsv")
-PROMPT_SETS = {
-    "everyday English": PROMPTS,
-    "stranger 1": PROMPTS.with_name("scene_prompts_stranger_1.tsv"),
-    "stranger 2": PROMPTS.with_name("scene_prompts_stranger_2.tsv"),
-}
+STRANGERS = (1, 2, 3, 4)
+PROMPT_SETS = {"everyday English": PROMPTS}
+for number in STRANGERS:
+    PROMPT_SETS[f"stranger {number}"] = PROMPTS.with_name(f"scene_prompts_stranger_{number}.tsv")
 BATCH = 32
 TABLE_SCENES = 2000
 
