@@ -1,7 +1,8 @@
 """Trains a language model that draws scenes further with GRPO of TRL (`pip install trl`), on grades of its pictures.
 
 The grader of `benchmarks/scenes.py` reads the scene from a picture. Each line of a file of prompts has a prompt and a
-plain caption of its meaning. The share of right pictures of the held-out files is printed before and after.
+plain caption of its meaning. A model that rewrites captions writes one before its picture, and learns from the grade
+of the picture which captions to write. The share of right pictures of the held-out files is printed before and after.
 
 python examples/reinforce_scenes.py LM OUT benchmarks/scene_prompts_choosing.tsv \
     --held_out benchmarks/scene_prompts_stranger_1.tsv benchmarks/scene_prompts_stranger_2.tsv
@@ -24,16 +25,23 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from scenes import BATCH, Grader, Scene, load_objects, read_prompts
 
+MAX_CAPTION_TOKENS = 64  # that a model may write before a picture, with the tokens around the picture
+
 
 def make_reward(processor: SVQVAEProcessor, grader: Grader) -> Callable[..., list[float]]:
-    """Makes TRL's reward function: from 0 to 1 for each picture, by the scene that the grader reads from it."""
-    vocabulary = processor.vocabulary
+    """Makes TRL's reward function: from 0 to 1 for each answer, by the scene that the grader reads in its picture."""
 
     def scene(completion_ids: Sequence[list[int]], meaning: Sequence[str], **_: Any) -> list[float]:
-        tokens = torch.tensor(completion_ids)  # (batch, rows * columns)
-        ids = tokens.view(-1, *vocabulary.grids[0]) - vocabulary.first_token  # (batch, rows, columns)
-        pictures = processor.decode_images(list(ids))
-        return [grade(grader(picture), caption) for picture, caption in zip(pictures, meaning, strict=True)]
+        rewards = []
+        for tokens, plain_caption in zip(completion_ids, meaning, strict=True):
+            try:
+                _, ids, *_ = processor.vocabulary.split(torch.tensor(tokens))
+            except ValueError:  # the answer has no picture, or its tokens are in disorder
+                rewards.append(0.0)
+                continue
+            (picture,) = processor.decode_images([ids])
+            rewards.append(grade(grader(picture), plain_caption))
+        return rewards
 
     return scene
 
@@ -48,17 +56,6 @@ def grade(scene: Scene, plain_caption: str) -> float:
         seen = set(caption.split())
         shares.append(len(asked & seen) / len(asked | seen))
     return max(shares) / 2
-
-
-def prompts_of(model: ImageLanguageModel, captions: Sequence[str]) -> list[str]:
-    """Prompts that end where the first code of the picture is due, after the caption that the model writes first."""
-    begin_image = model.processor.begin_image(model.processor.vocabulary.grids[0])
-    written = model.rewrite(captions) if model.rewrites else [""] * len(captions)
-    prompts = []
-    for caption, start in zip(captions, written, strict=True):
-        chat = [{"role": "user", "content": caption}, {"role": "assistant", "content": start + begin_image}]
-        prompts.append(model.processor.apply_chat_template(chat, continue_final_message=True))
-    return prompts
 
 
 def print_share(model: ImageLanguageModel, grader: Grader, file: Path) -> None:
@@ -85,10 +82,10 @@ def main() -> None:
     model = ImageLanguageModel.from_pretrained(args.model, dtype="float32")
     for file in args.held_out:
         print_share(model, grader, file)
-    vocabulary = model.processor.vocabulary
-    rows, columns = vocabulary.grids[0]
-    text_tokens = [*range(vocabulary.first_token), *range(vocabulary.begin, model.language_model.config.vocab_size)]
+    rows, columns = model.processor.vocabulary.grids[0]
     captions, meanings = read_prompts(args.prompts)
+    chats = [[{"role": "user", "content": caption}] for caption in captions]
+    prompts = model.processor.apply_chat_template(chats, add_generation_prompt=True)
     config = GRPOConfig(
         args.output,
         max_steps=args.steps,
@@ -96,8 +93,7 @@ def main() -> None:
         temperature=0.6,
         per_device_train_batch_size=64,
         num_generations=8,  # pictures of a prompt, which are compared with each other
-        max_completion_length=rows * columns,
-        generation_kwargs={"suppress_tokens": text_tokens},
+        max_completion_length=MAX_CAPTION_TOKENS + rows * columns,
         gradient_checkpointing=False,
         use_cpu=not torch.accelerator.is_available(),
         save_strategy="no",
@@ -106,7 +102,7 @@ def main() -> None:
         model.language_model,
         reward_funcs=make_reward(model.processor, grader),
         args=config,
-        train_dataset=Dataset.from_dict({"prompt": prompts_of(model, captions), "meaning": meanings}),
+        train_dataset=Dataset.from_dict({"prompt": prompts, "meaning": meanings}),
         processing_class=model.tokenizer,
     )
     trainer.train()

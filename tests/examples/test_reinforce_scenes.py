@@ -3,12 +3,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 from make_scenes import Scene
 from PIL import Image
 
 from svqvae_hf import DEFAULT_GENERATOR, SVQVAEProcessor
-from svqvae_hf.language.image_language_model import ImageLanguageModel
 
 FOX = Scene("blue", (("large", "fox"),))
 
@@ -29,26 +27,37 @@ def test_the_reward_is_whole_for_the_meaning_and_less_for_a_part_of_it(meaning, 
     assert example.grade(FOX, meaning) == pytest.approx(reward)
 
 
-def test_the_reward_reads_the_picture_of_the_tokens(example):
-    processor = SVQVAEProcessor.from_pretrained(DEFAULT_GENERATOR)
+@pytest.fixture(scope="module")
+def processor():
+    return SVQVAEProcessor.from_pretrained(DEFAULT_GENERATOR)
+
+
+def test_the_reward_reads_the_picture_after_the_caption_of_an_answer(processor, example):
     picture = Image.new("RGB", (96, 96), "navy")
     (ids,) = processor.encode_images([picture])
-    tokens = (ids + processor.vocabulary.first_token).flatten().tolist()
+    caption = processor.tokenizer("a fox on blue", add_special_tokens=False).input_ids
+    answer = [*caption, *processor.vocabulary.encode(ids), processor.tokenizer.eos_token_id]
     pictures = []
 
     def read(picture):
         pictures.append(picture)
         return FOX
 
-    rewards = example.make_reward(processor, read)(completion_ids=[tokens], meaning=["a large fox"], prompts=[""])
-    assert rewards == [1.0]
+    reward = example.make_reward(processor, read)
+    assert reward(completion_ids=[answer], meaning=["a large fox"], prompts=[""]) == [1.0]
     (expected,) = processor.decode_images([ids])
     assert pictures[0].tobytes() == expected.tobytes()
 
 
-def test_the_first_code_is_due_at_the_end_of_a_prompt(example):
-    model = ImageLanguageModel.from_pretrained(DEFAULT_GENERATOR)
-    processor = model.processor
-    (prompt,) = example.prompts_of(model, ["a fox on blue"])
-    tokens = torch.tensor(processor.tokenizer(prompt).input_ids)
-    assert tokens[-2:].tolist() == processor.vocabulary.begin_image(processor.vocabulary.grids[0])
+@pytest.mark.parametrize("wrong", ["without a picture", "cut", "a code too many"])
+def test_an_answer_without_a_whole_picture_has_no_reward(wrong, processor, example):
+    (ids,) = processor.encode_images([Image.new("RGB", (96, 96), "navy")])
+    tokens = processor.vocabulary.encode(ids)
+    first_code = processor.vocabulary.first_token
+    answers = {
+        "without a picture": processor.tokenizer("a fox on blue", add_special_tokens=False).input_ids,
+        "cut": tokens[:-2],
+        "a code too many": [*tokens[:-1], first_code, tokens[-1]],
+    }
+    reward = example.make_reward(processor, lambda _: FOX)
+    assert reward(completion_ids=[answers[wrong]], meaning=["a large fox"], prompts=[""]) == [0.0]
