@@ -21,11 +21,12 @@ from svqvae_hf.models.layers import TileContext
 from svqvae_hf.models.tiling import TiledRun, map_tiles, sample_windows, tile_axis
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "training" / "bundled"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from make_scenes import Scene
+from scenes import read_prompts
 
 IMAGES = Path(__file__).parent / "images"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 HELD_OUT = ("chelsea.png", "osprey.jpg")  # not among the photographs that the bundled model was trained on
 WORST = 96  # pixels
 LARGE = (1000, 665)  # pixels, enough to be tiled
@@ -222,15 +223,12 @@ def picture_of_the_worst(model: SVQVAE, photos: list[Image.Image]) -> Image.Imag
 
 
 def picture_of_scenes(model: ImageLanguageModel) -> Image.Image:
-    """Pictures of held-out pairs of objects by the bundled language model, one per prompt in a held-out wording."""
-    count = SCENE_ROWS * SCENE_COLUMNS
-    captions = []
-    generators = []
-    for number in range(count):
-        random = Random(f"page {number}")
-        scene = Scene.draw(random, held_out=True)
-        captions.append(scene.caption(random, held_out=True))
-        generators.append(torch.Generator().manual_seed(number))
+    """Pictures by the bundled language model for random prompts of strangers, one per prompt."""
+    prompts = []
+    for file in sorted(BENCHMARKS.glob("scene_prompts_stranger_*.tsv")):
+        prompts += read_prompts(file)[0]
+    captions = Random(0).sample(prompts, SCENE_ROWS * SCENE_COLUMNS)
+    generators = [torch.Generator().manual_seed(number) for number in range(len(captions))]
     images = model.draw(captions, generator=generators)
     across = SCENE_PX + MARGIN
     down = SCENE_PX + SCENE_LABEL
