@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 COLOURS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (-0.5, 1.0, -0.5))  # brightness and two colour differences
 SMALLEST_STD = 0.01  # floor for the standard deviation of a component, relative to the largest
-POSITIONS = 40_000  # at most, in a regression
+MAX_POSITIONS = 40_000  # that a regression reads, of all images together
 
 
 @dataclass
@@ -96,7 +96,7 @@ def _leading_eigenvectors(covariance: torch.Tensor, count: int) -> tuple[torch.T
 
 @dataclass
 class Fit:
-    """Convolution that a regression has found: weight `(targets, inputs, 3, 3)` and bias `(targets,)`."""
+    """Convolution that a regression has found: weight `(outputs, channels, 3, 3)` and bias `(outputs,)`."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -110,52 +110,70 @@ def regress(inputs: torch.Tensor, targets: torch.Tensor, ridge: float, border: i
 
     Args:
         inputs (`torch.Tensor` of shape `(batch, channels, h, w)`): Inputs.
-        targets (`torch.Tensor` of shape `(batch, targets, h, w)`): Targets.
+        targets (`torch.Tensor` of shape `(batch, outputs, h, w)`): What the convolution should compute.
         ridge (`float`): Ridge, relative to the mean square of the inputs.
         border (`int`): Rows and columns at each side that are left out, because they depend on padding.
     """
     largest_border = (min(inputs.shape[-2:]) - 1) // 2  # leaves at least one row and one column
     border = min(border, largest_border)
-    # X^T X has the shape (columns, columns), and X^T Y has (columns, targets). There is a column for each of the
+    # X^T X has the shape (columns, columns), and X^T Y has (columns, outputs). There is a column for each of the
     # channels * 9 values of the neighbours, in the order of a convolution's weight. The last column is for the bias.
-    gram, products = _normal_equations(inputs, targets, border)
-    penalty = torch.zeros_like(gram.diagonal())  # (columns,)
-    penalty[:-1] = ridge * gram.diagonal().mean()  # only weights are kept small, not the bias
-    solution = torch.linalg.solve(gram + penalty.diag(), products).to(inputs.dtype)  # (columns, targets)
-    weight_rows = solution[:-1].T  # (targets, channels * 9)
-    weight = weight_rows.unflatten(1, (-1, 3, 3)).contiguous()  # (targets, channels, 3, 3)
-    bias = solution[-1]  # (targets,)
+    xtx, xty = _normal_equations(inputs, targets, border)
+    penalty = torch.zeros_like(xtx.diagonal())  # (columns,)
+    penalty[:-1] = ridge * xtx.diagonal().mean()  # only weights are kept small, not the bias
+    solution = torch.linalg.solve(xtx + penalty.diag(), xty).to(inputs.dtype)  # (columns, outputs)
+    weight_rows = solution[:-1].T  # (outputs, channels * 9)
+    weight = weight_rows.unflatten(1, (-1, 3, 3)).contiguous()  # (outputs, channels, 3, 3)
+    bias = solution[-1]  # (outputs,)
     return Fit(weight, bias)
 
 
 def _normal_equations(inputs: torch.Tensor, targets: torch.Tensor, border: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums X^T X `(columns, columns)` and X^T Y `(columns, targets)` over random positions, in float64.
+    """Computes X^T X `(columns, columns)` and X^T Y `(columns, outputs)` in float64, from random positions of images.
 
-    The columns of X are the 3 x 3 neighbours, channel by channel as in the weight of a convolution, and a last column
-    of ones, whose coefficient is the bias. Positions less than `border` from a side of the image are left out.
+    A position has one row in X and one in Y. Its row in X holds its 3 x 3 neighbours in the inputs
+    `(batch, channels, h, w)` and a one. Its row in Y holds its values in the targets `(batch, outputs, h, w)`.
+    Positions less than `border` from a side of the image have no rows.
     """
-    num_columns = 9 * inputs.shape[1] + 1
-    gram = inputs.new_zeros(num_columns, num_columns, dtype=torch.float64)  # X^T X
-    products = inputs.new_zeros(num_columns, targets.shape[1], dtype=torch.float64)  # X^T Y
+    num_columns = 9 * inputs.shape[1] + 1  # of X: 9 neighbours in each channel, and the one
+    num_outputs = targets.shape[1]
+    xtx = inputs.new_zeros(num_columns, num_columns, dtype=torch.float64)
+    xty = inputs.new_zeros(num_columns, num_outputs, dtype=torch.float64)
+    max_positions_per_image = MAX_POSITIONS // len(inputs) + 1
     generator = torch.Generator().manual_seed(0)
-    max_positions_per_image = POSITIONS // len(inputs) + 1
-    # One image at a time, because neighbours take nine times the memory.
+    # Both are sums over positions, so each image adds its own. All images at once would take too much memory, because
+    # the neighbours are nine times as large as the image.
     for image, target in zip(inputs, targets, strict=True):
-        flat_neighbours = F.unfold(image[None], kernel_size=3, padding=1)[0]  # (channels * 9, h * w)
-        neighbours = flat_neighbours.unflatten(1, image.shape[-2:])  # (channels * 9, h, w)
-        neighbour_rows = _inner_positions(neighbours, border)  # (positions, channels * 9)
-        target_rows = _inner_positions(target, border)  # (positions, targets)
-        order = torch.randperm(len(target_rows), generator=generator)
-        chosen = order[:max_positions_per_image].to(target_rows.device)
-        x_rows = F.pad(neighbour_rows[chosen], (0, 1), value=1.0).double()  # (chosen, columns), with ones
-        y_rows = target_rows[chosen].double()  # (chosen, targets)
-        gram += x_rows.T @ x_rows
-        products += x_rows.T @ y_rows
-    return gram, products
+        neighbours = _neighbours(image)  # (channels * 9, h, w)
+        neighbour_rows = _rows_without_border(neighbours, border)  # (positions, channels * 9)
+        target_rows = _rows_without_border(target, border)  # (positions, outputs)
+        random_order = torch.randperm(len(target_rows), generator=generator)
+        drawn = random_order[:max_positions_per_image].to(inputs.device)  # numbers of rows
+        x = _append_ones(neighbour_rows[drawn]).double()  # (drawn, columns)
+        y = target_rows[drawn].double()  # (drawn, outputs)
+        xtx += x.T @ x
+        xty += x.T @ y
+    return xtx, xty
 
 
-def _inner_positions(image: torch.Tensor, border: int) -> torch.Tensor:
+def _neighbours(image: torch.Tensor) -> torch.Tensor:
+    """3 x 3 neighbours `(channels * 9, h, w)` of each position of an image `(channels, h, w)`, channel by channel.
+
+    Neighbours outside the image are zeros.
+    """
+    height, width = image.shape[-2:]
+    flat_neighbours = F.unfold(image[None], kernel_size=3, padding=1)[0]  # (channels * 9, h * w)
+    return flat_neighbours.unflatten(1, (height, width))
+
+
+def _rows_without_border(image: torch.Tensor, border: int) -> torch.Tensor:
     """Values of an image `(channels, h, w)` without its border, one row per position: `(positions, channels)`."""
     height, width = image.shape[-2:]
     inner = image[:, border : height - border, border : width - border]
     return inner.flatten(1).T
+
+
+def _append_ones(rows: torch.Tensor) -> torch.Tensor:
+    """Rows `(n, columns)` with a one at the end of each: `(n, columns + 1)`."""
+    ones = rows.new_ones(len(rows), 1)
+    return torch.cat([rows, ones], dim=1)
