@@ -48,19 +48,20 @@ def read_metadata(files: Sequence[str], root: str) -> ImageTable:
             several.
     """
     _check_one_per_folder(files)
-    keys: list[str] = []
-    tables = []
-    features = datasets.Features()
+    keys: list[str] = []  # paths of the images, relative to `root`
+    tables = []  # their values in the other columns
+    features = datasets.Features()  # types of these columns
     for file in sorted(files):
         table = _read_table(file)
         keys += _keys_of_images(table, file, root)
         table = table.drop_columns([FILE_NAME])
-        _add_types_to(features, table.schema, file)
+        types_in_file = _types_of_filled_columns(table.schema)
+        _check_same_types(types_in_file, features, file)
+        features.update(types_in_file)
         tables.append(table)
     values = pa.concat_tables(tables, promote_options="default")
     for column in values.column_names:
-        is_empty_in_all_files = column not in features
-        if is_empty_in_all_files:
+        if column not in features:  # it is not filled in any file
             features[column] = EMPTY
     return ImageTable(keys, values, features)
 
@@ -77,20 +78,22 @@ def _check_one_per_folder(files: Sequence[str]) -> None:
         file_of_folder[folder] = name
 
 
-def _add_types_to(features: datasets.Features, schema: pa.Schema, file: str) -> None:
-    """Adds the types of a file's columns. Raises ValueError if an earlier file has another type for one of them.
-
-    A column whose cells are all empty in this file is not added, because another file may tell its type.
-    """
+def _types_of_filled_columns(schema: pa.Schema) -> datasets.Features:
+    """Types of the columns of a file, without columns whose cells are all empty. Other files may tell their types."""
+    filled_columns = datasets.Features()
     for column, feature in datasets.Features.from_arrow_schema(schema).items():
-        if feature == EMPTY:
-            continue
-        if column not in features:
-            features[column] = feature
-        elif features[column] != feature:
+        if feature != EMPTY:
+            filled_columns[column] = feature
+    return filled_columns
+
+
+def _check_same_types(features_of_file: datasets.Features, earlier_features: datasets.Features, file: str) -> None:
+    """Raises ValueError if a column has another type in a file than in earlier files."""
+    for column, feature in features_of_file.items():
+        if column in earlier_features and earlier_features[column] != feature:
             raise ValueError(
                 f"metadata files of a set must have columns of one type, but `{column}` of `{file}` is {feature}, "
-                f"and {features[column]} before."
+                f"and {earlier_features[column]} before."
             )
 
 

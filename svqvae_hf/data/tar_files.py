@@ -149,32 +149,43 @@ class TarPart:
 
 
 def open_tars(paths: Sequence[str], root: str, selection: Selection) -> list[TarPart]:
-    """Finds the columns of tar files, from the first samples of the first file that has any.
+    """Opens tar files with the same columns, which it finds in the first samples of the first file that has any.
+
+    The members with one suffix, such as `a.txt` and `b.txt`, are a column. Its name is the suffix, here `txt`.
 
     Args:
         paths (`Sequence[str]`): Local paths, or paths for `fsspec`.
         root (`str`): Folder of the set.
-        selection ([`Selection`]): The suffix of the images, which is required if samples have several; and suffixes of
-            further members to keep. Those of [`LABEL_COLUMNS`] need not be in the first samples.
+        selection ([`Selection`]): Column of the images, which is required if samples have several images; and further
+            columns to keep. The columns of [`LABEL_COLUMNS`] need not be in the first samples.
 
     Raises:
         OSError: The first file cannot be fetched.
-        ValueError: No file has a sample, or the samples have no image or several, or no such column.
+        ValueError: No file has a sample, the samples have no image or several, or they lack a column to keep.
     """
     samples = _first_samples(paths)
-    suffixes = all_columns([sample.members for sample in samples])
-    _check_images(samples, suffixes, selection.image_column)
-    # A set may have few labels. So a usual label that is asked for, such as `txt`, may be absent from the first
-    # samples. Any other suffix that is asked for must be among them, otherwise `check_columns` raises.
-    for suffix in selection.columns:
-        if suffix in LABEL_COLUMNS and suffix not in suffixes:
-            suffixes.append(suffix)
-    selection.check_columns(suffixes)
+    columns_of_samples = all_columns([sample.members for sample in samples])  # each once, such as ["jpg", "txt"]
+    _check_images(samples, columns_of_samples, selection.image_column)
+    columns = columns_of_samples + _rare_labels(selection, columns_of_samples)
+    selection.check_columns(columns)  # raises if a column to keep is not among them
     features = datasets.Features()
-    for suffix in suffixes:
-        if selection.keeps(suffix):
-            features[suffix] = _feature_of_labels(suffix, samples)
+    for column in columns:
+        if selection.keeps(column):
+            features[column] = _feature_of_labels(column, samples)
     return [TarPart(path, root, features, selection) for path in paths]
+
+
+def _rare_labels(selection: Selection, columns_of_samples: Sequence[str]) -> list[str]:
+    """Usual labels, such as `txt`, that are asked for and that the first samples of a set lack.
+
+    They may come later, because few images of the set may have such a label.
+    """
+    rare_labels: list[str] = []
+    for column in selection.columns:
+        is_new = column not in columns_of_samples and column not in rare_labels
+        if column in LABEL_COLUMNS and is_new:
+            rare_labels.append(column)
+    return rare_labels
 
 
 def _check_images(samples: Sequence[Sample], suffixes: Sequence[str], image_suffix: str | None) -> None:
