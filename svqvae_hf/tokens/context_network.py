@@ -110,12 +110,7 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
         `np.ndarray` of shape `(n, symbols)`: Multiples of `1 / TOTAL` above 0 in float32, which sum to 1 per row.
     """
     num_rows, num_symbols = logits.shape
-    # As in a softmax, the weight of a symbol is `exp(logit - peak)`. It is looked up in a table, which has an entry
-    # for each step below the peak, and is an integer. A step is 2**LOGIT_SHIFT units of a logit.
-    peaks = logits.max(1, keepdims=True)  # (n, 1)
-    steps_below_peak = ((peaks - logits) / 2**LOGIT_SHIFT).astype(np.int64)  # (n, symbols)
-    entries = np.minimum(steps_below_peak, LAST_ENTRY)  # a logit far below the peak has the last entry, 0
-    weights = exponentials()[entries]  # (n, symbols)
+    weights = _softmax_weights(logits)  # (n, symbols), integers
     # Every symbol has a frequency of at least 1. The rest of the total is shared by weight, rounded down.
     total_to_share = TOTAL - num_symbols
     shares = weights * total_to_share // weights.sum(1, keepdims=True)  # (n, symbols), integers
@@ -125,6 +120,19 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     likeliest = logits.argmax(1)  # (n,)
     frequencies[np.arange(num_rows), likeliest] += left_over
     return (frequencies / TOTAL).astype(np.float32)
+
+
+def _softmax_weights(logits: np.ndarray) -> np.ndarray:
+    """Weights `exp(logit - peak)` of a softmax, where the peak is the largest logit of a row, as integers of a table.
+
+    The first entry of the table is the weight of the peak. Each further entry is the weight one step further below the
+    peak. A step is `2**LOGIT_SHIFT` units of a logit.
+    """
+    peaks = logits.max(1, keepdims=True)  # (n, 1)
+    steps_below_peak = ((peaks - logits) / 2**LOGIT_SHIFT).astype(np.int64)  # (n, symbols), rounded down
+    # The last entry is 0. It holds for all logits further below the peak, because their weights would round to 0.
+    entries = np.minimum(steps_below_peak, LAST_ENTRY)  # (n, symbols)
+    return exponentials()[entries]  # (n, symbols)
 
 
 @cache
