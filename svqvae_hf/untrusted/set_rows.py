@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-FILE_IN_ARCHIVE = r"(bz2|gzip|lz4|tar|xz|zip|zstd)://.*"  # as fsspec names it, before the name of the archive
+ARCHIVES = ("bz2://", "gzip://", "lz4://", "tar://", "xz://", "zip://", "zstd://")  # before names of files in them
 
 
 def confine_row(source: Any, repository: str | None) -> Any:
@@ -31,19 +31,25 @@ def confine_row(source: Any, repository: str | None) -> Any:
 
 
 def _is_in_repository(path: str, repository: str) -> bool:
-    """Whether a path leads into the repository.
+    """Whether a path of fsspec names a file of the repository, or a file in an archive of the repository.
 
-    A file of the repository is named like `hf://datasets/org/set@main/a.png`. A file in an archive is named before its
-    archive: `zip://a.png::hf://datasets/org/set@main/a.zip` is `a.png` in `a.zip`. Archives may lie in archives.
+    For example, `zip://a.png::hf://datasets/org/set@main/b.zip` is the file `a.png` in the archive `b.zip`. The
+    innermost file comes first. Archives may lie in archives.
     """
     names = path.split("::")
-    name_in_repository = names[-1]  # such as "hf://datasets/org/set@main/a.zip"
-    names_in_archives = names[:-1]  # such as ["zip://a.png"]
-    match = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", name_in_repository)
+    outermost_file = names[-1]  # such as "hf://datasets/org/set@main/b.zip"
+    if not _is_file_of_repository(outermost_file, repository):
+        return False
+    names_in_archives = names[:-1]  # such as ["zip://a.png"]; a name such as "file://a.png" would lead outside
+    return all(name.startswith(ARCHIVES) for name in names_in_archives)
+
+
+def _is_file_of_repository(url: str, repository: str) -> bool:
+    """Whether a URL such as `hf://datasets/org/set@main/b.zip` names a file of the repository."""
+    match = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", url)
     if match is None:
         return False
-    path_in_repository = posixpath.normpath(match[1])  # such as "a.zip"
-    leads_outside = path_in_repository == ".." or path_in_repository.startswith(("../", "/"))
-    if leads_outside:
-        return False
-    return all(re.fullmatch(FILE_IN_ARCHIVE, name, re.DOTALL) for name in names_in_archives)
+    # The normal form of "a/../../b" is "../b". So a path that leads out of the repository shows it at its start.
+    path = posixpath.normpath(match[1])
+    leads_outside = path == ".." or path.startswith(("../", "/"))
+    return not leads_outside
