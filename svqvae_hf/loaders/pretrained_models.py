@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -53,12 +54,25 @@ class RepositoryMixin(HubMixin, ModelMixin):
 
     @functools.wraps(ModelMixin.save_pretrained)  # diffusers looks at the names of its arguments
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, standalone: bool = False, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        *args: Any,
+        standalone: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Saves the model.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder to write to.
+            is_main_process (`bool`, defaults to `True`): Whether this process writes the config and deletes the files
+                of an earlier save. `False` in all processes of a training run but one.
+            save_function (`Callable`, *optional*): Passed on to diffusers.
+            safe_serialization (`bool`, defaults to `True`): Whether to write safetensors, and not pickles.
+            variant (`str`, *optional*): Variant of the weights in the names of their files, such as "fp16".
             *args: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
             standalone (`bool`, defaults to `False`): Whether to write the code of the model as well, so that it loads
                 with `trust_remote_code=True` where this package is not installed. To upload it with the code, use
@@ -70,13 +84,17 @@ class RepositoryMixin(HubMixin, ModelMixin):
         """
         if os.path.isfile(save_directory):  # diffusers would only log it
             raise ValueError(f"`{os.fspath(save_directory)}` must be a folder, but is a file. Choose another name.")
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):  # other processes write nothing
-            _delete_replaced_weights(Path(save_directory), WEIGHTS_NAME)
-            if not kwargs.get("safe_serialization", True):
-                _delete_safetensors(Path(save_directory), WEIGHTS_NAME, kwargs.get("variant"))
+        super().save_pretrained(
+            save_directory, is_main_process, save_function, safe_serialization, variant, *args, **kwargs
+        )
+        folder = Path(save_directory)
+        if is_main_process:
+            # Weights of an earlier save in this folder may have other names, and would be loaded in place of these.
+            _delete_index_or_whole_file(folder, WEIGHTS_NAME)
+            if not safe_serialization:
+                _delete_safetensors(folder, WEIGHTS_NAME, variant)
         if standalone:
-            write_code(Path(save_directory))
+            write_code(folder)
 
 
 class SVQVAE(CardMixin, RepositoryMixin, modeling_svqvae.SVQVAE):  # type: ignore[misc] # mypy: `wraps` hides a signature
@@ -203,7 +221,12 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
 
     @functools.wraps(PreTrainedModel.save_pretrained)
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, standalone: bool = False, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        *args: Any,
+        standalone: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Saves the model. `standalone=True` also writes its code.
 
@@ -212,11 +235,13 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
         # `auto_map` names the code in the repository that the model was loaded from. That code is not copied, so the
         # saved config must not name it.
         self.config.__dict__.pop("auto_map", None)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):  # other processes write nothing
-            _delete_replaced_weights(Path(save_directory), "model")
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        folder = Path(save_directory)
+        if is_main_process:
+            # Weights of an earlier save in this folder may have other names, and would be loaded in place of these.
+            _delete_index_or_whole_file(folder, "model")
         if standalone:
-            write_code(Path(save_directory))
+            write_code(folder)
 
     @classmethod
     def from_single_file(
@@ -331,11 +356,11 @@ class SVQVAEProcessor(HubMixin, PlainProcessor):
             return super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
 
-def _delete_replaced_weights(folder: Path, name: str) -> None:
-    """Deletes the file of an earlier save that would be loaded in place of the weights just saved, or beside them.
+def _delete_index_or_whole_file(folder: Path, name: str) -> None:
+    """Deletes the index of earlier shards if a model was saved whole, or the earlier whole file if it has shards now.
 
-    diffusers and transformers delete the old shards. They leave the old index when a model is saved whole, and the old
-    whole file when it is saved in shards.
+    diffusers and transformers delete only earlier shards. The other files would be loaded in place of the weights just
+    saved, or beside them.
 
     Args:
         folder (`Path`): Folder of the model.

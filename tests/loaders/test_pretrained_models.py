@@ -1,8 +1,9 @@
-"""Damaged repositories of LlamaGen's models; `test_loading.py` has those of tokenizers."""
+"""Damaged repositories of LlamaGen's models, and saving; `test_loading.py` has damaged tokenizers."""
 
 import json
 
 import pytest
+from conftest import make_tiny
 from generators import make_autoregressive
 
 from svqvae_hf import LlamaGenForCausalLM
@@ -47,3 +48,12 @@ def test_a_config_that_is_no_object_is_an_error_of_one_line(saved, content):
     (saved / "config.json").write_text(content)
     with pytest.raises(ValueError, match=f"`{saved}/config.json` must hold a JSON object"):
         LlamaGenForCausalLM.from_pretrained(saved)
+
+
+def test_pickles_replace_earlier_safetensors_if_arguments_come_by_position(tmp_path):
+    model = make_tiny()
+    model.save_pretrained(tmp_path)
+    is_main_process, save_function, safe_serialization = True, None, False
+    model.save_pretrained(tmp_path, is_main_process, save_function, safe_serialization)
+    names = [path.name for path in tmp_path.glob("diffusion_pytorch_model*")]
+    assert names == ["diffusion_pytorch_model.bin"]
