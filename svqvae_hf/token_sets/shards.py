@@ -1,7 +1,7 @@
 """Writes the Parquet files of a part of a token set."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from svqvae_hf.tokens.token_files import METADATA_KEY
 PARTS_PER_FOLDER = 1000
 SHARD_BYTES = 256_000_000  # of a Parquet file, before compression
 ROW_GROUP_BYTES = 2**21
-ROW_BYTES = 64  # of a row, besides its ids and texts
+ROW_BYTES = 64  # of a row, besides its ids and texts: an estimate
 
 
 def shard_name(part: int, number: int) -> str:
@@ -62,7 +62,7 @@ class RowGroup:
 
     Args:
         rows (`list[dict[str, Any]]`): The rows.
-        size (`int`): Bytes of their ids and texts.
+        size (`int`): About how many bytes they take.
         num_ids (`int`): Number of their ids.
     """
 
@@ -145,7 +145,7 @@ def _group_rows(rows: Iterable[dict[str, Any]], settings: TokenSettings) -> Iter
     group = RowGroup([])
     for row in rows:
         group.rows.append(row)
-        group.size += _size_of(row, settings)
+        group.size += _estimate_size(row, settings.id_columns)
         group.num_ids += settings.count_ids(row)
         if group.size >= ROW_GROUP_BYTES:
             yield group
@@ -154,12 +154,12 @@ def _group_rows(rows: Iterable[dict[str, Any]], settings: TokenSettings) -> Iter
         yield group
 
 
-def _size_of(row: dict[str, Any], settings: TokenSettings) -> int:
-    """Bytes of the ids and texts of a row. The ids are arrays, or bytes if they are compressed."""
+def _estimate_size(row: dict[str, Any], id_columns: Sequence[str]) -> int:
+    """About how many bytes a row takes: its ids, its texts, and a fixed number for the values in other columns."""
     size = ROW_BYTES
-    for name in settings.id_columns:
-        size += memoryview(row[name]).nbytes
-    for value in row.values():
-        if isinstance(value, str | bytes):
-            size += len(value)
+    for column, value in row.items():
+        if column in id_columns:
+            size += memoryview(value).nbytes  # of an array, or of bytes if the ids are compressed
+        elif isinstance(value, str | bytes):
+            size += len(value)  # counts a character of a text as one byte, which is close enough
     return size

@@ -9,6 +9,7 @@ from context_models import make_context_model
 from PIL import Image
 from token_set_parts import load, make_tiled, save_photos, tokenize
 
+from svqvae_hf.token_sets import shards
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.trainer.data.token_sequences import TokenSource
 
@@ -64,3 +65,16 @@ def test_compressed_rows_are_not_trained_on_nor_decoded_without_their_model(phot
         row_tokens(row, settings)
     with pytest.raises(ValueError, match="`tokens` of a row must be bytes to match its settings, got None"):
         row_tokens({}, settings, MODEL)
+
+
+def test_compressed_ids_count_once_for_the_size_of_a_file(photos, tmp_path, monkeypatch):
+    tokenize(make_tiled(), photos, tmp_path / "tokens", context_model=MODEL, num_parts=1)
+    size = 0
+    for row in load(tmp_path / "tokens"):
+        size += shards.ROW_BYTES
+        size += sum(len(value) for value in row.values() if isinstance(value, str | bytes))
+    # A file is full at the last row, so there is one file.
+    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 1)
+    monkeypatch.setattr(shards, "SHARD_BYTES", size)
+    tokenize(make_tiled(), photos, tmp_path / "full", context_model=MODEL, num_parts=1)
+    assert len(list((tmp_path / "full").rglob("*.parquet"))) == 1
