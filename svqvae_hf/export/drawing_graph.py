@@ -70,14 +70,15 @@ class DrawingStep(nn.Module):
     def __init__(self, language_model: PreTrainedModel, vocabulary: ImageVocabulary):
         super().__init__()
         self.language_model = language_model
-        # In the vocabulary, the tokens of texts come first, then the codes, then the token that begins an image.
+        # A vocabulary holds first the tokens of texts, then the codes of images, then the token that begins an image.
         self.first_code = vocabulary.first_token
-        self.end_of_codes = vocabulary.begin
-        all_tokens = torch.arange(language_model.config.get_text_config().vocab_size)
-        # A text goes on with a token of a text, or ends with the begin of an image.
-        is_text = all_tokens < vocabulary.first_token
-        is_begin = all_tokens == vocabulary.begin
-        self.may_follow_text = is_text | is_begin  # (vocabulary,)
+        self.last_code = vocabulary.first_token + vocabulary.codebook_size - 1
+        num_tokens = language_model.config.get_text_config().vocab_size
+        all_tokens = torch.arange(num_tokens)
+        # After a token of a text comes another one, or the token that begins an image.
+        is_of_text = all_tokens < self.first_code
+        begins_image = all_tokens == vocabulary.begin
+        self.may_follow_text = is_of_text | begins_image  # (vocabulary,)
 
     def forward(
         self, tokens: torch.Tensor, pads: torch.Tensor, past: torch.Tensor, guidance: torch.Tensor
@@ -122,8 +123,8 @@ class DrawingStep(nn.Module):
         self, with_caption: torch.Tensor, without_caption: torch.Tensor, guidance: torch.Tensor
     ) -> torch.Tensor:
         """Guided logits `(1, codes)`, from logits `(1, vocabulary)` with the caption and without it."""
-        conditional = with_caption[:, self.first_code : self.end_of_codes]  # (1, codes)
-        unconditional = without_caption[:, self.first_code : self.end_of_codes]  # (1, codes)
+        conditional = with_caption[:, self.first_code : self.last_code + 1]  # (1, codes)
+        unconditional = without_caption[:, self.first_code : self.last_code + 1]  # (1, codes)
         return unconditional + guidance * (conditional - unconditional)
 
     def _likeliest_text_token(self, logits: torch.Tensor) -> torch.Tensor:
