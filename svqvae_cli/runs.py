@@ -50,15 +50,17 @@ class Run(Generic[Item]):
         self.targets = targets
         self.noun = noun
         self._check_clashes()
-        self.folder = OutputFolder(args, default_model)
-        self.sources: dict[Item, Source] = {}
+        self.folder = OutputFolder(
+            args, default_model
+        )  # knows the outputs of earlier runs and what they were made from
+        self.sources: dict[Item, Source] = {}  # each input as the folder records it
         for item in targets:
             self.sources[item] = self._source(item)
-        self.todo = [item for item in targets if not self._is_done(item)]
-        self.num_done = len(targets) - len(self.todo)
-        self.num_written = 0
-        self.num_skipped = 0
-        self._outputs_in_work: Sequence[Path] = ()  # outputs that a block of `attempt` has begun to write
+        self.todo = [item for item in targets if not self._is_done(item)]  # inputs whose outputs are missing
+        self.num_done = len(targets) - len(self.todo)  # inputs
+        self.num_written = 0  # output files of this run
+        self.num_skipped = 0  # inputs that could not be used
+        self._unfinished_outputs: Sequence[Path] = ()  # of the input in work, which are being written
 
     def _check_clashes(self) -> None:
         """Raises if an output is an input, or is written for two inputs."""
@@ -156,11 +158,11 @@ class Run(Generic[Item]):
         """
         try:
             with self._skipping(item, errors):
-                yield  # the block calls `outputs`, which sets the outputs in work, and writes them
+                yield  # the block calls `outputs`, which sets the unfinished outputs, and writes them
                 self._finish()
         finally:
             # If the block has failed, its outputs are not written, and must not be finished with those of the next.
-            self._outputs_in_work = ()
+            self._unfinished_outputs = ()
 
     @contextmanager
     def _skipping(self, item: Item, errors: tuple[type[Exception], ...]) -> Iterator[None]:
@@ -182,7 +184,7 @@ class Run(Generic[Item]):
         """Output files of an input, which the caller writes next, in a block of [`attempt`]. Creates their folder."""
         outputs = self.targets[item]
         self.folder.begin(outputs, self.sources[item], self._all_outputs())
-        self._outputs_in_work = outputs
+        self._unfinished_outputs = outputs
         return outputs
 
     def _all_outputs(self) -> Iterator[Path]:
@@ -190,10 +192,10 @@ class Run(Generic[Item]):
             yield from outputs
 
     def _finish(self) -> None:
-        """Records that the outputs in work are written."""
-        if self._outputs_in_work:
-            self.folder.finish(self._outputs_in_work)
-            self.num_written += len(self._outputs_in_work)
+        """Records that the unfinished outputs are written."""
+        if self._unfinished_outputs:
+            self.folder.finish(self._unfinished_outputs)
+            self.num_written += len(self._unfinished_outputs)
 
     def _skip(self, error: Exception, reason: str) -> None:
         """Counts an input as skipped and prints the reason. Raises the error of the only input of a run."""

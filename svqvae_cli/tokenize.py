@@ -215,12 +215,13 @@ def _explained_interruption(out: str) -> Iterator[None]:
 
 
 def _print_progress(out: str) -> None:
-    """Prints how many parts of a token set are finished, such as `8 (not complete; finished: 3)`."""
+    """Prints how many parts of an interrupted token set are finished, and how to resume it."""
     from svqvae_hf.token_sets.parts import describe_state
 
     try:
-        state = describe_state(out)
+        facts = describe_state(out)
     except (ValueError, OSError):  # no part was started, or the folder cannot be read
         return
-    print(f"parts    {state['parts']}")
+    progress = facts["parts"]  # such as "8 (not complete; finished: 3)"
+    print(f"parts    {progress}")
     print(f"svqvae: `{out}` is not complete. Run the same command again to resume.", file=sys.stderr)
