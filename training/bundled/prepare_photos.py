@@ -113,6 +113,18 @@ def find_photographs(rows: list[dict[str, str]], packages: Path, folder: Path | 
     return [path for path in paths if path.name not in HELD_OUT]
 
 
+def write_squares(photographs: list[Path], folder: Path) -> None:
+    """Writes the squares of photographs to a new folder, such as `train/0001-02.bmp`."""
+    for part in ("train", "validation"):
+        (folder / part).mkdir(parents=True)
+    for photograph_number, path in enumerate(tqdm(photographs, unit="photo")):
+        is_for_validation = photograph_number % VALIDATION_EVERY == 0
+        part = "validation" if is_for_validation else "train"
+        photograph = load_image(path)
+        for square_number, square in enumerate(squares(photograph)):
+            square.save(folder / part / f"{photograph_number:04d}-{square_number:02d}.bmp")
+
+
 def main() -> None:
     """Reads the arguments and writes the folder."""
     parser = script_parser(__doc__)
@@ -120,24 +132,18 @@ def main() -> None:
     parser.add_argument("--list", type=Path, required=True, help="table of photographs in packages")
     parser.add_argument("--folder", type=Path, help="more photographs")
     options = parser.parse_args()
-    rows = read_list(options.list)
+    listed_photographs = read_list(options.list)  # rows with a package and a path in it
     if options.out.exists():
         raise ValueError(f"OUT must be a new folder, but `{options.out}` exists. Choose another.")
-    incomplete = options.out.with_name(options.out.name + ".partial")
-    with tempfile.TemporaryDirectory() as name:
-        packages = Path(name, "packages")
-        fetch_packages(rows, packages)
-        shutil.rmtree(incomplete, ignore_errors=True)
-        for part in ("train", "validation"):
-            (incomplete / part).mkdir(parents=True)
-        photographs = find_photographs(rows, packages, options.folder)
-        for number, path in enumerate(tqdm(photographs, unit="photo")):
-            part = "train"
-            if number % VALIDATION_EVERY == 0:
-                part = "validation"
-            for index, square in enumerate(squares(load_image(path))):
-                square.save(incomplete / part / f"{number:04d}-{index:02d}.bmp")
-    incomplete.rename(options.out)
+    # The folder gets the name OUT when it is complete.
+    unfinished = options.out.with_name(options.out.name + ".partial")
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        packages = Path(temporary_folder, "packages")
+        fetch_packages(listed_photographs, packages)
+        photographs = find_photographs(listed_photographs, packages, options.folder)
+        shutil.rmtree(unfinished, ignore_errors=True)  # an earlier run may have been interrupted
+        write_squares(photographs, unfinished)
+    unfinished.rename(options.out)
 
 
 if __name__ == "__main__":
