@@ -144,16 +144,13 @@ def _check_values(image: Image.Image) -> None:
 
 
 def _check_planes(tags: Mapping[int, Any]) -> None:
-    """Raises for uncompressed TIFFs with a plane per channel, unless they have 1 or 8 bits, black the lowest.
-
-    Pillow has a name for the layout of the pixels, such as `1` for 1 bit, `L` for grey of 8 bits, `L;I` for inverted
-    grey, or `RGB;16L` for colours of 16 bits. It decodes a plane by the first letter of this name alone: `1` as 1 bit,
-    and any other letter as 8 bits. So it ignores the 16 bits and the inversion, which stand at the end of the name.
-    """
+    """Raises for uncompressed TIFFs with a plane per channel, unless they have 1 or 8 bits, black the lowest."""
     has_planes = tags.get(TAG_PLANAR_CONFIGURATION) == PLANES_APART
     is_uncompressed = tags.get(TAG_COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED
     if not has_planes or not is_uncompressed:
         return
+    # Pillow decodes every such plane as values of 1 or 8 bits with black the lowest. It ignores that the file says
+    # otherwise, such as that values have 16 bits.
     bits_of_channels = set(tags.get(TAG_BITS_PER_SAMPLE, (1,)))
     has_supported_bits = bits_of_channels.issubset({1, 8})
     is_inverted = tags.get(TAG_PHOTOMETRIC) == WHITE_IS_LOWEST

@@ -146,10 +146,7 @@ class TileContext:
         return fast_layout(cropped), context
 
     def _core_in(self, hidden: torch.Tensor) -> tuple[slice, slice]:
-        """Rows and columns of the core in features `(..., h, w)` of the window, which may have another resolution.
-
-        They are not an [`Area`], because a graph that makes one is compiled anew for each position of a core.
-        """
+        """Rows and columns of the core in features `(..., h, w)` of the window, at any resolution."""
         latent_height, latent_width = self.size
         height, width = hidden.shape[-2:]
         core = self.core  # in latents
@@ -157,6 +154,7 @@ class TileContext:
         bottom = core.rows.stop * height // latent_height
         left = core.columns.start * width // latent_width
         right = core.columns.stop * width // latent_width
+        # Not an `Area`: `torch.compile` would compile a network that makes one anew for each position of the core.
         return slice(top, bottom), slice(left, right)
 
 
