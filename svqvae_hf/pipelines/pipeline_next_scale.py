@@ -94,15 +94,16 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         super().__init__()
         check_scale_from(scale_from)
         check_same_codebook(vqvae, transformer)
-        self.trained_schedule = schedule_of_training(schedule, vqvae)
+        self.trained_schedule = schedule_of_training(schedule, vqvae)  # ten sizes by default
         schedule_in_json = [list(size) for size in self.trained_schedule]  # JSON has no tuples
+        # Registers the models, and the values that are saved with the pipeline.
         self._register(
             {"vqvae": vqvae, "transformer": transformer, "tokenizer": tokenizer},
             num_classes=transformer.config["num_classes"],
-            fingerprints=[codebook_fingerprint],  # a list, because other pipelines know several
+            fingerprints=[codebook_fingerprint],  # of the codebook in training, which `vqvae` must have
             class_names=class_names,
             schedule=schedule_in_json,
-            scale_from=scale_from,
+            scale_from=scale_from,  # what was resized to the scales in training: "image" or "latents"
         )
         # Converts masks to tensors of zeros and ones, of one channel and as large as the mask.
         self.mask_processor = VaeImageProcessor(
@@ -234,19 +235,24 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
     def _predictor(
         self, labels: torch.Tensor, text: torch.Tensor | None, num_images_per_prompt: int, *, guided: bool
     ) -> ScalePredictor:
-        """Transformer that predicts the scales of the images, some for each label and caption.
+        """Makes a predictor for `num_images_per_prompt` images of each condition.
+
+        A condition is a class and, if the transformer reads captions, a caption.
 
         Args:
-            labels (`torch.Tensor` of shape `(conditions,)`): Classes.
-            text (`torch.Tensor` of shape `(conditions, max_text_length)`, *optional*): Tokens of captions.
-            num_images_per_prompt (`int`): Images per class or caption.
-            guided (`bool`): Whether to predict without the class or the caption as well.
+            labels (`torch.Tensor` of shape `(conditions,)`): Class of each condition.
+            text (`torch.Tensor` of shape `(conditions, max_text_length)`, *optional*): Tokens of its caption.
+            num_images_per_prompt (`int`): Number of images of each condition.
+            guided (`bool`): Whether the predictor also predicts each image without its condition, for guidance.
         """
+        # The images of a condition follow each other, so its class and its caption are repeated.
         labels_of_images = labels.repeat_interleave(num_images_per_prompt)  # (images,)
         text_of_images = None
         if text is not None:
             text_of_images = text.repeat_interleave(num_images_per_prompt, dim=0)  # (images, max_text_length)
-        pad_token = 0 if self.tokenizer is None else self.tokenizer.pad_token_id
+        pad_token = 0  # not read without a tokenizer
+        if self.tokenizer is not None:
+            pad_token = self.tokenizer.pad_token_id
         return ScalePredictor(self.transformer, self.vqvae, labels_of_images, text_of_images, pad_token, guided=guided)
 
     def _encode_conditions(
