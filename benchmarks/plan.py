@@ -373,9 +373,7 @@ def main() -> None:
     for name in SET_OPTIONS:
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help="as of `svqvae tokenize`")
     parser.add_argument("--images", type=float, default=100e6, help="of the set (default: 100e6)")
-    parser.add_argument(
-        "--model", type=find_bundled, default=DEFAULT_MODEL, help="tokenizer (default: the bundled one)"
-    )
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="tokenizer (default: the bundled one)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default=DEFAULT_DTYPE, help="precision of the tokenizer (default: float32)"
     )
@@ -387,6 +385,7 @@ def main() -> None:
     parser.add_argument("--part-minutes", type=positive, default=30, help="longest time of a part (default: 30)")
     parser.add_argument("--rows", type=positive, default=2048, help="rows that are stored for the measurement")
     options, machine = parse_options(parser, "cpu")
+    options.model = find_bundled(options.model)
     check_source(options.model)
     set_options = {name: getattr(options, name) for name in SET_OPTIONS}
     images = open_images(options.photos, **set_options)  # a wrong set is an error before anything is measured

@@ -206,7 +206,15 @@ def path_or_name(text: str) -> str:
 
 def model(text: str) -> str:
     """Reads a model: folder, name on the Hub, or of a bundled model."""
-    return find_bundled(path_or_name(text))
+    return bundled_folder(path_or_name(text))
+
+
+def bundled_folder(text: str) -> str:
+    """Replaces the name of a bundled model by its folder."""
+    try:
+        return find_bundled(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def path_or_url(text: str) -> str:

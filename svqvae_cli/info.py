@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from svqvae_cli.arguments import Parser, path_or_url
+from svqvae_cli.arguments import Parser, bundled_folder, path_or_url
 from svqvae_cli.errors import one_line
 from svqvae_cli.files import check_source, check_trained
 from svqvae_files.file_names import IMAGE_SUFFIXES, REPO_ID, STARTED_TOKEN_SET_FILE, TOKEN_SET_FILE
-from svqvae_files.inputs import find_bundled, is_url
+from svqvae_files.inputs import is_url
 from svqvae_files.json_files import read_json_object
 
 ADAPTER_FILE = "adapter_config.json"
@@ -26,7 +26,12 @@ ADAPTER_FACTS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     path_help = "model, pipeline, LoRA adapter, checkpoint, token file, or folder or URL of a token set"
-    parser.option("path", lambda text: find_bundled(path_or_url(text)), "PATH", path_help)
+    parser.option("path", _path, "PATH", path_help)
+
+
+def _path(text: str) -> str:
+    """Reads a path, a URL, or a name on the Hub or of a bundled model."""
+    return bundled_folder(path_or_url(text))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,10 +12,19 @@ LOCAL_SCHEMES = ("file", "local", "memory")  # of URLs without a bucket or a ser
 
 
 def find_bundled(name: str) -> str:
-    """Folder of a bundled model by its name, `bundled` or `scenes`, unless a file or folder of that name exists."""
-    if os.path.exists(name):
+    """Folder of a bundled model by its name, `bundled` or `scenes`. Any other name is returned as it is.
+
+    Raises:
+        ValueError: If the working directory has a file or folder of that name.
+    """
+    if name not in BUNDLED:
         return name
-    return BUNDLED.get(name, name)
+    if os.path.exists(name):
+        raise ValueError(
+            f"`{name}` is both a bundled model and a file or folder here. Write `./{name}` for the folder, or run the "
+            "command elsewhere for the bundled model."
+        )
+    return BUNDLED[name]
 
 
 def is_url(name: str) -> bool:

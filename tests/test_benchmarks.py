@@ -123,6 +123,15 @@ def test_plan_of_a_wrong_set_is_one_line(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+def test_plan_of_an_ambiguous_model_is_one_line(tmp_path):
+    (tmp_path / "bundled").mkdir()
+    command = [sys.executable, f"{BENCHMARKS}/plan.py", "photos", "--model", "bundled"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("plan.py: error: `bundled` is both a bundled model and a file or folder here. ")
+    assert result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("hours", "text"),
     [(3300, "3,300 core hours"), (2.25, "2.2 core hours"), (0.5, "30 core minutes"), (0.001, "3.6 core seconds")],

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from svqvae_files.file_names import BUNDLED
 from svqvae_files.inputs import check_local, find_bundled
 from svqvae_hf.hub.repositories import REPO_ID, check_repo_id, public_name
 from svqvae_hf.models.checks import check_number
@@ -395,7 +396,8 @@ def file_flags(path: Path) -> list[str]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: The file is not YAML, or does not map options to values.
+        ValueError: The file is not YAML, does not map options to values, or names a model by a bundled name that is
+            also in its folder.
     """
     try:
         entries = yaml.load(path.read_text(encoding="utf-8"), _OptionLoader)
@@ -413,6 +415,7 @@ def file_flags(path: Path) -> list[str]:
         for single_value in values:
             text = str(single_value)
             if _is_path(name):
+                _check_bundled_name(path, name, text)
                 text = _find_path(path.parent, text)
             flags.append(text)
     return flags
@@ -422,6 +425,16 @@ def _is_path(name: str) -> bool:
     """Whether the values of an option are files or folders."""
     field_name = name.replace("-", "_")  # flags may be written either way
     return field_name in PATH_OPTIONS or field_name.endswith(MODEL_SUFFIX)
+
+
+def _check_bundled_name(file: Path, name: str, text: str) -> None:
+    """Raises ValueError if an option of a YAML file may mean a bundled model as well as a file or folder beside it."""
+    names_bundled_model = name.replace("-", "_").endswith(MODEL_SUFFIX) and text in BUNDLED
+    if names_bundled_model and (file.parent / text).exists():
+        raise ValueError(
+            f"`{text}` is both a bundled model and a file or folder beside `{file}`. Write `./{text}` for the folder, "
+            f"or move `{file.name}` elsewhere for the bundled model."
+        )
 
 
 def _find_path(folder: Path, text: str) -> str:

@@ -1,7 +1,9 @@
 """Each command with two or more wrong inputs: one line that says what is wrong, exit code 2, and nothing is left."""
 
+import shutil
+
 import pytest
-from cli_runner import fails
+from cli_runner import fails, svqvae
 from conftest import ROOT
 
 from svqvae_cli.command_line import COMMANDS
@@ -105,6 +107,28 @@ def test_wrong_inputs(two_images, tmp_path, saved_model, monkeypatch, capsys, co
     files["golden"] = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
     assert message in fails(capsys, command, *words.format(**files).split())
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "words", ["info", "caption two_images --output out --model", "evaluate two_images --output out --beside"]
+)
+def test_a_folder_named_like_a_bundled_model_makes_the_name_ambiguous(
+    two_images, tmp_path, saved_model, monkeypatch, capsys, words
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved_model, tmp_path / "scenes")
+    message = (
+        "`scenes` is both a bundled model and a file or folder here. Write `./scenes` for the folder, or run the "
+        "command elsewhere for the bundled model."
+    )
+    assert message in fails(capsys, *words.split(), "scenes")
+
+
+def test_a_folder_named_like_a_bundled_model_is_used_by_its_path(tmp_path, saved_model, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved_model, tmp_path / "scenes")
+    assert svqvae("info", "./scenes") == 0
+    assert "SVQVAE" in capsys.readouterr().out
 
 
 def test_each_command_has_two_wrong_inputs():

@@ -12,7 +12,7 @@ from train_llamagen import LlamaGenOptions
 from train_next_scale import NextScaleOptions
 from transformers import TrainingArguments
 
-from svqvae_hf import SVQVAE
+from svqvae_hf import DEFAULT_MODEL, SVQVAE
 from svqvae_hf.trainer.options import PATH_OPTIONS, check_models, read_options
 from svqvae_hf.trainer.train_options import TrainOptions
 
@@ -52,6 +52,30 @@ def test_only_paths_of_a_file_are_joined_to_its_folder(tmp_path):
         assert getattr(options, name.replace("-", "_")) == f"{tmp_path}/{value}"
     assert options.validation_data_dir == [f"{tmp_path}/held_out", "x"]
     assert options.output_dir == "out", "there is no such folder yet"
+
+
+def test_a_folder_named_like_a_bundled_model_makes_the_name_ambiguous(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--output_dir", "out", "--train_data_dir", "photos", "--pretrained_model_name_or_path"]
+    (options,) = read_options([TrainOptions], [*words, "bundled"])
+    assert options.pretrained_model_name_or_path == DEFAULT_MODEL
+    (tmp_path / "bundled").mkdir()
+    with pytest.raises(ValueError, match=r"`bundled` is both a bundled model and a file or folder here"):
+        read_options([TrainOptions], [*words, "bundled"])
+    (options,) = read_options([TrainOptions], [*words, "./bundled"])
+    assert options.pretrained_model_name_or_path == "./bundled"
+
+
+def test_a_folder_beside_an_options_file_makes_the_name_of_a_bundled_model_ambiguous(tmp_path):
+    (tmp_path / "bundled").mkdir()
+    file = tmp_path / "config.yaml"
+    words = {"output_dir": "out", "train_data_dir": "photos"}
+    file.write_text(yaml.safe_dump(words | {"pretrained-model-name-or-path": "bundled"}))
+    with pytest.raises(ValueError, match=r"`bundled` is both a bundled model and a file or folder beside `.*yaml`"):
+        read_options([TrainOptions], [str(file)])
+    file.write_text(yaml.safe_dump(words | {"pretrained_model_name_or_path": "./bundled"}))
+    (options,) = read_options([TrainOptions], [str(file)])
+    assert options.pretrained_model_name_or_path == str(tmp_path / "bundled")
 
 
 def test_options_that_are_paths_are_options_of_scripts():
