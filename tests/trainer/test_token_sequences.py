@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, make_tiny
+from numbered_images import write_tar
 from PIL import Image
 
 from svqvae_hf.data.image_sets import open_images
@@ -55,6 +56,26 @@ def test_labels_that_are_missing_in_all_rows_are_an_error(tmp_path):
     tokenize_set(make_tiny(), open_images([str(tmp_path / "photos")]), tmp_path / "tokens", model_name="vqvae")
     with pytest.raises(ValueError, match="must hold a class, or an integer .* 'label' holds .*, or has empty rows"):
         TokenSource(str(tmp_path / "tokens"), "label")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (("label", None), r"no column 'label'. Pass `--label_column cls`. The columns are ids_0, .*, cls"),
+        ((None, "caption"), r"no column 'caption'. Pass `--caption_column txt`. The columns are ids_0, .*, txt"),
+        ((None, "captions"), r"no column 'captions'. Pass `--caption_column txt`. The columns are"),
+    ],
+)
+def test_an_absent_column_of_a_set_from_tar_files_is_an_error_that_proposes_another(tmp_path, columns, message):
+    files = {"0.png": (ROOT / "docs" / "images" / "chelsea.png").read_bytes(), "0.cls": b"3", "0.txt": b"A cat."}
+    write_tar(tmp_path / "photos.tar", files.items())
+    tokens = tmp_path / "tokens"
+    crops = {"crops": "centre", "resolution": 16}
+    tokenize_set(make_tiny(), open_images([f"{tmp_path}/photos.tar"]), tokens, model_name="vqvae", **crops)
+    with pytest.raises(ValueError, match=message):
+        TokenSource(str(tokens), *columns)
+    assert TokenSource(str(tokens), "cls").num_classes == 4
+    assert TokenSource(str(tokens), None, "txt").captions() == [["A cat."]]
 
 
 def rows_of(loader):

@@ -537,7 +537,7 @@ def test_lora_trains_new_rows_and_leaves_a_model_of_texts(train, family, tmp_pat
     [
         ({"text_fraction": 0.5}, "`--text_files` must be given with `--text_fraction` 0.5"),
         ({"model_name_or_path": None}, "`--model_name_or_path` must be given. To train a LlamaGen, use"),
-        ({"caption_column": "text"}, "`--caption_column` must hold texts or lists of texts, but 'text' holds None"),
+        ({"caption_column": "text"}, "there is no column 'text'. Pass `--caption_column caption`. The columns are"),
         ({"caption_column": "height"}, "`--caption_column` must hold texts or lists of texts, but 'height' holds"),
         (
             {"model_name_or_path": "nowhere"},

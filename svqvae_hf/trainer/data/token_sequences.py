@@ -13,6 +13,9 @@ from svqvae_hf.models.resizing import grid_shape
 from svqvae_hf.token_sets.manifest import TokenSet
 from svqvae_hf.trainer.data.sample_order import OrderedLoader, Share, row_at
 
+LABEL_COLUMNS = ("label", "cls")  # usual names: of folders and data sets, and of tar files
+CAPTION_COLUMNS = ("caption", "text", "txt")  # the last one in tar files
+
 
 class TokenBatch(NamedTuple):
     """Ids of some images.
@@ -145,7 +148,8 @@ class TokenSource:
 
     def _count_classes(self, column: str) -> int:
         """Number of classes of a column. If it has integers without names, they are the classes 0 to the largest."""
-        feature = self.rows.features.get(column)  # type of the column, or `None` if there is no such column
+        check_column(self.rows, "--label_column", column, LABEL_COLUMNS)
+        feature = self.rows.features[column]
         if not holds_classes(self.rows, column):
             raise ValueError(
                 f"`--label_column` must hold a class, or an integer of at least 0, in each row, but {column!r} holds "
@@ -155,6 +159,30 @@ class TokenSource:
             return feature.num_classes
         largest_class = pc.max(self.rows.data.column(column)).as_py()
         return largest_class + 1
+
+
+def check_column(rows: datasets.Dataset, option: str, column: str, usual_names: Sequence[str]) -> None:
+    """Raises ValueError if there is no such column.
+
+    Args:
+        rows (`datasets.Dataset`): Rows of a token set.
+        option (`str`): Option that names the column, for the error.
+        column (`str`): Name of the column.
+        usual_names (`Sequence[str]`): Usual names of such a column. The error proposes those that are there.
+    """
+    if column in rows.features:
+        return
+    proposals = []
+    for name in usual_names:
+        if name in rows.features:
+            proposals.append(f"`{option} {name}`")
+    advice = ""
+    if proposals:
+        advice = f" Pass {' or '.join(proposals)}."
+    raise ValueError(
+        f"`{option}` must be a column of the token set, but there is no column {column!r}.{advice} "
+        f"The columns are {', '.join(rows.features)}."
+    )
 
 
 def holds_classes(rows: datasets.Dataset, column: str) -> bool:
@@ -169,8 +197,9 @@ def holds_classes(rows: datasets.Dataset, column: str) -> bool:
 
 
 def check_captions(rows: datasets.Dataset, column: str) -> None:
-    """Raises unless a column holds a caption, or a list of them, in each row."""
-    feature = rows.features.get(column)
+    """Raises ValueError unless a column holds a caption, or a list of them, in each row."""
+    check_column(rows, "--caption_column", column, CAPTION_COLUMNS)
+    feature = rows.features[column]
     holds_lists = hasattr(feature, "feature")  # types of lists have their items' type as this attribute
     text_feature = feature.feature if holds_lists else feature
     holds_texts = isinstance(text_feature, datasets.Value) and text_feature.dtype in ("string", "large_string")
