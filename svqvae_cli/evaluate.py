@@ -37,12 +37,13 @@ def add_arguments(parser: Parser) -> None:
     parser.add_output()
     parser.option("--generated", path_or_name, "DIR", "compare DATA with the generated images in this folder instead")
     parser.flag("--overwrite", "replace an existing report (default: an error)")
-    parser.option("--beside", model, "OTHER", "also measure further models and image files", nargs="*")
+    parser.option("--beside", model, "OTHER", "also measure further models", nargs="*")
     resolution_help = "resize the shorter side and crop the centre (default: images as they are)"
     parser.option("--resolution", int, "PIXELS", resolution_help)
     parser.add_scales(default=[1.0, 0.5, 0.25])
     codecs_help = (
-        "image files to compare with: jpeg, webp, avif, or no value (default: all three, if tokenizers are compared)"
+        "kinds of image files to add as baselines: jpeg, webp, avif, or no value for none (default: all three with "
+        "--beside or a MODEL of another class, otherwise none)"
     )
     parser.add_argument("--codecs", nargs="*", choices=CODEC_NAMES, metavar="CODEC", help=codecs_help)
     parser.add_tiles()
