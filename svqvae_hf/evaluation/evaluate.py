@@ -11,7 +11,7 @@ from torch import nn
 from svqvae_hf.evaluation.codecs import add_psnr_of_codecs
 from svqvae_hf.evaluation.measuring import Images, Records, measure_images
 from svqvae_hf.evaluation.meter import Meter
-from svqvae_hf.evaluation.notes import codebook_notes, lpips_notes, rfid_notes, tokenizer_notes
+from svqvae_hf.evaluation.notes import codebook_notes, context_model_notes, lpips_notes, rfid_notes, tokenizer_notes
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.report import Report
 from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
@@ -72,6 +72,7 @@ def evaluate(
         results_of_tokenizer = [record["results"][number] for record in records]
         rows.append(meter.row(results_of_tokenizer, num_pixels))
         notes += tokenizer_notes(meter.tokenizer.title, results_of_tokenizer, lpips)
+    notes += context_model_notes(tokenizers)
     notes += codebook_notes(rows, tokenizers, num_images)
     if not own_size:
         add_psnr_of_codecs(rows, tokenizers)

@@ -7,6 +7,7 @@ from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.measuring import Records
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.report import MANY_IMAGES, METRICS
+from svqvae_hf.evaluation.tokenizers.diffusers_models import SVQVAETokenizer
 from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
 
 MIN_IDS_PER_CODE = 10  # with fewer ids, the frequencies of codes say little
@@ -59,6 +60,26 @@ def codebook_notes(rows: Records, tokenizers: Sequence[Tokenizer], num_images: i
     return [
         f"The set has fewer than {MIN_IDS_PER_CODE} ids per code for {', '.join(titles)}. Codes used and perplexity "
         "would be higher on a larger set."
+    ]
+
+
+def context_model_notes(tokenizers: Sequence[Tokenizer]) -> list[str]:
+    """Says which stored ids are compressed by a context model, if some are and some are not."""
+    compressed_titles = []
+    plain_titles = []
+    for tokenizer in tokenizers:
+        if not tokenizer.codebook_size:  # its codes are no ids, which alone a context model compresses
+            continue
+        if isinstance(tokenizer, SVQVAETokenizer) and tokenizer.context_model is not None:
+            compressed_titles.append(tokenizer.title)
+        else:
+            plain_titles.append(tokenizer.title)
+    if not compressed_titles or not plain_titles:
+        return []
+    return [
+        f"The stored bits of {'; '.join(compressed_titles)} are compressed by a context model. The stored bits of "
+        f"{'; '.join(plain_titles)} are not, so compare the bits per pixel instead. training/train_context.py trains "
+        "a context model."
     ]
 
 

@@ -141,6 +141,24 @@ def test_a_context_model_counts(tmp_path, photo):
     assert row["bits_per_pixel_stored"] == 8 * len(content) / (64 * 48)
 
 
+def test_a_note_says_which_stored_bits_are_compressed(tmp_path, photo):
+    image = photo.crop((100, 60, 164, 108))
+    for name in ("with", "without"):
+        make_tiny().save_pretrained(tmp_path / name)
+    make_context_model(make_tiny().codebook_fingerprint()).save_pretrained(tmp_path / "with")
+    compressed = load_tokenizers(str(tmp_path / "with"))
+    plain = load_tokenizers(str(tmp_path / "without"))
+    codec = CodecTokenizer("JPEG", 80)
+    note = (
+        "The stored bits of with are compressed by a context model. The stored bits of without are not, so compare "
+        "the bits per pixel instead. training/train_context.py trains a context model."
+    )
+    assert note in evaluate([*compressed, *plain, codec], [image]).notes
+    for alike in ([*compressed, codec], [*plain, codec]):
+        notes = " ".join(evaluate(alike, [image]).notes)
+        assert "context model" not in notes
+
+
 def test_offline_without_a_look_up_of_the_context_model(tmp_path, two_images, monkeypatch, capsys):
     """The model is in the cache, but not whether it has a context model, which is the fault to name."""
     repository = tmp_path / "cache" / "models--org--vq"
