@@ -115,8 +115,6 @@ def test_images_of_captions_learned_by_heart_come_back(options, parts, tmp_path)
     expected = torch.tensor(rows[f"ids_{SIDE - 1}"]).view_as(ids)
     assert (ids == expected).float().mean() > 0.9
     assert pipeline.task == "text-to-image"
-    with pytest.raises(ValueError, match="got 'sailboat'. It knows photo"):
-        pipeline(prompt="sailboat")
     with pytest.raises(ValueError, match="at most 2 tokens"):
         pipeline(prompt="photo1 photo2 photo3")
     with pytest.raises(ValueError, match="`class_labels` must be left out, because the model has no classes"):
