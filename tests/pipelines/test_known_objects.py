@@ -4,6 +4,7 @@ import make_scenes
 import pytest
 import torch
 from cli_runner import svqvae
+from conftest import ROOT
 from tiny_language_models import load_extended
 
 from svqvae_hf import DEFAULT_GENERATOR
@@ -71,6 +72,13 @@ def test_they_come_back_from_a_folder_and_a_damaged_file_is_one_error(tmp_path):
     (tmp_path / KNOWN_OBJECTS_FILE).write_text('{"names": []}')
     with pytest.raises(ValueError, match="must have a list of `things`"):
         read_known_objects(tmp_path)
+
+
+def test_each_thing_that_strangers_asked_for_in_vain_is_named():
+    known_objects = read_known_objects(DEFAULT_GENERATOR)
+    for line in (ROOT / "benchmarks" / "scene_prompts_unknown.tsv").read_text().splitlines():
+        prompt, thing = line.split("\t")  # such as "a cup of coffee", of which one word is enough
+        assert any(word in thing for word in known_objects.unknown(prompt)), prompt
 
 
 def test_a_model_without_them_does_not_leave_those_of_an_earlier_model(tmp_path):

@@ -7,6 +7,7 @@ around a caption, and other names for objects, colours and sizes. Nobody read wh
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -321,20 +322,25 @@ def add_typo(caption: str, random: Random) -> str:
 
 
 def caption_words() -> set[str]:
-    """Words of all phrases, frames, leads and sizes, and whole names of objects and colours, in lower case.
+    """Words that at least two writers use, and whole names of objects and colours by any writer, in lower case.
 
-    Words of comparisons are left out, because no scene shows what they name.
+    A word that only one writer uses may be a thing that no scene shows, as in "you can stand under my umbrella". Words
+    of comparisons are left out for the same reason.
     """
-    words = set()
+    names = set()
+    writers_of_words: Counter[str] = Counter()
     for voice in VOICES:
+        words_of_writer = set()
         for part, wordings in read_wordings(voice).items():
             holds_names = part in ("objects", "colours")
             for text in texts_of(wordings):
                 if holds_names:
-                    words.add(text.lower().replace("-", " "))
+                    names.add(text.lower().replace("-", " "))
                 else:
-                    words.update(re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower()))
-    return words - SIMILES
+                    words_of_writer.update(re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower()))
+        writers_of_words.update(words_of_writer)
+    shared_words = {word for word, num_writers in writers_of_words.items() if num_writers >= 2}
+    return (names | shared_words) - SIMILES
 
 
 def known_names() -> set[str]:

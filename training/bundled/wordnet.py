@@ -1,8 +1,8 @@
 """Finds names of objects, adjectives and other nouns in WordNet 3.0: `wordnet.py OUT FOLDER`.
 
 OUT is `wordings/wordnet.json`: synonyms and kinds of the objects that scenes show, and common words. The file
-`known_objects.json` of FOLDER has all names and words of captions, and nouns for other things that have a shape, by
-which the model says what it cannot draw. It also lists objects and colours for people to read. Only words of
+`known_objects.json` of FOLDER has all names and the usual words of captions, and nouns for other things that have a
+shape, by which the model says what it cannot draw. It also lists objects and colours for people to read. Only words of
 `/usr/share/dict/american-english` are among the other things (Debian: `apt install wamerican`). WordNet is in
 `/usr/share/wordnet` (Debian: `apt install wordnet-base`; licence of Princeton University).
 """
