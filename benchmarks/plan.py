@@ -52,6 +52,8 @@ class Rates:
     """What one core does, and what an image takes.
 
     Args:
+        photos (`int`): Photographs that were measured.
+        unreadable (`int`): Photographs that could not be read. `svqvae tokenize` would skip them.
         photo_bytes (`float`): Bytes of a photograph's file.
         read (`float`): Photographs per second that are read, decoded and cropped.
         encode (`float`): Crops per second that are encoded on the CPU.
@@ -61,6 +63,8 @@ class Rates:
         ids (`int`): Ids of a row.
     """
 
+    photos: int
+    unreadable: int
     photo_bytes: float
     read: float
     encode: float
@@ -93,7 +97,7 @@ def measure_rates(options: argparse.Namespace, images: ImageSet, folder: Path) -
     """Measures the rates of this machine. `folder` holds what is written for it."""
     model = SVQVAE.from_pretrained(options.model, dtype=DTYPES[options.dtype]).eval()
     with CpuClock() as reading:
-        crops = read_photos(images, options.side)
+        crops, num_unreadable = read_photos(images, options.side)
     if not crops:
         raise ValueError(f"at least one image must be readable, but none of `{options.photos[0]}` is.")
 
@@ -115,6 +119,8 @@ def measure_rates(options: argparse.Namespace, images: ImageSet, folder: Path) -
         load_rows(source)
 
     return Rates(
+        photos=len(crops),
+        unreadable=num_unreadable,
         photo_bytes=mean_size(images),
         read=len(crops) / reading.seconds,
         encode=len(batch) / encoding.seconds,
@@ -136,13 +142,16 @@ def mean_size(images: ImageSet) -> float:
     return sum(sizes) / len(sizes)
 
 
-def read_photos(images: ImageSet, side: int) -> list[np.ndarray]:
-    """Centre squares of all images, `(side, side, 3)`."""
+def read_photos(images: ImageSet, side: int) -> tuple[list[np.ndarray], int]:
+    """Centre squares of all images, `(side, side, 3)`, and the number of images that could not be read."""
     crops = []
+    num_unreadable = 0
     for image in read_crops(images, "centre", side, num_workers=0):
-        if image.crops is not None:
+        if image.crops is None:
+            num_unreadable += 1
+        else:
             crops.append(image.crops[0].transpose(1, 2, 0))
-    return crops
+    return crops, num_unreadable
 
 
 def random_rows(settings: TokenSettings, num_ids: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -170,6 +179,8 @@ def features(settings: TokenSettings) -> datasets.Features:
 def rate_rows(rates: Rates, options: argparse.Namespace) -> list[Row]:
     """Table of what was measured, and of what was given."""
     lines = [
+        ("photographs measured", f"{rates.photos:,}"),
+        ("photographs that could not be read", f"{rates.unreadable:,}"),
         ("photographs read, decoded and cropped", f"{rates.read:,.0f} per second of a core"),
         (
             f"crops of {options.side} pixels encoded on the CPU, {options.dtype}",
@@ -290,10 +301,23 @@ def commands(rates: Rates, images: ImageSet, options: argparse.Namespace) -> str
         f"all parts, {options.workers} at a time, with Slurm:",
         f"    sbatch --array=0-{num_parts - 1}%{options.workers} {resources} --time={minutes} --requeue --wrap \\",
         f"        {wrapped}",
+        *loop_of_worker(command, num_parts, options),
         "what is missing:",
         "    svqvae info tokens",
     ]
     return "\n".join(lines)
+
+
+def loop_of_worker(command: str, num_parts: int, options: argparse.Namespace) -> list[str]:
+    """Lines that say how a worker makes its share of the parts without a scheduler."""
+    prefix = ""
+    if options.gpu_rate is None:
+        prefix = "OMP_NUM_THREADS=1 "  # a worker is a core
+    return [
+        f"or without Slurm, a loop per worker, with WORKER from 0 to {options.workers - 1}:",
+        f"    WORKER=0; for part in $(seq $WORKER {options.workers} {num_parts - 1}); do",
+        f"        {prefix}{command} --part $part || break; done",
+    ]
 
 
 def is_stream(images: ImageSet) -> bool:

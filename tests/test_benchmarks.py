@@ -16,6 +16,8 @@ from checkouts import checkout
 from conftest import ROOT
 from numbered_images import write_tar
 
+from svqvae_cli.command_line import parse
+
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_windows")]
 
 BENCHMARKS = str(ROOT / "benchmarks")
@@ -113,6 +115,43 @@ def test_plan_of_tar_files_prints_their_commands(run, inputs, monkeypatch, capsy
     assert "encoded on the CPU, bfloat16 |" in text
     assert " 0 core hours" not in text
     assert "--time=10 " in text
+
+
+def test_plan_counts_unreadable_photographs_and_prints_a_loop_for_each_worker(run, inputs, monkeypatch, capsys):
+    (inputs / "photos" / "broken.png").write_bytes(b"broken")
+    monkeypatch.chdir(inputs)
+    run("plan", "photos", "--side", "16", "--rows", "4", "--images", "1000", "--workers", "3")
+    text = capsys.readouterr().out
+    assert "| photographs measured | 1 |" in text
+    assert "| photographs that could not be read | 1 |" in text
+    _, loop = text.split("or without Slurm, a loop per worker, with WORKER from 0 to 2:\n")
+    loop, _ = loop.split("what is missing:")
+    parts = []
+    for worker in range(3):
+        parts += run_loop(loop.replace("WORKER=0", f"WORKER={worker}"))
+    assert sorted(parts) == list(range(12))
+
+
+def test_machines_of_the_loop_in_the_docs_share_the_parts():
+    page = (ROOT / "docs" / "token_sets.md").read_text()
+    loop = re.search(r"^MACHINE=0\n.*?^done$", page, re.DOTALL | re.MULTILINE).group()
+    parts = []
+    for machine in range(4):
+        parts += run_loop(loop.replace("MACHINE=0", f"MACHINE={machine}"))
+    assert sorted(parts) == list(range(256))
+
+
+def run_loop(loop):
+    """Runs a loop of the shell, with a command `svqvae` that only prints its arguments. Returns the parts."""
+    script = 'svqvae() { echo "$@"; }\n' + loop
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    parts = []
+    for command in result.stdout.splitlines():
+        words = command.split()
+        args = parse(words)
+        assert args.num_parts > args.part
+        parts.append(args.part)
+    return parts
 
 
 def test_plan_of_a_wrong_set_is_one_line(tmp_path):
