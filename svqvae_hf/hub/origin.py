@@ -89,13 +89,20 @@ def find_origin(
     return Origin(license, base_model, rows)
 
 
+def stated_license(source: str | None, kind: str = "model") -> str | None:
+    """Licence on the card of a model or a set, as for [`read_card`]; `None` without a source, card or licence."""
+    if source is None:
+        return None
+    return _license_on(read_card(source, kind))
+
+
 def _read_sources(locations: Mapping[str, str | None], kind: str) -> list[_Source]:
     """Reads the cards of the sources of a kind, `model` or `dataset`, by the names of their rows."""
     sources = []
     for row, location in locations.items():
         if location is not None:
             card = read_card(location, kind)
-            sources.append(_Source(row, location, card, _stated_license(card)))
+            sources.append(_Source(row, location, card, _license_on(card)))
     return sources
 
 
@@ -227,7 +234,7 @@ def _base_model(source: _Source) -> str | None:
     return base_model
 
 
-def _stated_license(card: RepoCard | None) -> str | None:
+def _license_on(card: RepoCard | None) -> str | None:
     """Licence on a card, `other` if it lists several; `None` if it states none."""
     if card is None:
         return None

@@ -48,6 +48,7 @@ def token_set_card(
     columns: Iterable[str],
     totals: Mapping[str, int],
     license: str | None = None,
+    model_license: str | None = None,
     source_set: str | None = None,
 ) -> str:
     """Writes the card of a token set.
@@ -58,6 +59,7 @@ def token_set_card(
         columns (`Iterable[str]`): Names of the columns.
         totals (`Mapping[str, int]`): Numbers of `images` and `rows`.
         license (`str`, *optional*): Licence of the images, by the Hub's identifier; by default `unknown`.
+        model_license (`str`, *optional*): Licence of the tokenizer, which its card states.
         source_set (`str`, *optional*): Name of the image set on the Hub.
 
     Returns:
@@ -69,6 +71,8 @@ def token_set_card(
     _, _, name = repo_id.rpartition("/")
     decode_command = shlex.join(["svqvae", "decode", repo_id, "--model", settings.model, "--output", "DIR"])
     facts = _facts(settings, source_set, totals)
+    if model_license is not None:
+        facts["model"] = f"{settings.model} (licence: {model_license})"
     descriptions = _descriptions_of_columns(settings, columns)
     card = DatasetCard.from_template(
         card_data,

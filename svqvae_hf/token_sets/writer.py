@@ -20,7 +20,7 @@ from svqvae_files.folders import Folder
 from svqvae_files.identity import value_digest
 from svqvae_files.outputs import check_new_folder, scale_endings
 from svqvae_hf.data.image_sets import ImageSet
-from svqvae_hf.hub.origin import find_origin
+from svqvae_hf.hub.origin import find_origin, stated_license
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.cards import token_set_card
 from svqvae_hf.token_sets.crops import CROPS, is_whole, read_crops
@@ -223,6 +223,7 @@ class SetPlan:
         num_parts (`int`): Number of parts of the set.
         parts (`Sequence[int]`): Numbers of the parts that this run makes.
         license (`str`, *optional*): Licence of the images.
+        model_license (`str`, *optional*): Licence of the tokenizer, if its card states one.
     """
 
     request: TokenizeOptions
@@ -233,6 +234,7 @@ class SetPlan:
     num_parts: int
     parts: Sequence[int]
     license: str | None
+    model_license: str | None
 
 
 def plan_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, request: TokenizeOptions) -> SetPlan:
@@ -243,6 +245,7 @@ def plan_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, request: T
         ValueError: An option is out of range, or `out` has something else in it.
     """
     license = find_origin({}, {"image set": request.source_set}, request.license).license
+    model_license = stated_license(model.config.get("_name_or_path"))
     num_parts = count_parts(images, request.num_parts)
     parts: Sequence[int] = range(num_parts)
     if request.parts is not None:
@@ -278,7 +281,7 @@ def plan_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, request: T
         "encoder": encoder_digest(model),
     }
     options = json.loads(json.dumps(options))  # as they will be read, with lists for tuples
-    return SetPlan(request, folder, settings, features, options, num_parts, parts, license)
+    return SetPlan(request, folder, settings, features, options, num_parts, parts, license, model_license)
 
 
 def make_part(
@@ -338,6 +341,7 @@ def finish_set(plan: SetPlan) -> dict[str, int] | None:
         settings=plan.settings,
         columns=plan.features,
         license=plan.license,
+        model_license=plan.model_license,
         source_set=plan.request.source_set,
     )
     content = json.loads(plan.settings.to_json()) | {"options": plan.options}

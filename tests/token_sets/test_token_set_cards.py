@@ -2,6 +2,7 @@ import ast
 import dataclasses
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from cli_runner import svqvae
@@ -32,6 +33,15 @@ def test_card_describes_the_set_and_its_columns():
     assert 'read_settings("org/tokens")' in text
     assert "`svqvae decode org/tokens --model org/name --output DIR`" in text
     assert "{" not in text
+
+
+def test_card_names_the_licence_of_the_tokenizer(two_images, saved_model, tmp_path):
+    assert svqvae("tokenize", two_images / "a.png", "--output", tmp_path / "bundled") == 0
+    text = (tmp_path / "bundled" / "README.md").read_text()
+    assert "| model | bundled (licence: cc-by-sa-4.0) |" in text
+    assert DatasetCard(text).data.license == "unknown", "it is the licence of the images"
+    assert svqvae("tokenize", two_images / "a.png", "--output", tmp_path / "tiny", "--model", saved_model) == 0
+    assert f"| model | {Path(saved_model).name} |" in (tmp_path / "tiny" / "README.md").read_text()
 
 
 def test_user_text_cannot_break_the_card():
