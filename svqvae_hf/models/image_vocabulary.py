@@ -141,9 +141,14 @@ class ImageVocabulary:
         """Token of a grid.
 
         Raises:
-            ValueError: If the vocabulary has no such grid.
+            ValueError: If the vocabulary has no such grid, or it is not a pair of rows and columns.
         """
-        grid = tuple(grid)
+        try:
+            grid = tuple(grid)
+        except TypeError as error:
+            raise ValueError(
+                f"`grid` must be a pair of rows and columns of codes, such as {self.grids[0]}, got {grid!r:.80}."
+            ) from error
         if grid in self.grids:
             return self.first_size + self.grids.index(grid)
         choices = ", ".join(f"{rows} x {columns}" for rows, columns in self.grids)

@@ -29,6 +29,8 @@ def test_images_have_the_grid_that_was_asked_for(family):
     assert [image.size for image in pipe.draw(["a cat"], grid=(2, 3), guidance_scale=2.0)] == [(12, 8)]
     with pytest.raises(ValueError, match="the rows x columns of codes that the model knows"):
         pipe.draw(["a cat"], grid=(9, 9))
+    with pytest.raises(ValueError, match=r"`grid` must be a pair of rows and columns of codes, such as .*, got 8\.$"):
+        pipe.draw(["a cat"], grid=8)
 
 
 def test_a_text_is_one_caption_and_no_caption_is_an_error():
