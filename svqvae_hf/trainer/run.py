@@ -218,8 +218,18 @@ def run_script(train: Callable[[Run[Options]], None], options_class: type[Option
         with one_line_errors():
             run_training(train, *read_options([options_class], sys.argv[1:]))
     finally:
-        for worker in multiprocessing.active_children():  # after an error; Python would wait for them forever
-            worker.kill()
+        _end_workers()
+
+
+def _end_workers() -> None:
+    """Ends the workers of loaders that still run after an error or a signal. Python would wait for them forever.
+
+    PyTorch handles SIGCHLD, and reports each worker that is killed as an error. Here, killing them is no error.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
 
 
 def _end_at_ctrl_c() -> None:

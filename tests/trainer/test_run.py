@@ -19,8 +19,10 @@ from accelerate import Accelerator, DistributedType
 from diffusers.training_utils import EMAModel
 from processes import start
 from torch import nn
+from torch.utils.data import DataLoader
 from training_runs import cpu, forget_accelerate, logged
 
+from svqvae_hf.trainer.data.crop_loader import prepare_worker
 from svqvae_hf.trainer.identity import RunIdentity
 from svqvae_hf.trainer.optimization import hyperparameters
 from svqvae_hf.trainer.options import RunOptions
@@ -131,7 +133,7 @@ def test_ctrl_c_outside_of_the_loop_ends_a_script_at_once(monkeypatch):
     for name in ("read_options", "run_training"):
         monkeypatch.setattr(f"svqvae_hf.trainer.run.{name}", lambda *_: ())
     run_script(lambda run: None, RunOptions)
-    assert handlers == {signal.SIGINT: signal.SIG_DFL}
+    assert handlers[signal.SIGINT] == signal.SIG_DFL
 
 
 def fail_beside_a_worker(folder):
@@ -150,6 +152,27 @@ def test_an_error_ends_a_script_although_its_workers_ignore_sigterm(tmp_path):
     process.join(60)
     ended, _ = process.exitcode, process.kill()
     assert ended == 1
+
+
+def stop_beside_a_loader(folder, log):
+    def train(*_):
+        batches = iter(DataLoader(range(1000), num_workers=2, worker_init_fn=prepare_worker))
+        next(batches)
+        sys.exit(128 + signal.SIGTERM)  # as after a signal, when the checkpoint is saved
+
+    sys.argv = ["train.py", "--output_dir", str(folder), "--max_steps", "1"]
+    with cpu(), log.open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+        run_script(train, RunOptions)
+
+
+def test_a_stopped_script_reports_no_error_of_its_workers(tmp_path):
+    log = tmp_path / "log.txt"
+    process = start(stop_beside_a_loader, tmp_path / "out", log)
+    process.join(60)
+    ended, _ = process.exitcode, process.kill()
+    assert ended == 128 + signal.SIGTERM
+    assert "DataLoader worker" not in log.read_text()
 
 
 def test_updates_with_gradients_that_are_not_finite_are_skipped_counted_and_stop_the_run(options, monkeypatch, caplog):
