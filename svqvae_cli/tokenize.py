@@ -142,7 +142,10 @@ def _num_workers(args: argparse.Namespace) -> int:
     """Number of processes that read images."""
     if args.workers is not None:
         return args.workers
-    return min(MAX_WORKERS, os.cpu_count() or 1)
+
+    from svqvae_hf.data.workers import usable_cores
+
+    return min(MAX_WORKERS, usable_cores())
 
 
 def _device(args: argparse.Namespace, process: Process) -> str | None:

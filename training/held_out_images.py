@@ -129,7 +129,7 @@ def load_held_out(options: DiffusionOptions, held_out: HeldOut, accelerator: Acc
     return DataLoader(
         HeldOutReader(options, held_out, numbers_of_batches),
         batch_size=None,  # because each item of the reader is a batch
-        num_workers=options.dataloader_num_workers,
+        num_workers=options.num_workers,
         generator=torch.Generator(),  # not the global one
         worker_init_fn=prepare_worker,
     )

@@ -6,6 +6,13 @@ import threading
 from multiprocessing.process import BaseProcess
 
 
+def usable_cores() -> int:
+    """Number of cores that this process may use. `taskset`, Slurm or a container may leave it fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def end_with_parent() -> None:
     """Ends this process when its parent has ended in any way.
 

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 from svqvae_files.file_names import BUNDLED
 from svqvae_files.inputs import check_local, find_bundled
+from svqvae_hf.data.workers import usable_cores
 from svqvae_hf.hub.repositories import REPO_ID, check_repo_id, public_name
 from svqvae_hf.models.checks import check_number
 from svqvae_hf.trainer.scripts import check_no_repeats, script_name
@@ -37,6 +38,7 @@ PATH_OPTIONS = (
     "deepspeed",
 )
 MODEL_SUFFIX = "_name_or_path"  # of all options that name models
+MAX_WORKERS = 2  # that cut crops, by default
 NULLS = ("", "~", "null")  # how YAML writes that there is no value
 USAGE = "%(prog)s [CONFIG.yaml] [--option VALUE ...]"  # argparse would list each option before it explains the first
 
@@ -237,7 +239,7 @@ class ImageOptions(RunOptions):
     resize_range: list[float] = option([1.0, 1.0], "Range of the factor by which an image is resized before the crop.")
     streaming: bool = option(False, "Read tar, Parquet and Hub sets as a stream, not from a copy.")
     shuffle_buffer: int = option(1000, "Images of a stream that each worker holds and shuffles at a time.")
-    dataloader_num_workers: int = option(2, "Processes that cut crops.")
+    dataloader_num_workers: int | None = option(None, "Processes that cut crops; by default one per core, at most 2.")
 
     def faults(self) -> Iterator[str]:
         """Yields an error message for each fault, also in the options of images."""
@@ -252,6 +254,13 @@ class ImageOptions(RunOptions):
             yield "`--mix_split` belongs to `--mix_data_dir`. Give both or neither."
         if not self._has_resize_range():
             yield f"`--resize_range` must be two factors, the smaller first, but is {self.resize_range}."
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that cut crops. PyTorch warns of more workers than cores, so the default has no more."""
+        if self.dataloader_num_workers is not None:
+            return self.dataloader_num_workers
+        return min(MAX_WORKERS, usable_cores())
 
     def _has_resize_range(self) -> bool:
         """Whether `resize_range` is a range of factors."""

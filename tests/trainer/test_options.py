@@ -30,6 +30,13 @@ def test_flags_and_file_are_equal_and_flags_override_the_file(tmp_path):
     assert read_options([TrainOptions], [str(file), "--learning_rate", "1e-4"])[0].learning_rate == 1e-4
 
 
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 2), (64, 2)])
+def test_by_default_there_are_no_more_workers_than_cores(cores, workers, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    assert TrainOptions(**NEEDED).num_workers == workers
+    assert TrainOptions(**NEEDED, dataloader_num_workers=5).num_workers == 5
+
+
 def test_values_of_a_file_are_read_as_those_of_flags(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(NEEDED) + "mixed_precision: no\nmax_steps: 0100\nsave_total_limit:\nuse_ema: yes\n")

@@ -113,7 +113,7 @@ class ImageSource:
             mixed=self.mixed,  # the images of `--mix_data_dir`
             mix_fraction=options.mix_fraction,
         )
-        return CropLoader(self.images, cutter, options.dataloader_num_workers, options.shuffle_buffer)
+        return CropLoader(self.images, cutter, options.num_workers, options.shuffle_buffer)
 
     def _policy(self, sides: list[int]) -> CropPolicy:
         """How crops of some sides are cut, as the options say."""
