@@ -301,20 +301,36 @@ def read_options(options_classes: Sequence[type], arguments: Sequence[str]) -> t
         ValueError: If an option is unknown, missing or repeated, a value is of the wrong type, or the file does not
             map options to values.
     """
-    words = list(arguments)
+    words_of_command = list(arguments)
     words_of_file: list[str] = []
-    if words and words[0].endswith((".yaml", ".yml")):
-        words_of_file = file_flags(Path(words.pop(0)))
+    if words_of_command and words_of_command[0].endswith((".yaml", ".yml")):
+        words_of_file = file_flags(Path(words_of_command.pop(0)))
     parser = OptionParser(options_classes, prog=script_name(), usage=USAGE, allow_abbrev=False)
     check_no_repeats(parser, words_of_file)
-    check_no_repeats(parser, words)
-    words = words_of_file + words  # flags override the file, because the last of equal flags counts
+    check_no_repeats(parser, words_of_command)
+    words = words_of_file + words_of_command  # flags override the file, because the last of equal flags counts
     parser.check_names(words)
     _check_no_stray_value(parser, words)
-    parsed = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    try:
+        parsed = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    except ValueError as error:
+        flags = _flags_only_in_file(str(error), words_of_file, words_of_command)
+        if not flags:
+            raise
+        raise ValueError(f"{error} {arguments[0]} sets {flags}.") from error
     for options in parsed:
         _replace_bundled_names(options)
     return tuple(parsed)
+
+
+def _flags_only_in_file(message: str, words_of_file: Sequence[str], words_of_command: Sequence[str]) -> str:
+    """Flags that an error names and only the YAML file sets, so that a user may wonder where they come from."""
+    flags_of_command = [word.partition("=")[0] for word in words_of_command]
+    flags = []
+    for flag in re.findall(r"--\w+", message):
+        if flag in words_of_file and flag not in flags_of_command:
+            flags.append(f"`{flag}`")
+    return ", ".join(dict.fromkeys(flags))  # each once
 
 
 def _check_no_stray_value(parser: "OptionParser", words: Sequence[str]) -> None:

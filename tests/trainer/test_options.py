@@ -37,6 +37,19 @@ def test_by_default_there_are_no_more_workers_than_cores(cores, workers, monkeyp
     assert TrainOptions(**NEEDED, dataloader_num_workers=5).num_workers == 5
 
 
+def test_an_error_says_which_options_the_file_sets(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("load_best_model_at_end: true\nmax_steps: 800\nwarmup_steps: 20\n")
+    words = [str(file)] + [f"--{name}={value}" for name, value in NEEDED.items()]
+    with pytest.raises(ValueError, match="needs `--validation_.*/config.yaml sets `--load_best_model_at_end`[.]$"):
+        read_options([TrainOptions], words)
+    words += ["--load_best_model_at_end", "no"]
+    with pytest.raises(ValueError, match="than `--max_steps` = 20, .*/config.yaml sets `--warmup_steps`[.]$"):
+        read_options([TrainOptions], [*words, "--max_steps", "20"])
+    with pytest.raises(ValueError, match="`--seed` must be .*, got -1.*[.]$"):
+        read_options([TrainOptions], [*words, "--seed", "-1"])
+
+
 def test_values_of_a_file_are_read_as_those_of_flags(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(NEEDED) + "mixed_precision: no\nmax_steps: 0100\nsave_total_limit:\nuse_ema: yes\n")
