@@ -12,6 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 from svqvae_files.file_names import BUNDLED, REPO_ID
 from svqvae_files.hub import hub_reason as hub_reason
 
+# What stands, in Python, for the names that commands and scripts take
+CONSTANTS_OF_BUNDLED = {"bundled": "svqvae_hf.DEFAULT_MODEL", "scenes": "svqvae_hf.DEFAULT_GENERATOR"}
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 LICENSES = Path(__file__).with_name("licenses.txt").read_text().split()  # of hf.co/docs/hub/repositories-licenses
 
@@ -65,6 +67,7 @@ def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: 
     Raises:
         OSError: If the repository does not exist, or the Hub does not answer and the cache has no complete copy.
     """
+    _check_not_bundled_name(source)
     try:
         return load(source, **options)
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:
@@ -73,6 +76,17 @@ def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: 
         if is_local or is_one_file_missing:
             raise  # the error of `load` names the file, so it needs no explanation
         raise OSError(f"could not load `{source}`: there is no such folder, and {hub_reason(error)}") from error
+
+
+def _check_not_bundled_name(source: str | os.PathLike) -> None:
+    """Raises OSError for a name that commands and scripts take for a bundled model, before the Hub is asked for it."""
+    name = str(source)
+    if name in CONSTANTS_OF_BUNDLED and not Path(name).exists():
+        constant = CONSTANTS_OF_BUNDLED[name]
+        raise OSError(
+            f"could not load `{name}`: only commands and scripts know the bundled model by this name. In Python, pass "
+            f"`{constant}`."
+        )
 
 
 def lacks_file(error: Exception) -> bool:

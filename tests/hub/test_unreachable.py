@@ -7,6 +7,7 @@ from cli_runner import fails
 from huggingface_hub import constants
 from transformers import AutoConfig
 
+import svqvae_hf
 from svqvae_hf import SVQVAE, ContextModel, SVQVAEAutoregressivePipeline
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.token_sets.settings import read_settings
@@ -56,3 +57,13 @@ def test_commands_say_so(command, two_images, tmp_path, capsys):
     assert line.startswith("svqvae: error: could not load the model `org/gone`: ")
     assert "the Hub cannot be reached" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "constant"), [("bundled", "DEFAULT_MODEL"), ("scenes", "DEFAULT_GENERATOR")])
+def test_bundled_names_are_not_asked_for_on_the_hub(name, constant):
+    def load(source):
+        raise AssertionError("the Hub was asked")
+
+    with pytest.raises(OSError, match=f"In Python, pass `svqvae_hf.{constant}`"):
+        from_hub(load, name)
+    assert from_hub(str, getattr(svqvae_hf, constant)) == getattr(svqvae_hf, constant)
