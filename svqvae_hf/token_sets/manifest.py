@@ -109,27 +109,49 @@ class PartRecord:
 RECORD_TYPES = {"part": int, "options": str, "read": list, "images": int, "rows": int, "ids": int, "skipped": list}
 
 
-def check_sizes(files: Sequence[TokenFile], sizes: Mapping[str, int], place: str) -> None:
+def remedy_for_part(part: int, num_parts: int) -> str:
+    """Advice for a file of a complete set that is missing or damaged.
+
+    Args:
+        part (`int`): Number of the part that has the file.
+        num_parts (`int`): Number of parts of the set.
+    """
+    return (
+        f"Copy it again, or make part {part} again: `svqvae tokenize` with the same images and options, and with "
+        f"`--num-parts {num_parts} --part {part} --output OTHER`, then copy the file from OTHER."
+    )
+
+
+def check_sizes(records: Sequence[PartRecord], sizes: Mapping[str, int], place: str) -> None:
     """Raises unless all files of a set are there and whole, and no others.
 
     Args:
-        files (`Sequence[TokenFile]`): Files that the manifest names.
+        records (`Sequence[PartRecord]`): All parts of the set.
         sizes (`Mapping[str, int]`): Bytes of the files that are there.
         place (`str`): Folder or URL of the set.
 
     Raises:
         ValueError: A file is missing, cut or foreign.
     """
-    for file in files:
-        size = sizes.get(file.name)
-        if size is None:
-            raise ValueError(f"`{place}/{file.name}` is missing, although the manifest of the set names it. {REMEDY}")
-        if size != file.size:
-            raise ValueError(
-                f"`{place}/{file.name}` must have {file.size:,} bytes, as the manifest of the set says, but has "
-                f"{size:,}. {REMEDY}"
-            )
-    check_no_foreign_files([file.name for file in files], sizes, place)
+    names = []
+    for record in records:
+        remedy = remedy_for_part(record.part, len(records))
+        for file in record.files:
+            _check_size(file, sizes, place, remedy)
+            names.append(file.name)
+    check_no_foreign_files(names, sizes, place)
+
+
+def _check_size(file: TokenFile, sizes: Mapping[str, int], place: str, remedy: str) -> None:
+    """Raises ValueError unless a file is there and has its size. The error ends with `remedy`."""
+    size = sizes.get(file.name)
+    if size is None:
+        raise ValueError(f"`{place}/{file.name}` is missing, although the manifest of the set names it. {remedy}")
+    if size != file.size:
+        raise ValueError(
+            f"`{place}/{file.name}` must have {file.size:,} bytes, as the manifest of the set says, but has "
+            f"{size:,}. {remedy}"
+        )
 
 
 def check_no_foreign_files(names_of_set: Iterable[str], present_names: Iterable[str], place: str) -> None:
@@ -156,6 +178,7 @@ class TokenSet:
         settings ([`TokenSettings`]): What all rows share.
         options (`dict[str, Any]`): Options that the set was made with.
         totals (`dict[str, int]`): Numbers of images, rows, ids, skipped images and files.
+        records (`list[PartRecord]`): All parts in their order, without the lists of skipped images.
         files (`list[TokenFile]`): Parquet files in the order of the rows.
         digest (`str`): Checksum of the manifest, which names the content of all files.
 
@@ -175,7 +198,10 @@ class TokenSet:
         self.options: dict[str, Any] = entries.get("options", {})
         self.totals: dict[str, int] = entries.get("totals", {})
         self.digest = str(entries.get(MANIFEST_CHECKSUM))
-        self.files = self._read_manifest(self.digest)  # raises if the checksum is missing or wrong
+        self.records = self._read_manifest(self.digest)  # raises if the checksum is missing or wrong
+        self.files: list[TokenFile] = []
+        for record in self.records:
+            self.files += record.files
 
     @property
     def features(self) -> datasets.Features:
@@ -191,7 +217,7 @@ class TokenSet:
         """Raises ValueError unless all files are there and have their sizes, and no others are there."""
         if is_token_set_on_hub(self.name):
             return  # its files are compared when they are read
-        check_sizes(self.files, Folder(self.name).sizes(DATA), self.name)
+        check_sizes(self.records, Folder(self.name).sizes(DATA), self.name)
 
     def read_file(self, file: TokenFile) -> bytes:
         """Reads a file.
@@ -201,12 +227,13 @@ class TokenSet:
         """
         content = read_set_file(self.name, file.name)
         if content is None:
-            raise ValueError(f"`{self.name}/{file.name}` is missing, although the manifest names it. {REMEDY}")
+            remedy = self._remedy(file)
+            raise ValueError(f"`{self.name}/{file.name}` is missing, although the manifest names it. {remedy}")
         checksum = hashlib.sha256(content).hexdigest()
         if len(content) != file.size or checksum != file.checksum:
             raise ValueError(
                 f"`{self.name}/{file.name}` must be the file that the manifest of the set names, but has other "
-                f"content. {REMEDY}"
+                f"content. {self._remedy(file)}"
             )
         return content
 
@@ -256,6 +283,13 @@ class TokenSet:
             raise ValueError(f"`{self.name}` must have {self.num_rows:,} rows, but has {len(rows):,}. {REMEDY}")
         return rows
 
+    def _remedy(self, file: TokenFile) -> str:
+        """Advice for a file that is missing or damaged."""
+        for record in self.records:
+            if file in record.files:
+                return remedy_for_part(record.part, len(self.records))
+        return REMEDY
+
     def _path(self, file: TokenFile) -> str:
         """Local path or URL of a file."""
         if is_token_set_on_hub(self.name):
@@ -276,23 +310,22 @@ class TokenSet:
             raise ValueError(f"`{path}` must have the settings of the set, but has others. {REMEDY}")
         return table
 
-    def _read_manifest(self, checksum: str) -> list[TokenFile]:
-        """Reads the files of all parts from the manifest, whose SHA-256 the settings name."""
+    def _read_manifest(self, checksum: str) -> list[PartRecord]:
+        """Reads the records of all parts from the manifest, whose SHA-256 the settings name."""
         path = f"{self.name}/{MANIFEST_FILE}"
         content = read_set_file(self.name, MANIFEST_FILE)
         if content is None:
             raise ValueError(f"`{path}` is missing, which names the files of the set. {REMEDY}")
         if hashlib.sha256(content).hexdigest() != checksum:
             raise ValueError(f"`{path}` must be the manifest that {SETTINGS_FILE} names, but has changed. {REMEDY}")
-        files: list[TokenFile] = []
+        records = []
         for line in content.splitlines():
             entry = parse_json_object(line, path)
             # In the manifest, `skipped` is the number of skipped images. In a `PartRecord` it is a list of them, which
             # is not needed here.
             entry["skipped"] = []
-            record = PartRecord.from_entry(entry, path)
-            files += record.files
-        return files
+            records.append(PartRecord.from_entry(entry, path))
+        return records
 
 
 def load_rows(name: str | os.PathLike) -> datasets.Dataset:

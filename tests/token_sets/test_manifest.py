@@ -110,6 +110,24 @@ def test_a_damaged_or_foreign_file_is_named(sets, tmp_path, damage, prefix):
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("damage", [delete, cut, flip])
+def test_a_file_is_repaired_by_its_part_from_another_folder(photos, sets, tmp_path, damage):
+    folder = tmp_path / "set"
+    shutil.copytree(sets / "set", folder)
+    damage(folder, sets)
+    message = "or make part 1 again: .* `--num-parts 3 --part 1 --output OTHER`, then copy"
+    with pytest.raises(ValueError, match=message):
+        list(TokenSet(folder).rows())
+    if damage != flip:  # the size is equal
+        with pytest.raises(ValueError, match=message):
+            describe_state(folder)
+    tokenize(make_tiny(), photos, tmp_path / "other", num_parts=3, parts=[1], **CROPS)
+    shutil.copytree(tmp_path / "other" / "data", folder / "data", dirs_exist_ok=True)
+    assert content(folder) == content(sets / "set")
+    assert describe_state(folder)["parts"] == "3 (complete; finished: 3)"
+    assert list(TokenSet(folder).rows()) == list(TokenSet(sets / "set").rows())
+
+
 def test_rows_are_those_of_datasets(sets, cache):
     token_set = TokenSet(sets / "set")
     rows = list(load(sets / "set"))
