@@ -6,8 +6,8 @@ original, PSNR against the original resized to that scale, and the fraction of
 the codebook that is used. For several images the last lines give totals, bits
 per pixel of all pixels, mean PSNR, and the fraction of the codebook that all
 images together use. Images that cannot be read, or are too large for memory,
-are named and skipped. The same command resumes an interrupted run. Its totals
-are those of the images that were left.
+are named and skipped. The same command resumes an interrupted run. The totals
+of a resumed run cover only the images that it still had to do.
 
   svqvae reconstruct photo.jpg --output out --scales 0.25 0.5 1 --side-by-side
 """

@@ -50,9 +50,8 @@ class Run(Generic[Item]):
         self.targets = targets
         self.noun = noun
         self._check_clashes()
-        self.folder = OutputFolder(
-            args, default_model
-        )  # knows the outputs of earlier runs and what they were made from
+        # Knows the outputs of earlier runs, and what they were made from.
+        self.folder = OutputFolder(args, default_model)
         self.sources: dict[Item, Source] = {}  # each input as the folder records it
         for item in targets:
             self.sources[item] = self._source(item)

@@ -248,7 +248,7 @@ def _find_grid_size(angles: Any, num_condition_tokens: int, grid_size: int | Non
 
 
 def _passed_grid_size(grid_size: int | None, source: str | Path) -> int:
-    """Returns the size that the user passed. Raises ValueError if there is none."""
+    """Returns `grid_size`, which the user must pass if the file has none. Raises ValueError if it is missing."""
     if grid_size is None:
         raise ValueError(
             f"`{source}` does not state the size of its images. Pass `grid_size`, or the side in pixels to "

@@ -238,7 +238,7 @@ class ImageChats:
         return sampling
 
     def _questions(self, texts: Sequence[str | None]) -> list[str]:
-        """What the model is asked for each caption, or for an image without a caption."""
+        """Questions to the model: each caption itself, or the token for no caption."""
         return [self.processor.no_condition if text is None else text for text in texts]
 
     def _captions_before_images(self, questions: Sequence[str]) -> list[str]:

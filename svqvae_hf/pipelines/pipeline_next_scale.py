@@ -103,7 +103,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             fingerprints=[codebook_fingerprint],  # of the codebook in training, which `vqvae` must have
             class_names=class_names,
             schedule=schedule_in_json,
-            scale_from=scale_from,  # what was resized to the scales in training: "image" or "latents"
+            scale_from=scale_from,  # "image" or "latents": which of them training resized to each scale
         )
         # Converts masks to tensors of zeros and ones, of one channel and as large as the mask.
         self.mask_processor = VaeImageProcessor(

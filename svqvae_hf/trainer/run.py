@@ -73,8 +73,9 @@ class Run(Generic[Options]):
 
         Raises:
             SystemExit: If the folder holds the result of this very run.
-            ValueError: If the folder is that of a model or token set, or holds the result of another run, checkpoints
-                of a run with other models or sets, or a checkpoint that is not the wanted one.
+            ValueError: If the folder is also the folder of a model or token set that the options name. Or if it holds
+                the result of another run, checkpoints of a run with other models or sets, or a checkpoint that is not
+                the wanted one.
         """
         options = self.options
         refuse_sources(options.output_dir, options)

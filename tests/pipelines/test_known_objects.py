@@ -77,7 +77,7 @@ def test_they_come_back_from_a_folder_and_a_damaged_file_is_one_error(tmp_path):
 def test_each_thing_that_strangers_asked_for_in_vain_is_named():
     known_objects = read_known_objects(DEFAULT_GENERATOR)
     for line in (ROOT / "benchmarks" / "scene_prompts_unknown.tsv").read_text().splitlines():
-        prompt, thing = line.split("\t")  # such as "a cup of coffee", of which one word is enough
+        prompt, thing = line.split("\t")  # such as "cup of coffee": naming one of its words is enough
         assert any(word in thing for word in known_objects.unknown(prompt)), prompt
 
 
