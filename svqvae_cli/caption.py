@@ -2,12 +2,16 @@
 
 Writes NAME.txt with a text for each image, by greedy decoding, in the subfolder
 that the image was found in, and prints it. Images that cannot be read are
-named and skipped. The same command resumes an interrupted run.
+named and skipped. The same command resumes an interrupted run. A model knows
+only what it was trained on: the bundled model `scenes` describes a photograph
+as a scene of emoji.
 
   svqvae caption photos --model org/lm-with-images --output out
 """
 
 import argparse
+import sys
+from typing import Any
 
 from svqvae_cli.arguments import Parser, model, positive
 from svqvae_cli.errors import one_line
@@ -43,6 +47,7 @@ def _caption(args: argparse.Namespace, work: Run[InputFile]) -> None:
     from svqvae_hf.models.image_files import load_image
 
     model = load_pretrained(ImageLanguageModel, args.model, args.device, args.dtype)
+    _warn_of_other_images(model)
     for file, image in work.read(load_image):
         with work.attempt(file):
             text = model.caption([image], args.prompt, args.max_tokens)[0]
@@ -50,3 +55,15 @@ def _caption(args: argparse.Namespace, work: Run[InputFile]) -> None:
             write_file(path, f"{text}\n".encode())
             name = one_line(str(file.name))
             print(f"{name}: {text}")
+
+
+def _warn_of_other_images(model: Any) -> None:
+    """Says on stderr that a model that lists its objects describes other images wrongly."""
+    if model.known_objects is None or not model.known_objects.objects:
+        return
+    num_objects = len(model.known_objects.objects)
+    print(
+        f"svqvae: the model knows only pictures of {num_objects} objects, so its captions of other images, such as "
+        "photographs, are wrong",
+        file=sys.stderr,
+    )

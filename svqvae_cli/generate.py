@@ -201,12 +201,15 @@ def _warn_of_undrawable_things(pipeline: Any, prompts: list[str]) -> None:
 
 
 def _tell_rewritten_prompts(pipeline: Any, prompts: list[str]) -> None:
-    """Says on stderr which caption a language model draws for each prompt that it rewrites."""
+    """Says on stderr which caption a language model draws for each prompt that it rewrites to say something else."""
+    from svqvae_hf.pipelines.known_objects import say_rewritten
+
     if not hasattr(pipeline, "rewrite"):
         return
     for prompt, caption in zip(prompts, pipeline.rewrite(prompts), strict=True):
-        if caption != prompt:
-            print(f"svqvae: {prompt!r} is drawn as {caption!r}", file=sys.stderr)
+        note = say_rewritten(prompt, caption, pipeline.known_objects)
+        if note:
+            print(f"svqvae: {prompt!r} is {note}", file=sys.stderr)
 
 
 def _check_options(pipeline: Any, args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from svqvae_hf.language.image_language_model import ImageLanguageModel
-from svqvae_hf.pipelines.known_objects import say_undrawable
+from svqvae_hf.pipelines.known_objects import say_rewritten, say_undrawable
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
 
 NO_CLASS = -1
@@ -123,16 +123,16 @@ class PageGenerator(ABC):
             facts += self._prompt_notes(request.prompt)
         return html.escape(", ".join(facts))
 
-    def caption_drawn_for(self, prompt: str) -> str:
-        """The prompt itself, or the caption into which a model rewrites it."""
-        return prompt
+    def say_rewritten(self, prompt: str) -> str:
+        """What the model makes of a prompt, if it draws a caption of its own that says something else."""
+        return ""
 
     def _prompt_notes(self, prompt: str) -> list[str]:
         """Notes that tell what is drawn in place of the prompt, and which things cannot be drawn."""
         notes = []
-        caption = self.caption_drawn_for(prompt)
-        if caption != prompt:
-            notes.append(f"drawn as “{caption}”")
+        rewritten = self.say_rewritten(prompt)
+        if rewritten:
+            notes.append(rewritten)
         things = self.things_undrawable(prompt)
         if things:
             notes.append(say_undrawable(things))
@@ -222,11 +222,12 @@ class LanguageModelGenerator(PageGenerator):
         """Words of a prompt for things that the model cannot draw, if its `known_objects` tell."""
         return self.model.undrawable([prompt])
 
-    def caption_drawn_for(self, prompt: str) -> str:
-        """The caption into which the model rewrites a prompt, if it rewrites prompts."""
+    def say_rewritten(self, prompt: str) -> str:
+        """What the model makes of a prompt, if it rewrites the prompt into a caption that says something else."""
         if not prompt:
-            return prompt
-        return self.model.rewrite([prompt])[0]
+            return ""
+        (caption,) = self.model.rewrite([prompt])
+        return say_rewritten(prompt, caption, self.model.known_objects)
 
     def draw(self, request: Request, callback: Callable[..., None]) -> Image.Image:
         """Draws an image of a prompt, or of none."""

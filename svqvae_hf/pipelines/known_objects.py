@@ -8,6 +8,10 @@ LONGEST_NAME = 4  # words
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 PURPOSES = ("for", "like")  # "three carrots for the soup", "red like wine": what follows need not be drawn
 DETERMINERS = ("a", "an", "the", "my", "our", "your", "his", "her", "their", "some")
+WORD_OF_ANY_LANGUAGE = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
+FILLERS = frozenset(  # words without which a prompt asks for the same objects, numbers, layout and ground
+    "a an the and with of on to in at is are its it that there please draw show paint make me us background bg".split()
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,19 @@ class KnownObjects:
             position += 1
         return undrawable
 
+    def knows_few_words(self, prompt: str) -> bool:
+        """Whether less than half of a prompt's words are names or things, as in a prompt in another language."""
+        words = all_words(prompt)
+        num_words_known = 0
+        position = 0
+        while position < len(words):
+            length = self.length_of_name_at_start(words[position:])
+            if length == 0 and self.is_thing(words[position]):
+                length = 1
+            num_words_known += length
+            position += max(length, 1)
+        return 2 * num_words_known < len(words)
+
     def is_thing(self, word: str) -> bool:
         """Whether a noun, in singular or plural, names a thing that the model cannot draw."""
         return any(form in self.things for form in singulars(word))
@@ -64,6 +81,32 @@ class KnownObjects:
 def say_undrawable(things: Sequence[str]) -> str:
     """Sentence about things that a model cannot draw."""
     return f"the model cannot draw: {', '.join(things)}"
+
+
+def say_rewritten(prompt: str, caption: str, objects: KnownObjects | None = None) -> str:
+    """What a model makes of a prompt, such as "drawn as 'a fox'"; empty if prompt and caption plainly say the same.
+
+    Args:
+        prompt (`str`): The prompt.
+        caption (`str`): Caption into which the model rewrites the prompt, and which it draws.
+        objects ([`KnownObjects`], *optional*): Words that the model knows, to tell if a prompt has few of them.
+    """
+    if words_with_content(prompt) == words_with_content(caption):
+        return ""
+    if objects is not None and objects.knows_few_words(prompt):
+        return f"hardly understood, and drawn as {caption!r}"
+    return f"drawn as {caption!r}"
+
+
+def words_with_content(text: str) -> list[str]:
+    """Words of a text that may name objects, numbers, layout or ground, in their order."""
+    return [word for word in all_words(text) if word not in FILLERS]
+
+
+def all_words(text: str) -> list[str]:
+    """Words and numbers of a text in any language, in lower case."""
+    with_straight_quotes = text.lower().replace("’", "'")
+    return WORD_OF_ANY_LANGUAGE.findall(with_straight_quotes)
 
 
 def singulars(word: str) -> list[str]:

@@ -9,7 +9,7 @@ from tiny_language_models import load_extended
 
 from svqvae_hf import DEFAULT_GENERATOR
 from svqvae_hf.language.image_language_model import ImageLanguageModel
-from svqvae_hf.pipelines.known_objects import KnownObjects
+from svqvae_hf.pipelines.known_objects import KnownObjects, say_rewritten
 from svqvae_hf.pipelines.known_objects_file import KNOWN_OBJECTS_FILE, read_known_objects, write_known_objects
 
 OBJECTS = KnownObjects(
@@ -100,3 +100,30 @@ def test_drawing_warns_of_them_once():
 def test_the_command_names_them(tmp_path, capsys):
     assert svqvae("generate", "--prompt", "a fox and a toaster", "--output", tmp_path / "out") == 0
     assert "svqvae: the model cannot draw: toaster\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "caption", "note"),
+    [
+        ("shark left of penguin, black bg", "a shark left of a penguin on black", ""),
+        ("Please draw three foxes on a white background!", "three foxes on white", ""),
+        ("a shark left of a penguin", "a penguin left of a shark", "drawn as 'a penguin left of a shark'"),
+        ("three foxes on white", "two foxes on white", "drawn as 'two foxes on white'"),
+        ("a fox", "a fox on red", "drawn as 'a fox on red'"),
+        ("a fox, a dog and a cat", "a fox above a dog", "drawn as 'a fox above a dog'"),
+        ("a fox and a kitten", "a fox", "drawn as 'a fox'"),
+        ("mon chat noir sur fond bleu", "a frog on blue", "hardly understood, and drawn as 'a frog on blue'"),
+        ("ein Schloss am Meer", "a dog on blue", "hardly understood, and drawn as 'a dog on blue'"),
+        ("old wooden lighthouse at sunset", "a house on red", "drawn as 'a house on red'"),
+        ("my bearded dragon", "a lizard", "drawn as 'a lizard'"),
+        ("🦊", "a fox", "drawn as 'a fox'"),
+    ],
+)
+def test_a_caption_is_told_if_it_does_not_plainly_say_the_same(prompt, caption, note):
+    assert say_rewritten(prompt, caption, read_known_objects(DEFAULT_GENERATOR)) == note
+
+
+def test_captions_of_a_model_that_lists_its_objects_come_with_a_warning(tmp_path, capsys):
+    photograph = ROOT / "docs" / "images" / "chelsea.png"
+    assert svqvae("caption", photograph, "--model", DEFAULT_GENERATOR, "--output", tmp_path / "out") == 0
+    assert "the model knows only pictures of 64 objects" in capsys.readouterr().err
