@@ -53,7 +53,7 @@ OTHERS = {
     "page.png": b"<!DOCTYPE html><html></html>",
     "vector.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
 }
-OPTIONS = {"tokenize": ["--workers", "0"], "evaluate": ["--codecs", "--scales", "1"]}
+OPTIONS = {"tokenize": ["--workers", "0"], "evaluate": ["--scales", "1"]}
 PRELOADED = ["svqvae_cli.loading", "svqvae_hf.evaluation.report", "svqvae_hf.token_sets.writer"]
 
 

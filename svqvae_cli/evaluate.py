@@ -41,11 +41,8 @@ def add_arguments(parser: Parser) -> None:
     resolution_help = "resize the shorter side and crop the centre (default: images as they are)"
     parser.option("--resolution", int, "PIXELS", resolution_help)
     parser.add_scales(default=[1.0, 0.5, 0.25])
-    codecs_help = (
-        "kinds of image files to add as baselines: jpeg, webp, avif, or no value for none (default: all three with "
-        "--beside or a MODEL of another class, otherwise none)"
-    )
-    parser.add_argument("--codecs", nargs="*", choices=CODEC_NAMES, metavar="CODEC", help=codecs_help)
+    codecs_help = "also measure image files of these kinds: jpeg, webp, avif (default: none)"
+    parser.add_argument("--codecs", nargs="+", choices=CODEC_NAMES, default=[], metavar="CODEC", help=codecs_help)
     parser.add_tiles()
     parser.option("--lpips-weights", path, "FILE", "weights of the LPIPS network, to add LPIPS")
     parser.choice("--lpips-net", ("alex", "vgg", "squeeze"), "LPIPS network (default: alex)", "alex")
@@ -137,6 +134,7 @@ def _models(args: argparse.Namespace) -> list[str]:
 
 def _write(args: argparse.Namespace, report: Any) -> None:
     """Writes the report and prints its table."""
+    from svqvae_hf.evaluation.report import SAME_BITS_TITLE
     from svqvae_hf.evaluation.report_files import write_report
 
     report.settings["data"] = args.data
@@ -144,12 +142,26 @@ def _write(args: argparse.Namespace, report: Any) -> None:
     report.settings["lpips_net"] = None if args.lpips_weights is None else args.lpips_net
     report.settings["lpips_weights"] = _file_name(args.lpips_weights)
     report.settings["inception_weights"] = _file_name(args.inception_weights)
+    report.notes += _first_images_notes(args.max_images, report)
     write_report(report, args.output)
     lines = [*report.table(), ""]
+    if report.same_bits:
+        lines += [f"{SAME_BITS_TITLE}:", "", *report.table_at_same_bits(), ""]
     if report.skipped:
         lines.append(f"{len(report.skipped)} skipped: see the report.")
     lines += report.notes
     print("\n".join(lines))
+
+
+def _first_images_notes(max_images: int | None, report: Any) -> list[str]:
+    """Says that the images are the first of a set that may be longer."""
+    num_read = report.settings["images"] + len(report.skipped)
+    if max_images is None or num_read < max_images:
+        return []
+    return [
+        f"Only the first {max_images} images were read (--max-images): in a folder, the first by name. They are not a "
+        "random sample, and may all be of one class."
+    ]
 
 
 def _file_name(path: Path | None) -> str | None:
@@ -176,9 +188,8 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -
             tokenizers += load_tokenizers(source, args.device, title=title, **options)
     if "SVQVAE" not in class_names:
         forbid_options(args, "is for SVQVAEs", *OPTIONS_OF_SVQVAES)
-    measures_one_svqvae = class_names == ["SVQVAE"] and args.beside is None and args.codecs is None
-    if not measures_one_svqvae:
-        tokenizers += _codec_tokenizers(_codec_names(args.codecs))
+    measures_one_svqvae = class_names == ["SVQVAE"] and args.beside is None and not args.codecs
+    tokenizers += _codec_tokenizers(args.codecs)
     report = evaluate(
         tokenizers,
         images,
@@ -189,13 +200,6 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -
     )
     report.settings |= {"models": titles, **options}
     return report
-
-
-def _codec_names(option: Sequence[str] | None) -> Sequence[str]:
-    """Names of the codecs to compare with: all if `--codecs` is left out, and none if it has no value."""
-    if option is None:
-        return CODEC_NAMES
-    return option
 
 
 def _codec_tokenizers(names: Sequence[str]) -> list[Any]:

@@ -8,12 +8,19 @@ from accelerate import PartialState
 from PIL import Image
 from torch import nn
 
-from svqvae_hf.evaluation.codecs import add_psnr_of_codecs
 from svqvae_hf.evaluation.measuring import Images, Records, measure_images
 from svqvae_hf.evaluation.meter import Meter
-from svqvae_hf.evaluation.notes import codebook_notes, context_model_notes, lpips_notes, rfid_notes, tokenizer_notes
+from svqvae_hf.evaluation.notes import (
+    codebook_notes,
+    codec_notes,
+    context_model_notes,
+    lpips_notes,
+    rfid_notes,
+    tokenizer_notes,
+)
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.report import Report
+from svqvae_hf.evaluation.same_bits import compare_with_codecs
 from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
 
 
@@ -74,8 +81,10 @@ def evaluate(
         notes += tokenizer_notes(meter.tokenizer.title, results_of_tokenizer, lpips)
     notes += context_model_notes(tokenizers)
     notes += codebook_notes(rows, tokenizers, num_images)
-    if not own_size:
-        add_psnr_of_codecs(rows, tokenizers)
+    same_bits: Records = []
+    if not own_size:  # reconstructions at their own size are compared with smaller images than image files are
+        same_bits = compare_with_codecs(rows, tokenizers)
+    notes += codec_notes(tokenizers, same_bits)
     return Report(
         title="Evaluation",
         settings={"images": num_images, "resolution": resolution, "device": device.type},
@@ -83,6 +92,7 @@ def evaluate(
         images=records,
         skipped=skipped,
         notes=notes,
+        same_bits=same_bits,
     )
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from svqvae_hf.evaluation import metrics
+from svqvae_hf.evaluation.codecs import CodecTokenizer
 from svqvae_hf.evaluation.measuring import Records
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.report import MANY_IMAGES, METRICS
@@ -80,6 +81,25 @@ def context_model_notes(tokenizers: Sequence[Tokenizer]) -> list[str]:
         f"The stored bits of {'; '.join(compressed_titles)} are compressed by a context model. The stored bits of "
         f"{'; '.join(plain_titles)} are not, so compare the bits per pixel instead. training/train_context.py trains "
         "a context model."
+    ]
+
+
+def codec_notes(tokenizers: Sequence[Tokenizer], same_bits: Records) -> list[str]:
+    """Says that no image files were measured, or how to read the table of models beside image files.
+
+    Args:
+        tokenizers (`Sequence[Tokenizer]`): All tokenizers.
+        same_bits (`list[dict[str, Any]]`): Rows of this table.
+    """
+    has_codec = any(isinstance(tokenizer, CodecTokenizer) for tokenizer in tokenizers)
+    if not has_codec:
+        return ["Image files were not measured. Pass --codecs jpeg webp avif to see how good files of equal size are."]
+    if not same_bits:
+        return []
+    return [
+        "In the table of image files, `ids` are not compressed, as a generator predicts them, and `stored` is as "
+        "above. The PSNR of image files is interpolated between qualities. A cell such as `27.18 at 0.1650` shows the "
+        "smallest or largest files that a codec writes: it writes none of the size of the model's codes."
     ]
 
 

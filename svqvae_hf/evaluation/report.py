@@ -1,6 +1,6 @@
 """The report of an evaluation: rows of a table, values of each image, and notes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from svqvae_hf.evaluation.markdown_table import MarkdownTable
@@ -8,6 +8,7 @@ from svqvae_hf.evaluation.measuring import Records
 
 MANY_IMAGES = 10_000  # papers report FID on at least this many
 NO_VALUE = "–"
+SAME_BITS_TITLE = "Image files at the same bits per pixel"
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,6 @@ METRICS = {  # of all reports, in the order of the columns
     "lpips": Metric("LPIPS", ".4f"),
     "rfid": Metric("rFID", ".2f"),
     "psnr_full_size": Metric("at full size, dB", ".2f"),
-    "as_jpeg": Metric("as JPEG, dB", ".2f"),
-    "as_webp": Metric("as WebP, dB", ".2f"),
-    "as_avif": Metric("as AVIF, dB", ".2f"),
     "usage": Metric("codes used", ".1%"),
     "perplexity": Metric("perplexity", ".0f"),
     "frechet_distance": Metric("Fréchet distance", ".4g"),
@@ -62,6 +60,8 @@ class Report:
             and `results`, the values of the image for each row. Empty for generated images.
         skipped (`list[dict[str, Any]]`): Skipped images: `index`, `name`, `reason`.
         notes (`list[str]`): Sentences about values that are missing or need care.
+        same_bits (`list[dict[str, Any]]`): Models beside image files that take as many bits, from
+            [`~svqvae_hf.evaluation.same_bits.compare_with_codecs`].
     """
 
     title: str
@@ -70,6 +70,7 @@ class Report:
     images: Records
     skipped: Records
     notes: list[str]
+    same_bits: Records = field(default_factory=list)
 
     def table(self) -> list[str]:
         """Lines of the table in Markdown: a column for each value that any row has, and rows in the order of rates."""
@@ -86,6 +87,25 @@ class Report:
             table.add_row(cells)
         return table.lines()
 
+    def table_at_same_bits(self) -> list[str]:
+        """Lines of the table in Markdown of models beside image files that take as many bits; none without codecs."""
+        if not self.same_bits:
+            return []
+        rate_metric = METRICS["bits_per_pixel"]
+        psnr_metric = METRICS["psnr"]
+        codecs = list(self.same_bits[0]["image_files"])
+        titles = ["", rate_metric.title, psnr_metric.title]
+        for codec in codecs:
+            titles.append(f"{codec}, dB")
+        table = MarkdownTable(titles)
+        for comparison in self.same_bits:
+            rate = comparison["bits_per_pixel"]
+            cells = [comparison["title"], rate_metric.cell(rate), psnr_metric.cell(comparison["psnr"])]
+            for codec in codecs:
+                cells.append(_codec_cell(comparison["image_files"][codec], rate))
+            table.add_row(cells)
+        return table.lines()
+
     def _metrics_with_values(self) -> list[str]:
         """Names of the metrics that at least one row has."""
         names = []
@@ -99,3 +119,12 @@ class Report:
 def _stored_rate(row: dict[str, Any]) -> float:
     """Stored bits per pixel of a row, by which rows are sorted; 0 for rows of generated images."""
     return row.get("bits_per_pixel_stored", 0)
+
+
+def _codec_cell(files: dict[str, float], rate: float) -> str:
+    """PSNR of image files as text, with their bits per pixel if no files have this rate."""
+    psnr = METRICS["psnr"].cell(files["psnr"])
+    if files["bits_per_pixel"] == rate:
+        return psnr
+    rate_of_files = METRICS["bits_per_pixel"].cell(files["bits_per_pixel"])
+    return f"{psnr} at {rate_of_files}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from svqvae_files.inputs import printable
 from svqvae_files.outputs import write_file
-from svqvae_hf.evaluation.report import Report
+from svqvae_hf.evaluation.report import SAME_BITS_TITLE, Report
 
 LIBRARIES = ("svqvae-hf", "torch", "diffusers", "torchmetrics", "lpips", "torch-fidelity", "pillow", "numpy")
 
@@ -50,6 +50,8 @@ def report_markdown(report: Report, versions: dict[str, str]) -> str:
     lines = [f"# {report.title}", ""]
     lines += report.table()
     lines.append("")
+    if report.same_bits:
+        lines += [f"## {SAME_BITS_TITLE}", "", *report.table_at_same_bits(), ""]
     version_items = [f"{library}: {number}" for library, number in versions.items()]
     lines += _section("Notes", report.notes)
     lines += _section(f"Skipped: {len(report.skipped)}", _skipped_items(report))

@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from svqvae_hf import DEFAULT_MODEL
-from svqvae_hf.evaluation.codecs import CODECS, CodecTokenizer, add_psnr_of_codecs, open_image, save_image
+from svqvae_hf.evaluation.codecs import CODECS, CodecTokenizer, open_image, save_image
 from svqvae_hf.evaluation.evaluate import evaluate
 from svqvae_hf.evaluation.generated import compare_generated
+from svqvae_hf.evaluation.report import Report
+from svqvae_hf.evaluation.same_bits import compare_with_codecs
 from svqvae_hf.evaluation.tokenizers.auto import load_tokenizers, tokenizer_titles
 from svqvae_hf.tokens.image_tokens import encode_image
 from svqvae_hf.tokens.token_files import token_file_content
@@ -186,19 +188,25 @@ def test_a_context_model_of_another_codebook_is_not_counted(tmp_path):
 
 
 def test_image_files_of_equal_bits():
-    def row(title, bits, psnr):
-        return {"title": title, "bits_per_pixel_stored": bits, "psnr": psnr}
+    def row(title, bits, stored_bits, psnr):
+        return {"title": title, "bits_per_pixel": bits, "bits_per_pixel_stored": stored_bits, "psnr": psnr}
 
     rows = [
-        row("org/model", 0.2, 25.0),
-        row("JPEG, small files", 0.05, 22.0),  # a model of a strange name
-        row("JPEG, quality 5", 0.1, 20.0),
-        row("JPEG, quality 9", 0.4, 26.0),
+        row("org/model", 0.2, 0.05, 25.0),  # of ids, which a context model compresses
+        row("JPEG, large files", 0.5, 0.5, 22.0),  # a model of a strange name
+        row("JPEG, quality 5", 0.1, 0.1, 20.0),
+        row("JPEG, quality 9", 0.4, 0.4, 26.0),
     ]
-    add_psnr_of_codecs(rows, [Exact(), Exact(), CodecTokenizer("JPEG", 5), CodecTokenizer("JPEG", 9)])
-    assert rows[0]["as_jpeg"] == pytest.approx(23)
-    for row_without_value in rows[1:]:
-        assert "as_jpeg" not in row_without_value
+    same_bits = compare_with_codecs(rows, [Exact(), Exact(), CodecTokenizer("JPEG", 5), CodecTokenizer("JPEG", 9)])
+    report = Report("Evaluation", {}, rows, [], [], [], same_bits)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.table_at_same_bits()]
+    assert cells[0] == ["", "bits per pixel", "PSNR, dB", "JPEG, dB"]
+    assert cells[2:] == [
+        ["org/model, ids", "0.2000", "25.00", "23.00"],
+        ["org/model, stored", "0.0500", "25.00", "20.00 at 0.1000"],
+        ["JPEG, large files", "0.5000", "22.00", "26.00 at 0.4000"],
+    ]
+    assert compare_with_codecs(rows[:2], [Exact(), Exact()]) == []
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -288,16 +296,28 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     assert [row["bits_per_pixel"] for row in report["rows"][:3]] == pytest.approx([6 / 16, 6 / 64, 16 * 4 / 4])
     assert {(image["width"], image["height"]) for image in report["images"]} == {(32, 32)}
     table = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
-    assert len(table) == 2 + len(titles)
-    rates = [float(line.split("|")[4]) for line in table[2:]]
+    assert len(table) == 2 + len(titles) + 2 + 5  # a table of all, and one of models beside image files
+    rates = [float(line.split("|")[4]) for line in table[2 : 2 + len(titles)]]
     assert rates == sorted(rates)
     printed = capsys.readouterr().out
     assert table[2] in printed
+    assert "Image files at the same bits per pixel:" in printed
+    assert "Only the first" not in printed
+
+
+def test_two_models_are_compared_without_image_files(tmp_path, two_images, saved_model, capsys):
+    make_tokenizer("VQModel").save_pretrained(tmp_path / "vq")
+    argv = ["evaluate", two_images, "--model", saved_model, "--beside", tmp_path / "vq", "--output", tmp_path / "out"]
+    assert svqvae(*argv, "--scales", "1", "--max-images", "1") == 0
+    printed = capsys.readouterr().out
+    assert "WebP" not in printed
+    assert "Pass --codecs jpeg webp avif" in printed
+    assert "Only the first 1 images were read (--max-images): in a folder, the first by name." in printed
 
 
 def test_one_model_of_another_class_is_compared(tmp_path, two_images, capsys):
     make_tokenizer("VQModel").save_pretrained(tmp_path / "vq")
     argv = ["evaluate", two_images, "--model", tmp_path / "vq", "--output", tmp_path / "out"]
     assert "--scales is for SVQVAEs. Leave it out." in fails(capsys, *argv, "--scales", "0.5")
-    assert svqvae(*argv, "--codecs") == 0
+    assert svqvae(*argv) == 0
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())["rows"]) == 1
