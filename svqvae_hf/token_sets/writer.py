@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -195,7 +197,12 @@ def tokenize_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, **opti
     num_images = images.length if makes_all_parts else None
     with tqdm(total=num_images, unit="image", disable=None) as bar:
         for part in unfinished_parts(plan.folder, plan.options, plan.parts):
-            records.append(make_part(plan, images, encoder, part, bar.update))
+            begun = time.monotonic()
+            record = make_part(plan, images, encoder, part, bar.update)
+            records.append(record)
+            if bar.disable:  # stderr is no terminal but a log, which gets a line per part in place of the bar
+                seconds = time.monotonic() - begun
+                tqdm.write(_finished_part_line(plan, record, seconds), file=sys.stderr)
     totals = finish_set(plan)
     is_complete = totals is not None
     if totals is None:
@@ -330,6 +337,17 @@ def _write_part(plan: SetPlan, rows: Iterator[dict[str, Any]], record: PartRecor
         record.ids += written.num_ids
     check_options(plan.folder, plan.options)
     write_record(plan.folder, record)
+
+
+def _finished_part_line(plan: SetPlan, record: PartRecord, seconds: float) -> str:
+    """Line of a log about a part that a run has finished after some seconds."""
+    number = plan.parts.index(record.part) + 1  # among the parts of this run, which are made in this order
+    num_parts_of_run = len(plan.parts)
+    images_per_second = record.images / seconds
+    return (
+        f"finished part {record.part}, {number:,} of {num_parts_of_run:,} in this run (images: {record.images}, "
+        f"rows: {record.rows}, images per second: {images_per_second:.1f})"
+    )
 
 
 def finish_set(plan: SetPlan) -> dict[str, int] | None:
