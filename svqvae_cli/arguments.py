@@ -135,12 +135,7 @@ class Parser(argparse.ArgumentParser):
         self.option("--split", not_empty, "NAME", "split of the data set, required if it has several")
         column_help = "column of the images, or their suffix in tar files (default: by type)"
         self.option("--image-column", not_empty, "NAME", column_help)
-        self.option(
-            "--max-images",
-            int,
-            "N",
-            "read only the first N images, in a folder by name (default: all)",
-        )
+        self.option("--max-images", int, "N", "read only the first N images, in a folder by name (default: all)")
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
