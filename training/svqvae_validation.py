@@ -1,6 +1,6 @@
 """Validation of an SVQVAE: opens the sets, measures their reconstructions, and logs numbers and pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +105,7 @@ def validate(
     validations: Validations,
     steps_done: int,
 ) -> None:
-    """Measures each set, remembers and logs the numbers, and logs a picture of the first set's first images."""
+    """Measures each set, remembers and logs the numbers, and logs a picture of each set's first images."""
     measured = {}  # by the names of the sets
     with weights.evaluating():
         for validation_set in sets:
@@ -117,24 +117,27 @@ def validate(
         logged = {f"{set_name}/{number_name}": value for number_name, value in measurement.numbers.items()}
         run.log.write(steps_done, logged)
     if run.accelerator.is_main_process:
-        first_set = sets[0]
-        log_reconstructions(run, measured[first_set.name].shown, steps_done)
+        log_reconstructions(run, measured, steps_done)
 
 
-def log_reconstructions(run: Run[TrainOptions], shown: list[Pair], steps_done: int) -> None:
-    """Logs a picture with a row per image: the image, and its reconstruction at each scale.
+def log_reconstructions(run: Run[TrainOptions], measured: Mapping[str, "Measured"], steps_done: int) -> None:
+    """Logs a picture with a row per image, set by set: the image, and its reconstruction at each scale.
 
     Args:
         run ([`Run`]): The run.
-        shown (`list[Pair]`): Images and their reconstructions, at each scale.
+        measured (`Mapping[str, Measured]`): Measurement of each set, by the name that stands above its images.
         steps_done (`int`): Steps before the validation.
     """
-    columns = ["image"]
-    for scale in run.options.validation_scales:
-        columns.append(f"x{scale:g}")
-    num_rows = len(shown[0].target)
+    scales = [f"x{scale:g}" for scale in run.options.validation_scales]
+    images: list[torch.Tensor] = []
+    labels: list[str] = []
+    for name, measurement in measured.items():
+        images.append(rows_of_images(measurement.shown))
+        num_rows = len(measurement.shown[0].target)
+        labels += [name, *scales] * num_rows
+    num_columns = 1 + len(scales)
     folder = Path(run.options.output_dir, "samples")
-    log_images(run.accelerator, rows_of_images(shown), columns * num_rows, len(columns), folder, steps_done)
+    log_images(run.accelerator, torch.cat(images), labels, num_columns, folder, steps_done)
 
 
 @dataclass

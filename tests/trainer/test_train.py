@@ -479,8 +479,14 @@ def test_splits_of_further_sets_can_be_chosen(options, inputs, tmp_path):
     run(**options, **further, mix_split="train", validation_split="test")
     with Image.open(Path(options["output_dir"], "samples", "step-0000000.png")) as picture:
         assert picture.width == 4 * (32 + 4) + 4, "the image and three scales"
+        height_of_one_set = picture.height
         strip = picture.convert("L").crop((4, 4, 36, 4 + LABEL_HEIGHT))
     assert strip.getextrema()[0] < 100, "a label stands above it"
+    two_sets = {"validation_data_dir": [str(tmp_path / "split"), str(tmp_path / "split")]}
+    in_other_folder = options | {"output_dir": f"{options['output_dir']}-2"}
+    run(**in_other_folder, **(further | two_sets), mix_split="train", validation_split="test")
+    with Image.open(Path(in_other_folder["output_dir"], "samples", "step-0000000.png")) as picture:
+        assert picture.height == 2 * height_of_one_set - 4, "rows of both sets"
 
 
 def test_a_run_is_not_resumed_with_other_images_or_another_model_of_the_same_name(options, inputs, tmp_path):
