@@ -136,6 +136,13 @@ def new_folder(out: Path) -> Iterator[Path]:
             folder.replace(out)
 
 
+def share_weights(folder: Path) -> None:
+    """Gives weights the permissions of their folder. safetensors makes files that only their owner can read."""
+    permissions = folder.stat().st_mode & 0o666  # without the right to execute
+    for path in folder.glob("*.safetensors"):
+        path.chmod(permissions)
+
+
 def scale_endings(scales: Sequence[float]) -> list[str]:
     """Endings of the file names of an image, one per scale."""
     endings = [f"_x{scale:g}.png" for scale in scales]

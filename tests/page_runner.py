@@ -143,7 +143,8 @@ def prepare_files(folder: Path) -> Path:
     classes = DiTPipeline(dit(4), make_tiny(pixel_range=(-1, 1)), DDIMScheduler(), id2label={0: "cat", 1: "dog"})
     classes.register_to_config(id2label={0: "cat", 1: "dog"})
     classes.save_pretrained(folder / "out-dit")
-    make_tiny(codebook_size=256).save_pretrained(folder / "tokenizer")
+    for name in ("tokenizer", "adapted"):
+        make_tiny(codebook_size=256).save_pretrained(folder / name)
     pipeline = make_llamagen("t2i", **text_components())
     pipeline.save_pretrained(folder / "llamagen-t2i")
     adapter = get_peft_model(pipeline.language_model, LoraConfig(target_modules="all-linear"))

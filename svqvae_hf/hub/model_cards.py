@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 TEMPLATE = Path(__file__).with_name("card.md")
+LANGUAGE_TEMPLATE = Path(__file__).with_name("language_card.md")
 TABLE_HEADER = "| | |\n|---|---|\n"  # of a Markdown table with two columns without titles
 TAGS = ["svqvae", "image-tokenizer", "vq-vae", "vector-quantization", "multi-scale"]
 
@@ -41,8 +42,8 @@ def model_card(
     facts = {  # rows of a table of the card
         "f (pixels per id, along each side)": downsampling,
         "codebook": codebook,
-        "pixel range of inputs and outputs": list(config["pixel_range"]),
-        "pixel range of the training images": list(config["network_range"]),
+        "values of pixels, in and out (`pixel_range`)": list(config["pixel_range"]),
+        "values inside the model, which converts them (`network_range`)": list(config["network_range"]),
         "encoder, decoder": f"{config['base_channels']} channels times {encoder_levels}, {decoder_levels}",
     }
     calls_of_variants = []
@@ -77,6 +78,45 @@ def pipeline_card(pipeline: type, *, repo_id: str, summary: str, call: str, **co
     package = pipeline.__module__.partition(".")[0]
     texts = {"pipeline": pipeline.__name__, "module": package, "summary": summary, "call": call}
     return write_card(repo_id, texts, **common)
+
+
+def language_card(
+    repo_id: str,
+    *,
+    summary: str,
+    standalone: bool = False,
+    license: str | None = None,
+    base_model: str | None = None,
+    provenance: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Writes the card of a language model with image tokens.
+
+    Args:
+        repo_id (`str`): Repository or folder that the card's examples load.
+        summary (`str`): Sentences about the model.
+        standalone (`bool`, defaults to `False`): Whether the repository holds its code.
+        license (`str`, *optional*): Licence of the weights, by the Hub's identifier; by default `unknown`.
+        base_model (`str`, *optional*): Hub repository that the weights come from.
+        provenance (`Mapping[str, str]`): Origin of the weights, as rows of a table.
+
+    Returns:
+        `str`: Text of `README.md`, metadata first.
+    """
+    metadata = ModelCardData(
+        license=license or "unknown", library_name="transformers", tags=["svqvae"], base_model=base_model
+    )
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(LANGUAGE_TEMPLATE),
+        name=one_line(repo_id.rpartition("/")[2]),
+        repo_id=quote(repo_id),
+        summary=summary,
+        standalone=standalone,
+        version=version("svqvae-hf"),
+        provenance=table_rows(provenance.items()),
+        licence=one_line(license or NO_LICENCE),
+    )
+    return f"{card}\n"
 
 
 def write_card(

@@ -22,6 +22,18 @@ class CardMixin:
         """
         raise NotImplementedError
 
+    def write_missing_card(self, folder: Path, repo_id: str, *, standalone: bool) -> None:
+        """Writes the card into a folder that has none.
+
+        Args:
+            folder (`Path`): Folder that the model or pipeline is saved in.
+            repo_id (`str`): Repository or folder that the card's example loads.
+            standalone (`bool`): Whether the folder holds the code.
+        """
+        card = folder / "README.md"
+        if not card.exists():
+            card.write_text(self.make_card(repo_id, standalone=standalone), encoding="utf-8")
+
     def push_to_hub(
         self,
         repo_id: str,

@@ -7,7 +7,10 @@ from typing import Any, Self
 from transformers import PreTrainedConfig
 
 from svqvae_files.json_files import read_json_object
+from svqvae_files.outputs import share_weights
 from svqvae_hf.hub.code import write_code
+from svqvae_hf.hub.model_cards import language_card
+from svqvae_hf.hub.origin import STARTED_FROM, find_origin
 from svqvae_hf.hub.repositories import from_hub, hub_options
 from svqvae_hf.loaders.causal_models import load_causal_model
 from svqvae_hf.loaders.folder_checks import check_files
@@ -82,14 +85,15 @@ class ImageLanguageModel(ImageChats):
         Args:
             folder (`str` or `os.PathLike`): Folder to write to.
             standalone (`bool`, defaults to `False`): Also write the code, so that transformers' `AutoProcessor` and
-                `pipeline("any-to-any")` work with `trust_remote_code=True`. Without the code, this pipeline does not
-                work.
+                `pipeline("any-to-any")` work with `trust_remote_code=True`, and a card if the folder has none. Without
+                the code, this pipeline does not work.
 
         Raises:
             ValueError: The language model has an adapter of peft that is not merged.
         """
         check_merged("language_model", self.language_model)
         self.language_model.save_pretrained(folder)
+        share_weights(Path(folder))
         self.processor.save_pretrained(folder)
         if self.known_objects is None:
             Path(folder, KNOWN_OBJECTS_FILE).unlink(missing_ok=True)  # of a model that was saved here before
@@ -109,3 +113,22 @@ class ImageLanguageModel(ImageChats):
             config["custom_pipelines"] = {"any-to-any": pipeline_entry}
         write_json(path, config)
         record_parts(folder)
+        if standalone:
+            self._write_missing_card(Path(folder))
+
+    def _write_missing_card(self, folder: Path) -> None:
+        """Writes a card into a standalone folder that has none, with licence and origin of the loaded model."""
+        card = folder / "README.md"
+        if card.exists():
+            return
+        source = self.language_model.name_or_path or None  # empty if it was not loaded
+        origin = find_origin({STARTED_FROM: source})
+        text = language_card(
+            folder.absolute().name,
+            summary="A language model that draws and describes images.",
+            standalone=True,
+            license=origin.license,
+            base_model=origin.base_model,
+            provenance=origin.rows,
+        )
+        card.write_text(text, encoding="utf-8")

@@ -11,9 +11,10 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from svqvae_files.outputs import share_weights
 from svqvae_hf.hub.code import kept_code, write_code
 from svqvae_hf.hub.model_cards import model_card
-from svqvae_hf.hub.origin import find_origin
+from svqvae_hf.hub.origin import STARTED_FROM, find_origin
 from svqvae_hf.hub.publishing import CardMixin
 from svqvae_hf.hub.repositories import from_hub, public_name
 from svqvae_hf.loaders.causal_models import damage_explained
@@ -75,8 +76,8 @@ class RepositoryMixin(HubMixin, ModelMixin):
             variant (`str`, *optional*): Variant of the weights in the names of their files, such as "fp16".
             *args: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
             standalone (`bool`, defaults to `False`): Whether to write the code of the model as well, so that it loads
-                with `trust_remote_code=True` where this package is not installed. To upload it with the code, use
-                `push_to_hub(..., standalone=True)`.
+                with `trust_remote_code=True` where this package is not installed, and the card of a tokenizer if the
+                folder has none. `push_to_hub(..., standalone=True)` uploads both.
             **kwargs: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
 
         Raises:
@@ -93,8 +94,11 @@ class RepositoryMixin(HubMixin, ModelMixin):
             _delete_index_or_whole_file(folder, WEIGHTS_NAME)
             if not safe_serialization:
                 _delete_safetensors(folder, WEIGHTS_NAME, variant)
+            share_weights(folder)
         if standalone:
             write_code(folder)
+        if standalone and isinstance(self, CardMixin):
+            self.write_missing_card(folder, folder.absolute().name, standalone=True)
 
 
 class SVQVAE(CardMixin, RepositoryMixin, modeling_svqvae.SVQVAE):  # type: ignore[misc] # mypy: `wraps` hides a signature
@@ -155,10 +159,14 @@ class SVQVAE(CardMixin, RepositoryMixin, modeling_svqvae.SVQVAE):  # type: ignor
         return checkpoint.model(cls, dtype or torch_dtype)
 
     def make_card(self, repo_id: str, **options: Any) -> str:
-        """Text of the card; see [`~svqvae_hf.hub.model_cards.model_card`]. It inherits the licence."""
-        if options.get("license") is None:
-            origin = find_origin({"source": self.config.get("_name_or_path")})
-            options["license"] = origin.license
+        """Text of the card; see [`~svqvae_hf.hub.model_cards.model_card`].
+
+        It inherits the licence and the rows about the origin from the card beside the weights that were loaded.
+        """
+        origin = find_origin({STARTED_FROM: self.config.get("_name_or_path")}, license=options.get("license"))
+        options["license"] = origin.license
+        options.setdefault("base_model", origin.base_model)
+        options.setdefault("provenance", origin.rows)
         return model_card(self.config, repo_id=repo_id, **options)
 
 
@@ -240,6 +248,7 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
         if is_main_process:
             # Weights of an earlier save in this folder may have other names, and would be loaded in place of these.
             _delete_index_or_whole_file(folder, "model")
+            share_weights(folder)
         if standalone:
             write_code(folder)
 

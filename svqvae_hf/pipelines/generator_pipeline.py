@@ -148,10 +148,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             write_blocks(self.blocks(), folder, place_of_components)
         else:
             delete_modular_index(folder)
-        card = folder / "README.md"
-        if not card.exists():
-            text = self.make_card(title, standalone=is_standalone)
-            card.write_text(text, encoding="utf-8")
+        self.write_missing_card(folder, title, standalone=is_standalone)
 
     def make_card(self, repo_id: str, **options: Any) -> str:
         """Text of the card; see [`~svqvae_hf.hub.model_cards.pipeline_card`]."""

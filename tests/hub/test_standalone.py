@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, make_tiny
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files, get_relative_imports
 from generators import make_llamagen, make_next_scale
+from huggingface_hub import ModelCard
 from next_scale_golden import GOLDEN as FLEXVAR
 from next_scale_golden import make_transformer
 from pipeline_parts import text_components
@@ -170,6 +171,33 @@ def test_converted_checkpoint_carries_its_code(tmp_path):
     convert(ROOT / "tests" / "golden" / "svqvae_tiny.safetensors", tmp_path / "out", standalone=True)
     assert {path.stem for path in (tmp_path / "out").glob("*.py")} == MODEL_FILES
     assert "trust_remote_code=True" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_standalone_folder_gets_a_card_with_the_origin_of_the_loaded_weights(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "adapted")
+    rows = "| | |\n|---|---|\n| steps | 800 |\n| started from | `org/first` (licence: mit) |\n"
+    trained_card = f"---\nlicense: mit\nbase_model: org/first\ntags: [svqvae]\n---\n\n{rows}"
+    (tmp_path / "adapted" / "README.md").write_text(trained_card)
+    vqvae = svqvae_hf.SVQVAE.from_pretrained(tmp_path / "adapted")
+    vqvae.save_pretrained(tmp_path / "shared", standalone=True)
+    card = ModelCard((tmp_path / "shared" / "README.md").read_text())
+    assert (card.data.license, card.data.base_model) == ("mit", "org/first")
+    assert "| started from | `adapted` (licence: mit) |\n| before: steps | 800 |\n" in card.text
+    assert 'AutoModel.from_pretrained("shared", trust_remote_code=True)' in card.text
+    vqvae.save_pretrained(tmp_path / "adapted", standalone=True)
+    assert (tmp_path / "adapted" / "README.md").read_text() == trained_card
+    vqvae.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "README.md").exists()
+
+
+def test_a_standalone_language_model_gets_a_card(repositories, tmp_path):
+    folder = shutil.copytree(repositories / "drawer", tmp_path / "drawer")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    ImageLanguageModel.from_pretrained(folder).save_pretrained(tmp_path / "scenes", standalone=True)
+    card = ModelCard((tmp_path / "scenes" / "README.md").read_text())
+    assert (card.data.license, card.data.library_name) == ("mit", "transformers")
+    assert "| started from | `drawer` (licence: mit) |" in card.text
+    assert 'pipeline("any-to-any", model="scenes", trust_remote_code=True)' in card.text
 
 
 def test_saving_a_processor_keeps_the_code_of_a_repository(repositories, tmp_path):

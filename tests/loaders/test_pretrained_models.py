@@ -57,3 +57,10 @@ def test_pickles_replace_earlier_safetensors_if_arguments_come_by_position(tmp_p
     model.save_pretrained(tmp_path, is_main_process, save_function, safe_serialization)
     names = [path.name for path in tmp_path.glob("diffusion_pytorch_model*")]
     assert names == ["diffusion_pytorch_model.bin"]
+
+
+def test_saved_weights_have_the_permissions_of_their_folder(saved, tmp_path):
+    make_tiny().save_pretrained(tmp_path / "tokenizer")
+    for folder in (saved, tmp_path / "tokenizer"):
+        (weights,) = folder.glob("*.safetensors")
+        assert weights.stat().st_mode & 0o666 == folder.stat().st_mode & 0o666
