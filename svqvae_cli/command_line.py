@@ -21,7 +21,7 @@ COMMANDS = {
     "tokenize": "encodes an image set to a token set",
     "evaluate": "measures a model on an image set",
     "convert": "converts an original checkpoint to a Hub repository",
-    "export": "exports a model to ONNX",
+    "export": "exports a model to ONNX, or writes a web page that runs it in the browser",
     "extend-lm": "adds image tokens to a causal language model",
     "generate": "generates images with a trained pipeline",
     "caption": "describes images with a language model that has image tokens",

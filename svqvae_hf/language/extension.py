@@ -5,11 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCardData
 from transformers import AddedToken, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from svqvae_files.outputs import check_new_folder, new_folder
-from svqvae_hf.hub.model_cards import TABLE_HEADER, table_rows
+from svqvae_hf.hub.model_cards import language_card
 from svqvae_hf.hub.origin import STARTED_FROM, Origin, find_origin
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.causal_models import load_causal_model
@@ -21,6 +20,7 @@ from svqvae_hf.models.processing_svqvae import tokenizer_digest
 
 # Before a chat template: joins the parts of a message to one text, with a placeholder for each image.
 JOIN_PARTS = Path(__file__).with_name("join_parts.jinja").read_text().replace("PLACEHOLDER", PLACEHOLDER)
+NAMED_TOKENS = 5  # in an error
 PLAIN_TEMPLATE = Path(__file__).with_name("plain_template.jinja").read_text()
 
 
@@ -74,10 +74,14 @@ def extend_language_model(
 
 def _card(name: str, origin: Origin) -> str:
     """Text of the card of an extended model."""
-    metadata = ModelCardData(license=origin.license or "unknown", base_model=origin.base_model, tags=["svqvae"])
-    card = f"---\n{metadata}\n---\n\n# {name}\n\nIts image tokens are untrained.\n\n"
-    card += TABLE_HEADER + table_rows(origin.rows.items()) + "\n"
-    return card
+    return language_card(
+        name,
+        summary="A language model with image tokens. These are untrained: `training/train_language_model.py` of\n"
+        "svqvae-hf trains them. Until then, its images and captions mean nothing.",
+        license=origin.license,
+        base_model=origin.base_model,
+        provenance=origin.rows,
+    )
 
 
 def _load_language_model(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -136,9 +140,12 @@ def check_extensible(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         raise ValueError("the language model must not have image tokens yet, but has some. Extend the original one.")
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
+        first_ids_without_row = list(range(rows, len(tokenizer)))[:NAMED_TOKENS]
+        tokens = ", ".join(tokenizer.convert_ids_to_tokens(first_ids_without_row))
         raise ValueError(
             f"the language model must have a row for each token of its tokenizer, but has {rows} rows for "
-            f"{len(tokenizer)} tokens. Use the tokenizer that it was trained with."
+            f"{len(tokenizer)} tokens. The first without a row: {tokens}. Use the tokenizer that it was trained with, "
+            "or call `resize_token_embeddings` of the model first and save it."
         )
 
 

@@ -72,7 +72,7 @@ WRONG = {  # words on the command line, and a part of the message
             "empty --output out --vqvae {model}",
             "`empty` must be a causal language model of transformers with its",
         ),
-        ("empty --output out", "the following arguments are required: --vqvae"),
+        ("empty --output", "argument --output: expected one argument"),
     ],
     "generate": [
         ("--model empty --output out", "`empty` must be a pipeline or a language model with image tokens"),
