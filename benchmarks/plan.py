@@ -39,6 +39,8 @@ SECONDS_PER_HOUR = 3600
 BATCH = 16  # rows of a batch that are encoded or loaded
 LOADED_BATCHES = 200
 CACHED_BYTES_PER_ID = 2  # 4 if the codebook has more than 65,536 codes
+MAX_WORKERS = 64  # by default
+DEFAULT_HOURS = 8  # a night, in which the default number of workers makes the set, if it is at most `MAX_WORKERS`
 PARTS_PER_WORKER = 4  # at least, so that all workers end at about the same time
 GIGABYTE = 10**9
 LEAST_JOB_MINUTES = 10  # time limit of a job, which also loads the model
@@ -222,7 +224,7 @@ def tokenizing_rows(rates: Rates, options: argparse.Namespace) -> list[Row]:
         gpu_hours = rows / options.gpu_rate / SECONDS_PER_HOUR
         lines += [
             ("on GPUs", duration(gpu_hours, "GPU")),
-            (f"with {options.workers} GPUs", duration(gpu_hours / options.workers)),
+            (workers_title(options.workers, "GPU"), duration(gpu_hours / options.workers)),
             ("cores that read and store for one GPU", f"{cores_per_gpu(rates, options.gpu_rate)}"),
             (
                 "photographs read for one GPU",
@@ -230,8 +232,15 @@ def tokenizing_rows(rates: Rates, options: argparse.Namespace) -> list[Row]:
             ),
         ]
     else:
-        lines.append((f"with {options.workers} cores", duration(core_hours / options.workers)))
+        lines.append((workers_title(options.workers, "core"), duration(core_hours / options.workers)))
     return table(lines)
+
+
+def workers_title(num_workers: int, worker: str) -> str:
+    """Title of the line about all workers, such as `with 5 cores`."""
+    if num_workers == 1:
+        return f"with 1 {worker}"
+    return f"with {num_workers} {worker}s"
 
 
 def part_rows(rates: Rates, images: ImageSet, options: argparse.Namespace) -> list[Row]:
@@ -342,6 +351,12 @@ def count_parts(rates: Rates, options: argparse.Namespace) -> int:
     return max(PARTS_PER_WORKER * options.workers, math.ceil(count_rows(options) / rows_per_part))
 
 
+def default_workers(rates: Rates, options: argparse.Namespace) -> int:
+    """Workers that make the set in `DEFAULT_HOURS`, or `MAX_WORKERS` if even these take longer."""
+    hours_of_one_worker = count_rows(options) / worker_rate(rates, options) / SECONDS_PER_HOUR
+    return min(MAX_WORKERS, math.ceil(hours_of_one_worker / DEFAULT_HOURS))
+
+
 def cores_per_gpu(rates: Rates, gpu_rate: float) -> int:
     """Cores that read photographs, and store rows, as fast as one GPU encodes."""
     cores = gpu_rate / rates.read + gpu_rate / rates.store
@@ -405,7 +420,8 @@ def main() -> None:
     parser.add_argument("--crops", choices=[name for name in CROPS if name != "whole"], default="centre")
     parser.add_argument("--gpu-rate", type=float, help="crops per second that one GPU encodes in --dtype")
     parser.add_argument("--train-rate", type=float, help="images per second of one GPU that trains on the set")
-    parser.add_argument("--workers", type=positive, default=64, help="GPUs, or cores without --gpu-rate (default: 64)")
+    help = "GPUs, or cores without --gpu-rate (default: as many as make the set in eight hours, at most 64)"
+    parser.add_argument("--workers", type=positive, help=help)
     parser.add_argument("--part-minutes", type=positive, default=30, help="longest time of a part (default: 30)")
     parser.add_argument("--rows", type=positive, default=2048, help="rows that are stored for the measurement")
     options, machine = parse_options(parser, "cpu")
@@ -415,6 +431,8 @@ def main() -> None:
     images = open_images(options.photos, **set_options)  # a wrong set is an error before anything is measured
     with tempfile.TemporaryDirectory() as folder:
         rates = measure_rates(options, images.first(MEASURED_IMAGES), Path(folder))
+    if options.workers is None:
+        options.workers = default_workers(rates, options)
     tables = {
         "Measured on one core, and given": rate_rows(rates, options),
         "The set": set_rows(rates, options),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +131,14 @@ def test_plan_counts_unreadable_photographs_and_prints_a_loop_for_each_worker(ru
     for worker in range(3):
         parts += run_loop(loop.replace("WORKER=0", f"WORKER={worker}"))
     assert sorted(parts) == list(range(12))
+
+
+@pytest.mark.parametrize(("images", "workers"), [(1e4, 1), (1e6, 5), (1e8, 64)])
+def test_plan_has_by_default_as_many_cores_as_make_the_set_in_a_night(load, images, workers):
+    plan = load("plan")
+    rates = SimpleNamespace(tokenize=8.4)  # crops per second of a core: a million take 33 hours
+    options = SimpleNamespace(images=images, crops="centre", gpu_rate=None)
+    assert plan.default_workers(rates, options) == workers
 
 
 def test_machines_of_the_loop_in_the_docs_share_the_parts():
