@@ -25,7 +25,7 @@ VISITORS = 4  # number of visitors served at the same time
 EDITOR_PX = 512  # longer side of the picture to paint on
 PAPER = (128, 128, 128)  # colour of rows that are not generated yet
 BRUSH = "#ff2d6f"
-HEADING = "<h1>SVQVAE</h1><p>{}</p>"
+HEADING = "<h1>SVQVAE</h1><p>{} {}</p>"
 EMPTY = "<p class='empty'>Click Generate. The picture appears here while it grows.</p>"
 PAINT_HINT = "Paint over a part of the picture. It is generated anew, and all other tokens stay."
 TEMPERATURE_NOTE = "Pictures of different seeds differ more at a higher value, and more of them are wrong"
@@ -66,6 +66,17 @@ class GeneratorPage:
         choices.append(("no class", NO_CLASS))
         return choices
 
+    @property
+    def invitation(self) -> str:
+        """Sentence that says what a visitor does first."""
+        if self.hints is not None:
+            return "Press an example, or type what to draw and click Generate."
+        if self.generator.reads_prompts:
+            return "Type what to draw, and click Generate."
+        if self.generator.class_names:
+            return "Choose a class, and click Generate."
+        return "Click Generate."
+
     def generate(
         self, label: int, prompt: str, seed: float | None, guidance: float, temperature: float
     ) -> Iterator[list[Any]]:
@@ -98,6 +109,14 @@ class GeneratorPage:
             mask=mask,
         )
         yield from self._generate(request)
+
+    def draw(self, label: int, prompt: str, seed: float | None, guidance: float, temperature: float) -> Image.Image:
+        """Generates an image for a program that calls the page, which gets no previews."""
+        request = Request(label=label, prompt=prompt, seed=seed, guidance=guidance, temperature=temperature)
+        try:
+            return self.generator.draw(request, _ignore_step)
+        except (ValueError, OSError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
 
     def describe(self, picture: Image.Image | None) -> str:
         """Caption of a picture, by the language model."""
@@ -175,6 +194,10 @@ class GeneratorPage:
         return Step(image.resize(generator.size, Image.Resampling.BICUBIC), title)
 
 
+def _ignore_step(*_: Any) -> None:
+    """Does nothing after a step of a generator."""
+
+
 def _until_none(steps: SimpleQueue[Step | None]) -> Iterator[Step]:
     """Takes steps from a queue as soon as another thread puts them there, until it puts `None`."""
     step = steps.get()
@@ -192,7 +215,7 @@ def build(page: GeneratorPage) -> gr.Blocks:
     with gr.Blocks(
         title="SVQVAE", analytics_enabled=False, fill_width=True, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
     ) as blocks:
-        gr.HTML(HEADING.format(page.generator.heading), elem_classes="heading")
+        gr.HTML(HEADING.format(page.invitation, page.generator.heading), elem_classes="heading")
         picture = gr.State()
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
@@ -248,7 +271,20 @@ def build(page: GeneratorPage) -> gr.Blocks:
             at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
             example = examples.click(lambda row: row[0], examples, prompt, **at_once)
             example.then(page.generate, settings, outputs, **event)
+        _add_api(page, settings)
     return blocks
+
+
+def _add_api(page: GeneratorPage, settings: list[Any]) -> None:
+    """Adds endpoints for programs, whose parts the page does not show."""
+    of_model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": VISITORS}
+    button = gr.Button(visible=False)
+    image = gr.Image(label="image", visible=False, format="png")
+    button.click(page.draw, settings, image, api_name="draw", **of_model)
+    if page.generator.describes:
+        picture = gr.Image(type="pil", visible=False)
+        caption = gr.Textbox(label="caption", visible=False)
+        button.click(page.describe, picture, caption, api_name="caption", **of_model)
 
 
 def _class_choice(page: GeneratorPage) -> gr.Dropdown:

@@ -31,8 +31,8 @@ PROGRESS = gr.Progress()  # Gradio passes the progress bar of the call to a hand
 FONTS = (gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif")
 
 HEADING = (
-    "<h1>SVQVAE</h1><p>An image becomes a grid of tokens, each the id of one code in a codebook. "
-    "Tokens become an image again, at several scales.</p>"
+    "<h1>SVQVAE</h1><p>Drop a photograph, or choose the example. It becomes a grid of tokens, each the id of one code "
+    "in a codebook, and the tokens become an image again, at several scales.</p>"
 )
 EMPTY = "<p class='empty'>Drop a photograph, or choose the example.</p>"
 BUSY = "<p class='empty'>Working …</p>"
@@ -67,9 +67,7 @@ class Page:
             decoding = preview_scales(self.model, tokens, original)
             previews = list(progress.tqdm(decoding, "decoding", len(SCALES), "scales"))
         except (ValueError, OSError) as error:
-            name = Path(photograph).name
-            message = str(error).replace(photograph, name)  # visitors must not see the folders of this machine
-            return _error_values(message)
+            return _error_values(_without_folders(error, photograph))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -77,6 +75,17 @@ class Page:
         name = html.escape(Path(photograph).name)
         size = f"{original.width} × {original.height} pixels"
         return _result_values(f"<p><b>{name}</b> {size}, encoded in {seconds:.2f} s</p>", previews, original)
+
+    def reconstruct(self, photograph: str) -> list[Image.Image]:
+        """Reconstructions of a photograph, one per scale, for programs that call the page."""
+        try:
+            _check_size(photograph)
+            original = load_image(photograph)
+            tiles = choose_tiles(self.model, original.height, original.width, SCALES)
+            tokens = encode_image(self.model, original, SCALES, tiles=tiles)
+            return [preview.image for preview in preview_scales(self.model, tokens, original)]
+        except (ValueError, OSError) as error:
+            raise gr.Error(_without_folders(error, photograph), print_exception=False) from error
 
 
 def build(page: Page) -> gr.Blocks:
@@ -125,7 +134,16 @@ def build(page: Page) -> gr.Blocks:
                 api_visibility="private",
             )
         photograph.clear(lambda: _cleared_values(EMPTY), None, cleared_outputs, **at_once)
+        _add_api(page)
     return blocks
+
+
+def _add_api(page: Page) -> None:
+    """Adds an endpoint for programs, whose parts the page does not show."""
+    photograph = gr.File(visible=False)
+    images = [gr.Image(label=f"scale {scale:g}", visible=False, format="png") for scale in SCALES]
+    button = gr.Button(visible=False)
+    button.click(page.reconstruct, photograph, images, api_name="reconstruct", concurrency_limit=VISITORS_AT_ONCE)
 
 
 @contextmanager
@@ -216,6 +234,12 @@ def _figures_html(figures: dict[str, str]) -> str:
     for name, value in figures.items():
         cells += f"<div><dt>{name}</dt><dd>{value}</dd><dd class='note'>{FIGURE_NOTES[name]}</dd></div>"
     return f"<dl class='figures'>{cells}</dl>"
+
+
+def _without_folders(error: Exception, photograph: str) -> str:
+    """Message of an error without the folder of the photograph, because visitors must not see it."""
+    name = Path(photograph).name
+    return str(error).replace(photograph, name)
 
 
 def _check_size(path: str) -> None:

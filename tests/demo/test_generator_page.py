@@ -1,5 +1,7 @@
 """The page of `svqvae demo --generator`, by its handlers."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +120,21 @@ def test_a_language_model_draws_edits_and_describes():
     assert not np.array_equal(pictures(edited)[-1][:lower], np.asarray(image)[:lower])
     assert [page.describe(image)] == model.caption([image])
     assert page.describe(None) == ""
+
+
+def test_a_program_gets_the_picture_or_an_error(next_scale):
+    page = demo.GeneratorPage(next_scale)
+    image, _ = sample(next_scale)
+    np.testing.assert_array_equal(page.draw(**SETTINGS), image)
+    with pytest.raises(Exception, match="The seed must be"):
+        page.draw(**(SETTINGS | {"seed": -1}))
+
+
+def test_the_page_says_what_to_do_first(next_scale):
+    assert demo.GeneratorPage(next_scale).invitation == "Choose a class, and click Generate."
+    drawing = ImageLanguageModel(*load_extended())
+    assert demo.GeneratorPage(drawing).invitation == "Type what to draw, and click Generate."
+    assert demo.GeneratorPage(drawing, Mock()).invitation.startswith("Press an example")
 
 
 def test_mistakes_are_shown_in_the_page(next_scale):

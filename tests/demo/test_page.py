@@ -158,6 +158,17 @@ def test_the_command_serves_either_page_until_it_is_interrupted(saved_model, tmp
         assert capsys.readouterr().out == f"{name} at 127.0.0.1:7000 shows the page until Ctrl-C\n"
 
 
+def test_a_program_gets_reconstructions_or_an_error_without_folders(page, picture, tmp_path):
+    picture.save(tmp_path / "photo.png")
+    tokens = encode_image(page.model, picture, demo.SCALES)
+    images = page.reconstruct(str(tmp_path / "photo.png"))
+    for image, expected in zip(images, decode_image(page.model, tokens), strict=True):
+        np.testing.assert_array_equal(image, expected)
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(Exception, match="^'`text.png` .* is not a readable image"):
+        page.reconstruct(str(tmp_path / "text.png"))
+
+
 def test_space_matches_the_package():
     metadata = metadata_load(ROOT / "demo" / "README.md")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

@@ -11,6 +11,7 @@ from threading import Event
 import numpy as np
 import pytest
 from conftest import SCREENSHOTS, make_tiny
+from gradio_client import Client, handle_file
 from next_scale_golden import make_transformer
 from PIL import Image
 from processes import start
@@ -235,11 +236,27 @@ def test_on_a_phone_the_picture_is_on_the_first_screen(page, viewport, photo, tm
     assert box["y"] + box["height"] < viewport["height"]
 
 
-def test_no_analytics_and_no_public_api(addresses):
+def test_no_analytics_and_one_public_endpoint(addresses):
     with urllib.request.urlopen(f"{addresses[0]}config") as answer:
         config = json.load(answer)
     assert not config["analytics_enabled"]
-    assert {function["api_visibility"] for function in config["dependencies"]} == {"private"}
+    public = [function["api_name"] for function in config["dependencies"] if function["api_visibility"] == "public"]
+    assert public == ["reconstruct"]
+
+
+def test_a_program_lists_and_calls_the_endpoints(addresses, photo, tmp_path):
+    photo.resize((64, 48)).save(tmp_path / "photo.png")
+    photographs = Client(addresses[0], verbose=False)
+    images = photographs.predict(photograph=handle_file(tmp_path / "photo.png"), api_name="/reconstruct")
+    for image, size in zip(images, [(16, 12), (32, 24), (64, 48)], strict=True):
+        with Image.open(image) as opened:
+            assert opened.size == size
+    drawing = Client(addresses[2], verbose=False)
+    assert list(drawing.view_api(return_format="dict")["named_endpoints"]) == ["/draw", "/caption"]
+    image = drawing.predict(prompt="a cat", api_name="/draw")
+    assert isinstance(drawing.predict(picture=handle_file(image), api_name="/caption"), str)
+    for client in (photographs, drawing):
+        client.close()
 
 
 def generated(page):
