@@ -87,6 +87,7 @@ COMMANDS = [  # options that shrink the work
     "baselines photos --fit photos --scales 1 0.5 --side 4 --codes 64",
     "training --side 64 --crops 1",
     "llamagen --side 4 --batches 2 --hidden-size 64 --layers 1 --heads 2",
+    "text_encoders --sizes google/flan-t5-small --batch 1 --side 4 --hidden-size 64 --layers 1",
     "quantized_llamagen --precisions float32 bfloat16 --rows 1 --hidden-size 64 --layers 1",
     f"learnable {ROOT}/svqvae_hf/pretrained_scenes/vqvae {ROOT}/docs/images --side 32 --steps 1 2 --held-out 4",
     f"read_captions {ROOT}/benchmarks/scene_prompts.tsv --examples 64 --voices first terse",
