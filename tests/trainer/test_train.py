@@ -377,7 +377,9 @@ def test_another_number_of_processes_goes_on_with_the_same_crops_and_ends_alike(
     for whole, broken in (("one", "one_then_two"), ("two", "two_then_one")):
         expected = weights(tmp_path / whole)
         for name, value in weights(tmp_path / broken).items():
-            torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=0, msg=f"{broken}: {name}")
+            # The sum over two processes rounds differently, so a latent between two codes may get the other code. That
+            # changes weights by up to 1e-4. Another crop changes them by about the learning rate of 1e-3.
+            torch.testing.assert_close(value, expected[name], atol=2e-4, rtol=0, msg=f"{broken}: {name}")
 
 
 def join_processes(first, second):
