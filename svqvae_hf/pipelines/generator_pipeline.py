@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from svqvae_hf.hub.model_cards import pipeline_card
+from svqvae_hf.hub.origin import STARTED_FROM, find_origin
 from svqvae_hf.hub.publishing import CardMixin
 from svqvae_hf.hub.repositories import from_hub, hub_options
 from svqvae_hf.loaders.pretrained_models import SVQVAEImageProcessor
@@ -151,10 +152,17 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         self.write_missing_card(folder, title, standalone=is_standalone)
 
     def make_card(self, repo_id: str, **options: Any) -> str:
-        """Text of the card; see [`~svqvae_hf.hub.model_cards.pipeline_card`]."""
+        """Text of the card; see [`~svqvae_hf.hub.model_cards.pipeline_card`].
+
+        It inherits the licence and the rows about the origin from the card of the folder that the pipeline was loaded
+        from.
+        """
         summary, arguments_of_example = self.describe()
+        origin = find_origin({STARTED_FROM: self.config.get("_name_or_path")}, license=options.get("license"))
+        options["license"] = origin.license
+        options.setdefault("base_model", origin.base_model)
         options.setdefault("tags", ["svqvae"])
-        options.setdefault("provenance", {})
+        options.setdefault("provenance", origin.rows)
         options.setdefault("pipeline_tag", self.task)
         return pipeline_card(type(self), repo_id=repo_id, summary=summary, call=arguments_of_example, **options)
 

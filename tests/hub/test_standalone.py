@@ -190,6 +190,18 @@ def test_a_standalone_folder_gets_a_card_with_the_origin_of_the_loaded_weights(t
     assert not (tmp_path / "plain" / "README.md").exists()
 
 
+def test_a_standalone_pipeline_inherits_the_licence_of_the_loaded_one(repositories, tmp_path):
+    folder = shutil.copytree(repositories / "classes", tmp_path / "trained")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    pipeline = svqvae_hf.SVQVAEAutoregressivePipeline.from_pretrained(folder)
+    pipeline.save_pretrained(tmp_path / "shared", standalone=True)
+    card = ModelCard((tmp_path / "shared" / "README.md").read_text())
+    assert card.data.license == "mit"
+    assert "| started from | `trained` (licence: mit) |" in card.text
+    pipeline.save_pretrained(folder, standalone=True)
+    assert ModelCard(pipeline.make_card("org/new", license="apache-2.0")).data.license == "apache-2.0"
+
+
 def test_a_standalone_language_model_gets_a_card(repositories, tmp_path):
     folder = shutil.copytree(repositories / "drawer", tmp_path / "drawer")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
