@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,6 +45,8 @@ from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.token_sets.shards import row_features, write_shards
 from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.encoding import encoding_of
+
+logger = logging.getLogger(__name__)
 
 IMAGES_PER_PART = 10_000  # by default, in sets with random access
 MAX_PARTS = 1000  # by default
@@ -200,9 +202,8 @@ def tokenize_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, **opti
             begun = time.monotonic()
             record = make_part(plan, images, encoder, part, bar.update)
             records.append(record)
-            if bar.disable:  # stderr is no terminal but a log, which gets a line per part in place of the bar
-                seconds = time.monotonic() - begun
-                tqdm.write(_finished_part_line(plan, record, seconds), file=sys.stderr)
+            seconds = time.monotonic() - begun
+            logger.info(_finished_part_line(plan, record, seconds))
     totals = finish_set(plan)
     is_complete = totals is not None
     if totals is None:
