@@ -133,8 +133,8 @@ def _models(args: argparse.Namespace) -> list[str]:
 
 
 def _write(args: argparse.Namespace, report: Any) -> None:
-    """Writes the report and prints its table."""
-    from svqvae_hf.evaluation.report import SAME_BITS_TITLE
+    """Writes the report and prints its tables."""
+    from svqvae_hf.evaluation.report import ALL_ROWS_TITLE, SAME_BITS_TITLE
     from svqvae_hf.evaluation.report_files import write_report
 
     report.settings["data"] = args.data
@@ -144,9 +144,11 @@ def _write(args: argparse.Namespace, report: Any) -> None:
     report.settings["inception_weights"] = _file_name(args.inception_weights)
     report.notes += _first_images_notes(args.max_images, report)
     write_report(report, args.output)
-    lines = [*report.table(), ""]
+    lines = []
     if report.same_bits:
         lines += [f"{SAME_BITS_TITLE}:", "", *report.table_at_same_bits(), ""]
+        lines += [f"{ALL_ROWS_TITLE}:", ""]
+    lines += [*report.table(), ""]
     if report.skipped:
         lines.append(f"{len(report.skipped)} skipped: see the report.")
     lines += report.notes

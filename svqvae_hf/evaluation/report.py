@@ -9,6 +9,7 @@ from svqvae_hf.evaluation.measuring import Records
 MANY_IMAGES = 10_000  # papers report FID on at least this many
 NO_VALUE = "–"
 SAME_BITS_TITLE = "Image files at the same bits per pixel"
+ALL_ROWS_TITLE = "All measurements, by stored bits per pixel"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from svqvae_files.inputs import printable
 from svqvae_files.outputs import write_file
-from svqvae_hf.evaluation.report import SAME_BITS_TITLE, Report
+from svqvae_hf.evaluation.report import ALL_ROWS_TITLE, SAME_BITS_TITLE, Report
 
 LIBRARIES = ("svqvae-hf", "torch", "diffusers", "torchmetrics", "lpips", "torch-fidelity", "pillow", "numpy")
 
@@ -46,12 +46,12 @@ def report_json(report: Report, versions: dict[str, str]) -> str:
 
 
 def report_markdown(report: Report, versions: dict[str, str]) -> str:
-    """The table of a report, its notes, its skipped images, its settings and the versions of libraries."""
+    """The tables of a report, its notes, its skipped images, its settings and the versions of libraries."""
     lines = [f"# {report.title}", ""]
-    lines += report.table()
-    lines.append("")
     if report.same_bits:
         lines += [f"## {SAME_BITS_TITLE}", "", *report.table_at_same_bits(), ""]
+        lines += [f"## {ALL_ROWS_TITLE}", ""]
+    lines += [*report.table(), ""]
     version_items = [f"{library}: {number}" for library, number in versions.items()]
     lines += _section("Notes", report.notes)
     lines += _section(f"Skipped: {len(report.skipped)}", _skipped_items(report))

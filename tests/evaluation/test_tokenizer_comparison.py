@@ -295,13 +295,16 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     assert [row["title"] for row in report["rows"]] == titles
     assert [row["bits_per_pixel"] for row in report["rows"][:3]] == pytest.approx([6 / 16, 6 / 64, 16 * 4 / 4])
     assert {(image["width"], image["height"]) for image in report["images"]} == {(32, 32)}
-    table = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
-    assert len(table) == 2 + len(titles) + 2 + 5  # a table of all, and one of models beside image files
-    rates = [float(line.split("|")[4]) for line in table[2 : 2 + len(titles)]]
+    lines = (out / "report.md").read_text().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + 5 + 2 + len(titles)  # models beside image files come before the table of all
+    rates = [float(line.split("|")[4]) for line in table[2 + 5 + 2 :]]
     assert rates == sorted(rates)
+    headings = ["Image files at the same bits per pixel", "All measurements, by stored bits per pixel"]
+    assert [line[3:] for line in lines if line.startswith("## ")][:2] == headings
     printed = capsys.readouterr().out
-    assert table[2] in printed
-    assert "Image files at the same bits per pixel:" in printed
+    assert [line.rstrip(":") for line in printed.splitlines() if line.rstrip(":") in headings] == headings
+    assert [line for line in printed.splitlines() if line.startswith("|")] == table
     assert "Only the first" not in printed
 
 
