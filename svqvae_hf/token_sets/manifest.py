@@ -329,10 +329,17 @@ class TokenSet:
 
 
 def load_rows(name: str | os.PathLike) -> datasets.Dataset:
-    """Loads the rows of a token set by `datasets`, see [`TokenSet.load`].
+    """Loads the rows of a token set by `datasets`, after a comparison of the checksums of all its files.
+
+    The rows are copied to the cache of `datasets`. Before the copy, the SHA-256 of each file is compared with the
+    manifest. Later calls read the copy. They compare only the sizes of the files.
 
     Args:
         name (`str` or `os.PathLike`): Folder of the set, its URL for `fsspec`, or its name on the Hub.
+
+    Raises:
+        OSError: The set cannot be reached.
+        ValueError: A file is missing or damaged, or was replaced since the copy.
     """
     return TokenSet(name).load()
 
