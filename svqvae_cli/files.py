@@ -15,7 +15,10 @@ from svqvae_files.file_names import (
     IMAGE_SUFFIXES,
     REPO_ID,
     STARTED_TOKEN_SET_FILE,
+    TOKEN_SET_DATA,
     TOKEN_SET_FILE,
+    TOKEN_SET_MANIFEST,
+    TOKEN_SET_RECORDS,
     TOKEN_SUFFIXES,
 )
 from svqvae_files.inputs import is_url, walk_files
@@ -161,14 +164,21 @@ def is_token_set(name: str) -> bool:
     """Whether an input is the folder of a token set, also of one that is not complete, its URL or its Hub name."""
     if is_url(name):
         return True
-    for file in (TOKEN_SET_FILE, STARTED_TOKEN_SET_FILE):
-        if os.path.isfile(os.path.join(name, file)):
-            return True
+    if is_token_set_folder(Path(name)):
+        return True
     # A missing token file, such as `tokens/a.svqz`, also has the form of a Hub name.
     is_named_as_token_file = name.endswith(TOKEN_SUFFIXES)
     is_on_disk = os.path.lexists(name)
     has_form_of_hub_name = re.fullmatch(REPO_ID, name) is not None
     return has_form_of_hub_name and not is_named_as_token_file and not is_on_disk
+
+
+def is_token_set_folder(folder: Path) -> bool:
+    """Whether a folder holds a token set, also one that is not complete, or has lost the file with its options."""
+    has_options = (folder / TOKEN_SET_FILE).is_file() or (folder / STARTED_TOKEN_SET_FILE).is_file()
+    has_manifest = (folder / TOKEN_SET_MANIFEST).is_file() and (folder / TOKEN_SET_DATA).is_dir()
+    has_record = any(folder.glob(TOKEN_SET_RECORDS))
+    return has_options or has_manifest or has_record
 
 
 def check_output(output: Path) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 from svqvae_cli.arguments import Parser, bundled_folder, path_or_url
 from svqvae_cli.errors import one_line
-from svqvae_cli.files import check_source, check_trained
-from svqvae_files.file_names import IMAGE_SUFFIXES, REPO_ID, STARTED_TOKEN_SET_FILE, TOKEN_SET_FILE
+from svqvae_cli.files import check_source, check_trained, is_token_set_folder
+from svqvae_files.file_names import IMAGE_SUFFIXES, REPO_ID
 from svqvae_files.inputs import is_url
 from svqvae_files.json_files import read_json_object
 
@@ -62,9 +62,7 @@ def _facts(source: str) -> dict[str, Any]:
 
 def _folder_facts(path: Path) -> dict[str, Any]:
     """Facts about a folder with a token set, an adapter, a model or a pipeline."""
-    is_token_set = (path / TOKEN_SET_FILE).is_file()
-    is_started_token_set = (path / STARTED_TOKEN_SET_FILE).is_file()
-    if is_token_set or is_started_token_set:
+    if is_token_set_folder(path):
         return _set_facts(str(path))
     if (path / ADAPTER_FILE).is_file():
         return _adapter_facts(path / ADAPTER_FILE)

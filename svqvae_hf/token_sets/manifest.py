@@ -14,22 +14,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.dataset import ParquetFragmentScanOptions
 
+from svqvae_files.file_names import TOKEN_SET_DATA, TOKEN_SET_MANIFEST
 from svqvae_files.folders import Folder
 from svqvae_files.inputs import is_url
 from svqvae_files.json_files import parse_json_object
 from svqvae_hf.data.set_errors import explained_set
 from svqvae_hf.token_sets.settings import (
     SETTINGS_FILE,
-    absent_set_error,
     download_set_file,
     is_token_set_on_hub,
     parse_settings,
     read_set_file,
+    read_settings_file,
 )
 from svqvae_hf.tokens.token_files import METADATA_KEY
 
-DATA = "data"
-MANIFEST_FILE = "manifest.jsonl"
+DATA = TOKEN_SET_DATA
+MANIFEST_FILE = TOKEN_SET_MANIFEST
 MANIFEST_CHECKSUM = "manifest"  # key in the settings
 VERIFY_CHECKSUMS = ParquetFragmentScanOptions(page_checksum_verification=True)
 ROWS_AT_A_TIME = 256
@@ -189,9 +190,7 @@ class TokenSet:
 
     def __init__(self, name: str | os.PathLike):
         self.name = os.fspath(name).rstrip("/")
-        content = read_set_file(self.name, SETTINGS_FILE)
-        if content is None:
-            raise absent_set_error(self.name)
+        content = read_settings_file(self.name)
         self.settings = parse_settings(content, self.name)
         # Beside the settings, the file holds entries that `parse_settings` does not return.
         entries = parse_json_object(content, f"{self.name}/{SETTINGS_FILE}")

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from svqvae_files.file_names import STARTED_TOKEN_SET_FILE
@@ -25,7 +26,7 @@ from svqvae_hf.token_sets.manifest import (
     TokenSet,
     check_no_foreign_files,
 )
-from svqvae_hf.token_sets.settings import SETTINGS_FILE
+from svqvae_hf.token_sets.settings import ADVICE_FOR_DAMAGED, SETTINGS_FILE, lost_file_error
 
 OPTIONS_FILE = STARTED_TOKEN_SET_FILE
 RECORDS = os.path.dirname(OPTIONS_FILE)
@@ -50,6 +51,9 @@ def describe_state(out: str | os.PathLike) -> dict[str, str]:
     """
     folder = Folder(out)
     options = read_options(folder)
+    error = lost_file_error(folder)
+    if error is not None:
+        raise error
     if options is None or "parts" not in options:
         raise ValueError(f"`{folder.url}` must be a token set, but has no record of one. Start it: svqvae tokenize.")
     num_parts = options["parts"]
@@ -81,10 +85,70 @@ def read_options(folder: Folder) -> dict[str, Any] | None:
     return settings.get("options", {})
 
 
+def restore_options(folder: Folder, options: Mapping[str, Any]) -> None:
+    """Writes the options of a token set again if they are lost.
+
+    The records of its parts, or the lines of its manifest, say whether these options are the right ones. From the
+    manifest, the records are written again, too. Then the set can be completed as if it had never been complete.
+
+    Raises:
+        ValueError: A part was made with other options, or the records are damaged.
+    """
+    if lost_file_error(folder) is None:
+        return
+    records = _records_of_manifest(folder) + _stored_records(folder)
+    digest = value_digest(options)
+    for record in records:
+        if record.options != digest:
+            raise ValueError(
+                f"`{folder.url}` has lost its options, and part {record.part} was made with other images or options "
+                "than those of this command. Run the command that made this part, or choose another folder."
+            )
+    for record in records:
+        write_record(folder, record)
+    _create_options(folder, options)
+
+
+def _create_options(folder: Folder, options: Mapping[str, Any]) -> None:
+    """Writes the file of options, unless another process has done so."""
+    folder.create(OPTIONS_FILE, json.dumps(options, indent=2).encode())
+
+
+def _stored_records(folder: Folder) -> list[PartRecord]:
+    """Records of the parts of a set that is not complete, whatever their options are."""
+    records = []
+    for part in sorted(_recorded_parts(folder)):
+        record = _parse_record(folder, part)
+        if record is not None:
+            records.append(record)
+    return records
+
+
+def _records_of_manifest(folder: Folder) -> list[PartRecord]:
+    """Records of the parts in the manifest of a set that was complete; none if there is no manifest."""
+    manifest = folder.read(MANIFEST_FILE) or b""
+    skipped_lines = (folder.read(SKIPPED_FILE) or b"").splitlines()
+    skipped = [parse_json_object(line, f"{folder.url}/{SKIPPED_FILE}") for line in skipped_lines]
+    records = []
+    for line in manifest.splitlines():
+        path = f"{folder.url}/{MANIFEST_FILE}"
+        entry = parse_json_object(line, path)
+        num_skipped = entry.get("skipped", 0)
+        if len(skipped) < num_skipped:
+            raise ValueError(
+                f"`{folder.url}/{SKIPPED_FILE}` must list all skipped images that {MANIFEST_FILE} counts, but does "
+                "not. Copy it again, or make the set again in another folder."
+            )
+        entry["skipped"] = skipped[:num_skipped]  # they are listed in the order of the parts
+        skipped = skipped[num_skipped:]
+        records.append(PartRecord.from_entry(entry, path))
+    return records
+
+
 def start_set(folder: Folder, options: Mapping[str, Any]) -> None:
     """Starts a token set, or raises ValueError if it was started with other options, even a moment ago."""
     if read_options(folder) is None:
-        folder.create(OPTIONS_FILE, json.dumps(options, indent=2).encode())
+        _create_options(folder, options)
     check_options(folder, options)
 
 
@@ -99,13 +163,15 @@ def check_options(folder: Folder, options: Mapping[str, Any]) -> None:
         value = options.get(name)
         if recorded_value == value:
             continue
+        if name == NUM_IMAGES:
+            raise _changed_images(folder, f"their number was {recorded_value} and is now {value}")
         if name in DIGESTS_OF_IMAGES:
-            raise _changed_images(folder)
-        reason = "the images have changed since" if name == NUM_IMAGES else "it was made otherwise"
+            difference = "names, sizes or times of change of their files, or columns or classes, differ"
+            raise _changed_images(folder, difference)
         old_text, new_text = _differing_excerpts(repr(recorded_value), repr(value))
         raise ValueError(
-            f"`{folder.url}` must be continued with the same images and options, but {reason}: `{name}` was "
-            f"{old_text} and is now {new_text}. Pass --overwrite to start over, or choose another folder."
+            f"`{folder.url}` must be continued with the same images and options, but it was made otherwise: "
+            f"`{name}` was {old_text} and is now {new_text}. Pass --overwrite to start over, or choose another folder."
         )
 
 
@@ -121,12 +187,15 @@ def _differing_excerpts(old: str, new: str) -> tuple[str, str]:
     return f"...{old[start:end]}", f"...{new[start:end]}"
 
 
-def _changed_images(folder: Folder) -> ValueError:
-    """Error for images with another digest. Which of them differ is not recorded."""
+def _changed_images(folder: Folder, difference: str) -> ValueError:
+    """Error for images that differ. Which of them do is not recorded, so it says how to find them on a disk."""
+    advice = "Restore them"
+    is_started = folder.read(OPTIONS_FILE) is not None  # and not complete. The file is as old as the set.
+    if folder.is_local and is_started:
+        advice = f"`find IMAGES -cnewer {folder.url}/{OPTIONS_FILE}` lists changed files, and folders that lost some"
     return ValueError(
-        f"`{folder.url}` must be continued with the same images, but names, sizes or times of change of their files, "
-        "or columns or classes, differ. Restore them: `cp -p` and `rsync -t` keep the times of copies. Or pass "
-        "--overwrite to start over."
+        f"`{folder.url}` must be continued with the same images, but {difference}. {advice}. `cp -p` and `rsync -t` "
+        "restore files with their times. Or pass --overwrite to start over."
     )
 
 
@@ -198,12 +267,11 @@ def _recorded_parts(folder: Folder) -> set[int]:
 
 
 def _read_record(folder: Folder, options: Mapping[str, Any], part: int) -> PartRecord | None:
-    """Reads the record of a part; `None` if there is none."""
+    """Reads the record of a part; `None` if there is none. Raises ValueError if it is of another part or set."""
     name = record_name(part)
-    entry = _read_object(folder, name)
-    if entry is None:
+    record = _parse_record(folder, part)
+    if record is None:
         return None
-    record = PartRecord.from_entry(entry, f"{folder.url}/{name}")
     is_of_this_set = record.part == part and record.options == value_digest(options)
     if not is_of_this_set:
         raise ValueError(
@@ -211,6 +279,16 @@ def _read_record(folder: Folder, options: Mapping[str, Any], part: int) -> PartR
             "of other images or options. Delete it, and the part is made again."
         )
     return record
+
+
+def _parse_record(folder: Folder, part: int) -> PartRecord | None:
+    """Reads the record of a part, of whatever set it is; `None` if there is none."""
+    name = record_name(part)
+    entry = _read_object(folder, name)
+    if entry is None:
+        return None
+    with _advice_for_damaged():
+        return PartRecord.from_entry(entry, f"{folder.url}/{name}")
 
 
 def _has_files(record: PartRecord, sizes: Mapping[str, int]) -> bool:
@@ -367,10 +445,11 @@ def delete_set(folder: Folder) -> None:
             shards.append(name)
             subfolders.add(os.path.dirname(name))
     check_no_foreign_files(shards, present_names, folder.url)
-    for name in [SETTINGS_FILE, MANIFEST_FILE, SKIPPED_FILE, CARD_FILE, *shards]:
+    for name in [MANIFEST_FILE, SKIPPED_FILE, CARD_FILE, *shards]:
         folder.delete(name)
     _delete_temporary_files(folder)
     _delete_records(folder)
+    folder.delete(SETTINGS_FILE)  # last, so that after a kill the set is still known as one
     for subfolder in sorted(subfolders):
         folder.delete_empty(subfolder)
     folder.delete_empty(DATA)
@@ -402,7 +481,17 @@ def _read_object(folder: Folder, name: str) -> dict[str, Any] | None:
     content = folder.read(name)
     if content is None:
         return None
-    return parse_json_object(content, f"{folder.url}/{name}")
+    with _advice_for_damaged():
+        return parse_json_object(content, f"{folder.url}/{name}")
+
+
+@contextmanager
+def _advice_for_damaged() -> Iterator[None]:
+    """Adds to a ValueError about a damaged file that it can be made again."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} {ADVICE_FOR_DAMAGED}") from error
 
 
 def _json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:

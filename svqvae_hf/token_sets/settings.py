@@ -1,5 +1,6 @@
 """Settings that all rows of a token set share, and the tokens of a row."""
 
+import fnmatch
 import json
 import math
 import operator
@@ -12,9 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from svqvae_files.file_names import STARTED_TOKEN_SET_FILE, TOKEN_SET_FILE
+from svqvae_files.file_names import (
+    STARTED_TOKEN_SET_FILE,
+    TOKEN_SET_DATA,
+    TOKEN_SET_FILE,
+    TOKEN_SET_MANIFEST,
+    TOKEN_SET_RECORDS,
+)
 from svqvae_files.folders import Folder
 from svqvae_files.inputs import is_url
+from svqvae_files.json_files import parse_json_object
 from svqvae_hf.data.repositories import is_hub_set
 from svqvae_hf.hub.repositories import download_file
 from svqvae_hf.models.checks import check_integers
@@ -25,6 +33,7 @@ from svqvae_hf.tokens.encoding import FINGERPRINT, Encoding
 from svqvae_hf.tokens.token_files import UINT16_CODES, ImageTokens, decompressed_tokens
 
 SETTINGS_FILE = TOKEN_SET_FILE
+ADVICE_FOR_DAMAGED = "Delete it and run the same `svqvae tokenize` again, which makes it again."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +116,45 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
         ValueError: It is not a token set, is not complete, or has another format version.
     """
     name = os.fspath(path)
+    return parse_settings(read_settings_file(name), name)
+
+
+def read_settings_file(name: str) -> bytes:
+    """Content of the settings of a token set. Raises an error that says what to do if they are absent or damaged."""
     content = read_set_file(name, SETTINGS_FILE)
     if content is None:
-        raise absent_set_error(name)
-    return parse_settings(content, name)
+        raise _absent_set_error(name)
+    try:
+        parse_json_object(content, f"{name}/{SETTINGS_FILE}")
+    except ValueError as error:
+        raise ValueError(f"{error} {ADVICE_FOR_DAMAGED}") from error
+    return content
 
 
-def absent_set_error(name: str) -> Exception:
+def lost_file_error(folder: Folder) -> ValueError | None:
+    """Error for a token set whose options are lost; `None` if they are there, or there is no token set.
+
+    The options are in one file until the set is complete, and then in another. Either can be made again.
+    """
+    has_options = folder.read(STARTED_TOKEN_SET_FILE) is not None or folder.read(SETTINGS_FILE) is not None
+    if has_options:
+        return None
+    lost_file = None
+    names = folder.names("")
+    if TOKEN_SET_MANIFEST in names and TOKEN_SET_DATA in names:
+        lost_file = SETTINGS_FILE
+    records, _, pattern = TOKEN_SET_RECORDS.partition("/")
+    if fnmatch.filter(folder.names(records), pattern):
+        lost_file = STARTED_TOKEN_SET_FILE
+    if lost_file is None:
+        return None
+    return ValueError(
+        f"`{folder.url}/{lost_file}` is missing, although the token set has other files. Run the same "
+        "`svqvae tokenize` again, which makes it again from these files."
+    )
+
+
+def _absent_set_error(name: str) -> Exception:
     """Error for a folder or URL without the settings of a token set, which are written last."""
     was_started = read_set_file(name, STARTED_TOKEN_SET_FILE) is not None
     if was_started:
@@ -121,6 +162,10 @@ def absent_set_error(name: str) -> Exception:
             f"a token set must be complete, but parts of `{name}` are missing. Run the same `svqvae tokenize` again. "
             "`svqvae info` says which are missing."
         )
+    if is_url(name) or Path(name).is_dir():
+        error = lost_file_error(Folder(name))
+        if error is not None:
+            return error
     return FileNotFoundError(
         f"a token set must be a folder with {SETTINGS_FILE} or a set on the Hub, but `{name}` is neither. Make one "
         "with `svqvae tokenize`, which writes that file last."

@@ -37,11 +37,12 @@ from svqvae_hf.token_sets.parts import (
     delete_set,
     is_finished,
     read_options,
+    restore_options,
     start_set,
     unfinished_parts,
     write_record,
 )
-from svqvae_hf.token_sets.settings import TokenSettings
+from svqvae_hf.token_sets.settings import TokenSettings, lost_file_error
 from svqvae_hf.token_sets.shards import row_features, write_shards
 from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.encoding import encoding_of
@@ -190,6 +191,7 @@ def tokenize_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, **opti
     """
     plan = plan_set(model, images, out, TokenizeOptions(**options))
     request = plan.request
+    restore_options(plan.folder, plan.options)
     if request.overwrite:
         delete_set(plan.folder)
     start_set(plan.folder, plan.options)
@@ -424,7 +426,8 @@ def check_out(out: str | os.PathLike) -> Folder:
     folder = Folder(out)
     names = folder.names("")
     is_token_set = len(names) > 0 and read_options(folder) is not None
-    if is_token_set:
+    has_lost_options = lost_file_error(folder) is not None  # `restore_options` writes them again
+    if is_token_set or has_lost_options:
         return folder
     # If another process starts the same set at this moment, there is only a subfolder with its temporary file.
     is_being_started = names == {RECORDS} and _has_only_hidden_files(folder, RECORDS)

@@ -81,6 +81,23 @@ def test_info_of_a_token_set_that_is_not_complete(two_images, tmp_path, saved_mo
     assert f"parts of `{tmp_path / 'set'}` are missing. Run the same `svqvae tokenize` again." in error
 
 
+@pytest.mark.parametrize("lost_file", ["parts/options.json", "svqvae_tokens.json"])
+def test_info_of_a_token_set_that_has_lost_its_options(two_images, tmp_path, saved_model, capsys, lost_file):
+    folder = tmp_path / "set"
+    argv = ["tokenize", two_images, "--output", folder, "--model", saved_model, "--workers", "0", "--num-parts", "2"]
+    parts = ["0"] if lost_file == "parts/options.json" else ["0", "1"]
+    for part in parts:
+        svqvae(*argv, "--part", part)
+    (folder / lost_file).unlink()
+    capsys.readouterr()
+    for command in (["info", folder], ["decode", folder, "--output", tmp_path / "out", "--model", saved_model]):
+        error = fails(capsys, *command)
+        assert f"`{folder}/{lost_file}` is missing, although the token set has other files. Run the same" in error
+    assert svqvae(*argv, "--part", "0") == 0
+    assert (folder / lost_file).is_file()
+    assert svqvae("info", folder) == 0
+
+
 def test_info_of_an_adapter(tmp_path, capsys):
     LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path="org/lm").save_pretrained(tmp_path)
     assert svqvae("info", tmp_path) == 0

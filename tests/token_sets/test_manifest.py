@@ -15,6 +15,7 @@ from svqvae_hf.token_sets.decoding import detokenize_set
 from svqvae_hf.token_sets.manifest import TokenSet, load_rows
 from svqvae_hf.token_sets.parts import describe_state
 from svqvae_hf.token_sets.row_names import RowNames
+from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.trainer.data.token_sequences import TokenSource
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -208,6 +209,51 @@ def test_a_damaged_record_is_named_and_nothing_is_deleted(photos, tmp_path, dama
         with pytest.raises(ValueError, match=message):
             call()
     assert content(tmp_path / "set") == before
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+@pytest.mark.parametrize("content_of_file", [None, "{", "[]"])
+def test_a_lost_or_damaged_file_of_options_is_made_again(photos, sets, tmp_path, is_complete, content_of_file):
+    """The error names the file and the cure, and the cure makes the same set."""
+    folder = tmp_path / "set"
+    shutil.copytree(sets / "set", folder)
+    if not is_complete:
+        shutil.rmtree(folder)
+        tokenize(make_tiny(), photos, folder, num_parts=3, parts=[1], **CROPS)
+    before = content(folder)
+    file = folder / ("svqvae_tokens.json" if is_complete else "parts/options.json")
+    file.unlink()
+    message = "is missing, although .* Run the same `svqvae tokenize` again, which makes it again"
+    if content_of_file is not None:
+        file.write_text(content_of_file)
+        message = "must hold a JSON object, but .* Delete it and run the same `svqvae tokenize` again, which makes"
+    readers = [describe_state] + [read_settings, TokenSet] * (is_complete or content_of_file is None)
+    for read in readers:
+        with pytest.raises(ValueError, match=f"{file.name}` {message}"):
+            read(folder)
+    file.unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="has lost its options, and part . was made with other images or options"):
+        tokenize(make_other(), photos, folder, num_parts=3, parts=[1], **CROPS)
+    report = tokenize(make_tiny(), photos, folder, num_parts=3, parts=[1], **CROPS)
+    assert report.resumed == 1
+    assert content(folder) == before
+
+
+def test_a_set_without_its_options_can_be_started_over(photos, sets, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(sets / "set", folder)
+    (folder / "svqvae_tokens.json").unlink()
+    assert tokenize(make_tiny(), photos, folder, num_parts=3, overwrite=True, **CROPS).resumed == 0
+    assert content(folder) == content(sets / "set")
+
+
+def test_settings_are_not_made_again_without_the_list_of_skipped_images(photos, sets, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(sets / "set", folder)
+    (folder / "svqvae_tokens.json").unlink()
+    (folder / "skipped.jsonl").unlink()
+    with pytest.raises(ValueError, match="skipped.jsonl` must list all skipped images .* Copy it again"):
+        tokenize(make_tiny(), photos, folder, num_parts=3, **CROPS)
 
 
 def test_a_second_run_with_other_options_ends_before_it_writes(photos, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 
 import datasets
 import pytest
@@ -157,14 +158,20 @@ def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
             with pytest.raises(ValueError, match=f"`{name}` was"):
                 run(model=model)
         (photos / "7.png").write_bytes((photos / "0.png").read_bytes())
-        with pytest.raises(ValueError, match="the images have changed since: `images` was 7 and is now 8"):
+        with pytest.raises(ValueError, match="with the same images, but their number was 7 and is now 8"):
             run()
         (photos / "7.png").unlink()
         os.utime(photos / "1.png", (0, 0))
-        with pytest.raises(
-            ValueError, match="names, sizes or times of change of their files, .* `cp -p` and `rsync -t` keep"
-        ):
+        message = "names, sizes or times of change of their files, .* `cp -p` and `rsync -t` restore"
+        with pytest.raises(ValueError, match=message) as raised:
             run()
+        command = re.search(r"`(find IMAGES -cnewer .*/options.json)` lists changed files", str(raised.value))
+        is_complete = (tmp_path / "out" / "svqvae_tokens.json").exists()
+        assert (command is None) == is_complete
+        if command is not None:
+            words = command[1].replace("IMAGES", str(photos)).split()
+            found = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+            assert found == [str(photos), str(photos / "1.png")]  # the folder lost `7.png`
         os.utime(photos / "1.png", ns=(time, time))
         assert content(tmp_path / "out") == before
 
