@@ -1,9 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_tiny
+from conftest import ROOT, make_tiny
 from train import KERNEL_NDIM
 
+from svqvae_hf import SVQVAE
 from svqvae_hf.trainer.model import frozen_parts, initialise, load_model, step_scales
 from svqvae_hf.trainer.optimization import parameter_groups
 from svqvae_hf.trainer.train_options import TrainOptions
@@ -11,6 +12,17 @@ from svqvae_hf.trainer.train_options import TrainOptions
 
 def make_options(**options):
     return TrainOptions(**({"output_dir": "out", "train_data_dir": "y", "model_config_name_or_path": "x"} | options))
+
+
+@pytest.mark.parametrize(("name", "num_ids"), [("model_f8", 1024), ("model_f16", 256)])
+def test_ids_of_a_picture_of_256_pixels(name, num_ids):
+    """As docs/generation.md states them."""
+    config = SVQVAE.load_config(ROOT / "training" / "configs" / f"{name}.json")
+    with torch.device("meta"):
+        vqvae = SVQVAE.from_config(config)
+    latents = vqvae.encode(torch.zeros(1, 3, 256, 256, device="meta")).latents
+    assert latents[0, 0].numel() == num_ids
+    assert vqvae.config["codebook_size"] == 16384
 
 
 def test_an_image_does_not_fade_in_a_new_encoder():
