@@ -69,6 +69,10 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         except ValueError as error:
             raise ValueError(f"`{source}` cannot be loaded: {error}") from error
         check_weights(source, info)
+        if cls._auto_class:
+            # A pipeline of diffusers stores the module of its tokenizer, and looks for the code under this name in the
+            # folder of the tokenizer. So the name must be "modeling_svqvae", without "diffusers_modules.local.".
+            model.__module__ = Path(inspect.getfile(cls)).stem
         if returns_info:
             return model, info
         return model

@@ -13,12 +13,13 @@ import pytest
 import standalone_process
 import torch
 from conftest import ROOT, make_tiny
+from diffusers import AutoModel, DDIMScheduler, DiTPipeline
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files, get_relative_imports
 from generators import make_llamagen, make_next_scale
 from huggingface_hub import ModelCard
 from next_scale_golden import GOLDEN as FLEXVAR
 from next_scale_golden import make_transformer
-from pipeline_parts import text_components
+from pipeline_parts import dit, text_components
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
@@ -150,6 +151,20 @@ MODEL_FILES = {
     *("modeling_svqvae", "checks", "layers", "loading", "quantizer", "resizing", "tiling"),
     *("image_processing_svqvae", "image_files"),
 }
+
+
+def test_a_diffusers_pipeline_with_a_tokenizer_from_a_repository_with_code_loads_again(repositories, tmp_path):
+    options = {"trust_remote_code": True, "pixel_range": (-1, 1)}
+    vqvae = AutoModel.from_pretrained(str(repositories / "tokenizer"), **options)
+    assert type(vqvae).__module__.startswith("diffusers_modules.")
+    pipeline = DiTPipeline(dit(), vqvae, DDIMScheduler())
+    for name in ("saved", "saved_again"):
+        pipeline.save_pretrained(tmp_path / name)
+        pipeline = DiTPipeline.from_pretrained(tmp_path / name, trust_remote_code=True)
+        assert pipeline.config["vae"] == ("modeling_svqvae", "SVQVAE")
+    assert type(pipeline.vae).__module__.startswith("diffusers_modules.")
+    latents = torch.randn(1, vqvae.config["latent_channels"], 4, 4)
+    assert torch.equal(pipeline.vae.decode(latents).sample, vqvae.decode(latents).sample)
 
 
 def test_files_of_code_are_those_of_the_package(repositories):
