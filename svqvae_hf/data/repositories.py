@@ -10,7 +10,7 @@ import datasets
 import pyarrow as pa
 
 from svqvae_files.errors import is_unreachable
-from svqvae_files.file_names import ARCHIVE_SUFFIXES
+from svqvae_files.file_names import ARCHIVE_SUFFIXES, REPO_ID
 from svqvae_files.identity import InputIdentity
 from svqvae_files.inputs import is_url
 from svqvae_hf.data.image_parts import row_key
@@ -21,12 +21,10 @@ from svqvae_hf.data.set_files import METADATA_FILES, SetFile, file_identity, kin
 from svqvae_hf.data.tables import check_classes, is_table, read_features, select_columns
 from svqvae_hf.untrusted.set_rows import confine_row
 
-SET_NAME = r"\w[\w.-]*(/[\w.-]+)?"  # on the Hub, also sets without an owner
-
 
 def is_hub_set(name: str) -> bool:
-    """Whether `name` is the name of a set on the Hub, and not a local path."""
-    return not Path(name).exists() and re.fullmatch(SET_NAME, name) is not None
+    """Whether `name` is `org/name`, the name of a set on the Hub, and not a local path."""
+    return not Path(name).exists() and re.fullmatch(REPO_ID, name) is not None
 
 
 def has_configs(folder: str) -> bool:

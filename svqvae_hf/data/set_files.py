@@ -290,7 +290,8 @@ def _list_pattern(pattern: str) -> _Listing:
     matches = sorted(glob.glob(pattern, recursive=True))
     if not matches:
         raise FileNotFoundError(
-            f"no file or folder matches: `{pattern}`. Pass images, shards or a folder of them, or a set on the Hub."
+            f"no file or folder matches: `{pattern}`. Pass images, shards or a folder of them, or a set on the Hub, "
+            "which is `org/name`."
         )
     files = []
     for path in matches:

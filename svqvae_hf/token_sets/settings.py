@@ -189,8 +189,8 @@ def parse_settings(content: bytes, name: str) -> TokenSettings:
 
 
 def is_token_set_on_hub(name: str) -> bool:
-    """Whether `name` is the name of a token set on the Hub, where it always has an owner."""
-    return is_hub_set(name) and "/" in name
+    """Whether `name` is the name of a token set on the Hub."""
+    return is_hub_set(name)
 
 
 def download_set_file(name: str, file: str) -> Path:

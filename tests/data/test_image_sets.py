@@ -416,8 +416,14 @@ def test_a_set_must_be_a_list_of_names(data):
 def test_a_set_in_the_cache_alone_is_one_line(monkeypatch):
     builder = SimpleNamespace(config=SimpleNamespace(data_files=None))  # as offline, after it was loaded once
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
-    with pytest.raises(OSError, match="the image set `mnist` cannot be opened: the Hub cannot be reached"):
-        open_images(["mnist"])
+    with pytest.raises(OSError, match="the image set `org/set` cannot be opened: the Hub cannot be reached"):
+        open_images(["org/set"])
+
+
+def test_a_name_without_a_slash_is_not_asked_for_on_the_hub(monkeypatch):
+    monkeypatch.delattr(datasets, "load_dataset_builder")
+    with pytest.raises(OSError, match="no file or folder matches: `map`. Pass images, .* or a set on the Hub, which is `org/name`"):
+        open_images(["map"])
 
 
 # Sets on the Hub
