@@ -41,8 +41,7 @@ class Parser(argparse.ArgumentParser):
     def _check_options(self, words: Sequence[str]) -> None:
         """Raises for options that the parser does not have.
 
-        argparse also takes the start of an option, such as `--out` for `--output`, so starts pass. If several options
-        have the same start, argparse raises later.
+        Like argparse, it also takes the start of an option, such as `--out` for `--output`.
         """
         options: list[str] = []
         for action in self._actions:
@@ -52,9 +51,8 @@ class Parser(argparse.ArgumentParser):
             if word == "--":  # all words after it are inputs
                 break
             name = word.partition("=")[0]
-            is_start_of_option = any(option.startswith(name) for option in options)
-            if name.startswith("--") and not is_start_of_option:
-                faults.append(f"There is no option `{name}`.{nearest(name, options)}")
+            if name.startswith("--"):
+                faults += _faults_of_option(name, options)
         if faults:
             self.error(" ".join(faults))
 
@@ -136,6 +134,19 @@ class Parser(argparse.ArgumentParser):
         column_help = "column of the images, or their suffix in tar files (default: by type)"
         self.option("--image-column", not_empty, "NAME", column_help)
         self.option("--max-images", int, "N", "read only the first N images, in a folder by name (default: all)")
+
+
+def _faults_of_option(name: str, options: Sequence[str]) -> list[str]:
+    """A sentence about an option that does not exist, or about the start of several options; otherwise none."""
+    if name in options:
+        return []
+    matches = [option for option in options if option.startswith(name)]
+    if len(matches) == 1:
+        return []
+    if not matches:
+        return [f"There is no option `{name}`.{nearest(name, options)}"]
+    listed = ", ".join(f"`{option}`" for option in matches)
+    return [f"`{name}` is the start of several options: {listed}.{nearest(name, matches)}"]
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

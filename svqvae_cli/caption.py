@@ -41,11 +41,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _caption(args: argparse.Namespace, work: Run[InputFile]) -> None:
     """Describes the images that are not described yet."""
-    from svqvae_cli.loading import load_pretrained
+    from svqvae_cli.loading import check_not_tokenizer, load_pretrained
     from svqvae_files.outputs import write_file
     from svqvae_hf.language.image_language_model import ImageLanguageModel
     from svqvae_hf.models.image_files import load_image
 
+    check_not_tokenizer(args.model)
     model = load_pretrained(ImageLanguageModel, args.model, args.device, args.dtype)
     _warn_of_other_images(model)
     for file, image in work.read(load_image):

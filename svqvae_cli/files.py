@@ -224,6 +224,12 @@ def check_source(source: str | None, allow_subfolder: bool = False) -> None:
             f"there is no file or folder `{source}`. On the Hub a model is `org/repo`. An original checkpoint, "
             "for `convert` and `info`, is `org/repo:file`."
         )
+    owner, _, name = source.partition("/")
+    if Path(owner).is_dir():
+        raise ValueError(
+            f"the folder `{owner}` has no folder `{name}`. Correct the name of the model. To load `{source}` from "
+            "the Hub, run the command in another folder."
+        )
 
 
 def check_trained(source: str | None) -> None:

@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 
 import svqvae_hf
 from svqvae_cli.errors import require_extra
+from svqvae_files.json_files import read_json_object
 from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, PIPELINES, SVQVAE
-from svqvae_hf.hub.repositories import hub_reason
+from svqvae_hf.hub.repositories import bundled_name, hub_reason
 from svqvae_hf.pipelines.repository_index import read_index
 from svqvae_hf.tokens.context_model import ContextModel, find_context_model
 from svqvae_hf.tokens.image_tokens import is_out_of_memory
@@ -87,6 +88,19 @@ def require_context_model(model: SVQVAE, source: str | None) -> ContextModel:
     return context_model
 
 
+def check_not_tokenizer(source: str) -> None:
+    """Raises ValueError if a local model is a tokenizer, where a model that draws or describes images is needed."""
+    config_file = Path(source, "config.json")
+    if not config_file.is_file():
+        return  # a pipeline, or a model on the Hub
+    if read_json_object(config_file).get("_class_name") == "SVQVAE":
+        name = bundled_name(source) or source
+        raise ValueError(
+            f"`{name}` is a tokenizer, which can neither draw nor describe images. Pass a language model with image "
+            "tokens, such as `--model scenes`."
+        )
+
+
 @contextmanager
 def explain_loading(source: str) -> Iterator[None]:
     """Names the model and the real cause in an error of loading it, whatever its type in the libraries."""
@@ -130,6 +144,7 @@ def load_generator(source: str | None, device: str | None, dtype: str, adapter: 
         ValueError: `source` is no generator, or the adapter does not fit it.
     """
     source = source or DEFAULT_GENERATOR
+    check_not_tokenizer(source)
     with explain_loading(source):
         cls = _generator_class(source)
     pipeline = load_pretrained(cls, source, device, dtype)

@@ -11,6 +11,7 @@ from training_runs import cpu
 TRAIN = "--output_dir out --train_data_dir two_images --model_config_name_or_path"
 NO_IMAGES = "--output_dir out --train_data_dir ./nowhere --model_config_name_or_path {model}"
 PIPELINE = "--output_dir out --vqvae_name_or_path {model} --model_config_name_or_path network.json"
+LLAMAGEN = "--output_dir out --pipeline_name_or_path empty --token_set two_images"
 WRONG = {  # words on the command line, and a part of the message
     "training/train.py": [
         (NO_IMAGES, "no file or folder matches: `./nowhere`"),
@@ -26,11 +27,11 @@ WRONG = {  # words on the command line, and a part of the message
     ],
     "training/train_language_model.py": [
         ("--output_dir out --token_set two_images", "`--model_name_or_path` must be given"),
-        ("--output_dir out --model_name_or_path empty --token_set two_images", "`--max_steps` must be at least 1"),
+        ("--output_dir out --model_name_or_path empty --token_set two_images", "`--max_steps` must be given."),
     ],
     "training/train_llamagen.py": [
         ("--output_dir out --token_set two_images", "Pass one of `--pipeline_name_or_path` and"),
-        ("--output_dir out --pipeline_name_or_path empty --token_set two_images", "`--max_steps` must be at least 1"),
+        (f"{LLAMAGEN} --max_steps 0", "`--max_steps` must be at least 1, but is 0."),
     ],
     "training/bundled/prepare_photos.py": [
         ("out", "the following arguments are required: --list"),

@@ -79,7 +79,9 @@ def read_run_options(options_class: type, words: list[str]) -> tuple[Any, Traini
 
 def argument_faults(arguments: TrainingArguments, options: LanguageRunOptions) -> Iterator[str]:
     """Yields an error message for each argument of transformers that is wrong or would have no effect."""
-    if arguments.max_steps < 1:
+    if arguments.max_steps == TrainingArguments.max_steps:  # -1, so it was left out
+        yield "`--max_steps` must be given."
+    elif arguments.max_steps < 1:
         yield f"`--max_steps` must be at least 1, but is {arguments.max_steps}."
     if arguments.dataloader_num_workers:
         # A signal that is sent to all processes would end the processes of the data loader. The run would fail without

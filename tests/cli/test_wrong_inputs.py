@@ -41,6 +41,7 @@ WRONG = {  # words on the command line, and a part of the message
             "broken.png --model {model} --output out",
             "none of 1 is. The first, `broken.png`: the image (5 bytes)",
         ),
+        ("two_images --output out --scale 1", "`--scales`, `--scale-from`. Did you mean `--scales`?"),
         ("two_images --model ./nowhere --output out", "there is no file or folder `./nowhere`"),
         (
             "nowhere --model {model} --output out",
@@ -77,11 +78,17 @@ WRONG = {  # words on the command line, and a part of the message
     "generate": [
         ("--model empty --output out", "`empty` must be a pipeline or a language model with image tokens"),
         ("--model adapter --output out", "image tokens. Pass its base as --model and it as --adapter."),
+        ("--output out --model {model}", "` is a tokenizer, which can neither draw nor describe images."),
+        ("--output out --model empty/lm", "the folder `empty` has no folder `lm`. Correct the name"),
+        ("--output out --model bundled", "`bundled` is a tokenizer, which can neither draw nor describe images."),
         ("--output out --seed x", "argument --seed: must be an integer of at most"),
     ],
     "caption": [
         ("two_images --output out", "the following arguments are required: --model"),
-        ("two_images/a.png --output out --model {model}", "the model has no image tokens. Add them with `svqvae ext"),
+        (
+            "two_images/a.png --output out --model {model}",
+            "can neither draw nor describe images. Pass a language model",
+        ),
     ],
     "info": [
         ("two_images/a.png", "info describes models and tokens, got the image `two_images/a.png`"),

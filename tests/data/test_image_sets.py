@@ -422,7 +422,7 @@ def test_a_set_in_the_cache_alone_is_one_line(monkeypatch):
 
 def test_a_name_without_a_slash_is_not_asked_for_on_the_hub(monkeypatch):
     monkeypatch.delattr(datasets, "load_dataset_builder")
-    with pytest.raises(OSError, match="no file or folder matches: `map`. Pass images, .* or a set on the Hub, which is `org/name`"):
+    with pytest.raises(OSError, match="no file or folder matches: `map`. Pass .* set on the Hub, which is `org/name`"):
         open_images(["map"])
 
 
