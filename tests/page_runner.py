@@ -143,8 +143,8 @@ def prepare_files(folder: Path) -> Path:
     classes = DiTPipeline(dit(4), make_tiny(pixel_range=(-1, 1)), DDIMScheduler(), id2label={0: "cat", 1: "dog"})
     classes.register_to_config(id2label={0: "cat", 1: "dog"})
     classes.save_pretrained(folder / "out-dit")
-    for name in ("tokenizer", "adapted"):
-        make_tiny(codebook_size=256).save_pretrained(folder / name)
+    make_tiny(codebook_size=256).save_pretrained(folder / "tokenizer")
+    svqvae_hf.SVQVAE.from_pretrained(svqvae_hf.DEFAULT_MODEL).save_pretrained(folder / "adapted")
     pipeline = make_llamagen("t2i", **text_components())
     pipeline.save_pretrained(folder / "llamagen-t2i")
     adapter = get_peft_model(pipeline.language_model, LoraConfig(target_modules="all-linear"))
