@@ -151,10 +151,10 @@ def _set_facts(source: str) -> dict[str, Any]:
     from svqvae_hf.token_sets.parts import describe_state, read_totals
 
     facts: dict[str, Any] = {"kind": "token set"}
-    facts_about_parts = describe_state(source)  # raises if a file of a complete set is missing, cut or foreign
+    facts |= describe_state(source)  # raises if a file of a complete set is missing, cut or foreign
     totals = read_totals(Folder(source))
     if totals is None:  # the set is not complete
-        return facts | facts_about_parts
+        return facts
     facts["rows"] = totals.get("rows")
     facts["ids"] = totals.get("ids")
     facts["Parquet files"] = totals.get("files")

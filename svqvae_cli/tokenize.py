@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
     if process.rank == 0:
         _tell_classes(images)
     model = load_model(args.model, _device(args, process), args.dtype)
+    if process.rank == 0:
+        _tell_padding(args.resolution, model.f)
     context_model = None
     if args.compress:
         context_model = require_context_model(model, args.model)
@@ -105,6 +107,19 @@ def _tell_classes(images: Any) -> None:
     for column, classes in describe_classes(images.features).items():
         line = one_line(f"{column}{origin}: {classes}")
         print(f"classes  {line}")
+
+
+def _tell_padding(resolution: int | None, downsampling: int) -> None:
+    """Says on stderr that crops are padded, because a resolution cannot be changed once a part is made."""
+    if resolution is None or resolution % downsampling == 0:
+        return
+    side = math.ceil(resolution / downsampling)
+    padded = side * downsampling
+    print(
+        f"svqvae: --resolution {resolution} is not a multiple of {downsampling}, the f of the model. Each crop is "
+        f"padded to {padded} x {padded} pixels, and has {side} x {side} ids.",
+        file=sys.stderr,
+    )
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,18 @@ def test_info_of_a_token_set(two_images, tmp_path, saved_model, capsys):
     lines = capsys.readouterr().out.splitlines()
     facts = {line[:13].strip(): line[13:].strip() for line in lines}
     assert (facts["kind"], facts["rows"], facts["Parquet files"]) == ("token set", "2", "1")
+    assert facts["parts"] == "1 (complete; finished: 1)"
     assert (facts["crops"], facts["resolution"], facts["scales"]) == ("centre", "16", "1")
     assert (facts["tiles"], facts["scales from"]) == ("32 pixels, overlap 8", "latents")
     assert facts["codebook"] == f"64 codes, sha256 {SVQVAE.from_pretrained(saved_model).codebook_fingerprint()}"
+
+
+@pytest.mark.parametrize(("resolution", "is_told"), [(16, False), (17, True)])
+def test_padding_of_crops_is_told(two_images, tmp_path, saved_model, capsys, resolution, is_told):
+    argv = ["--model", saved_model, "--workers", "0", "--crops", "centre", "--resolution", resolution]
+    assert svqvae("tokenize", two_images, "--output", tmp_path / "set", *argv) == 0
+    told = "--resolution 17 is not a multiple of 2, the f of the model. Each crop is padded to 18 x 18 pixels, and has 9 x"
+    assert (told in capsys.readouterr().err) == is_told
 
 
 def test_classes_of_subfolders_are_told(photo, tmp_path, saved_model, capsys):
