@@ -295,6 +295,8 @@ def commands(rates: Rates, images: ImageSet, options: argparse.Namespace) -> str
         num_cores = cores_per_gpu(rates, options.gpu_rate)
         resources = f"--gres=gpu:1 --cpus-per-task={num_cores}"
         tokenize += ["--workers", str(num_cores)]
+    else:
+        tokenize += ["--workers", "0"]  # a worker is one process on one core
     command = shlex.join(tokenize)
     minutes = max(LEAST_JOB_MINUTES, math.ceil(4 * 60 * hours_of_part(rates, options)))
     wrapped = shlex.quote(f"{command} --part $SLURM_ARRAY_TASK_ID")
@@ -310,22 +312,28 @@ def commands(rates: Rates, images: ImageSet, options: argparse.Namespace) -> str
         f"all parts, {options.workers} at a time, with Slurm:",
         f"    sbatch --array=0-{num_parts - 1}%{options.workers} {resources} --time={minutes} --requeue --wrap \\",
         f"        {wrapped}",
-        *loop_of_worker(command, num_parts, options),
+        *lines_of_machine(command, num_parts, options),
         "what is missing:",
         "    svqvae info tokens",
     ]
     return "\n".join(lines)
 
 
-def loop_of_worker(command: str, num_parts: int, options: argparse.Namespace) -> list[str]:
-    """Lines that say how a worker makes its share of the parts without a scheduler."""
-    prefix = ""
+def lines_of_machine(command: str, num_parts: int, options: argparse.Namespace) -> list[str]:
+    """Lines that say how a machine makes its share of the parts without a scheduler."""
     if options.gpu_rate is None:
-        prefix = "OMP_NUM_THREADS=1 "  # a worker is a core
+        workers = "CORES"
+        prefix = "OMP_NUM_THREADS=1 "
+        slots = ""
+    else:
+        workers = "GPUS"
+        prefix = ""
+        slots = " --process-slot-var=CUDA_VISIBLE_DEVICES"  # each process has the number of its GPU there
     return [
-        f"or without Slurm, a loop per worker, with WORKER from 0 to {options.workers - 1}:",
-        f"    WORKER=0; for part in $(seq $WORKER {options.workers} {num_parts - 1}); do",
-        f"        {prefix}{command} --part $part || break; done",
+        f"or without Slurm, on each machine, with its number from 0, the number of machines, and its {workers}:",
+        f"    MACHINE=0 MACHINES=1 {workers}={options.workers}",
+        f"    seq $MACHINE $MACHINES {num_parts - 1} | {prefix}xargs -P ${workers}{slots} -I {{}} \\",
+        f"        {command} --part {{}}",
     ]
 
 

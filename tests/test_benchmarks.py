@@ -113,25 +113,24 @@ def test_plan_of_tar_files_prints_their_commands(run, inputs, monkeypatch, capsy
     assert "| largest number of parts of PHOTOS, one per file | 2 |" in text
     assert "because a part reads whole files and PHOTOS has 2:\n    pack the images in at least 8 files" in text
     images = "svqvae tokenize 'a b.tar' c.tar --output tokens"
-    assert f"{images} --dtype bfloat16 --crops centre --resolution 16 --num-parts 8 --part 0" in text
+    assert f"{images} --dtype bfloat16 --crops centre --resolution 16 --num-parts 8 --workers 0 --part 0" in text
     assert "encoded on the CPU, bfloat16 |" in text
     assert " 0 core hours" not in text
     assert "--time=10 " in text
 
 
-def test_plan_counts_unreadable_photographs_and_prints_a_loop_for_each_worker(run, inputs, monkeypatch, capsys):
+@pytest.mark.parametrize(("gpu_rate", "workers"), [("", "CORES"), ("--gpu-rate 10", "GPUS")])
+def test_plan_counts_unreadable_photographs_and_prints_a_loop(run, inputs, monkeypatch, capsys, gpu_rate, workers):
     (inputs / "photos" / "broken.png").write_bytes(b"broken")
     monkeypatch.chdir(inputs)
-    run("plan", "photos", "--side", "16", "--rows", "4", "--images", "1000", "--workers", "3")
+    run("plan", "photos", "--side", "16", "--rows", "4", "--images", "1000", "--workers", "3", *gpu_rate.split())
     text = capsys.readouterr().out
     assert "| photographs measured | 1 |" in text
     assert "| photographs that could not be read | 1 |" in text
-    _, loop = text.split("or without Slurm, a loop per worker, with WORKER from 0 to 2:\n")
+    _, loop = text.split(f"with its number from 0, the number of machines, and its {workers}:\n")
     loop, _ = loop.split("what is missing:")
-    parts = []
-    for worker in range(3):
-        parts += run_loop(loop.replace("WORKER=0", f"WORKER={worker}"))
-    assert sorted(parts) == list(range(12))
+    assert f"MACHINES=1 {workers}=3\n" in loop
+    check_machines_share(loop, 12, inputs)
 
 
 @pytest.mark.parametrize(("images", "workers"), [(1e4, 1), (1e6, 5), (1e8, 64)])
@@ -142,23 +141,38 @@ def test_plan_has_by_default_as_many_cores_as_make_the_set_in_a_night(load, imag
     assert plan.default_workers(rates, options) == workers
 
 
-def test_machines_of_the_loop_in_the_docs_share_the_parts():
-    page = (ROOT / "docs" / "token_sets.md").read_text()
-    loop = re.search(r"^MACHINE=0\n.*?^done$", page, re.DOTALL | re.MULTILINE).group()
+@pytest.mark.parametrize(("page", "num_parts"), [("token_sets.md", 256), ("large_sets.md", 128)])
+def test_machines_of_the_loop_in_the_docs_share_the_parts(tmp_path, page, num_parts):
+    text = (ROOT / "docs" / page).read_text()
+    loop = re.search(r"^ *MACHINE=0 .*?(?=```)", text, re.DOTALL | re.MULTILINE).group()
+    check_machines_share(loop, num_parts, tmp_path)
+
+
+def check_machines_share(loop, num_parts, folder):
+    """Runs the loop of each of four machines, and checks that together they make each part once."""
     parts = []
     for machine in range(4):
-        parts += run_loop(loop.replace("MACHINE=0", f"MACHINE={machine}"))
-    assert sorted(parts) == list(range(256))
+        loop_of_machine = re.sub("MACHINE=0 MACHINES=[14]", f"MACHINE={machine} MACHINES=4", loop)
+        parts += run_loop(loop_of_machine, folder)
+    assert sorted(parts) == list(range(num_parts))
 
 
-def run_loop(loop):
+def run_loop(loop, folder):
     """Runs a loop of the shell, with a command `svqvae` that only prints its arguments. Returns the parts."""
-    script = 'svqvae() { echo "$@"; }\n' + loop
-    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    commands = folder / "commands"
+    commands.mkdir(exist_ok=True)
+    command = commands / "svqvae"
+    command.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $*"\n')
+    command.chmod(0o755)
+    env = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}"}
+    result = subprocess.run(["bash", "-c", loop], capture_output=True, text=True, check=True, env=env)
     parts = []
-    for command in result.stdout.splitlines():
-        words = command.split()
+    for line in result.stdout.splitlines():
+        device, _, arguments = line.partition(" ")
+        words = arguments.split()
         args = parse(words)
+        if "CUDA_VISIBLE_DEVICES" in loop:
+            assert device in ("0", "1", "2")
         assert args.num_parts > args.part
         parts.append(args.part)
     return parts

@@ -1,0 +1,136 @@
+"""The blocks of the pages on token sets and image sets that need a set of their own run as printed."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from token_set_parts import content, save_photos, tokenize
+
+from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.token_sets.manifest import TokenSet
+
+CROPS = {"crops": "centre", "resolution": 16, "scales": [1.0]}
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Runs a command in a folder, with this package as `svqvae`. Returns what it prints."""
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "svqvae"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m svqvae_cli "$@"\n')
+    command.chmod(0o755)
+    (tmp_path / "work").mkdir()
+    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+    def run(block, exit_code=0):
+        result = subprocess.run(
+            ["bash", "-c", block], cwd=tmp_path / "work", env=env, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == exit_code, result.stderr
+        return result.stdout
+
+    return run
+
+
+@pytest.fixture
+def work(tmp_path, shell):
+    return tmp_path / "work"
+
+
+def blocks(page, title, language="bash"):
+    """Blocks of a section of a page."""
+    text = (ROOT / "docs" / page).read_text()
+    section = re.search(rf"^#+ {title}\n.*?(?=^#+ )", text, re.DOTALL | re.MULTILINE)[0]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_a_lost_file_is_repaired_as_the_page_says(work, shell):
+    save_photos(work / "photos")
+    for number in range(2):
+        (work / "photos" / f"more{number}.png").write_bytes((work / "photos" / "0.png").read_bytes())
+    keep, repair = blocks("token_sets.md", "Repair a file")
+    repair = repair.replace("--resolution 256", "--resolution 16")
+    make = repair.splitlines()[0].replace("repaired", "tokens").replace(" --part 2", "")
+    shell(make, exit_code=1)  # one image is broken
+    shell(keep)
+    assert {path.name for path in (work / "backup").iterdir()} >= {"manifest.jsonl", "svqvae_tokens.json"}
+    before = content(work / "tokens")
+    (work / "tokens" / "svqvae_tokens.json").unlink()
+    shell(make, exit_code=1)
+    assert content(work / "tokens") == before
+    (work / "tokens/data/0000-0000/train-0000002-00000.parquet").unlink()
+    shell("svqvae info tokens", exit_code=2)
+    shell(repair)
+    assert content(work / "tokens") == before
+
+
+@pytest.mark.slow
+def test_a_script_waits_for_the_set_as_the_page_says(work, shell, tiny_model):
+    save_photos(work / "photos")
+    tokenize(tiny_model, work / "photos", work / "tokens", num_parts=2, parts=[0], **CROPS)
+    (block,) = blocks("token_sets.md", "Check a whole set")
+    first_loop, second_loop = block.splitlines()
+    waiting = "sleep() { exit 3; }; "  # ends the script when it would wait
+    for loop in (first_loop, second_loop):
+        shell(waiting + loop, exit_code=3)
+    tokenize(tiny_model, work / "photos", work / "tokens", num_parts=2, **CROPS)
+    for loop in (first_loop, second_loop):
+        shell(waiting + loop)
+
+
+def test_a_flipped_byte_is_found_as_the_page_says(work, tiny_model, monkeypatch):
+    save_photos(work / "photos")
+    tokenize(tiny_model, work / "photos", work / "tokens", **CROPS)
+    monkeypatch.chdir(work)
+    (code,) = blocks("token_sets.md", "Check a whole set", "python")
+    exec(code, {})
+    (file,) = (work / "tokens").rglob("*.parquet")
+    damaged = bytearray(file.read_bytes())
+    damaged[100] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match="train-0000000-00000.parquet` must be the file that the manifest .* part 0 "):
+        exec(code, {})
+
+
+def test_a_lost_photograph_is_found_and_replaced_as_the_page_says(work, shell, tiny_model):
+    photos = save_photos(work / "photos")
+    list_files, compare, find_changed, replace = blocks("token_sets.md", "A photograph that is lost or touched")
+    shell(list_files)
+    tokenize(tiny_model, photos, work / "tokens", num_parts=3, parts=[0], **CROPS)
+    assert shell(compare) == ""
+    name, size, time = shell("grep '5.png' photos.txt").split()
+    (photos / "5.png").unlink()
+    os.utime(photos / "1.png")
+    lines = shell(compare, exit_code=1).splitlines()
+    assert [line.split()[:2] for line in lines if line[0] in "<>"] == [
+        ["<", "photos/1.png"],
+        [">", "photos/1.png"],
+        ["<", "photos/5.png"],
+    ]
+    assert shell(find_changed).split() == ["photos", "photos/1.png"]
+    for line in lines:
+        if line.startswith("< "):
+            name, size, time = line.removeprefix("< ").split()
+            shell(replace.replace("photos/a.jpg", name).replace("SIZE", size).replace("TIME", time))
+    assert shell(compare) == ""
+    report = tokenize(tiny_model, photos, work / "tokens", num_parts=3, **CROPS)
+    assert (report.complete, report.resumed, report.images) == (True, 1, 7)
+    assert '"key": "5.png"' in (work / "tokens" / "skipped.jsonl").read_text()
+    keys = [row["key"] for row in TokenSet(work / "tokens").read_columns(["key"])]
+    assert "1.png" in keys  # its part was finished before
+
+
+def test_folders_of_classes_are_packed_as_the_page_says(work, monkeypatch):
+    save_photos(work / "photos" / "old.cats")
+    save_photos(work / "photos" / "dogs" / "small")
+    monkeypatch.chdir(work)
+    (code,) = blocks("image_sets.md", "Pack a folder of classes into tar files", "python")
+    exec(code.replace("7_000", "5"), {})
+    assert (work / "classes.txt").read_text() == "old.cats\nsmall"
+    assert len(list((work / "shards").iterdir())) == 3
+    images = list(open_images(["shards"]))
+    assert [image.values["cls"] for image in images] == [1] * 7 + [0] * 7
