@@ -64,7 +64,7 @@ def test_info_of_a_token_set(two_images, tmp_path, saved_model, capsys):
 def test_padding_of_crops_is_told(two_images, tmp_path, saved_model, capsys, resolution, is_told):
     argv = ["--model", saved_model, "--workers", "0", "--crops", "centre", "--resolution", resolution]
     assert svqvae("tokenize", two_images, "--output", tmp_path / "set", *argv) == 0
-    told = "--resolution 17 is not a multiple of 2, the f of the model. Each crop is padded to 18 x 18 pixels, and has 9 x"
+    told = "--resolution 17 is not a multiple of 4, the f of the model. Each crop is padded to 20 x 20 pixels"
     assert (told in capsys.readouterr().err) == is_told
 
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 from token_set_parts import content, save_photos, tokenize
 
+from svqvae_cli.command_line import parse
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.manifest import TokenSet
 
@@ -122,6 +123,17 @@ def test_a_lost_photograph_is_found_and_replaced_as_the_page_says(work, shell, t
     assert '"key": "5.png"' in (work / "tokens" / "skipped.jsonl").read_text()
     keys = [row["key"] for row in TokenSet(work / "tokens").read_columns(["key"])]
     assert "1.png" in keys  # its part was finished before
+
+
+def test_the_measurement_of_large_sets_parses_and_makes_its_folder(work, shell):
+    (work / "PHOTO.jpg").write_bytes(b"photo")
+    (block,) = [block for block in blocks("large_sets.md", "What to run where") if "many" in block]
+    _, memory, make_folder, start = block.splitlines()
+    shell(make_folder.replace("0..999", "0..4").replace("0..99", "0..1"))
+    assert len(list((work / "many").rglob("*.jpg"))) == 10
+    for command in (memory, start):
+        words = command.partition("svqvae ")[2].split()
+        assert parse(words).workers == 0
 
 
 def test_folders_of_classes_are_packed_as_the_page_says(work, monkeypatch):
