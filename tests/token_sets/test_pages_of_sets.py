@@ -44,7 +44,7 @@ def work(tmp_path, shell):
 def blocks(page, title, language="bash"):
     """Blocks of a section of a page."""
     text = (ROOT / "docs" / page).read_text()
-    section = re.search(rf"^#+ {title}\n.*?(?=^#+ )", text, re.DOTALL | re.MULTILINE)[0]
+    section = re.search(rf"^#+ {title}\n.*?(?=^#+ |\Z)", text, re.DOTALL | re.MULTILINE)[0]
     return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
 
 
