@@ -144,8 +144,8 @@ def check_extensible(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         tokens = ", ".join(tokenizer.convert_ids_to_tokens(first_ids_without_row))
         raise ValueError(
             f"the language model must have a row for each token of its tokenizer, but has {rows} rows for "
-            f"{len(tokenizer)} tokens. The first without a row: {tokens}. Use the tokenizer that it was trained with, "
-            "or call `resize_token_embeddings` of the model first and save it."
+            f"{len(tokenizer)} tokens. The first without a row: {tokens}. The class of the tokenizer may have added "
+            f"it. Call `resize_token_embeddings({len(tokenizer)})` of the model and save it, or use another tokenizer."
         )
 
 
