@@ -280,6 +280,9 @@ def _add_api(page: GeneratorPage, settings: list[Any]) -> None:
     of_model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": VISITORS}
     button = gr.Button(visible=False)
     image = gr.Image(label="image", visible=False, format="png")
+    if not page.generator.class_names:
+        # gr.State is not an argument of the endpoint, so programs see no class if there is only the choice "no class".
+        settings = [gr.State(NO_CLASS), *settings[1:]]
     button.click(page.draw, settings, image, api_name="draw", **of_model)
     if page.generator.describes:
         picture = gr.Image(type="pil", visible=False)

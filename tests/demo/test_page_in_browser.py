@@ -252,7 +252,10 @@ def test_a_program_lists_and_calls_the_endpoints(addresses, photo, tmp_path):
         with Image.open(image) as opened:
             assert opened.size == size
     drawing = Client(addresses[2], verbose=False)
-    assert list(drawing.view_api(return_format="dict")["named_endpoints"]) == ["/draw", "/caption"]
+    endpoints = drawing.view_api(return_format="dict")["named_endpoints"]
+    assert list(endpoints) == ["/draw", "/caption"]
+    arguments = [parameter["parameter_name"] for parameter in endpoints["/draw"]["parameters"]]
+    assert arguments == ["prompt", "seed", "guidance", "temperature"]  # no class, because the model has none
     image = drawing.predict(prompt="a cat", api_name="/draw")
     assert isinstance(drawing.predict(picture=handle_file(image), api_name="/caption"), str)
     for client in (photographs, drawing):
