@@ -35,6 +35,7 @@ MANIFEST_CHECKSUM = "manifest"  # key in the settings
 VERIFY_CHECKSUMS = ParquetFragmentScanOptions(page_checksum_verification=True)
 ROWS_AT_A_TIME = 256
 REMEDY = "Copy the set again, or make it again with `svqvae tokenize --overwrite`."
+REMEDY_FOR_MANIFEST = "Copy it from a backup of the set, or make the set again with `svqvae tokenize --overwrite`."
 
 
 @dataclass(frozen=True)
@@ -314,9 +315,11 @@ class TokenSet:
         path = f"{self.name}/{MANIFEST_FILE}"
         content = read_set_file(self.name, MANIFEST_FILE)
         if content is None:
-            raise ValueError(f"`{path}` is missing, which names the files of the set. {REMEDY}")
+            raise ValueError(f"`{path}` is missing, which names the files of the set. {REMEDY_FOR_MANIFEST}")
         if hashlib.sha256(content).hexdigest() != checksum:
-            raise ValueError(f"`{path}` must be the manifest that {SETTINGS_FILE} names, but has changed. {REMEDY}")
+            raise ValueError(
+                f"`{path}` must be the manifest that {SETTINGS_FILE} names, but has changed. {REMEDY_FOR_MANIFEST}"
+            )
         records = []
         for line in content.splitlines():
             entry = parse_json_object(line, path)

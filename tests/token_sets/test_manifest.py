@@ -247,6 +247,17 @@ def test_a_set_without_its_options_can_be_started_over(photos, sets, tmp_path):
     assert content(folder) == content(sets / "set")
 
 
+@pytest.mark.parametrize("damage", [delete_manifest, take_manifest])
+def test_a_lost_or_damaged_manifest_is_repaired_by_starting_over(photos, sets, tmp_path, damage):
+    folder = tmp_path / "set"
+    shutil.copytree(sets / "set", folder)
+    damage(folder, sets)
+    with pytest.raises(ValueError, match="manifest.jsonl` .* Copy it from a backup .* with `svqvae tokenize --overw"):
+        tokenize(make_tiny(), photos, folder, num_parts=3, **CROPS)
+    tokenize(make_tiny(), photos, folder, num_parts=3, overwrite=True, **CROPS)
+    assert content(folder) == content(sets / "set")
+
+
 def test_settings_are_not_made_again_without_the_list_of_skipped_images(photos, sets, tmp_path):
     folder = tmp_path / "set"
     shutil.copytree(sets / "set", folder)
