@@ -105,12 +105,14 @@ def test_commands_of_the_readme_run_in_order(tmp_path, monkeypatch):
     blocks = re.findall(r"```bash\n(.*?)```", PAGES[ROOT / "README.md"], re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", "").splitlines()]
     run = [words for words in lines if words[0] not in ("pip", "make")]
-    assert len(run) == 8
-    for words in run[:-1]:
-        assert svqvae(*words[1:]) == 0, words
-    assert run[-1][0] == "python"
-    subprocess.run([sys.executable, *run[-1][1:]], check=True)
+    assert len(run) == 9
+    for words in run:
+        if words[0] == "python":
+            subprocess.run([sys.executable, *words[1:]], check=True)
+        else:
+            assert svqvae(*words[1:]) == 0, words
     assert (tmp_path / "out" / "my-svqvae" / "config.json").is_file()
+    assert (tmp_path / "out" / "my-picture" / "chelsea_side_by_side.png").is_file()
 
 
 def check_command(words: list[str]) -> None:
