@@ -94,7 +94,7 @@ def test_token_set_runs_no_code(tmp_path):
     """`datasets` once ran a script of the set's name; numpy's pickles are no Parquet either."""
     (tmp_path / f"{tmp_path.name}.py").write_text("raise SystemExit('ran')")
     (tmp_path / SETTINGS_FILE).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    with pytest.raises(ValueError, match="is not a token set"):
+    with pytest.raises(ValueError, match="must hold a JSON object"):
         read_settings(tmp_path)
     assert not (tmp_path / "ran").exists()
 
