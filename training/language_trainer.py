@@ -172,6 +172,10 @@ class LanguageRun:
             trainer.add_callback(callback)
             trainer.train(checkpoint_folder)
         if callback.stopped:
+            if self.is_main:
+                steps_done = trainer.state.global_step
+                text = f"Stopped by a signal at step {steps_done}. Resume: --resume_from_checkpoint latest."
+                print(text, file=sys.stderr)
             sys.exit(interruption.exit_code)
         if held_out is not None:
             trainer.evaluate()

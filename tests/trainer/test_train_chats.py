@@ -274,7 +274,7 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(train, tokens, tmp_path
         assert torch.equal(resumed_weights[name], weight), name
 
 
-def test_a_signal_leaves_a_checkpoint_and_no_result(train, tmp_path, monkeypatch):
+def test_a_signal_leaves_a_checkpoint_and_no_result(train, tmp_path, monkeypatch, capsys):
     step = LanguageModelTrainer.training_step
 
     def send_signal(trainer, *args):
@@ -288,6 +288,7 @@ def test_a_signal_leaves_a_checkpoint_and_no_result(train, tmp_path, monkeypatch
     with pytest.raises(SystemExit) as stop:
         train("stopped", **options)
     assert stop.value.code == 128 + signal.SIGTERM
+    assert "Stopped by a signal at step 4. Resume: --resume_from_checkpoint latest." in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"checkpoint-4", "train_config.yaml"}
     monkeypatch.setattr(LanguageModelTrainer, "training_step", step)
     (tmp_path / "texts.jsonl").write_text('{"text": "a cat"}')
