@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 TEMPLATE = Path(__file__).with_name("card.md")
 LANGUAGE_TEMPLATE = Path(__file__).with_name("language_card.md")
+LIBRARY_NAME = "svqvae-hf"  # for "diffusers" the Hub prints `DiffusionPipeline`, which loads no such model
 TABLE_HEADER = "| | |\n|---|---|\n"  # of a Markdown table with two columns without titles
 TAGS = ["svqvae", "image-tokenizer", "vq-vae", "vector-quantization", "multi-scale"]
 
@@ -102,44 +103,45 @@ def language_card(
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
-    metadata = ModelCardData(
-        license=license or "unknown", library_name="transformers", tags=["svqvae"], base_model=base_model
-    )
-    card = ModelCard.from_template(
-        metadata,
-        template_path=str(LANGUAGE_TEMPLATE),
-        name=one_line(repo_id.rpartition("/")[2]),
-        repo_id=quote(repo_id),
-        summary=summary,
+    return write_card(
+        repo_id,
+        {"summary": summary},
+        template=LANGUAGE_TEMPLATE,
+        library_name="transformers",
         standalone=standalone,
-        version=version("svqvae-hf"),
-        provenance=table_rows(provenance.items()),
-        licence=one_line(license or NO_LICENCE),
+        tags=["svqvae"],
+        pipeline_tag=None,
+        license=license,
+        base_model=base_model,
+        provenance=provenance,
     )
-    return f"{card}\n"
 
 
 def write_card(
     repo_id: str,
     texts: Mapping[str, Any],
     *,
+    template: Path = TEMPLATE,
+    library_name: str = LIBRARY_NAME,
     standalone: bool = False,
     tags: Sequence[str] = TAGS,
-    pipeline_tag: str = "unconditional-image-generation",
+    pipeline_tag: str | None = "unconditional-image-generation",
     license: str | None = None,
     base_model: str | None = None,
     datasets: Sequence[str] = (),
     provenance: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """Writes a card from the template.
+    """Writes a card from a template.
 
     Args:
         repo_id (`str`): Repository or folder that the card's example loads.
         texts (`Mapping[str, Any]`): Texts for the placeholders of the template that only this kind of card has, by the
             names of the placeholders.
+        template (`Path`): File of the template, by default the one of tokenizers and pipelines.
+        library_name (`str`, defaults to `"svqvae-hf"`): Library of the Hub.
         standalone (`bool`, defaults to `False`): Whether the repository holds its code.
         tags (`Sequence[str]`): Tags of the Hub.
-        pipeline_tag (`str`, defaults to `"unconditional-image-generation"`): Task of the Hub.
+        pipeline_tag (`str`, *optional*, defaults to `"unconditional-image-generation"`): Task of the Hub.
         license (`str`, *optional*): Licence of the weights, by the Hub's identifier, such as `apache-2.0`; by default
             `unknown`.
         base_model (`str`, *optional*): Hub repository that the weights come from.
@@ -151,7 +153,7 @@ def write_card(
     """
     metadata = ModelCardData(
         license=license or "unknown",
-        library_name="svqvae-hf",  # for "diffusers" the Hub prints `DiffusionPipeline`, which loads no such model
+        library_name=library_name,
         pipeline_tag=pipeline_tag,
         tags=list(tags),
         base_model=base_model,
@@ -159,7 +161,7 @@ def write_card(
     )
     card = ModelCard.from_template(
         metadata,
-        template_path=str(TEMPLATE),
+        template_path=str(template),
         name=one_line(repo_id.rpartition("/")[2]),
         repo_id=quote(repo_id),
         standalone=standalone,
