@@ -1,4 +1,4 @@
-"""What the text encoder costs in a training step of LlamaGen by captions: `python benchmarks/text_encoders.py`.
+"""Times text encoders for training LlamaGen on captions: `python benchmarks/text_encoders.py`.
 
 training/train_llamagen.py encodes the captions of each step anew. This times the encoding of a batch of captions by T5
 encoders of FLAN-T5's sizes, and one forward and backward pass of LlamaGen-B on the same number of images, both in

@@ -124,7 +124,7 @@ class PageGenerator(ABC):
         return html.escape(", ".join(facts))
 
     def say_rewritten(self, prompt: str) -> str:
-        """What the model makes of a prompt, if it draws a caption of its own that says something else."""
+        """Text that says how the model understood a prompt; empty if it draws the prompt as it is."""
         return ""
 
     def _prompt_notes(self, prompt: str) -> list[str]:
@@ -223,7 +223,7 @@ class LanguageModelGenerator(PageGenerator):
         return self.model.undrawable([prompt])
 
     def say_rewritten(self, prompt: str) -> str:
-        """What the model makes of a prompt, if it rewrites the prompt into a caption that says something else."""
+        """Text that says how the model understood a prompt; empty if its caption says the same."""
         if not prompt:
             return ""
         (caption,) = self.model.rewrite([prompt])

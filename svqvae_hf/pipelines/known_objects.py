@@ -84,7 +84,7 @@ def say_undrawable(things: Sequence[str]) -> str:
 
 
 def say_rewritten(prompt: str, caption: str, objects: KnownObjects | None = None) -> str:
-    """What a model makes of a prompt, such as "drawn as 'a fox'"; empty if prompt and caption plainly say the same.
+    """Text that says how a model understood a prompt, such as "drawn as 'a fox'"; empty if the caption says the same.
 
     Args:
         prompt (`str`): The prompt.

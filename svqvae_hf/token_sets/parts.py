@@ -282,7 +282,7 @@ def _read_record(folder: Folder, options: Mapping[str, Any], part: int) -> PartR
 
 
 def _parse_record(folder: Folder, part: int) -> PartRecord | None:
-    """Reads the record of a part, of whatever set it is; `None` if there is none."""
+    """Reads the record of a part, without a check that it belongs to this set; `None` if there is none."""
     name = record_name(part)
     entry = _read_object(folder, name)
     if entry is None:
