@@ -56,7 +56,10 @@ class TrainOptions(ImageOptions):
     validation_split: str | None = option(None, "Split of each --validation_data_dir, if they have several.")
     validation_scales: list[float] = option([0.25, 0.5, 1.0], "Scales of a validation.")
     num_validation_images: int = option(16, "Maximum number of images of each folder; their centres are cut.")
-    load_best_model_at_end: bool = option(False, "Save the weights of the validation with the highest mean PSNR.")
+    load_best_model_at_end: bool = option(
+        False,
+        "Save the weights with the highest PSNR on the first --validation_data_dir; others are watched.",
+    )
 
     def faults(self) -> Iterator[str]:
         """Yields an error message for each fault, also in the options of an SVQVAE."""

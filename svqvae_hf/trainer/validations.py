@@ -8,9 +8,9 @@ from torch import nn
 
 from svqvae_hf.trainer.identity import changed_names
 
-STATE = ("first", "chosen", "ids", "step", "score", "weights", "measured")  # attributes that checkpoints store
+STATE = ("first", "chosen", "ids", "step", "weights", "measured")  # attributes that checkpoints store
 
-Numbers = dict[str, dict[str, float]]  # of each set, by its name
+Numbers = dict[str, dict[str, float]]  # of each set, by its name, in the order of `--validation_data_dir`
 
 
 class Validations:
@@ -18,8 +18,9 @@ class Validations:
 
     Args:
         network (`nn.Module`): The bare network.
-        keep_best (`bool`): Choose the validation with the highest mean PSNR over sets and scales, among those that
-            quantised, and keep its weights. Otherwise, the last one is chosen.
+        keep_best (`bool`): Choose the validation with the highest PSNR on the first set (the mean over its scales),
+            among those that quantised, and keep its weights. Further sets are only watched. Otherwise, the last
+            validation is chosen.
         measured (`dict[str, Any]`): What is measured, by the option that says it.
 
     Attributes:
@@ -37,7 +38,6 @@ class Validations:
         self.chosen: Numbers = {}
         self.ids: dict[str, torch.Tensor] = {}  # of each set, in the first validation that quantised
         self.step = 0
-        self.score = float("-inf")  # of the chosen validation, with `keep_best`
         self.weights: dict[str, torch.Tensor] = {}
 
     @property
@@ -45,6 +45,13 @@ class Validations:
         """Whether the weights before the first step are the best, so that the result has learned nothing."""
         has_best = self.keep_best and bool(self.weights)
         return has_best and self.step == 0
+
+    @property
+    def score(self) -> float:
+        """Score of the chosen validation; minus infinity if none is chosen."""
+        if not self.chosen:
+            return float("-inf")
+        return score_of(self.chosen)
 
     def add(self, steps_done: int, numbers: Numbers, ids: Mapping[str, torch.Tensor]) -> None:
         """Adds a validation, while the network has the weights that were validated.
@@ -70,9 +77,7 @@ class Validations:
 
     def _choose_if_best(self, steps_done: int, numbers: Numbers) -> None:
         """Chooses a validation and copies the weights of the network, if it has the highest score so far."""
-        score = total_psnr(numbers)
-        if score > self.score:
-            self.score = score
+        if score_of(numbers) > self.score:
             self._choose(steps_done, numbers)
             self.weights = {name: value.cpu().clone() for name, value in self.network.state_dict().items()}
 
@@ -118,11 +123,13 @@ def has_ids(ids: Mapping[str, torch.Tensor]) -> bool:
     return any(len(ids_of_set) > 0 for ids_of_set in ids.values())
 
 
-def total_psnr(numbers: Numbers) -> float:
-    """Sum of the PSNR of all sets and scales."""
-    total = 0.0
-    for numbers_of_set in numbers.values():
-        for name, value in numbers_of_set.items():
-            if name.startswith("psnr@"):
-                total += value
-    return total
+def score_of(numbers: Numbers) -> float:
+    """PSNR of the first set, which decides which validation is the best."""
+    first_set = next(iter(numbers))
+    return mean_psnr(numbers[first_set])
+
+
+def mean_psnr(numbers_of_set: Mapping[str, float]) -> float:
+    """Mean PSNR of a set over its scales."""
+    values = [value for name, value in numbers_of_set.items() if name.startswith("psnr@")]
+    return sum(values) / len(values)

@@ -193,6 +193,32 @@ def test_the_best_validation_is_a_quantised_one():
     assert (validations.step, len(validations.weights)) == (5, 2)
 
 
+def numbers_of_two_sets(first, watched):
+    """Numbers and ids of a validation of two sets at two scales."""
+    numbers = {}
+    for name, psnr in (("validation", first), ("validation_2", watched)):
+        numbers[name] = {"psnr@0.5": psnr - 1.0, "psnr@1": psnr + 1.0, "perplexity@1": 99.0}
+    return numbers, {name: torch.tensor([1]) for name in numbers}
+
+
+def test_the_first_folder_alone_decides_which_validation_is_the_best():
+    validations = Validations(torch.nn.Linear(1, 1), keep_best=True, measured={})
+    for step, first, watched in ((0, 22.6, 35.3), (50, 23.6, 31.0), (100, 23.5, 36.0)):
+        validations.add(step, *numbers_of_two_sets(first, watched))
+    assert validations.step == 50
+
+
+def test_a_checkpoint_from_the_time_of_the_mean_over_folders_keeps_its_choice_until_a_better_one():
+    old = Validations(torch.nn.Linear(1, 1), keep_best=True, measured={})
+    old.add(0, *numbers_of_two_sets(22.6, 35.3))
+    resumed = Validations(torch.nn.Linear(1, 1), keep_best=True, measured={})
+    resumed.load_state_dict(old.state_dict() | {"score": 115.8})  # which was the sum over folders and scales
+    resumed.add(50, *numbers_of_two_sets(22.5, 36.0))
+    assert resumed.step == 0
+    resumed.add(100, *numbers_of_two_sets(22.7, 30.0))
+    assert resumed.step == 100
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
