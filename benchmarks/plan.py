@@ -329,11 +329,12 @@ def lines_of_machine(command: str, num_parts: int, options: argparse.Namespace) 
         workers = "GPUS"
         prefix = ""
         slots = " --process-slot-var=CUDA_VISIBLE_DEVICES"  # each process has the number of its GPU there
+    logged = shlex.quote(f"{command} --part {{}} > logs/{{}}.log 2>&1 || echo part {{}} failed")
     return [
         f"or without Slurm, on each machine, with its number from 0, the number of machines, and its {workers}:",
-        f"    MACHINE=0 MACHINES=1 {workers}={options.workers}",
-        f"    seq $MACHINE $MACHINES {num_parts - 1} | {prefix}xargs -P ${workers}{slots} -I {{}} \\",
-        f"        {command} --part {{}}",
+        f"    mkdir -p logs && MACHINE=0 MACHINES=1 {workers}={options.workers}",
+        f"    seq $MACHINE $MACHINES {num_parts - 1} | {prefix}xargs -P ${workers}{slots} -I {{}} sh -c \\",
+        f"        {logged}",
     ]
 
 

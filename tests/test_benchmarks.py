@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,8 +145,21 @@ def test_plan_has_by_default_as_many_cores_as_make_the_set_in_a_night(load, imag
 @pytest.mark.parametrize(("page", "num_parts"), [("token_sets.md", 256), ("large_sets.md", 128)])
 def test_machines_of_the_loop_in_the_docs_share_the_parts(tmp_path, page, num_parts):
     text = (ROOT / "docs" / page).read_text()
-    loop = re.search(r"^ *MACHINE=0 .*?(?=```)", text, re.DOTALL | re.MULTILINE).group()
+    loop = re.search(r"^ *mkdir -p logs .*?(?=```)", text, re.DOTALL | re.MULTILINE).group()
     check_machines_share(loop, num_parts, tmp_path)
+    assert run_block(loop, "exit 1", tmp_path).splitlines()[0] == "part 0 failed"
+
+
+def test_parts_that_are_missing_are_listed_and_shared_as_the_page_says(tmp_path):
+    text = (ROOT / "docs" / "token_sets.md").read_text()
+    list_parts = re.search(r"^missing=.* > missing.txt$", text, re.DOTALL | re.MULTILINE).group()
+    run_block(list_parts, "echo 'parts    256 (not complete; finished: 243)'; echo 'missing  3,17-27,200'", tmp_path)
+    parts = [3, *range(17, 28), 200]
+    assert (tmp_path / "missing.txt").read_text().split() == [str(part) for part in parts]
+    shares = [run_block(f"split -n r/{machine}/3 missing.txt", "", tmp_path).split() for machine in (1, 2, 3)]
+    assert "`split -n r/1/3 missing.txt`" in text
+    assert shares[0] == ["3", "19", "22", "25", "200"]
+    assert len(shares[1]) == len(shares[2]) == 4
 
 
 def check_machines_share(loop, num_parts, folder):
@@ -157,20 +171,27 @@ def check_machines_share(loop, num_parts, folder):
     assert sorted(parts) == list(range(num_parts))
 
 
-def run_loop(loop, folder):
-    """Runs a loop of the shell, with a command `svqvae` that only prints its arguments. Returns the parts."""
+def run_block(block, svqvae, folder):
+    """Runs a block of the shell in a folder, with a command `svqvae` that runs these commands. Returns its output."""
     commands = folder / "commands"
     commands.mkdir(exist_ok=True)
     command = commands / "svqvae"
-    command.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $*"\n')
+    command.write_text(f"#!/bin/sh\n{svqvae}\n")
     command.chmod(0o755)
     env = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}"}
-    result = subprocess.run(["bash", "-c", loop], capture_output=True, text=True, check=True, env=env)
+    result = subprocess.run(["bash", "-c", block], capture_output=True, text=True, check=True, env=env, cwd=folder)
+    return result.stdout
+
+
+def run_loop(loop, folder):
+    """Runs a loop of the shell, with a command `svqvae` that only prints its arguments. Returns the parts."""
+    shutil.rmtree(folder / "logs", ignore_errors=True)
+    run_block(loop, 'echo "$CUDA_VISIBLE_DEVICES $*"', folder)
     parts = []
-    for line in result.stdout.splitlines():
-        device, _, arguments = line.partition(" ")
-        words = arguments.split()
-        args = parse(words)
+    for log in (folder / "logs").iterdir():
+        device, _, arguments = log.read_text().partition(" ")
+        args = parse(arguments.split())
+        assert log.name == f"{args.part}.log"
         if "CUDA_VISIBLE_DEVICES" in loop:
             assert device in ("0", "1", "2")
         assert args.num_parts > args.part
