@@ -18,10 +18,12 @@ from svqvae_hf.trainer.options import about_split
 from svqvae_hf.trainer.run import Run
 from svqvae_hf.trainer.tracking import ScaleStatistics, log_images, rows_of_images
 from svqvae_hf.trainer.train_options import TrainOptions
-from svqvae_hf.trainer.validations import Validations
+from svqvae_hf.trainer.validations import Validations, mean_psnr
 from svqvae_hf.trainer.weights import Weights
 
 SHOWN_IMAGES = 4
+LARGE_LOSS = 0.5  # dB
+ADVICE = '"Lose less on photographs" in docs/your_own_pictures.md.'
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -208,16 +210,56 @@ def clamp(pair: Pair) -> Pair:
     return pair._replace(output=pair.output.clamp(0, 1))
 
 
+def rows_of_validations(
+    validation_sets: Sequence[ValidationSet], validations: Validations, max_steps: int
+) -> dict[str, str]:
+    """Rows of the card: the numbers of each set and, if the run saves the weights of its start, that it does."""
+    rows = {}
+    if validations.start_was_best:
+        rows["steps"] = (
+            "0: no validation after a step was better than the one before the first step, so these are the weights "
+            f"that the run of {max_steps:,} steps started from, unchanged"
+        )
+    for validation_set in validation_sets:
+        rows[validation_set.name] = describe_validations(validation_set, validations)
+    return rows
+
+
 def describe_validations(validation_set: ValidationSet, validations: Validations) -> str:
     """Numbers of a set in the validation that was chosen and in the first one, as text for the card."""
-    chosen = list_numbers(validations.chosen[validation_set.name])
     first = list_numbers(validations.first[validation_set.name])
     images = f"{validation_set.num_images} images"
     if validation_set.num_skipped > 0:
         images += f" ({validation_set.num_skipped} that cannot be read are skipped)"
+    if validations.start_was_best:
+        return f"{images}, centre crops: {first} before the first step"
+    chosen = list_numbers(validations.chosen[validation_set.name])
     return f"{images}, centre crops: {chosen} after step {validations.step:,}; {first} in the first validation"
 
 
 def list_numbers(numbers: dict[str, float]) -> str:
     """Numbers with their names, separated by commas."""
     return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+
+
+def closing_line(options: TrainOptions, validations: Validations) -> str:
+    """What the log says at the end: the PSNR of each set before and after, and which weights are saved."""
+    changes = []
+    sets_with_loss = []
+    for name, numbers in validations.chosen.items():
+        before = mean_psnr(validations.first[name])
+        after = mean_psnr(numbers)
+        changes.append(f"{name} {before:.2f} -> {after:.2f} dB ({after - before:+.2f})")
+        if before - after > LARGE_LOSS:
+            sets_with_loss.append(name)
+    line = f"PSNR: {'; '.join(changes)}. "
+    if validations.start_was_best:
+        return line + (
+            "Saved: the weights that the run started from, because no later validation was better on the first "
+            "folder. Train for longer, or at another `--learning_rate`."
+        )
+    line += f"Saved: the weights after step {validations.step:,}."
+    starts_from_model = options.pretrained_model_name_or_path is not None
+    if starts_from_model and sets_with_loss:
+        line += f" To lose less on {' and '.join(sets_with_loss)}: {ADVICE}"
+    return line

@@ -12,10 +12,11 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast
 from svqvae_validation import (
-    describe_validations,
+    closing_line,
     digests_of,
     open_validation_sets,
     remember_validations,
+    rows_of_validations,
     validate,
 )
 from torch import nn
@@ -147,15 +148,11 @@ def train(run: Run[TrainOptions]) -> None:
     vqvae.load_state_dict(validations.weights or weights.final())
     if accelerator.is_main_process:
         rows = provenance(SCRIPT, options.max_steps, loader.share.step_size, f"crops of {options.resolution}² pixels")
-        for validation_set in validation_sets:
-            rows[validation_set.name] = describe_validations(validation_set, validations)
+        rows |= rows_of_validations(validation_sets, validations, options.max_steps)
         card = make_card(options, run.result, vqvae, rows)
         run.result.publish(partial(save_model, options, vqvae), card)
-    if validations.start_was_best:
-        logger.info(
-            "The validation before the first step was the best, so nothing has changed: the saved weights are the "
-            "ones that the run started from. Train for longer, or at another `--learning_rate`."
-        )
+    if validation_sets:
+        logger.info(closing_line(options, validations))
 
 
 def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -> None:

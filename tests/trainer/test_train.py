@@ -28,6 +28,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from processes import start
 from safetensors.torch import load_file
+from svqvae_validation import closing_line
 from training_runs import assert_no_private_path, cpu, logged
 
 from svqvae_hf import SVQVAE
@@ -206,6 +207,17 @@ def test_the_first_folder_alone_decides_which_validation_is_the_best():
     for step, first, watched in ((0, 22.6, 35.3), (50, 23.6, 31.0), (100, 23.5, 36.0)):
         validations.add(step, *numbers_of_two_sets(first, watched))
     assert validations.step == 50
+
+
+def test_the_last_line_says_what_was_gained_and_what_was_lost(options, inputs):
+    options |= {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(inputs / "model")}
+    validations = Validations(torch.nn.Linear(1, 1), keep_best=True, measured={})
+    for step, first, watched in ((0, 22.57, 35.25), (50, 23.58, 34.17)):
+        validations.add(step, *numbers_of_two_sets(first, watched))
+    assert closing_line(TrainOptions(**options), validations) == (
+        "PSNR: validation 22.57 -> 23.58 dB (+1.01); validation_2 35.25 -> 34.17 dB (-1.08). Saved: the weights after "
+        'step 50. To lose less on validation_2: "Lose less on photographs" in docs/your_own_pictures.md.'
+    )
 
 
 def test_a_checkpoint_from_the_time_of_the_mean_over_folders_keeps_its_choice_until_a_better_one():
@@ -464,21 +476,26 @@ def test_ids_that_are_kept_are_counted_alike_for_any_batch(options, inputs, capl
     assert logged(caplog, "validation/ids_kept") == {0: 1, 1: 1, 2: 1}
 
 
-def test_the_last_line_says_that_nothing_was_learned(options, inputs, caplog):
+def test_log_and_card_say_that_nothing_was_learned(options, inputs, caplog):
     caplog.set_level(logging.INFO)
     options |= SMALL | {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(inputs / "model")}
     options |= {"validation_data_dir": [str(inputs / "held_out")], "load_best_model_at_end": True}
     run(**options, max_steps=1, learning_rate=1e-12)
-    assert "nothing has changed: the saved weights are the ones that the run started from" in caplog.messages[-1]
+    assert re.search(r"PSNR: validation (\S+) -> \1 dB \(\+0.00\)[.] Saved: the weights that the", caplog.messages[-1])
+    card = Path(options["output_dir"], "README.md").read_text()
+    assert "| steps | 0: no validation after a step was better" in card
+    assert re.search(r"\| validation \| 1 images, centre crops: .* before the first step \|", card)
     assert_equal_weights(options["output_dir"], inputs / "model")
 
 
-def test_a_longer_run_keeps_the_best_weights_of_the_shorter_one(options, inputs, tmp_path):
+def test_a_longer_run_keeps_the_best_weights_of_the_shorter_one(options, inputs, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     options |= SMALL | {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(inputs / "model")}
     options |= {"validation_data_dir": [str(inputs / "held_out")], "load_best_model_at_end": True}
     run(**options, max_steps=2, learning_rate=1e-4)
     card = Path(options["output_dir"], "README.md")
     assert "after step 2; " in card.read_text()
+    assert re.search(r"PSNR: validation .* dB .*[.] Saved: the weights after step 2[.]$", caplog.messages[-1])
     shutil.copytree(options["output_dir"], tmp_path / "shorter")
     run(**options, max_steps=3, learning_rate=10.0, resume_from_checkpoint="latest")
     assert "after step 2; " in card.read_text()
