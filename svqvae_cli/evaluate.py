@@ -20,6 +20,7 @@ from typing import Any
 from svqvae_cli.arguments import Parser, forbid_options, image_set_options, model, path, path_or_name
 from svqvae_cli.errors import check_none_skipped, require_extra
 from svqvae_cli.files import check_absent, check_data, check_output, check_source, find_inputs
+from svqvae_cli.logs import lines_in_log
 from svqvae_files.file_names import DEFAULT_MODEL, IMAGE_SUFFIXES
 
 REFERENCE_SUFFIX = ".npz"
@@ -65,11 +66,12 @@ def run(args: argparse.Namespace) -> None:
         networks["lpips"] = load_lpips(args.lpips_net, args.lpips_weights)
     if args.inception_weights is not None:
         networks["inception"] = load_inception(args.inception_weights)
-    if args.generated is not None:
-        report = _evaluate_generated(args, networks)
-    else:
-        images = open_images(args.data, keep_labels=False, results=args.output, **image_set_options(args))
-        report = _evaluate(args, images, networks)
+    with lines_in_log("svqvae_hf.evaluation.measuring"):
+        if args.generated is not None:
+            report = _evaluate_generated(args, networks)
+        else:
+            images = open_images(args.data, keep_labels=False, results=args.output, **image_set_options(args))
+            report = _evaluate(args, images, networks)
     if process.is_main_process:
         _write(args, report)
     process.destroy_process_group()

@@ -7,7 +7,6 @@ command resumes a run that was interrupted. On many machines, each makes a part.
 """
 
 import argparse
-import logging
 import math
 import os
 import re
@@ -21,6 +20,7 @@ from typing import Any
 from svqvae_cli.arguments import Parser, image_set_options, not_empty, path_or_url, positive
 from svqvae_cli.errors import check_none_skipped, one_line
 from svqvae_cli.files import check_data, check_source, check_tiles
+from svqvae_cli.logs import lines_in_log
 from svqvae_files.file_names import DEFAULT_MODEL
 from svqvae_files.outputs import check_new_folder
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     context_model = None
     if args.compress:
         context_model = require_context_model(model, args.model)
-    with _explained_interruption(args.output), _log_of_parts():
+    with _explained_interruption(args.output), lines_in_log("svqvae_hf.token_sets.writer"):
         report = tokenize_set(
             model,
             images,
@@ -221,23 +221,6 @@ def _check(args: argparse.Namespace, process: Process) -> None:
     check_data(args.data)
     if os.path.isfile(args.output):  # whether a folder can become a token set is checked later
         check_new_folder(Path(args.output))  # raises for a file
-
-
-@contextmanager
-def _log_of_parts() -> Iterator[None]:
-    """Prints a line on stderr for each finished part, unless stderr is a terminal, where a bar shows the progress."""
-    if sys.stderr.isatty():
-        yield
-        return
-    logger = logging.getLogger("svqvae_hf.token_sets.writer")
-    handler = logging.StreamHandler()  # to stderr
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 @contextmanager

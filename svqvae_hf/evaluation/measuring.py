@@ -3,7 +3,9 @@
 A *record* holds the values of one image as a dictionary. All images are compared in 8 bits.
 """
 
-from collections.abc import Callable, Iterable
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
 from operator import length_hint
 from typing import Any
 
@@ -22,6 +24,9 @@ from svqvae_hf.tokens.image_tokens import OUT_OF_MEMORY, TooLargeError, is_out_o
 Images = Iterable[ImageSource | ImageRow]
 Records = list[dict[str, Any]]
 MAX_RESOLUTION = 8192  # such an image takes 200 MB
+SECONDS_PER_LINE = 30  # of a log about the progress
+
+logger = logging.getLogger(__name__)
 
 
 def measure_images(
@@ -47,12 +52,9 @@ def measure_images(
     _check_resolution(resolution)
     records: Records = []
     skipped: Records = []
-    num_images = length_hint(images) or None  # `length_hint` returns 0 for an unknown length
-    disable: bool | None = True  # argument of tqdm
     if state.is_main_process:
-        disable = None  # shows the bar if stderr is a terminal
-    bar = tqdm(images, total=num_images, unit="image", disable=disable)
-    for index, source in enumerate(bar):
+        images = _with_progress(images)
+    for index, source in enumerate(images):
         process_of_image = index % state.num_processes
         if process_of_image != state.process_index:
             continue
@@ -73,6 +75,20 @@ def measure_images(
     if not records:
         raise ValueError(_nothing_measured(skipped))
     return records, skipped
+
+
+def _with_progress(images: Images) -> Iterator[ImageSource | ImageRow]:
+    """Yields images. Shows a bar if stderr is a terminal, and logs a line after each half minute."""
+    num_images = length_hint(images) or None  # `length_hint` returns 0 for an unknown length
+    total = ""
+    if num_images is not None:
+        total = f"of {num_images:,} "
+    time_of_line = time.monotonic()
+    for num_measured, source in enumerate(tqdm(images, total=num_images, unit="image", disable=None)):
+        if num_measured and time.monotonic() >= time_of_line + SECONDS_PER_LINE:
+            logger.info(f"measured {num_measured:,} {total}images")
+            time_of_line = time.monotonic()
+        yield source
 
 
 def _check_resolution(resolution: int | None) -> None:

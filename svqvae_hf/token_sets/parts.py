@@ -195,7 +195,8 @@ def _changed_images(folder: Folder, difference: str) -> ValueError:
         advice = f"`find IMAGES -cnewer {folder.url}/{OPTIONS_FILE}` lists changed files, and folders that lost some"
     return ValueError(
         f"`{folder.url}` must be continued with the same images, but {difference}. {advice}. `cp -p` and `rsync -t` "
-        "restore files with their times. Or pass --overwrite to start over."
+        "restore files with their times. docs/token_sets.md says what to do if a photograph is gone for good. Or pass "
+        "--overwrite to start over."
     )
 
 

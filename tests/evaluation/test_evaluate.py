@@ -124,6 +124,16 @@ def test_unreadable_images_are_skipped_and_named(tiny_model, photos, tmp_path):
         evaluate_at([1.0], tiny_model, sources[1:2])
 
 
+def test_a_log_has_a_line_after_each_half_minute(tiny_model, photos, monkeypatch, caplog, capsys):
+    caplog.set_level("INFO", "svqvae_hf.evaluation.measuring")
+    evaluate_at([1.0], tiny_model, photos)
+    assert caplog.messages == []  # it took no half minute
+    monkeypatch.setattr("svqvae_hf.evaluation.measuring.SECONDS_PER_LINE", 0)
+    evaluate_at([1.0], tiny_model, photos)
+    assert caplog.messages == ["measured 1 of 4 images", "measured 2 of 4 images", "measured 3 of 4 images"]
+    assert capsys.readouterr().err == ""  # a library prints nothing by itself
+
+
 def test_resolution_resizes_the_shorter_side_and_crops_the_centre(tiny_model, photo):
     (record,) = evaluate_at([1.0], tiny_model, [photo], resolution=32).images
     left = (photo.width - photo.height) / 2

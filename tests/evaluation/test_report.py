@@ -50,7 +50,7 @@ def photos(photo, tmp_path):
     return str(folder)
 
 
-def test_command_writes_the_report_once(saved_model, photos, tmp_path, capsys):
+def test_command_writes_the_report_once(saved_model, photos, tmp_path, capsys, monkeypatch):
     out = tmp_path / "new" / "out"
     argv = ["evaluate", photos, "--model", saved_model, "--output", out, "--scales", "1", "0.5", "--max-images", "3"]
     argv += ["--device", "cpu", "--tile-size", "32", "--overlap", "8"]
@@ -66,7 +66,9 @@ def test_command_writes_the_report_once(saved_model, photos, tmp_path, capsys):
     assert "1 skipped: see the report." in captured.out
     assert captured.err == "svqvae: 1 of 3 inputs were skipped\n"
     assert f"`{out / 'report.json'}` already exists. Pass --overwrite" in fails(capsys, *argv)
+    monkeypatch.setattr("svqvae_hf.evaluation.measuring.SECONDS_PER_LINE", 0)
     assert svqvae(*argv, "--overwrite") == 1
+    assert " measured 2 of 3 images\n" in capsys.readouterr().err  # stderr is a log, not a terminal
 
 
 def test_names_with_control_characters_stay_in_their_line(tmp_path):
