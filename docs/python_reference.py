@@ -24,42 +24,47 @@ def python_reference() -> str:
         text = (API / page).read_text()
         title = text.partition("\n")[0]
         lines.append(f"#{title}\n")
-        for path, members in entries(text):
+        for path, settings in entries(text):
             item = package[path.removeprefix(f"{PACKAGE}.")]
-            lines += describe(item, path, members)
+            lines += describe(item, path, settings)
     return "\n".join(lines)
 
 
-def entries(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Paths that a page shows, with the members that it names."""
-    matches = list(ENTRY.finditer(text))
-    for match in matches:
+def entries(text: str) -> Iterator[tuple[str, dict[str, list[str]]]]:
+    """Paths that a page shows, with their settings, such as the members to show."""
+    for match in ENTRY.finditer(text):
         options = OPTIONS.match(text, match.end() + 1)
-        settings = yaml.safe_load(options[1]) if options else {}
-        members = settings.get("members", []) + settings.get("inherited_members", [])
-        yield match[1], list(dict.fromkeys(members))
+        yield match[1], yaml.safe_load(options[1]) if options else {}
 
 
-def describe(item: griffe.Object | griffe.Alias, path: str, members: list[str]) -> list[str]:
+def describe(item: griffe.Object | griffe.Alias, path: str, settings: dict[str, list[str]]) -> list[str]:
     """Lines about a class with its members, a function, or all functions of a module."""
+    lines = []
     if item.is_module:
-        lines = []
         for name, member in item.members.items():
             if not member.is_alias and member.is_function and not name.startswith("_"):
                 lines += section(member, f"{path}.{name}")
         return lines
-    lines = section(item, path)
+    lines += section(item, path)
     if item.is_class:
-        for name in members or public_methods(item):
-            member = item.members.get(name)
-            if member is not None and member.is_function and member.docstring is not None:
+        own_names = settings.get("members", [name for name in item.members if not name.startswith("_")])
+        inherited_names = settings.get("inherited_members", [])
+        for name in dict.fromkeys(own_names + inherited_names):
+            member = find_member(item, name)
+            if member is not None:
                 lines += section(member, f"{item.name}.{name}")
     return lines
 
 
-def public_methods(item: griffe.Object | griffe.Alias) -> list[str]:
-    """Names of the methods of a class that are meant for users."""
-    return [name for name in item.members if not name.startswith("_")]
+def find_member(item: griffe.Object | griffe.Alias, name: str) -> griffe.Object | griffe.Alias | None:
+    """A documented method or property of a class or of its bases in this package; `None` if there is none."""
+    for owner in [item, *item.mro()]:
+        member = owner.members.get(name)
+        if member is None or member.docstring is None:
+            continue
+        if member.is_function or "property" in member.labels:
+            return member
+    return None
 
 
 def section(item: griffe.Object | griffe.Alias, path: str) -> list[str]:

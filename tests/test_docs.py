@@ -162,6 +162,19 @@ def test_reference_has_each_public_name():
     assert documented == set(svqvae_hf.__all__) - {"DEFAULT_MODEL", "DEFAULT_GENERATOR"}
 
 
+def test_reference_has_each_name_that_a_page_imports():
+    """Otherwise add it to `docs/api`, because only names of the reference are public."""
+    reference = (ROOT / "docs" / "reference" / "python.md").read_text()
+    documented = set(re.findall(r"^### (svqvae_hf\.[\w.]+)$", reference, re.MULTILINE))
+    documented |= {f"svqvae_hf.{name}" for name in svqvae_hf.__all__}
+    notebook = "\n".join(cell.source for cell in code_cells(NOTEBOOK))
+    for text in [*PAGES.values(), notebook]:
+        for module, names in re.findall(r"^ *from (svqvae_hf[\w.]*) import (.+)$", text, re.MULTILINE):
+            for name in names.split(", "):
+                path = f"{module}.{name}"
+                assert path in documented, path
+
+
 def test_extras_and_targets_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     makefile = (ROOT / "Makefile").read_text()

@@ -10,6 +10,7 @@ from svqvae_hf.evaluation.measuring import to_image, to_tensor
 from svqvae_hf.tokens.image_tokens import TooLargeError
 
 QUALITIES = (1, 5, 10, 20, 40, 75)
+"""Qualities of the files that `svqvae evaluate --codecs` measures."""
 CODECS: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "WebP": {}, "AVIF": {}}  # options of Pillow
 
 
