@@ -258,7 +258,10 @@ def closing_line(options: TrainOptions, validations: Validations) -> str:
             "Saved: the weights that the run started from, because no later validation was better on the first "
             "folder. Train for longer, or at another `--learning_rate`."
         )
-    line += f"Saved: the weights after step {validations.step:,}."
+    saved_step = options.max_steps
+    if options.load_best_model_at_end:
+        saved_step = validations.step
+    line += f"Saved: the weights after step {saved_step:,}."
     starts_from_model = options.pretrained_model_name_or_path is not None
     if starts_from_model and sets_with_loss:
         line += f" To lose less on {' and '.join(sets_with_loss)}: {ADVICE}"

@@ -211,6 +211,7 @@ def test_the_first_folder_alone_decides_which_validation_is_the_best():
 
 def test_the_last_line_says_what_was_gained_and_what_was_lost(options, inputs):
     options |= {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(inputs / "model")}
+    options |= {"validation_data_dir": ["pictures", "photos"], "load_best_model_at_end": True}
     validations = Validations(torch.nn.Linear(1, 1), keep_best=True, measured={})
     for step, first, watched in ((0, 22.57, 35.25), (50, 23.58, 34.17)):
         validations.add(step, *numbers_of_two_sets(first, watched))
@@ -500,6 +501,17 @@ def test_a_longer_run_keeps_the_best_weights_of_the_shorter_one(options, inputs,
     run(**options, max_steps=3, learning_rate=10.0, resume_from_checkpoint="latest")
     assert "after step 2; " in card.read_text()
     assert_equal_weights(options["output_dir"], tmp_path / "shorter")
+
+
+def test_a_checkpoint_becomes_a_model_in_a_run_without_steps(options, inputs, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    options |= SMALL | {"use_ema": True, "validation_data_dir": [str(inputs / "held_out")]}
+    run(**options | {"output_dir": str(tmp_path / "short")}, max_steps=1)
+    run(**options, max_steps=3, save_steps=1)
+    checkpoint = f"{options['output_dir']}/checkpoint-1"
+    run(**options | {"output_dir": str(tmp_path / "model"), "resume_from_checkpoint": checkpoint}, max_steps=1)
+    assert caplog.messages[-1].endswith("Saved: the weights after step 1.")
+    assert_equal_weights(tmp_path / "model", tmp_path / "short")
 
 
 def test_a_validation_that_is_added_when_no_step_is_left_is_measured(options, inputs, caplog):
