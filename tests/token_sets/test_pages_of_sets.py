@@ -136,6 +136,31 @@ def test_the_measurement_of_large_sets_parses_and_makes_its_folder(work, shell):
         assert parse(words).workers == 0
 
 
+def test_photographs_without_classes_are_held_out_as_the_page_says(work, shell):
+    save_photos(work / "photos" / "train")
+    (work / "photos" / "train" / "0.png").rename(work / "photos" / "train" / "a 'photo'.png")
+    names = {path.name for path in (work / "photos" / "train").iterdir()}
+    (block,) = [block for block in blocks("one_gpu_one_day.md", "The set") if "held_out.txt" in block]
+    num_held_out = len(names) - 1
+    shell(block.replace("5000", str(num_held_out)))
+    held_out = {path.name for path in (work / "photos" / "held_out").iterdir()}
+    assert len(held_out) == num_held_out
+    assert {path.name for path in (work / "photos" / "train").iterdir()} == names - held_out
+
+
+def test_a_sample_for_a_comparison_is_copied_as_the_page_says(work, shell):
+    save_photos(work / "photos" / "a b")
+    save_photos(work / "photos" / "c")
+    (block,) = [block for block in blocks("evaluation.md", "From the download to the report") if "sample" in block]
+    copy = "\n".join(line for line in block.splitlines() if line.startswith(("mkdir", "find")))
+    copy = copy.replace("*.jpg", "*.png").replace("5000", "9")
+    shell(copy)
+    sample = [path.relative_to(work / "sample") for path in (work / "sample").rglob("*.png")]
+    assert len(sample) == 9
+    shell(copy.replace("sample", "again"))
+    assert {path.relative_to(work / "again") for path in (work / "again").rglob("*.png")} == set(sample)
+
+
 def test_folders_of_classes_are_packed_as_the_page_says(work, monkeypatch):
     save_photos(work / "photos" / "old.cats")
     save_photos(work / "photos" / "dogs" / "small")
