@@ -83,6 +83,7 @@ class LanguageRun:
             order={"seed": arguments.seed, SAMPLES_PER_STEP: self.examples_per_step},
         )
         refuse_finished(self.output_dir, self.identity)
+        self.origin = find_sources(options)  # here, so that different licences are an error before anything is loaded
         self._adapt_arguments()
         torch.manual_seed(arguments.seed)  # for new weights; the Trainer sets it later
 
@@ -164,8 +165,7 @@ class LanguageRun:
             optimizer_cls_and_kwargs=optimizer_and_arguments(model, self.options, self.arguments),
         )
         raise_faults(sharding_faults(trainer, self.options))
-        origin = find_sources(self.options)
-        self.result = Result(self.arguments, self.identity, origin, self.push_to_hub, self.is_main)
+        self.result = Result(self.arguments, self.identity, self.origin, self.push_to_hub, self.is_main)
         checkpoint_folder = None if self.checkpoint is None else str(self.checkpoint)
         with Interruption(trainer.accelerator) as interruption:
             callback = CheckpointOnSignal(interruption, self.identity)

@@ -16,6 +16,7 @@ from svqvae_hf.hub.model_cards import TABLE_HEADER
 from svqvae_hf.hub.repositories import check_license, download_file, hub_repo, is_hub_id, public_name
 
 CARD = "README.md"
+WITHOUT_CONDITIONS = ("cc0-1.0", "pddl", "unlicense")  # licences that ask nothing of what is made from a work
 STARTED_FROM = "started from"
 ROW = re.compile(r"^\| (.*?) \| (.*) \|$", re.MULTILINE)  # of a table, such as "| started from | `org/name` |"
 
@@ -68,6 +69,7 @@ def find_origin(
         sets (`Mapping[str, str]`): Folders, URLs or Hub ids of token or image sets, by the name of their row, such as
             `{"images": "org/set"}`.
         license (`str`, *optional*): Licence that the user states. By default, the only one that the sources state.
+            Licences without conditions, such as CC0, do not count beside another one.
 
     Raises:
         ValueError: If the Hub does not know the licence, sources state different ones and none is given, or a card is
@@ -107,13 +109,19 @@ def _read_sources(locations: Mapping[str, str | None], kind: str) -> list[_Sourc
 
 
 def _common_license(sources: Sequence[_Source]) -> str | None:
-    """The only licence that sources state; `None` if none states one. Raises ValueError if they state several."""
+    """The only licence with conditions that sources state, or the only one at all; `None` if none states one.
+
+    Raises ValueError if there are several.
+    """
     licenses = set()
     descriptions = []
     for source in sources:
         if source.license is not None:
             licenses.add(source.license)
             descriptions.append(f"`{public_name(source.location)}` {source.license}")
+    with_conditions = licenses.difference(WITHOUT_CONDITIONS)
+    if with_conditions:
+        licenses = with_conditions
     if len(licenses) > 1:
         listed = ", ".join(descriptions)
         raise ValueError(f"The sources have different licences: {listed}. Pass the result's licence as `--license`.")

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
+from svqvae_hf.hub.origin import Origin
 from svqvae_hf.trainer.checkpoints import Checkpoints, check_resumable, check_unchanged, find_checkpoint
 from svqvae_hf.trainer.folder_lock import FolderLock
 from svqvae_hf.trainer.identity import RunIdentity, model_digests
@@ -46,10 +47,12 @@ class Run(Generic[Options]):
     Attributes:
         log ([`Log`]): Log of the run.
         checkpoint (`Path`, *optional*): Checkpoint from which the run resumes, once it is identified.
+        origin ([`~svqvae_hf.hub.origin.Origin`]): Licence and sources of the result, once the run is identified.
         result ([`Result`]): Result of the run, once it has begun.
     """
 
     identity: RunIdentity
+    origin: Origin
     result: Result
 
     def __init__(self, options: Options, accelerator: Accelerator):
@@ -81,6 +84,7 @@ class Run(Generic[Options]):
         refuse_sources(options.output_dir, options)
         self.identity = RunIdentity(public_values(asdict(options)), model_digests(options), dict(sets))
         refuse_finished(Path(options.output_dir), self.identity)
+        self.origin = find_sources(options)  # here, so that different licences are an error before models are loaded
         self.checkpoint = self._find_checkpoint()
         if self.checkpoint is not None:
             check_resumable(self.checkpoint, self.identity)
@@ -143,8 +147,7 @@ class Run(Generic[Options]):
         checkpoints = Checkpoints(options, accelerator, self.checkpoint, all_states, self.identity)
         if accelerator.is_main_process:
             self._lock_folder()
-        origin = find_sources(options)  # licence and sources of the result
-        self.result = Result(options, self.identity, origin, options.push_to_hub, accelerator.is_main_process)
+        self.result = Result(options, self.identity, self.origin, options.push_to_hub, accelerator.is_main_process)
         self.log.start(network, contents, checkpoints.first_step)
         return checkpoints
 

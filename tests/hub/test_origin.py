@@ -36,6 +36,12 @@ def test_different_licences_need_a_decision(tmp_path):
         assert find_origin({"of": card}).license == expected
 
 
+def test_licence_without_conditions_yields_to_another_one(tmp_path):
+    images = {"image set": write_card(tmp_path / "images", "cc0-1.0")}
+    assert find_origin({"vqvae": DEFAULT_MODEL}, images).license == "cc-by-sa-4.0"
+    assert find_origin({}, images).license == "cc0-1.0"
+
+
 def test_further_training_keeps_base_model_and_stages(tmp_path):
     rows = "| steps | 5 of `a\\|b` |"
     origin = find_origin({STARTED_FROM: write_card(tmp_path / "first", "mit", "base_model: org/original\n", rows)})

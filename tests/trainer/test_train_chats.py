@@ -563,6 +563,18 @@ def test_wrong_options_are_explained(train, changes, message, tmp_path):
         train("wrong", **changes)
 
 
+def test_different_licences_are_named_before_anything_is_loaded(train, tokens, tmp_path, monkeypatch):
+    sources = {"model_name_or_path": (extended("qwen"), "mit"), "token_set": (tokens, "gpl-3.0")}
+    changes = {}
+    for option, (source, license) in sources.items():
+        folder = shutil.copytree(source, tmp_path / option)
+        (folder / "README.md").write_text(f"---\nlicense: {license}\n---\n")
+        changes[option] = str(folder)
+    monkeypatch.setattr("train_language_model.load_language_model", None)
+    with pytest.raises(ValueError, match="different licences: `model_name_or_path` mit, `token_set` gpl-3.0"):
+        train("out", **changes)
+
+
 def test_rewriting_chats_ask_for_first_captions_and_images_follow_them(tokens):
     chats = examples(tokens, rewrite_fraction=0.5, first_caption_fraction=0.0)
     chats.caption_rows = [{"caption": ["a pear", "one pear"]}, {"caption": ["a cat", "my cat"]}]
