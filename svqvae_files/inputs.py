@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from svqvae_files.file_names import BUNDLED
+from svqvae_files.file_names import BUNDLED, IMAGE_SUFFIXES
 
 NUMBERS_IN_BRACES = r"\{(?P<first>\d+)\.\.(?P<last>\d+)\}"  # such as {00..07}
 WORDS_IN_BRACES = r"\{(?P<words>[^{}]*,[^{}]*)\}"  # such as {a,b}
@@ -15,16 +15,25 @@ def find_bundled(name: str) -> str:
     """Folder of a bundled model by its name, `bundled` or `scenes`. Any other name is returned as it is.
 
     Raises:
-        ValueError: If the working directory has a file or folder of that name.
+        ValueError: If the working directory has a file or folder of that name, other than a folder of pictures.
     """
     if name not in BUNDLED:
         return name
-    if os.path.exists(name):
+    if os.path.exists(name) and not holds_only_pictures(name):
         raise ValueError(
             f"`{name}` is both a bundled model and a file or folder here. Write `./{name}` for the folder, or run the "
             "command elsewhere for the bundled model."
         )
     return BUNDLED[name]
+
+
+def holds_only_pictures(path: str) -> bool:
+    """Whether a path is a folder of pictures, and so no model. Hidden files, such as records, may be there."""
+    if not os.path.isdir(path):
+        return False
+    names = [name for name in os.listdir(path) if not name.startswith(".")]
+    are_pictures = [name.lower().endswith(IMAGE_SUFFIXES) for name in names]
+    return len(names) > 0 and all(are_pictures)
 
 
 def is_url(name: str) -> bool:

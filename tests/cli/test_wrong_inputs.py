@@ -138,5 +138,16 @@ def test_a_folder_named_like_a_bundled_model_is_used_by_its_path(tmp_path, saved
     assert "SVQVAE" in capsys.readouterr().out
 
 
+def test_a_folder_of_pictures_leaves_the_name_of_a_bundled_model_alone(two_images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scenes").mkdir()
+    shutil.copy(two_images / "a.png", tmp_path / "scenes" / "prompt_0_0.png")
+    (tmp_path / "scenes" / ".svqvae-generate.jsonl").touch()
+    assert svqvae("info", "scenes") == 0
+    assert "ForCausalLM" in capsys.readouterr().out
+    (tmp_path / "scenes" / "checkpoint-5").mkdir()
+    assert "`scenes` is both a bundled model and a file or folder here." in fails(capsys, "info", "scenes")
+
+
 def test_each_command_has_two_wrong_inputs():
     assert (list(WRONG), min(map(len, WRONG.values()))) == ([*COMMANDS], 2)
