@@ -1,7 +1,7 @@
 """Generates images with a trained pipeline.
 
 Writes each image, such as class_cat_0.png. The same command resumes an
-interrupted run.
+interrupted run. Other prompts or classes need another folder.
 
   svqvae generate --prompt "a whale above a guitar on pink" --output out
 """

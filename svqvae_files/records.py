@@ -76,7 +76,7 @@ class RunRecord:
             if recorded != current:
                 raise RecordError(
                     f"`{self.path.parent}` was made with other options: `{name}` was {recorded}, got {current}. "
-                    "Pass --overwrite to replace it, or use another --output."
+                    "Use another --output, or pass --overwrite, which deletes the outputs that are there."
                 )
 
     def start(self, options: Mapping[str, Any]) -> None:

@@ -110,7 +110,10 @@ def test_other_options_are_an_error_without_overwrite(command, argv, tmp_path, c
     capsys.readouterr()
     before = contents(tmp_path / "out")
     error = fails(capsys, *words, "--dtype", "bfloat16")
-    assert "made with other options: `dtype` was float32, got bfloat16. Pass --overwrite" in error
+    assert (
+        "made with other options: `dtype` was float32, got bfloat16. Use another --output, or pass --overwrite"
+        in error
+    )
     assert contents(tmp_path / "out") == before
     assert svqvae(*words, "--dtype", "bfloat16", "--overwrite") == 0
     assert contents(tmp_path / "out").keys() == before.keys()
