@@ -22,7 +22,7 @@ from svqvae_hf.trainer.validations import Validations, mean_psnr
 from svqvae_hf.trainer.weights import Weights
 
 SHOWN_IMAGES = 4
-LARGE_LOSS = 0.5  # dB
+LARGE_LOSS = 0.5  # dB of a validation set
 ADVICE = '"Lose less on photographs" in docs/your_own_pictures.md.'
 
 logger = get_logger(__name__, log_level="INFO")
@@ -244,25 +244,37 @@ def list_numbers(numbers: dict[str, float]) -> str:
 
 def closing_line(options: TrainOptions, validations: Validations) -> str:
     """What the log says at the end: the PSNR of each set before and after, and which weights are saved."""
-    changes = []
-    sets_with_loss = []
-    for name, numbers in validations.chosen.items():
-        before = mean_psnr(validations.first[name])
-        after = mean_psnr(numbers)
-        changes.append(f"{name} {before:.2f} -> {after:.2f} dB ({after - before:+.2f})")
-        if before - after > LARGE_LOSS:
-            sets_with_loss.append(name)
-    line = f"PSNR: {'; '.join(changes)}. "
+    line = f"PSNR: {describe_changes(validations)}. "
     if validations.start_was_best:
-        return line + (
-            "Saved: the weights that the run started from, because no later validation was better on the first "
-            "folder. Train for longer, or at another `--learning_rate`."
-        )
+        line += "Saved: the weights that the run started from, because no later validation was better on the first "
+        line += "folder. Train for longer, or at another `--learning_rate`."
+        return line
     saved_step = options.max_steps
     if options.load_best_model_at_end:
         saved_step = validations.step
     line += f"Saved: the weights after step {saved_step:,}."
+    losers = sets_with_loss(validations)
     starts_from_model = options.pretrained_model_name_or_path is not None
-    if starts_from_model and sets_with_loss:
-        line += f" To lose less on {' and '.join(sets_with_loss)}: {ADVICE}"
+    if starts_from_model and losers:
+        line += f" To lose less on {' and '.join(losers)}: {ADVICE}"
     return line
+
+
+def describe_changes(validations: Validations) -> str:
+    """PSNR of each set in the first and in the chosen validation, separated by semicolons."""
+    changes = []
+    for name, numbers in validations.chosen.items():
+        before = mean_psnr(validations.first[name])
+        after = mean_psnr(numbers)
+        changes.append(f"{name} {before:.2f} -> {after:.2f} dB ({after - before:+.2f})")
+    return "; ".join(changes)
+
+
+def sets_with_loss(validations: Validations) -> list[str]:
+    """Names of the sets whose PSNR has fallen by more than `LARGE_LOSS`."""
+    names = []
+    for name, numbers in validations.chosen.items():
+        loss = mean_psnr(validations.first[name]) - mean_psnr(numbers)
+        if loss > LARGE_LOSS:
+            names.append(name)
+    return names
