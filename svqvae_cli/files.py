@@ -26,7 +26,8 @@ from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import is_writable, nearest_existing
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
-CHECKPOINT_STATES = ("run_state.pt", "trainer_state.json")  # each checkpoint of a training script has one of them
+RUN_STATE = "run_state.pt"
+CHECKPOINT_STATES = (RUN_STATE, "trainer_state.json")  # each checkpoint of a training script has one of them
 
 
 @dataclass(frozen=True)
@@ -243,8 +244,8 @@ def check_trained(source: str | None) -> None:
     folder = Path(source)
     if _is_checkpoint(folder):
         raise ValueError(
-            f"a model must be the result of a training run, but `{source}` is a checkpoint. Finish the run with "
-            f"--resume_from_checkpoint latest, and pass `{folder.parent}`."
+            f"a model must be the result of a training run, but `{source}` is a checkpoint. {_how_to_finish(folder)}, "
+            f"and pass `{folder.parent}`."
         )
     # A run has its checkpoints in subfolders. The config of its model, a JSON file, lies beside them only at the end.
     is_finished = any(folder.glob("*.json"))
@@ -256,8 +257,20 @@ def check_trained(source: str | None) -> None:
     last_checkpoint = max(checkpoints, key=_step_of_checkpoint)
     raise ValueError(
         f"a model must be the result of a training run, but the run in `{source}` is not finished. Its last "
-        f"checkpoint is {last_checkpoint.name}. Finish it by the same command with --resume_from_checkpoint latest."
+        f"checkpoint is {last_checkpoint.name}. {_how_to_finish(last_checkpoint)}."
     )
+
+
+def _how_to_finish(checkpoint: Path) -> str:
+    """How a run makes a model of its checkpoint.
+
+    Runs whose checkpoints hold `RUN_STATE` can also end at a checkpoint. Those of transformers' `Trainer` were not
+    tried.
+    """
+    advice = "Finish the run by the same command with --resume_from_checkpoint latest"
+    if (checkpoint / RUN_STATE).is_file():
+        advice += f", or end it there with --max_steps {_step_of_checkpoint(checkpoint)} as well"
+    return advice
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 import svqvae_hf
 from svqvae_cli.errors import require_extra
+from svqvae_cli.files import check_trained
 from svqvae_files.json_files import read_json_object
 from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, PIPELINES, SVQVAE
 from svqvae_hf.hub.repositories import bundled_name, hub_reason
@@ -53,6 +54,7 @@ def load_model(source: str | None, device: str | None, dtype: str, **options: An
     """
     if source is not None and Path(source, "vqvae").is_dir():
         raise ValueError(f"a model must be a tokenizer, but `{source}` is a generator. Pass `{source}/vqvae`.")
+    check_trained(source)
     return load_pretrained(SVQVAE, source or DEFAULT_MODEL, device, dtype, **options).eval()
 
 

@@ -17,6 +17,7 @@ from svqvae_hf.untrusted.weights import key_text
 
 NORM_NUM_GROUPS = 32  # in all formats
 KEYS_SHOWN = 5  # of a file in an error
+RUN_STATE = "run_state.pt"  # beside the weights in each checkpoint of a training run of this package
 
 # Config values that are sizes of weights, each with the name of the weight in this library and the axis.
 CONFIG_AXES = {
@@ -55,6 +56,7 @@ def read_checkpoint(
     """
     path = locate_checkpoint(source)
     _check_not_converted(path, source)
+    _check_not_of_a_run(path, source)
     content = load_checkpoint_file(path, source)
     format = _find_format(content, source)
     stored_weights = content[format.container]  # the part of the content that holds the weights
@@ -107,6 +109,17 @@ def _check_not_converted(path: Path, source: str | Path) -> None:
     if is_converted:
         folder = hub_repo(source) or path.parent
         raise ValueError(f"`{source}` is already converted. Load its folder, `{folder}`, with `from_pretrained`.")
+
+
+def _check_not_of_a_run(path: Path, source: str | Path) -> None:
+    """Raises ValueError for weights in a checkpoint of a training run, which do not tell their config."""
+    if not path.with_name(RUN_STATE).is_file():
+        return
+    step = path.parent.name.rpartition("-")[2]
+    raise ValueError(
+        f"`{source}` must be an original checkpoint, but belongs to a training run. To make a model of it, repeat the "
+        f"command of the run with `--resume_from_checkpoint latest --max_steps {step}`."
+    )
 
 
 def _find_format(content: Mapping[str | None, Any], source: str | Path) -> CheckpointFormat:
@@ -218,5 +231,8 @@ def _expected_shapes(
         for key, (name_of_weight, _) in CONFIG_AXES.items():
             sizes.append(f"{key} {config[key]} from {name_of_weight}")
         listed = ", ".join(sizes)
-        raise ValueError(f"`{source}` must have the shapes of an SVQVAE, but has {listed}: {error}") from error
+        raise ValueError(
+            f"`{source}` must have the shapes of an SVQVAE, but has {listed}: {error} Shapes do not tell "
+            f"`norm_num_groups`, which is {NORM_NUM_GROUPS} in original checkpoints. If it is another, pass it."
+        ) from error
     return {name: tensor.shape for name, tensor in model.state_dict().items()}

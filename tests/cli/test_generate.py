@@ -173,14 +173,17 @@ def test_an_unfinished_run_is_named(state, tmp_path, capsys):
     (run / "checkpoint-9" / state).touch()
     (run / "checkpoint-22" / state).touch()  # checkpoint-100 is not whole
     messages = {
-        run: f"the run in `{run}` is not finished. Its last checkpoint is checkpoint-22. Finish it by",
-        run / "checkpoint-22": f"`{run}/checkpoint-22` is a checkpoint. Finish the run with --resume_from_checkpoint",
+        run: f"the run in `{run}` is not finished. Its last checkpoint is checkpoint-22. Finish the run by",
+        run / "checkpoint-22": f"`{run}/checkpoint-22` is a checkpoint. Finish the run by",
     }
     for model, message in messages.items():
         output = ["--output", tmp_path / "out"]
         assert message in fails(capsys, "generate", "--model", model, *output)
         assert message in fails(capsys, "caption", PHOTO, "--model", model, *output)
-        assert message in fails(capsys, "info", model)
+        assert message in fails(capsys, "reconstruct", PHOTO, "--model", model, *output)
+        error = fails(capsys, "info", model)
+        assert message in error
+        assert ("or end it there with --max_steps 22" in error) == (state == "run_state.pt")
 
 
 def test_seeds_fit_in_64_bits(saved, tmp_path, capsys):

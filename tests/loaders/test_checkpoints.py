@@ -1,4 +1,5 @@
 import argparse
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -202,6 +203,15 @@ def broken(golden_dir: Path, tmp_path: Path, changes: dict[str, torch.Tensor | N
     return tmp_path / "broken.safetensors"
 
 
+def test_weights_of_a_training_run_are_not_an_original_checkpoint(golden_dir, tmp_path):
+    checkpoint = tmp_path / "checkpoint-100"
+    checkpoint.mkdir()
+    shutil.copy(golden_dir / "svqvae_tiny.safetensors", checkpoint / "model.safetensors")
+    (checkpoint / "run_state.pt").touch()
+    with pytest.raises(ValueError, match="belongs to a training run.*--max_steps 100`"):
+        read_checkpoint(checkpoint / "model.safetensors", SVQVAE)
+
+
 def test_all_faulty_keys_are_named_in_one_error(golden_dir, tmp_path):
     changes = {"quant_conv.weight": None, "encoder.mid.1.q.bias": None, "post_quant_conv.bias": torch.ones(5)}
     changes |= {"surplus.b": torch.ones(1), "discriminator.a": torch.ones(1), "quant_conv.bias": torch.ones(8).long()}
@@ -220,7 +230,10 @@ def test_all_faulty_keys_are_named_in_one_error(golden_dir, tmp_path):
     [
         ({"quantize.embedding.weight": torch.ones(256)}, r"misshapen: quantize.embedding.weight \(256,\)"),
         ({"encoder.conv_in.weight": torch.ones(33, 3, 3, 3)}, "channels 33 from .*`encoder_ch_mult` must be"),
-        ({"encoder.conv_in.weight": torch.ones(16, 3, 3, 3)}, "channels 16 from encoder.conv_in.weight.*divide 16"),
+        (
+            {"encoder.conv_in.weight": torch.ones(16, 3, 3, 3)},
+            "channels 16 from encoder.conv_in.weight.*divide 16.*pass it",
+        ),
     ],
 )
 def test_faulty_weights_that_set_the_config(changes, message, golden_dir, tmp_path):
