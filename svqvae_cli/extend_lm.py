@@ -33,9 +33,15 @@ def run(args: argparse.Namespace) -> None:
     for source in (args.lm, vqvae):
         check_source(source)
     check_new_folder(args.output)
-    from svqvae_cli.loading import explain_loading, load_model
+    from svqvae_cli.loading import explain_loading, is_tokenizer, load_model
+    from svqvae_hf.hub.repositories import bundled_name
     from svqvae_hf.language.extension import extend_language_model
 
+    if is_tokenizer(args.lm):
+        name = bundled_name(args.lm) or args.lm
+        raise ValueError(
+            f"LM must be a causal language model, but `{name}` is an image tokenizer. Pass it as --vqvae."
+        )
     # Loads the image tokenizer once for its errors, which name --vqvae here. `extend_language_model` loads it again,
     # but all errors of that block name LM.
     load_model(vqvae, "cpu", "float32")

@@ -92,15 +92,18 @@ def require_context_model(model: SVQVAE, source: str | None) -> ContextModel:
 
 def check_not_tokenizer(source: str) -> None:
     """Raises ValueError if a local model is a tokenizer, where a model that draws or describes images is needed."""
-    config_file = Path(source, "config.json")
-    if not config_file.is_file():
-        return  # a pipeline, or a model on the Hub
-    if read_json_object(config_file).get("_class_name") == "SVQVAE":
+    if is_tokenizer(source):
         name = bundled_name(source) or source
         raise ValueError(
             f"`{name}` is a tokenizer, which can neither draw nor describe images. Pass a language model with image "
             "tokens, such as `--model scenes`."
         )
+
+
+def is_tokenizer(source: str) -> bool:
+    """Whether a local model is an image tokenizer. False for models on the Hub."""
+    config_file = Path(source, "config.json")
+    return config_file.is_file() and read_json_object(config_file).get("_class_name") == "SVQVAE"
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """Models on the Hugging Face Hub: the files of a repository, and the errors of the Hub in the words of a user."""
 
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
 
 from svqvae_files.identity import MODEL_FILES
 
+NAME_ON_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # `org/name`, or `name` of some early models
 CHECK_NETWORK = "Check the network, HF_HUB_OFFLINE and HF_ENDPOINT."
 HUB_REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (errors.GatedRepoError, "access is restricted. Accept the terms on its page and log in with `hf auth login`."),
@@ -72,6 +74,13 @@ def _chain(error: BaseException) -> list[BaseException]:
     return errors_in_order
 
 
+def check_may_be_on_hub(source: str | os.PathLike) -> None:
+    """Raises OSError for a path that does not exist and is no name on the Hub, before the Hub is asked for it."""
+    may_be_on_hub = NAME_ON_HUB.fullmatch(str(source)) is not None
+    if not may_be_on_hub and not Path(source).exists():
+        raise OSError(f"could not load `{source}`: there is no such folder. On the Hub a model is `org/name`.")
+
+
 def model_folder(source: str | os.PathLike) -> Path:
     """Folder with the files of a model that [`~svqvae_files.identity.model_digest`] reads.
 
@@ -85,6 +94,7 @@ def model_folder(source: str | os.PathLike) -> Path:
     path = Path(source)
     if path.exists():
         return path
+    check_may_be_on_hub(source)
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(MODEL_FILES)))
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, errors, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
 
 from svqvae_files.file_names import BUNDLED, REPO_ID
+from svqvae_files.hub import check_may_be_on_hub
 from svqvae_files.hub import hub_reason as hub_reason
 
 # What stands, in Python, for the names that commands and scripts take
@@ -68,6 +69,7 @@ def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: 
         OSError: If the repository does not exist, or the Hub does not answer and the cache has no complete copy.
     """
     _check_not_bundled_name(source)
+    check_may_be_on_hub(source)
     try:
         return load(source, **options)
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:

@@ -11,6 +11,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from svqvae_files.hub import check_may_be_on_hub
 from svqvae_files.outputs import share_weights
 from svqvae_hf.hub.code import kept_code, write_code
 from svqvae_hf.hub.model_cards import model_card
@@ -215,6 +216,7 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
             ValueError: The weights are not exactly what the config asks for, or a file is damaged.
         """
         source = os.fspath(pretrained_model_name_or_path)
+        check_may_be_on_hub(source)
         check_files(os.path.join(source, kwargs.get("subfolder") or ""))
         wants_info = kwargs.pop("output_loading_info", False)
         # transformers must not raise for wrong shapes, because `check_weights` below raises one error of one line that

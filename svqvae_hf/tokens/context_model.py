@@ -21,7 +21,7 @@ from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from svqvae_files.hub import hub_reason
+from svqvae_files.hub import check_may_be_on_hub, hub_reason
 from svqvae_files.outputs import write_file
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.tokens.context_network import ContextNetwork, probabilities
@@ -217,6 +217,7 @@ def _find_file(source: str | os.PathLike, subfolder: str, options: Mapping[str, 
         if not path.is_file():
             raise FileNotFoundError(path)
         return str(path)
+    check_may_be_on_hub(source)
     repository = str(source)
     file = str(Path(subfolder, FILE))
     try:

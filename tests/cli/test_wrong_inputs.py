@@ -74,6 +74,10 @@ WRONG = {  # words on the command line, and a part of the message
             "`empty` must be a causal language model of transformers with its",
         ),
         ("empty --output", "argument --output: expected one argument"),
+        (
+            "bundled --output out",
+            "LM must be a causal language model, but `bundled` is an image tokenizer. Pass it as",
+        ),
     ],
     "generate": [
         ("--model empty --output out", "`empty` must be a pipeline or a language model with image tokens"),

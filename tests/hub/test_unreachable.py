@@ -8,7 +8,8 @@ from huggingface_hub import constants
 from transformers import AutoConfig
 
 import svqvae_hf
-from svqvae_hf import SVQVAE, ContextModel, SVQVAEAutoregressivePipeline
+from svqvae_files.hub import model_folder
+from svqvae_hf import SVQVAE, ContextModel, LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.token_sets.settings import read_settings
 
@@ -21,6 +22,7 @@ LOADERS = {
     "context model": ContextModel.from_pretrained,
     "config": lambda repo_id: from_hub(AutoConfig.from_pretrained, repo_id),
 }
+PATH_LOADERS = [LOADERS[name] for name in ("model", "pipeline", "context model", "config")]
 
 
 @pytest.fixture
@@ -57,6 +59,14 @@ def test_commands_say_so(command, two_images, tmp_path, capsys):
     assert line.startswith("svqvae: error: could not load the model `org/gone`: ")
     assert "the Hub cannot be reached" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("closed")
+@pytest.mark.parametrize("path", ["/tmp/nothing", "./nothing", "../nothing", "org/nothing/vqvae"])
+@pytest.mark.parametrize("load", [*PATH_LOADERS, LlamaGenForCausalLM.from_pretrained, model_folder])
+def test_a_path_that_does_not_exist_is_not_asked_for_on_the_hub(load, path):
+    with pytest.raises(OSError, match=f"^could not load `{path}`: there is no such folder. On the Hub a model is"):
+        load(path)
 
 
 @pytest.mark.parametrize(("name", "constant"), [("bundled", "DEFAULT_MODEL"), ("scenes", "DEFAULT_GENERATOR")])
