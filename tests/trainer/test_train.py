@@ -505,12 +505,16 @@ def test_a_longer_run_keeps_the_best_weights_of_the_shorter_one(options, inputs,
 
 def test_a_checkpoint_becomes_a_model_in_a_run_without_steps(options, inputs, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    options |= SMALL | {"use_ema": True, "validation_data_dir": [str(inputs / "held_out")]}
-    run(**options | {"output_dir": str(tmp_path / "short")}, max_steps=1)
-    run(**options, max_steps=3, save_steps=1)
-    checkpoint = f"{options['output_dir']}/checkpoint-1"
-    run(**options | {"output_dir": str(tmp_path / "model"), "resume_from_checkpoint": checkpoint}, max_steps=1)
-    assert caplog.messages[-1].endswith("Saved: the weights after step 1.")
+    options |= SMALL | {"use_ema": True, "lr_scheduler_type": "constant", "kmeans_batches": 8}
+    options |= {"validation_data_dir": [str(inputs / "held_out")], "save_steps": 2}
+    run(**options | {"output_dir": str(tmp_path / "short"), "kmeans_steps": [1]}, max_steps=2)
+    run(**options, kmeans_steps=[1, 3], max_steps=4)
+    options |= {
+        "resume_from_checkpoint": f"{options['output_dir']}/checkpoint-2",
+        "output_dir": str(tmp_path / "model"),
+    }
+    run(**options, kmeans_steps=[1], max_steps=2)
+    assert caplog.messages[-1].endswith("Saved: the weights after step 2.")
     assert_equal_weights(tmp_path / "model", tmp_path / "short")
 
 
