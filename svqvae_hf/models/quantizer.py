@@ -75,6 +75,9 @@ class Codebook(nn.Module):
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Codes `(*ids.shape, dim)` in float32, at unit length if `l2_norm`, of ids of any shape and integer type."""
+        if torch.is_grad_enabled():
+            # For the backward pass, PyTorch keeps the ids, and it refuses to keep ids from `torch.inference_mode()`.
+            ids = ids.clone()
         return F.embedding(ids, self.codes())
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,16 @@ def test_output_has_the_size_of_the_image_at_each_scale(tiny_model, size, tiled,
         assert output.max() <= 1
 
 
+def test_ids_made_in_inference_mode_are_decoded_outside(tiny_model):
+    with torch.inference_mode():
+        ids = tiny_model.encode_tokens(torch.rand(1, 3, 32, 32))
+        expected = tiny_model.decode_tokens(ids)
+    with torch.enable_grad():
+        sample = tiny_model.decode_tokens(ids)
+    torch.testing.assert_close(sample.detach(), expected)
+    assert sample.requires_grad
+
+
 def test_decode_tells_ids_from_latents_by_type(tiny_model):
     latents = tiny_model.encode(torch.rand(2, 3, 16, 24)).latents
     quantized, _, (_, _, flat) = tiny_model.quantize(latents)
