@@ -8,11 +8,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any, NoReturn
 
 from svqvae_cli.arguments import Parser, nearest
 from svqvae_cli.errors import SkippedError, one_line
+from svqvae_files.version import __version__
 
 COMMANDS = {
     "reconstruct": "encodes and decodes images, and measures the difference",
@@ -153,7 +153,7 @@ def build_parser(chosen: str | None = None) -> Parser:
         description="SVQVAE, a multi-scale image tokenizer: images to tokens and back.",
         epilog="example:\n  svqvae reconstruct photo.jpg --output out\n\n`svqvae COMMAND --help` shows more.",
     )
-    parser.add_argument("--version", action="version", version=f"svqvae {version('svqvae-hf')}")
+    parser.add_argument("--version", action="version", version=f"svqvae {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary)

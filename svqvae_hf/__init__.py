@@ -11,6 +11,7 @@ from transformers import PreTrainedModel as PreTrainedModel
 from transformers.image_processing_utils import ImageProcessingMixin as ImageProcessingMixin
 
 from svqvae_files.file_names import DEFAULT_GENERATOR, DEFAULT_MODEL
+from svqvae_files.version import __version__ as __version__
 from svqvae_hf.loaders.pretrained_models import (
     SVQVAE,
     LlamaGenForCausalLM,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
     from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
 
-__version__ = "0.1.0"
 __all__ = [
     "DEFAULT_GENERATOR",
     "DEFAULT_MODEL",

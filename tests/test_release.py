@@ -1,5 +1,6 @@
 """A release: wheel, source archive, citation, and the workflow that checks it."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -15,6 +16,10 @@ import yaml
 from conftest import ROOT
 
 import svqvae_hf
+from svqvae_cli import main
+from svqvae_hf.evaluation.report_files import library_versions
+from svqvae_hf.hub.model_cards import model_card
+from svqvae_hf.trainer.publishing import provenance
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = ("svqvae_hf", "svqvae_cli", "svqvae_files")
@@ -83,6 +88,17 @@ def test_citation_names_this_version():
     assert citation["version"] == svqvae_hf.__version__
     assert citation["license"] in PROJECT["license"]
     assert f"\n## {svqvae_hf.__version__} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_cards_reports_and_commands_name_the_version_of_the_code_that_runs(tiny_model, monkeypatch, capsys):
+    """Not of the metadata, which is of another version if a checkout runs by `PYTHONPATH`."""
+    monkeypatch.setattr(importlib.metadata.Distribution, "version", "9.9.9")
+    version = svqvae_hf.__version__
+    assert version in model_card(tiny_model.config, repo_id="org/name", standalone=True)
+    assert library_versions()["svqvae-hf"] == version
+    assert provenance("train.py", 1, 1, "crops")["trained by"].startswith(f"`train.py` of svqvae-hf {version},")
+    main(["--version"])
+    assert capsys.readouterr().out == f"svqvae {version}\n"
 
 
 def test_release_is_built_from_the_tag_of_its_version():

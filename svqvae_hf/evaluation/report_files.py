@@ -10,9 +10,10 @@ from typing import Any
 
 from svqvae_files.inputs import printable
 from svqvae_files.outputs import write_file
+from svqvae_files.version import __version__
 from svqvae_hf.evaluation.report import ALL_ROWS_TITLE, SAME_BITS_TITLE, Report
 
-LIBRARIES = ("svqvae-hf", "torch", "diffusers", "torchmetrics", "lpips", "torch-fidelity", "pillow", "numpy")
+LIBRARIES = ("torch", "diffusers", "torchmetrics", "lpips", "torch-fidelity", "pillow", "numpy")
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -33,7 +34,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that figures may depend on."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "svqvae-hf": __version__}
     for library in LIBRARIES:
         versions[library] = version(library)
     return versions

@@ -5,7 +5,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import check_new_folder, new_folder
+from svqvae_files.version import __version__
 from svqvae_hf.export.comparison import compare_graphs
 from svqvae_hf.export.drawing_comparison import compare_drawings, load_row_graph
 from svqvae_hf.export.drawing_graph import cache_shape, drawing_graph
@@ -100,7 +100,7 @@ def export_page(
     runtime_folder = None if runtime is None else Path(runtime)
     lines = []
     models: list[DrawingModel | PhotographModel] = []
-    settings: dict[str, Any] = {"version": version("svqvae-hf"), "drawing": None, "photographs": None}
+    settings: dict[str, Any] = {"version": __version__, "drawing": None, "photographs": None}
     with runtime_archives(runtime_folder) as archives, new_folder(out) as folder, torch.no_grad():
         for path in PAGE_FOLDER.iterdir():
             shutil.copy(path, folder)

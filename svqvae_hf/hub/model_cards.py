@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+
+from svqvae_files.version import __version__
 
 TEMPLATE = Path(__file__).with_name("card.md")
 LANGUAGE_TEMPLATE = Path(__file__).with_name("language_card.md")
@@ -165,7 +166,7 @@ def write_card(
         name=one_line(repo_id.rpartition("/")[2]),
         repo_id=quote(repo_id),
         standalone=standalone,
-        version=version("svqvae-hf"),
+        version=__version__,
         provenance=table_rows(provenance.items()),
         licence=one_line(license or NO_LICENCE),
         **texts,

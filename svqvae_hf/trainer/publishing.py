@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from accelerate.logging import get_logger
 from svqvae_files.identity import output_identity
 from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import write_file
+from svqvae_files.version import __version__
 from svqvae_hf.hub.origin import STARTED_FROM, Origin, find_origin
 from svqvae_hf.hub.repositories import prepare_repo, push_folder
 from svqvae_hf.trainer.disk import WRITE_ERRORS, write_fault
@@ -167,7 +167,7 @@ def provenance(script: str, steps: int, batch: int, examples: str) -> dict[str, 
         examples (`str`): What an example is, in the plural, such as `images`.
     """
     return {
-        "trained by": f"`{script}` of svqvae-hf {version('svqvae-hf')}, options in `train_config.yaml`",
+        "trained by": f"`{script}` of svqvae-hf {__version__}, options in `train_config.yaml`",
         "steps": f"{steps:,} of {batch} {examples}",
     }
 
