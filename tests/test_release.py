@@ -97,7 +97,8 @@ def test_cards_reports_and_commands_name_the_version_of_the_code_that_runs(tiny_
     assert version in model_card(tiny_model.config, repo_id="org/name", standalone=True)
     assert library_versions()["svqvae-hf"] == version
     assert provenance("train.py", 1, 1, "crops")["trained by"].startswith(f"`train.py` of svqvae-hf {version},")
-    main(["--version"])
+    with pytest.raises(SystemExit):
+        main(["--version"])
     assert capsys.readouterr().out == f"svqvae {version}\n"
 
 
