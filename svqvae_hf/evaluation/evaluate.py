@@ -14,6 +14,7 @@ from svqvae_hf.evaluation.notes import (
     codebook_notes,
     codec_notes,
     context_model_notes,
+    difference_notes,
     lpips_notes,
     rfid_notes,
     tokenizer_notes,
@@ -84,6 +85,7 @@ def evaluate(
     same_bits: Records = []
     if not own_size:  # reconstructions at their own size are compared with smaller images than image files are
         same_bits = compare_with_codecs(rows, tokenizers)
+        notes += difference_notes(tokenizers, records)
     notes += codec_notes(tokenizers, same_bits)
     return Report(
         title="Evaluation",

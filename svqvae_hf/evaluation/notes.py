@@ -1,6 +1,7 @@
 """Sentences of a report about values that are missing, or mean little because the set or its images are small."""
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from svqvae_hf.evaluation import metrics
@@ -82,6 +83,44 @@ def context_model_notes(tokenizers: Sequence[Tokenizer]) -> list[str]:
         f"{'; '.join(plain_titles)} are not, so compare the bits per pixel instead. training/train_context.py trains "
         "a context model."
     ]
+
+
+def difference_notes(tokenizers: Sequence[Tokenizer], records: Records) -> list[str]:
+    """Says how far the PSNR of further models is from the first model's at the same scale, and how certain that is.
+
+    Args:
+        tokenizers (`Sequence[Tokenizer]`): All tokenizers. Image files are left out.
+        records (`list[dict[str, Any]]`): Measured images, with the `results` of each tokenizer.
+    """
+    first_of_scale: dict[float, int] = {}  # numbers of tokenizers
+    texts = []
+    for number, tokenizer in enumerate(tokenizers):
+        if isinstance(tokenizer, CodecTokenizer):
+            continue
+        scale = getattr(tokenizer, "scale", 1.0)  # only an SVQVAE has other scales
+        first_number = first_of_scale.setdefault(scale, number)
+        differences = _psnr_differences(records, number, first_number)
+        if number != first_number and len(differences) > 1:
+            mean = statistics.mean(differences)
+            standard_error = statistics.stdev(differences) / math.sqrt(len(differences))
+            texts.append(f"{tokenizer.title} {mean:+.2f} ± {standard_error:.2f} dB")
+    if not texts:
+        return []
+    return [
+        "PSNR minus the PSNR of the first model on the same image and at the same scale, mean ± standard error: "
+        f"{'; '.join(texts)}. A mean below twice its error may be chance."
+    ]
+
+
+def _psnr_differences(records: Records, number: int, first_number: int) -> list[float]:
+    """PSNR of a tokenizer minus the PSNR of another one, for each image that neither of them reconstructs exactly."""
+    differences = []
+    for record in records:
+        results = record["results"]
+        difference = results[number]["psnr"] - results[first_number]["psnr"]
+        if math.isfinite(difference):
+            differences.append(difference)
+    return differences
 
 
 def codec_notes(tokenizers: Sequence[Tokenizer], same_bits: Records) -> list[str]:

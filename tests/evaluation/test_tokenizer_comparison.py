@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from svqvae_hf import DEFAULT_MODEL
 from svqvae_hf.evaluation.codecs import CODECS, CodecTokenizer, open_image, save_image
 from svqvae_hf.evaluation.evaluate import evaluate
 from svqvae_hf.evaluation.generated import compare_generated
+from svqvae_hf.evaluation.notes import difference_notes
 from svqvae_hf.evaluation.report import Report
 from svqvae_hf.evaluation.same_bits import compare_with_codecs
 from svqvae_hf.evaluation.tokenizers.auto import load_tokenizers, tokenizer_titles
@@ -159,6 +161,23 @@ def test_a_note_says_which_stored_bits_are_compressed(tmp_path, photo):
     for alike in ([*compressed, codec], [*plain, codec]):
         notes = " ".join(evaluate(alike, [image]).notes)
         assert "context model" not in notes
+
+
+def test_a_note_says_how_certain_a_difference_of_psnr_is():
+    halved = SimpleNamespace(title="a, scale 0.5", scale=0.5)
+    tokenizers = [
+        SimpleNamespace(title="a", scale=1.0),
+        halved,
+        SimpleNamespace(title="b"),
+        CodecTokenizer("JPEG", 80),
+    ]
+    records = []
+    for values in ([20.0, 15.0, 21.0, 9.0], [30.0, 15.0, 30.5, 9.0], [math.inf, 15.0, 40.0, 9.0]):
+        records.append({"results": [{"psnr": value} for value in values]})
+    (note,) = difference_notes(tokenizers, records)
+    assert ", mean ± standard error: b +0.75 ± 0.25 dB. A mean" in note
+    assert difference_notes(tokenizers, records[:1]) == []
+    assert difference_notes([*tokenizers[:2], tokenizers[3]], records) == []
 
 
 def test_offline_without_a_look_up_of_the_context_model(tmp_path, two_images, monkeypatch, capsys):
