@@ -54,7 +54,7 @@ def test_a_lost_file_is_repaired_as_the_page_says(work, shell):
     for number in range(2):
         (work / "photos" / f"more{number}.png").write_bytes((work / "photos" / "0.png").read_bytes())
     keep, repair = blocks("token_sets.md", "Repair a file")
-    repair = repair.replace("--resolution 256", "--resolution 16")
+    repair = repair.replace("--resolution 256", "--resolution 16 --workers 0")  # no processes to start
     make = repair.splitlines()[0].replace("repaired", "tokens").replace(" --part 2", "")
     shell(make, exit_code=1)  # one image is broken
     shell(keep)
