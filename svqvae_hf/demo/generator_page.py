@@ -110,11 +110,14 @@ class GeneratorPage:
         )
         yield from self._generate(request)
 
-    def draw(self, label: int, prompt: str, seed: float | None, guidance: float, temperature: float) -> Image.Image:
-        """Generates an image for a program that calls the page, which gets no previews."""
+    def draw(
+        self, label: int, prompt: str, seed: float | None, guidance: float, temperature: float
+    ) -> tuple[Image.Image, str]:
+        """Generates an image for a program that calls the page, which gets no previews, with notes on the prompt."""
         request = Request(label=label, prompt=prompt, seed=seed, guidance=guidance, temperature=temperature)
         try:
-            return self.generator.draw(request, _ignore_step)
+            image = self.generator.draw(request, _ignore_step)
+            return image, ", ".join(self.generator.prompt_notes(prompt))
         except (ValueError, OSError) as error:
             raise gr.Error(str(error), print_exception=False) from error
 
@@ -280,10 +283,11 @@ def _add_api(page: GeneratorPage, settings: list[Any]) -> None:
     of_model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": VISITORS}
     button = gr.Button(visible=False)
     image = gr.Image(label="image", visible=False, format="png")
+    notes = gr.Textbox(label="notes", visible=False)
     if not page.generator.class_names:
         # gr.State is not an argument of the endpoint, so programs see no class if there is only the choice "no class".
         settings = [gr.State(NO_CLASS), *settings[1:]]
-    button.click(page.draw, settings, image, api_name="draw", **of_model)
+    button.click(page.draw, settings, [image, notes], api_name="draw", **of_model)
     if page.generator.describes:
         picture = gr.Image(type="pil", visible=False)
         caption = gr.Textbox(label="caption", visible=False)

@@ -120,14 +120,14 @@ class PageGenerator(ABC):
         seed = int(request.seed or 0)
         facts.append(f"seed {seed}")
         if self.reads_prompts:
-            facts += self._prompt_notes(request.prompt)
+            facts += self.prompt_notes(request.prompt)
         return html.escape(", ".join(facts))
 
     def say_rewritten(self, prompt: str) -> str:
         """Text that says how the model understood a prompt; empty if it draws the prompt as it is."""
         return ""
 
-    def _prompt_notes(self, prompt: str) -> list[str]:
+    def prompt_notes(self, prompt: str) -> list[str]:
         """Notes that tell what is drawn in place of the prompt, and which things cannot be drawn."""
         notes = []
         rewritten = self.say_rewritten(prompt)

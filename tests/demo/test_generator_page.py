@@ -14,6 +14,7 @@ from tiny_language_models import load_extended
 
 from svqvae_hf import DEFAULT_GENERATOR, SVQVAENextScalePipeline
 from svqvae_hf.language.image_language_model import ImageLanguageModel
+from svqvae_hf.pipelines.known_objects import KnownObjects
 from svqvae_hf.pipelines.known_objects_file import read_known_objects
 
 demo = Lazy("svqvae_hf.demo.generator_page")
@@ -125,9 +126,20 @@ def test_a_language_model_draws_edits_and_describes():
 def test_a_program_gets_the_picture_or_an_error(next_scale):
     page = demo.GeneratorPage(next_scale)
     image, _ = sample(next_scale)
-    np.testing.assert_array_equal(page.draw(**SETTINGS), image)
+    drawn_image, notes = page.draw(**SETTINGS)
+    np.testing.assert_array_equal(drawn_image, image)
+    assert notes == ""
     with pytest.raises(Exception, match="The seed must be"):
         page.draw(**(SETTINGS | {"seed": -1}))
+
+
+def test_a_program_gets_the_notes_on_its_prompt(monkeypatch):
+    known_objects = KnownObjects(names=frozenset(["a", "cat", "on", "pink"]), things=frozenset(["violin"]))
+    model = ImageLanguageModel(*load_extended(), known_objects)
+    monkeypatch.setattr(model, "rewrite", lambda prompts: ["a cat on pink"])
+    with pytest.warns(UserWarning, match="cannot draw: violin"):
+        _, notes = demo.GeneratorPage(model).draw(**(SETTINGS | {"prompt": "a violin on pink"}))
+    assert notes == "drawn as 'a cat on pink', the model cannot draw: violin"
 
 
 def test_the_page_says_what_to_do_first(next_scale):

@@ -256,7 +256,8 @@ def test_a_program_lists_and_calls_the_endpoints(addresses, photo, tmp_path):
     assert list(endpoints) == ["/draw", "/caption"]
     arguments = [parameter["parameter_name"] for parameter in endpoints["/draw"]["parameters"]]
     assert arguments == ["prompt", "seed", "guidance", "temperature"]  # no class, because the model has none
-    image = drawing.predict(prompt="a cat", api_name="/draw")
+    image, notes = drawing.predict(prompt="a cat", api_name="/draw")
+    assert isinstance(notes, str)
     assert isinstance(drawing.predict(picture=handle_file(image), api_name="/caption"), str)
     for client in (photographs, drawing):
         client.close()
