@@ -1,8 +1,8 @@
 """Converts docstrings in Hugging Face's form to Markdown. It extends griffe, which reads the package for the API."""
 
 import contextlib
-import inspect
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def to_markdown(docstring: str, find: Callable[[str], str | None]) -> str:
 
     def section(match: re.Match[str]) -> str:
         title = match[1]
-        body = inspect.cleandoc(match[2])
+        body = textwrap.dedent(match[2]).strip()
         if title == "Example":
             return f"**Example**\n\n```pycon\n{body}\n```\n\n"
         if title in ("Args", "Raises"):
