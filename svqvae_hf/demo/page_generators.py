@@ -219,7 +219,7 @@ class LanguageModelGenerator(PageGenerator):
             self.seed_note = f"At a temperature of {self.temperature:g}, many numbers make the same picture"
 
     def things_undrawable(self, prompt: str) -> list[str]:
-        """Words of a prompt for things that the model cannot draw, if its `known_objects` tell."""
+        """Words of a prompt for things that the model cannot draw. Empty if it has no `known_objects`."""
         return self.model.undrawable([prompt])
 
     def say_rewritten(self, prompt: str) -> str:

@@ -52,8 +52,8 @@ class CardMixin:
         Args:
             repo_id (`str`): `org/name`; created if it does not exist.
             commit_message (`str`, *optional*): Title of the commit, by default `Upload` and the name of the class.
-            private (`bool`, *optional*): Whether a new repository is private, by default as the
-                organization has set.
+            private (`bool`, *optional*): Whether a new repository is private. By default, the setting
+                of the organization decides.
             token (`str`, *optional*): Access token, by default the stored one.
             create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
             safe_serialization (`bool`, defaults to `True`): Write safetensors, not pickles.
@@ -67,7 +67,7 @@ class CardMixin:
             `str`: URL of the commit or pull request.
 
         Raises:
-            OSError: If the Hub denies it or cannot be reached.
+            OSError: If the Hub denies the request or cannot be reached.
             ValueError: If the Hub does not know the licence.
         """
         repo_id = prepare_repo(repo_id, private=private, license=card.get("license"), token=token)

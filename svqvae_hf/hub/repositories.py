@@ -131,8 +131,8 @@ def prepare_repo(repo_id: str, *, private: bool | None, license: str | None, tok
 
     Args:
         repo_id (`str`): `org/name`, or `name` of the user.
-        private (`bool`, *optional*): Whether a new repository is private, by default as the organization
-            has set.
+        private (`bool`, *optional*): Whether a new repository is private. By default, the setting of the
+            organization decides.
         license (`str`, *optional*): Licence for the card, by the Hub's identifier.
         token (`str`, *optional*): Access token, by default the stored one.
 
@@ -140,7 +140,7 @@ def prepare_repo(repo_id: str, *, private: bool | None, license: str | None, tok
         `str`: `org/name`.
 
     Raises:
-        OSError: If the Hub denies it or cannot be reached.
+        OSError: If the Hub denies the request or cannot be reached.
         ValueError: If the Hub does not know the licence.
     """
     check_license(license)
@@ -182,7 +182,7 @@ def push_folder(
         `str`: URL of the commit or pull request.
 
     Raises:
-        OSError: If the Hub denies it or cannot be reached.
+        OSError: If the Hub denies the request or cannot be reached.
     """
     try:
         commit = HfApi(token=token).upload_folder(

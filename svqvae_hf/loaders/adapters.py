@@ -62,8 +62,8 @@ def load_adapter(language_model: Any, adapter: str | os.PathLike, base: str | os
 
     Raises:
         OSError: The adapter does not exist or cannot be read.
-        ValueError: A file is damaged, the adapter lacks tensors, its weights are others than recorded, or it was made
-            for another base.
+        ValueError: A file is damaged, the adapter lacks tensors, its weights differ from the recorded ones, or it was
+            made for another base.
     """
     from peft import PeftModel, get_peft_model_state_dict  # installed only with an extra
 

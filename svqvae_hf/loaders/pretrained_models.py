@@ -82,7 +82,7 @@ class RepositoryMixin(HubMixin, ModelMixin):
             **kwargs: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
 
         Raises:
-            ValueError: If there is a file of that name.
+            ValueError: If `save_directory` is a file.
         """
         if os.path.isfile(save_directory):  # diffusers would only log it
             raise ValueError(f"`{os.fspath(save_directory)}` must be a folder, but is a file. Choose another name.")
@@ -204,7 +204,7 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Loads a model strictly, where transformers only warns.
+        """Loads a model. Weights that do not match the config are errors, where transformers only warns.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
@@ -240,7 +240,7 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
     ) -> None:
         """Saves the model. `standalone=True` also writes its code.
 
-        The decorator shows the arguments of transformers' method, to which all others are forwarded.
+        Takes the arguments of transformers' `save_pretrained`, too, and forwards them.
         """
         # `auto_map` names the code in the repository that the model was loaded from. That code is not copied, so the
         # saved config must not name it.
@@ -324,7 +324,7 @@ class SVQVAEImageProcessor(HubMixin, image_processing_svqvae.SVQVAEImageProcesso
 
 
 class SVQVAEProcessor(HubMixin, PlainProcessor):
-    """[`~svqvae_hf.models.processing_svqvae.SVQVAEProcessor`] with errors of the Hub, and checks of its files."""
+    """[`~svqvae_hf.models.processing_svqvae.SVQVAEProcessor`] that checks its files and explains errors of the Hub."""
 
     vqvae_class = SVQVAE
 

@@ -171,9 +171,9 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
                 classes also takes a `torch.Tensor` of positions.
             prompt_embeds (`torch.Tensor` of shape `(batch, num_condition_tokens, caption_dim)`, *optional*): Features
                 of the captions, their text at the end. Pass them with the first tokens only; later calls find them in
-                `cache`. In rows that begin with the unconditional token they are replaced.
+                `cache`. They are replaced in rows that begin with the unconditional token.
             prompt_attention_mask (`torch.Tensor` of shape `(batch, num_condition_tokens)`, *optional*): 1 for features
-                of text, 0 for padding. Passed with all tokens. All features are seen by default.
+                of text, 0 for padding. Pass it with all tokens. By default, all features are seen.
             cache ([`~transformers.Cache`], *optional*): Keys and values of the tokens before.
             **kwargs: Arguments of [`~transformers.Ernie4_5ForCausalLM`]'s `forward`.
 
@@ -181,8 +181,8 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` `(batch, length, vocab_size)`.
 
         Raises:
-            ValueError: The features have another shape, or are missing without a cache, or the model has classes
-                instead of captions.
+            ValueError: If the features have another shape, if they are missing and there is no cache, or if the
+                model has classes instead of captions.
         """
         former_cache = kwargs.pop("past_key_values", None)  # the name of `cache` in older code
         if former_cache is not None:

@@ -154,14 +154,15 @@ class SVQVAEProcessor(ProcessorMixin):
                 Pillow images, paths, URLs, arrays and tensors. Each is resized and cropped to a grid.
             text (`str` or `list[str]`): Texts, with `<|image|>` for each image.
             **kwargs: `grid` for images, and arguments of the tokenizer such as `return_tensors` and `padding`. If
-                the first text starts with the begin of sequence, as a chat template writes it, none is added to any.
+                the first text starts with the begin-of-sequence token, as chat templates write it, no such token is
+                added to any text.
 
         Returns:
             `BatchFeature`: `input_ids` and `attention_mask`.
 
         Raises:
-            ValueError: If there is another value than a text, the number of images differs from the number of
-                placeholders, the model does not know the grid, or a text itself has malformed images.
+            ValueError: If a text is not a string, the number of images differs from the number of placeholders,
+                the model does not know the grid, or a text contains malformed images.
         """
         if text is None:
             raise ValueError(f"`text` must be given. For images alone, pass one `{PLACEHOLDER}` per image.")

@@ -127,8 +127,9 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             *args: Further arguments of [`~diffusers.DiffusionPipeline.save_pretrained`].
             standalone (`bool` or `str`, defaults to `False`): Also write the code of the models, so that diffusers'
                 `ModularPipeline` loads the folder where this package is not installed. The index of the folder then
-                names the place of the components. With `True` the place is the folder. If you will upload the folder
-                yourself, pass `"org/name"`, its name on the Hub. `push_to_hub(..., standalone=True)` does both.
+                says from where the components are loaded. With `True`, they are loaded from this folder. If you will
+                upload the folder yourself, pass `"org/name"`, its name on the Hub. `push_to_hub(..., standalone=True)`
+                does both.
             **kwargs: Further arguments of [`~diffusers.DiffusionPipeline.save_pretrained`].
 
         Raises:

@@ -146,12 +146,12 @@ class ImageChats:
         """Draws one image per caption, or edits images.
 
         Args:
-            prompts (`str` or `Sequence[str]`): A caption, or one per image; None for an image without one. A warning
-                names things that the model cannot draw, if its `known_objects` tell. A model that rewrites captions
-                draws what `rewrite` returns.
+            prompts (`str` or `Sequence[str]`): A caption, or one caption per image; `None` for an image without a
+                caption. If the model has `known_objects`, a warning names things that it cannot draw. A model that
+                rewrites captions draws the captions that `rewrite` returns.
             grid (`tuple[int, int]`, *optional*): Rows and columns of codes, by default the first of the model.
-            guidance_scale (`float`, *optional*): Scale of classifier-free guidance. The defaults of this and of the
-                next three arguments are in `sampling`.
+            guidance_scale (`float`, *optional*): Scale of classifier-free guidance. The defaults of this and
+                the next three arguments are in `sampling`.
             temperature (`float`, *optional*): Sampling temperature; 0 takes the most likely codes.
             top_k (`int`, *optional*): Number of most likely codes to sample from; 0 means all.
             top_p (`float`, *optional*): Total probability of the most likely codes to sample from.

@@ -55,10 +55,10 @@ class TrainOptions(ImageOptions):
     validation_data_dir: list[str] = option([], "Folders of images that are not trained on, measured one by one.")
     validation_split: str | None = option(None, "Split of each --validation_data_dir, if they have several.")
     validation_scales: list[float] = option([0.25, 0.5, 1.0], "Scales of a validation.")
-    num_validation_images: int = option(16, "Maximum number of images of each folder; their centres are cut.")
+    num_validation_images: int = option(16, "Maximum number of images of each folder; their centres are cropped.")
     load_best_model_at_end: bool = option(
         False,
-        "Save the weights with the highest PSNR on the first --validation_data_dir; others are watched.",
+        "Save the weights with the highest PSNR on the first --validation_data_dir; other folders are only measured.",
     )
 
     def faults(self) -> Iterator[str]:
