@@ -18,6 +18,7 @@ from conftest import ROOT
 from contact_sheet import counting_order
 from diffusion_options import DiffusionOptions
 from hub_server import serve_hub
+from hugging_face_docstrings import to_markdown
 from page_runner import code_cells, kept_kinds, python_blocks
 from test_imports import SUBPACKAGES
 from train_language_model import LanguageModelOptions
@@ -225,6 +226,12 @@ def test_reference_of_python_has_each_name():
     assert re.findall(r"^#+ .*", written, re.MULTILINE) == re.findall(r"^#+ .*", current, re.MULTILINE)
     for name in set(svqvae_hf.__all__) - {"DEFAULT_MODEL", "DEFAULT_GENERATOR"}:
         assert f"### svqvae_hf.{name}\n" in written
+
+
+def test_a_section_with_one_wrapped_item_becomes_one_item():
+    docstring = "Opens an image.\n\nArgs:\n    file (`str`): Path of\n        the image.\n"
+    markdown = to_markdown(docstring, lambda name: None)
+    assert markdown.strip() == "Opens an image.\n\n**Args**\n\n- `file` (`str`): Path of the image."
 
 
 def test_readme_lists_what_the_bundled_model_draws():
