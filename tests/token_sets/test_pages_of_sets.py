@@ -10,7 +10,6 @@ from conftest import ROOT
 from token_set_parts import content, save_photos, tokenize
 
 from svqvae_cli.command_line import parse
-from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.manifest import TokenSet
 
 CROPS = {"crops": "centre", "resolution": 16, "scales": [1.0]}
@@ -137,15 +136,16 @@ def test_the_measurement_of_large_sets_parses_and_makes_its_folder(work, shell):
 
 
 def test_photographs_without_classes_are_held_out_as_the_page_says(work, shell):
-    save_photos(work / "photos" / "train")
-    (work / "photos" / "train" / "0.png").rename(work / "photos" / "train" / "a 'photo'.png")
-    names = {path.name for path in (work / "photos" / "train").iterdir()}
+    train = work / "photos" / "train"
+    save_photos(train / "2023")
+    save_photos(train / "a 'year'" / "may")  # photographs with the same names
+    photographs = {path.relative_to(train) for path in train.rglob("*.*")}
     (block,) = [block for block in blocks("one_gpu_one_day.md", "The set") if "held_out.txt" in block]
-    num_held_out = len(names) - 1
+    num_held_out = len(photographs) - 2
     shell(block.replace("5000", str(num_held_out)))
-    held_out = {path.name for path in (work / "photos" / "held_out").iterdir()}
+    held_out = {path.relative_to(work / "photos" / "held_out") for path in (work / "photos" / "held_out").rglob("*.*")}
     assert len(held_out) == num_held_out
-    assert {path.name for path in (work / "photos" / "train").iterdir()} == names - held_out
+    assert {path.relative_to(train) for path in train.rglob("*.*")} == photographs - held_out
 
 
 def test_a_sample_for_a_comparison_is_copied_as_the_page_says(work, shell):
@@ -161,13 +161,20 @@ def test_a_sample_for_a_comparison_is_copied_as_the_page_says(work, shell):
     assert {path.relative_to(work / "again") for path in (work / "again").rglob("*.png")} == set(sample)
 
 
-def test_folders_of_classes_are_packed_as_the_page_says(work, monkeypatch):
-    save_photos(work / "photos" / "old.cats")
-    save_photos(work / "photos" / "dogs" / "small")
+def test_folders_of_classes_are_packed_as_the_page_says(work, tiny_model, monkeypatch):
+    photos = work / "photos"
+    for folder in ("old.cats", "dogs/2022", "dogs/2023", "birds/2023"):
+        save_photos(photos / folder)
+    (photos / "dogs" / "2023" / "notes.txt").write_text("notes")
+    (photos / ".DS_Store").write_bytes(b"hidden")
     monkeypatch.chdir(work)
     (code,) = blocks("image_sets.md", "Pack a folder of classes into tar files", "python")
     exec(code.replace("7_000", "5"), {})
-    assert (work / "classes.txt").read_text() == "old.cats\nsmall"
-    assert len(list((work / "shards").iterdir())) == 3
-    images = list(open_images(["shards"]))
-    assert [image.values["cls"] for image in images] == [1] * 7 + [0] * 7
+    assert len(list((work / "shards").iterdir())) == 6
+    tokenize(tiny_model, photos, work / "of_folders", **CROPS)
+    tokenize(tiny_model, work / "shards", work / "of_shards", **CROPS)
+    of_folders = TokenSet(work / "of_folders").load()
+    of_shards = TokenSet(work / "of_shards").load()
+    assert of_shards["ids_0"][:] == of_folders["ids_0"][:]
+    assert of_shards["cls"][:] == of_folders["label"][:]
+    assert (work / "classes.txt").read_text().splitlines() == of_folders.features["label"].names
