@@ -1,6 +1,7 @@
 import ast
 import re
 
+import pytest
 import torch
 
 from svqvae_hf.hub.model_cards import model_card
@@ -16,13 +17,15 @@ def test_user_text_is_escaped(tiny_model):
     assert [ast.literal_eval(call) for call in calls] == ['org/a"b\n# c'] * 3
 
 
-def test_example_runs(tiny_model, photo, tmp_path, monkeypatch):
+@pytest.mark.parametrize("block", [0, 1], ids=["with the package", "without the package"])
+def test_example_runs(block, tiny_model, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photo.crop((0, 0, 45, 34)).save("photo.jpg")
-    tiny_model.save_pretrained("org/name")
-    code = re.search(r"```python\n(.*?)```", model_card(tiny_model.config, repo_id="org/name"), re.DOTALL)[1]
+    tiny_model.save_pretrained("org/name", standalone=True)
+    card = model_card(tiny_model.config, repo_id="org/name", standalone=True)
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     found = {}
-    exec(code, found)
+    exec(blocks[block], found)
     assert torch.is_grad_enabled()
     assert found["ids"].shape == (1, 9, 12)
     assert found["images"][0].size == (45, 34)
