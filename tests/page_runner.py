@@ -145,6 +145,9 @@ def prepare_files(folder: Path) -> Path:
     classes.save_pretrained(folder / "out-dit")
     make_tiny(codebook_size=256).save_pretrained(folder / "tokenizer")
     svqvae_hf.SVQVAE.from_pretrained(svqvae_hf.DEFAULT_MODEL).save_pretrained(folder / "adapted")
+    (folder / "adapted" / "samples").mkdir()
+    for name in ("step-0000000.png", "step-0000800.png"):
+        photo.save(folder / "adapted" / "samples" / name)
     pipeline = make_llamagen("t2i", **text_components())
     pipeline.save_pretrained(folder / "llamagen-t2i")
     adapter = get_peft_model(pipeline.language_model, LoraConfig(target_modules="all-linear"))

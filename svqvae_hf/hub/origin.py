@@ -91,6 +91,15 @@ def find_origin(
     return Origin(license, base_model, rows)
 
 
+def without_figures(rows: Mapping[str, str]) -> dict[str, str]:
+    """Rows of a card without the figures of validations, which hold only for the weights that were measured."""
+    kept_rows = {}
+    for row, value in rows.items():
+        if "validation" not in row:
+            kept_rows[row] = value
+    return kept_rows
+
+
 def stated_license(source: str | None, kind: str = "model") -> str | None:
     """Licence on the card of a model or a set, as for [`read_card`]; `None` without a source, card or licence."""
     if source is None:

@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from svqvae_files.hub import check_may_be_on_hub
 from svqvae_files.outputs import share_weights
 from svqvae_hf.hub.code import kept_code, write_code
 from svqvae_hf.hub.model_cards import model_card
-from svqvae_hf.hub.origin import STARTED_FROM, find_origin
+from svqvae_hf.hub.origin import STARTED_FROM, find_origin, without_figures
 from svqvae_hf.hub.publishing import CardMixin
 from svqvae_hf.hub.repositories import from_hub, public_name
 from svqvae_hf.loaders.causal_models import damage_explained
@@ -162,13 +162,51 @@ class SVQVAE(CardMixin, RepositoryMixin, modeling_svqvae.SVQVAE):  # type: ignor
     def make_card(self, repo_id: str, **options: Any) -> str:
         """Text of the card; see [`~svqvae_hf.hub.model_cards.model_card`].
 
-        It inherits the licence and the rows about the origin from the card beside the weights that were loaded.
+        It inherits the licence and the rows about the origin from the card beside the weights that were loaded. If
+        the weights are not equal to the loaded ones any more, the card says so, and leaves out figures of validations.
+
+        Args:
+            repo_id (`str`): Repository or folder that the card's example loads.
+            **options: Further arguments of the card, such as `license`. The rows of `provenance` are added to the
+                inherited rows.
         """
-        origin = find_origin({STARTED_FROM: self.config.get("_name_or_path")}, license=options.get("license"))
+        source = self.config.get("_name_or_path")
+        origin = find_origin({STARTED_FROM: source}, license=options.get("license"))
+        rows = origin.rows
+        if source is not None:
+            rows = self._rows_that_hold(source, rows)
         options["license"] = origin.license
         options.setdefault("base_model", origin.base_model)
-        options.setdefault("provenance", origin.rows)
+        options["provenance"] = rows | dict(options.get("provenance", {}))
         return model_card(self.config, repo_id=repo_id, **options)
+
+    def _rows_that_hold(self, source: str, rows: Mapping[str, str]) -> dict[str, str]:
+        """Rows about the origin that hold for the weights as they are now.
+
+        Args:
+            source (`str`): Folder or repository that the model was loaded from.
+            rows (`dict[str, str]`): Rows that hold for the weights of `source`.
+        """
+        try:
+            loaded = type(self).from_pretrained(source)
+        except (OSError, ValueError):  # such as a model that lies in a subfolder of `source`
+            return without_figures(rows)
+        if self._has_weights_of(loaded):
+            return dict(rows)
+        changed = {"weights": f"differ from the weights of `{public_name(source)}`; not measured"}
+        return changed | without_figures(rows)
+
+    def _has_weights_of(self, other: Self) -> bool:
+        """Whether the weights equal those of another model, apart from their precision and device."""
+        weights = self.state_dict()
+        other_weights = other.state_dict()
+        if weights.keys() != other_weights.keys():
+            return False
+        for name, weight in weights.items():
+            other_weight = other_weights[name].to(weight.dtype)
+            if not torch.equal(weight.cpu(), other_weight):
+                return False
+        return True
 
 
 class NextScaleTransformer(RepositoryMixin, modeling_next_scale.NextScaleTransformer):

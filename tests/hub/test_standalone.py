@@ -205,6 +205,21 @@ def test_a_standalone_folder_gets_a_card_with_the_origin_of_the_loaded_weights(t
     assert not (tmp_path / "plain" / "README.md").exists()
 
 
+def test_the_card_of_changed_weights_has_no_figures_of_the_loaded_ones(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "adapted")
+    rows = "| | |\n|---|---|\n| steps | 800 |\n| validation | psnr@1 25.78 |\n| validation_2 | psnr@1 29.79 |\n"
+    (tmp_path / "adapted" / "README.md").write_text(f"---\nlicense: mit\ntags: [svqvae]\n---\n\n{rows}")
+    vqvae = svqvae_hf.SVQVAE.from_pretrained(tmp_path / "adapted", torch_dtype=torch.float16)
+    assert "| before: validation_2 | psnr@1 29.79 |" in vqvae.make_card("same")
+    with torch.no_grad():
+        next(vqvae.parameters()).mul_(0.5)
+    card = vqvae.make_card("mixed")
+    assert "psnr" not in card
+    assert "| weights | differ from the weights of `adapted`; not measured |" in card
+    assert "| before: steps | 800 |" in card
+    assert "| weights | halves |" in vqvae.make_card("mixed", provenance={"weights": "halves"})
+
+
 def test_a_standalone_pipeline_inherits_the_licence_of_the_loaded_one(repositories, tmp_path):
     folder = shutil.copytree(repositories / "classes", tmp_path / "trained")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
