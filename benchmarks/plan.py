@@ -3,11 +3,13 @@
 Measures, on one core of this machine, how fast photographs are read, encoded, stored and loaded again, and how many
 bytes they take. Then it multiplies. A GPU is not measured here: `--gpu-rate` and `--train-rate` are its images per
 second, from `benchmarks/token_sets.py` and from the log of a run. Without them, the tables have no lines about GPUs.
+A GPU waits if its cores read photographs more slowly than it encodes them. `--cores` is their number.
 `--dtype` is the precision of the tokenizer: of the measurement, of `--gpu-rate`, and of the commands that are printed.
 """
 
 import argparse
 import math
+import resource
 import shlex
 import tempfile
 import time
@@ -45,6 +47,7 @@ PARTS_PER_WORKER = 4  # at least, so that all workers end at about the same time
 GIGABYTE = 10**9
 LEAST_JOB_MINUTES = 10  # time limit of a job, which also loads the model
 MEASURED_IMAGES = 500  # of the set, from its start
+ENOUGH_IMAGES = 20  # for an estimate of the size of photographs, and of the time to read them
 DEFAULT_DTYPE = "float32"  # as of `svqvae tokenize`
 SET_OPTIONS = ("config", "split", "image_column")  # as `svqvae tokenize` takes them
 
@@ -63,6 +66,8 @@ class Rates:
         row_bytes (`float`): Bytes of a row on disk, if all codes are in use.
         load (`float`): Rows per second that a training run loads in random order.
         ids (`int`): Ids of a row.
+        crops_per_photo (`int`): Rows of a photograph.
+        peak_memory (`int`): Most bytes of memory that the measurement took.
     """
 
     photos: int
@@ -74,11 +79,18 @@ class Rates:
     row_bytes: float
     load: float
     ids: int
+    crops_per_photo: int
+    peak_memory: int
+
+    @property
+    def feed(self) -> float:
+        """Crops per second that one core reads and stores, while a GPU encodes them."""
+        return 1 / (1 / (self.read * self.crops_per_photo) + 1 / self.store)
 
     @property
     def tokenize(self) -> float:
         """Crops per second of one core that does everything."""
-        return 1 / (1 / self.read + 1 / self.encode + 1 / self.store)
+        return 1 / (1 / self.feed + 1 / self.encode)
 
 
 class CpuClock:
@@ -130,6 +142,8 @@ def measure_rates(options: argparse.Namespace, images: ImageSet, folder: Path) -
         row_bytes=sum(written.file.size for written in files) / len(rows),
         load=BATCH * LOADED_BATCHES / loading.seconds,
         ids=num_ids,
+        crops_per_photo=len(CROPS[options.crops]),
+        peak_memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,  # Linux counts in KiB
     )
 
 
@@ -180,8 +194,11 @@ def features(settings: TokenSettings) -> datasets.Features:
 
 def rate_rows(rates: Rates, options: argparse.Namespace) -> list[Row]:
     """Table of what was measured, and of what was given."""
+    photos = f"{rates.photos:,}"
+    if rates.photos < ENOUGH_IMAGES:
+        photos += f", too few for a good plan: pass at least {ENOUGH_IMAGES}"
     lines = [
-        ("photographs measured", f"{rates.photos:,}"),
+        ("photographs measured", photos),
         ("photographs that could not be read", f"{rates.unreadable:,}"),
         ("photographs read, decoded and cropped", f"{rates.read:,.0f} per second of a core"),
         (
@@ -221,18 +238,19 @@ def tokenizing_rows(rates: Rates, options: argparse.Namespace) -> list[Row]:
     core_hours = rows / rates.tokenize / SECONDS_PER_HOUR
     lines = [("on CPUs alone", duration(core_hours, "core"))]
     if options.gpu_rate is not None:
-        gpu_hours = rows / options.gpu_rate / SECONDS_PER_HOUR
+        rate = worker_rate(rates, options)
+        gpu_hours = rows / rate / SECONDS_PER_HOUR
+        photos_per_second = rate / rates.crops_per_photo
         lines += [
+            ("cores that keep one GPU busy", f"{cores_for_full_speed(rates, options)}"),
+            (f"crops of one GPU with {cores_per_gpu(rates, options)} cores", f"{rate:,.0f} per second"),
             ("on GPUs", duration(gpu_hours, "GPU")),
             (workers_title(options.workers, "GPU"), duration(gpu_hours / options.workers)),
-            ("cores that read and store for one GPU", f"{cores_per_gpu(rates, options.gpu_rate)}"),
-            (
-                "photographs read for one GPU",
-                megabytes_per_second(options.gpu_rate * rates.photo_bytes),
-            ),
+            ("photographs read for one GPU", megabytes_per_second(photos_per_second * rates.photo_bytes)),
         ]
     else:
         lines.append((workers_title(options.workers, "core"), duration(core_hours / options.workers)))
+        lines.append(("memory of a worker, about", gigabytes(rates.peak_memory)))
     return table(lines)
 
 
@@ -292,7 +310,7 @@ def commands(rates: Rates, images: ImageSet, options: argparse.Namespace) -> str
     tokenize += ["--crops", options.crops, "--resolution", str(options.side), "--num-parts", str(num_parts)]
     resources = "--cpus-per-task=1"
     if options.gpu_rate is not None:
-        num_cores = cores_per_gpu(rates, options.gpu_rate)
+        num_cores = cores_per_gpu(rates, options)
         resources = f"--gres=gpu:1 --cpus-per-task={num_cores}"
         tokenize += ["--workers", str(num_cores)]
     else:
@@ -330,9 +348,10 @@ def lines_of_machine(command: str, num_parts: int, options: argparse.Namespace) 
         prefix = ""
         slots = " --process-slot-var=CUDA_VISIBLE_DEVICES"  # each process has the number of its GPU there
     logged = shlex.quote(f"{command} --part {{}} > logs/{{}}.log 2>&1 || echo part {{}} failed")
+    workers_per_machine = math.ceil(options.workers / options.machines)
     return [
-        f"or without Slurm, on each machine, with its number from 0, the number of machines, and its {workers}:",
-        f"    mkdir -p logs && MACHINE=0 MACHINES=1 {workers}={options.workers}",
+        "or without Slurm, on each machine (of --machines), with its number from 0 as MACHINE:",
+        f"    mkdir -p logs && MACHINE=0 MACHINES={options.machines} {workers}={workers_per_machine}",
         f"    seq $MACHINE $MACHINES {num_parts - 1} | {prefix}xargs -P ${workers}{slots} -I {{}} sh -c \\",
         f"        {logged}",
     ]
@@ -366,15 +385,26 @@ def default_workers(rates: Rates, options: argparse.Namespace) -> int:
     return min(MAX_WORKERS, math.ceil(hours_of_one_worker / DEFAULT_HOURS))
 
 
-def cores_per_gpu(rates: Rates, gpu_rate: float) -> int:
+def cores_for_full_speed(rates: Rates, options: argparse.Namespace) -> int:
     """Cores that read photographs, and store rows, as fast as one GPU encodes."""
-    cores = gpu_rate / rates.read + gpu_rate / rates.store
-    return math.ceil(cores)
+    return math.ceil(options.gpu_rate / rates.feed)
+
+
+def cores_per_gpu(rates: Rates, options: argparse.Namespace) -> int:
+    """Cores that read and store for one GPU, at most `--cores`."""
+    cores = cores_for_full_speed(rates, options)
+    if options.cores is None:
+        return cores
+    return min(cores, options.cores)
 
 
 def worker_rate(rates: Rates, options: argparse.Namespace) -> float:
-    """Rows per second of a worker, which is a GPU or a core."""
-    return options.gpu_rate or rates.tokenize
+    """Rows per second of a worker, which is a core, or a GPU with its cores."""
+    if options.gpu_rate is None:
+        return rates.tokenize
+    if options.cores is None:
+        return options.gpu_rate
+    return min(options.gpu_rate, options.cores * rates.feed)
 
 
 def table(lines: list[tuple[str, str]]) -> list[Row]:
@@ -401,7 +431,9 @@ def duration(hours: float, worker: str = "") -> str:
 
 
 def gigabytes(count: float) -> str:
-    """Bytes in GB."""
+    """Bytes in GB, or in MB if they are few."""
+    if count < GIGABYTE / 10:
+        return f"{count / 10**6:.2g} MB"
     if count < 10 * GIGABYTE:
         return f"{count / GIGABYTE:.2f} GB"
     return f"{count / GIGABYTE:,.0f} GB"
@@ -412,8 +444,8 @@ def megabytes_per_second(count: float) -> str:
     return f"{count / 10**6:,.1f} MB/s"
 
 
-def main() -> None:
-    """Reads the arguments, measures, multiplies and reports."""
+def plan_parser() -> argparse.ArgumentParser:
+    """Makes the parser of the arguments."""
     parser = make_parser(__doc__, rounds=1)
     parser.set_defaults(threads=1)
     help = "image set like the one to tokenize, named as `svqvae tokenize` takes it; its first 500 images are measured"
@@ -428,12 +460,23 @@ def main() -> None:
     parser.add_argument("--side", type=positive, default=256, metavar="PIXELS", help="of the crops (default: 256)")
     parser.add_argument("--crops", choices=[name for name in CROPS if name != "whole"], default="centre")
     parser.add_argument("--gpu-rate", type=float, help="crops per second that one GPU encodes in --dtype")
+    help = "cores of each GPU, which bound its speed (default: as many as keep it busy)"
+    parser.add_argument("--cores", type=positive, help=help)
     parser.add_argument("--train-rate", type=float, help="images per second of one GPU that trains on the set")
     help = "GPUs, or cores without --gpu-rate (default: as many as make the set in eight hours, at most 64)"
     parser.add_argument("--workers", type=positive, help=help)
+    help = "machines that share the workers, in the commands without Slurm (default: 1)"
+    parser.add_argument("--machines", type=positive, default=1, help=help)
     parser.add_argument("--part-minutes", type=positive, default=30, help="longest time of a part (default: 30)")
     parser.add_argument("--rows", type=positive, default=2048, help="rows that are stored for the measurement")
-    options, machine = parse_options(parser, "cpu")
+    return parser
+
+
+def main() -> None:
+    """Reads the arguments, measures, multiplies and reports."""
+    options, machine = parse_options(plan_parser(), "cpu")
+    if options.cores is not None and options.gpu_rate is None:
+        raise ValueError("`--cores` are the cores of a GPU. Pass `--gpu-rate` as well, or leave `--cores` out.")
     options.model = find_bundled(options.model)
     check_source(options.model)
     set_options = {name: getattr(options, name) for name in SET_OPTIONS}

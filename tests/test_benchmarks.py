@@ -124,14 +124,37 @@ def test_plan_of_tar_files_prints_their_commands(run, inputs, monkeypatch, capsy
 def test_plan_counts_unreadable_photographs_and_prints_a_loop(run, inputs, monkeypatch, capsys, gpu_rate, workers):
     (inputs / "photos" / "broken.png").write_bytes(b"broken")
     monkeypatch.chdir(inputs)
-    run("plan", "photos", "--side", "16", "--rows", "4", "--images", "1000", "--workers", "3", *gpu_rate.split())
+    size = "--side 16 --rows 4 --images 1000 --workers 6 --machines 2"
+    run("plan", "photos", *size.split(), *gpu_rate.split())
     text = capsys.readouterr().out
-    assert "| photographs measured | 1 |" in text
+    assert "| photographs measured | 1, too few for a good plan: pass at least 20 |" in text
     assert "| photographs that could not be read | 1 |" in text
-    _, loop = text.split(f"with its number from 0, the number of machines, and its {workers}:\n")
+    assert "0.00 GB" not in text
+    _, loop = text.split("with its number from 0 as MACHINE:\n")
     loop, _ = loop.split("what is missing:")
-    assert f"MACHINES=1 {workers}=3\n" in loop
-    check_machines_share(loop, 12, inputs)
+    assert f"MACHINES=2 {workers}=3\n" in loop
+    check_machines_share(loop, 24, inputs)
+
+
+@pytest.mark.parametrize(("cores", "crops_per_second", "workers"), [(None, 990, 50), (16, 320, 16), (64, 990, 50)])
+def test_plan_gives_a_gpu_no_more_crops_than_its_cores_read(load, cores, crops_per_second, workers):
+    plan = load("plan")
+    rates = plan.Rates(
+        photos=20,
+        unreadable=0,
+        photo_bytes=3e6,
+        read=10,  # photographs of two crops
+        encode=1,
+        store=1e12,
+        row_bytes=500,
+        load=1000,
+        ids=256,
+        crops_per_photo=2,
+        peak_memory=1,
+    )
+    options = SimpleNamespace(gpu_rate=990, cores=cores)
+    assert plan.worker_rate(rates, options) == pytest.approx(crops_per_second)
+    assert plan.cores_per_gpu(rates, options) == workers
 
 
 @pytest.mark.parametrize(("images", "workers"), [(1e4, 1), (1e6, 5), (1e8, 64)])
@@ -147,7 +170,7 @@ def test_machines_of_the_loop_in_the_docs_share_the_parts(tmp_path, page, num_pa
     text = (ROOT / "docs" / page).read_text()
     loop = re.search(r"^ *mkdir -p logs .*?(?=```)", text, re.DOTALL | re.MULTILINE).group()
     check_machines_share(loop, num_parts, tmp_path)
-    assert run_block(loop, "exit 1", tmp_path).splitlines()[0] == "part 0 failed"
+    assert "part 0 failed" in run_block(loop, "exit 1", tmp_path).splitlines()  # parts end in any order
 
 
 def test_parts_that_are_missing_are_listed_and_shared_as_the_page_says(tmp_path):
@@ -166,7 +189,7 @@ def check_machines_share(loop, num_parts, folder):
     """Runs the loop of each of four machines, and checks that together they make each part once."""
     parts = []
     for machine in range(4):
-        loop_of_machine = re.sub("MACHINE=0 MACHINES=[14]", f"MACHINE={machine} MACHINES=4", loop)
+        loop_of_machine = re.sub(r"MACHINE=0 MACHINES=\d", f"MACHINE={machine} MACHINES=4", loop)
         parts += run_loop(loop_of_machine, folder)
     assert sorted(parts) == list(range(num_parts))
 
