@@ -74,7 +74,7 @@ def _decode_set(args: argparse.Namespace) -> None:
     if settings.context_model is not None:
         context_model = require_context_model(model, args.model)
     with prefix_errors(name), closing(folder):
-        check_same_codebook(model, settings)
+        check_same_codebook(model, settings, "--model")
         print_leftovers(folder.delete_versions_before(source))
         num_written, num_kept = detokenize_set(
             model,
@@ -165,7 +165,7 @@ def _decode_file(file: InputFile, tokens: Any, model: Any, args: argparse.Namesp
     from svqvae_hf.models.checks import check_same_codebook
     from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image
 
-    check_same_codebook(model, tokens)
+    check_same_codebook(model, tokens, "--model")
     tile_options = _tile_options(args, tokens.tile_size, tokens.overlap)
     if args.large:
         _decode_large_file(file, tokens, model, tile_options, work)

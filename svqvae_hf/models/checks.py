@@ -423,31 +423,41 @@ def _check_pixels(name: str, value: Any) -> None:
 # Codebooks
 
 
-def check_same_codebook(model: Any, tokens: Any) -> None:
+def check_same_codebook(model: Any, tokens: Any, option: str | None = None) -> None:
     """Raises if the model cannot decode ids, because they belong to another codebook.
 
     Args:
         model ([`SVQVAE`]): Model to decode with.
         tokens ([`ImageTokens`] or [`TokenSettings`]): Ids, or the settings of a token set.
+        option (`str`, *optional*): Option of the command that names the model, for the error.
 
     Raises:
         ValueError: The codebook's fingerprint or size differs, or `f`, the pixels per latent side.
     """
+    advice = _advice_on_model(tokens, option)
     fingerprint = model.codebook_fingerprint()
     if tokens.codebook_fingerprint != fingerprint:
         raise ValueError(
             f"the ids must be of the model's codebook, with fingerprint {fingerprint}, got "
-            f"{tokens.codebook_fingerprint}. Use the model that encoded them."
+            f"{tokens.codebook_fingerprint}. {advice}"
         )
     pixels_per_latent_side = model.f
     if tokens.f != pixels_per_latent_side:
-        raise ValueError(
-            f"the ids must be of a model with f = {pixels_per_latent_side}, got {tokens.f}. Use the model that "
-            "encoded them."
-        )
+        raise ValueError(f"the ids must be of a model with f = {pixels_per_latent_side}, got {tokens.f}. {advice}")
     codebook_size = model.config["codebook_size"]
     if tokens.codebook_size != codebook_size:
         raise ValueError(
             f"the ids must be of a codebook with this number of codes: {codebook_size}, got {tokens.codebook_size}. "
-            "Use the model that encoded them."
+            f"{advice}"
         )
+
+
+def _advice_on_model(tokens: Any, option: str | None) -> str:
+    """Sentence that says which model decodes ids. The settings of a token set record its name."""
+    encoder = "the model that encoded them"
+    name = getattr(tokens, "model", None)
+    if name is not None:
+        encoder += f", `{name}`"
+    if option is None:
+        return f"Use {encoder}."
+    return f"Pass `{option}` with {encoder}."

@@ -57,6 +57,16 @@ def test_tokens_of_another_codebook_are_an_error(tokens, out, tmp_path, saved_mo
     assert not out.exists()
 
 
+def test_the_model_of_a_token_set_is_named_if_another_decodes_it(two_images, tmp_path, saved_model, capsys):
+    other = make_tiny()
+    torch.nn.init.normal_(other.quantize.embedding.weight)
+    other.save_pretrained(tmp_path / "mixed")
+    svqvae("tokenize", two_images, "--output", tmp_path / "set", "--model", tmp_path / "mixed", "--workers", "0")
+    capsys.readouterr()
+    error = fails(capsys, "decode", tmp_path / "set", "--output", tmp_path / "out", "--model", saved_model)
+    assert error.endswith("Pass `--model` with the model that encoded them, `mixed`.\n")
+
+
 def test_a_file_that_does_not_fit_the_model_is_skipped(tokens, out, tmp_path, saved_model, capsys):
     save_tokens(tmp_path / "b.safetensors", replace(load_tokens(tokens), tile_size=33))
     assert svqvae("decode", tmp_path, "--output", out, "--model", saved_model) == 1
