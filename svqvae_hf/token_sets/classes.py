@@ -1,5 +1,7 @@
 """Classes of an image set or a token set, in words."""
 
+from collections.abc import Sequence
+
 import datasets
 
 SHOWN_CLASSES = 10
@@ -15,8 +17,13 @@ def describe_classes(features: datasets.Features) -> dict[str, str]:
     for column, feature in features.items():
         if not isinstance(feature, datasets.ClassLabel):
             continue
-        listed = ", ".join(feature.names[:SHOWN_CLASSES])
-        if feature.num_classes > SHOWN_CLASSES:
-            listed += ", ..."
-        texts[column] = f"{feature.num_classes:,} ({listed})"
+        texts[column] = f"{feature.num_classes:,} ({list_classes(feature.names)})"
     return texts
+
+
+def list_classes(names: Sequence[str]) -> str:
+    """Names of the first classes, with dots if there are more."""
+    listed = ", ".join(names[:SHOWN_CLASSES])
+    if len(names) > SHOWN_CLASSES:
+        listed += ", ..."
+    return listed

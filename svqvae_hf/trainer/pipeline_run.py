@@ -12,6 +12,7 @@ from svqvae_hf.hub import model_cards
 from svqvae_hf.hub.repositories import public_name
 from svqvae_hf.loaders.pretrained_models import SVQVAE
 from svqvae_hf.models.checks import check_same_codebook
+from svqvae_hf.token_sets.classes import list_classes
 from svqvae_hf.trainer.data.held_out import check_held_out_tokens
 from svqvae_hf.trainer.data.token_sequences import TokenSource
 from svqvae_hf.trainer.log import Log
@@ -55,35 +56,65 @@ def open_token_sets(options: Any, vqvae: SVQVAE, class_names: Any = None) -> tup
     source = _open_token_set(options, options.token_set, vqvae, class_names)
     has_classes_of_model = class_names is None or source.class_names == class_names
     if not has_classes_of_model:
-        raise ValueError(f"The token set must have the model's classes, {class_names}, but has {source.class_names}.")
+        raise ValueError(
+            f"The token set must have the model's classes, {list_classes(class_names)}, but has "
+            f"{list_classes(source.class_names or [])}."
+        )
     if options.validation_token_set is None:
         return source, None
     held_out = _open_token_set(options, options.validation_token_set, vqvae, class_names)
-    if source.class_names is None and held_out.num_classes < source.num_classes:
-        held_out.num_classes = source.num_classes  # classes without names are counted, and the last may not occur
-    format_of_source = _sequence_format(source)
-    format_of_held_out = _sequence_format(held_out)
-    if format_of_held_out != format_of_source:
-        raise ValueError(
-            "`--validation_token_set` must have the scales, classes and `scale_from` of the token set, "
-            f"{format_of_source}, but has {format_of_held_out}. Tokenize both alike."
-        )
+    _match_classes(held_out, source)
+    _check_same_format(held_out, source)
     check_held_out_tokens(held_out.token_set, source.token_set, "--validation_token_set")
     return source, held_out
+
+
+def _vqvae_option(options: Any) -> str | None:
+    """Option that names the model of the ids; `None` if it comes from the pipeline that is trained further."""
+    if getattr(options, "vqvae_name_or_path", None) is None:
+        return None
+    return "--vqvae_name_or_path"
+
+
+def _match_classes(held_out: TokenSource, source: TokenSource) -> None:
+    """Gives the held-out images the class numbers of the token set. They need not have all of its classes."""
+    if source.class_names == held_out.class_names:
+        # Labels without names are counted, and the last class may not occur.
+        if held_out.num_classes < source.num_classes:
+            held_out.num_classes = source.num_classes
+    elif source.class_names and held_out.class_names:
+        held_out.take_classes(source.class_names)
+
+
+def _check_same_format(held_out: TokenSource, source: TokenSource) -> None:
+    """Raises ValueError if two token sets differ in what a model must know of their sequences."""
+    format_of_source = _sequence_format(source)
+    for name, value in _sequence_format(held_out).items():
+        if value != format_of_source[name]:
+            raise ValueError(
+                f"`--validation_token_set` must have the {name} of the token set, {format_of_source[name]}, but has "
+                f"{value}. Tokenize both alike."
+            )
 
 
 def _open_token_set(options: Any, data: str, vqvae: SVQVAE, class_names: Any) -> TokenSource:
     """Opens a token set. A set without names of classes takes over the names of the model that is trained further."""
     source = TokenSource(data, options.label_column, options.caption_column)
-    check_same_codebook(vqvae, source.settings)
+    check_same_codebook(vqvae, source.settings, _vqvae_option(options))
     if not source.class_names:
         source.class_names = class_names
     return source
 
 
-def _sequence_format(source: TokenSource) -> tuple[Any, ...]:
-    """What a model must know of the sequences of a token set: scales, classes, and what the scales are made from."""
-    return source.grids, source.num_classes, source.settings.scale_from, source.class_names
+def _sequence_format(source: TokenSource) -> dict[str, Any]:
+    """What a model must know of the sequences of a token set, by its name in errors."""
+    kind_of_classes = "with names" if source.class_names else "without names"
+    return {
+        "grids of ids": source.grids,
+        "number of classes": source.num_classes,
+        "kind of classes": kind_of_classes,
+        "`scale_from`": source.settings.scale_from,
+    }
 
 
 def log_samples(

@@ -78,6 +78,15 @@ def test_an_absent_column_of_a_set_from_tar_files_is_an_error_that_proposes_anot
     assert TokenSource(str(tokens), None, "txt").captions() == [["A cat."]]
 
 
+def test_a_set_without_labels_is_an_error_that_says_how_to_train_without(tmp_path):
+    chelsea = str(ROOT / "docs" / "images" / "chelsea.png")
+    tokenize_set(make_tiny(), open_images([chelsea]), tmp_path, model_name="vqvae", crops="centre", resolution=16)
+    with pytest.raises(
+        ValueError, match="no column 'label'. Without classes, pass `--label_column none`. The columns"
+    ):
+        TokenSource(str(tmp_path), "label")
+
+
 def rows_of(loader):
     """Rows of all batches of a loader, in their order."""
     return list(chain.from_iterable(loader))

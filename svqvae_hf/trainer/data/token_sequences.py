@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import torch
 
 from svqvae_hf.models.resizing import grid_shape
+from svqvae_hf.token_sets.classes import list_classes
 from svqvae_hf.token_sets.manifest import TokenSet
 from svqvae_hf.trainer.data.sample_order import OrderedLoader, Share, row_at
 
@@ -50,6 +51,7 @@ class TokenSource:
     Attributes:
         token_set ([`~svqvae_hf.token_sets.manifest.TokenSet`]): The set.
         grids (`list` of `(rows, columns)`): Shapes of the ids, from the coarsest scale to the finest.
+        class_names (`list[str]`, *optional*): Names of the classes, if the labels have names.
         num_classes (`int`): Number of classes. The label `num_classes` means no class.
 
     Raises:
@@ -73,6 +75,7 @@ class TokenSource:
         self.caption_column = caption_column
         self.class_names: list[str] | None = None
         self.num_classes = 0
+        self.new_labels: np.ndarray | None = None  # by the label in the set, after `take_classes`
         if label_column is not None:
             self.class_names = self._names_of_classes(label_column)
             self.num_classes = self._count_classes(label_column)
@@ -113,7 +116,27 @@ class TokenSource:
             no_class = torch.full((len(rows),), self.num_classes)
             return TokenBatch(ids, no_class, captions=None)
         labels = table[self.label_column].to_numpy().astype(np.int64)
+        if self.new_labels is not None:
+            labels = self.new_labels[labels]
         return TokenBatch(ids, torch.from_numpy(labels), captions=None)
+
+    def take_classes(self, names: Sequence[str]) -> None:
+        """Takes over the classes of another set, which may have more. Labels are renumbered by the names.
+
+        Raises:
+            ValueError: The other set lacks a class of this one.
+        """
+        names_of_set = self.class_names or []
+        number_of_name = {name: number for number, name in enumerate(names)}
+        foreign_names = [name for name in names_of_set if name not in number_of_name]
+        if foreign_names:
+            raise ValueError(
+                "`--validation_token_set` must have only classes of the token set, but also has "
+                f"{list_classes(foreign_names)}. Add images of them to the token set, or pass `--label_column none`."
+            )
+        self.new_labels = np.array([number_of_name[name] for name in names_of_set])
+        self.class_names = list(names)
+        self.num_classes = len(names)
 
     def captions(self, count: int | None = None) -> list[list[str]]:
         """Captions of each of the first rows, up to `count`, by default of all."""
@@ -179,6 +202,8 @@ def check_column(rows: datasets.Dataset, option: str, column: str, usual_names: 
     advice = ""
     if proposals:
         advice = f" Pass {' or '.join(proposals)}."
+    elif option == "--label_column":
+        advice = " Without classes, pass `--label_column none`."
     raise ValueError(
         f"`{option}` must be a column of the token set, but there is no column {column!r}.{advice} "
         f"The columns are {', '.join(rows.features)}."
