@@ -222,19 +222,30 @@ def _check_options(pipeline: Any, args: argparse.Namespace) -> None:
         raise _foreign_option_error("--grid", pipeline, args)
     if args.steps and not is_next_scale:
         raise _foreign_option_error("--steps", pipeline, args)
+    has_text_encoder = getattr(pipeline, "text_encoder", None) is not None
+    if args.prompt and not is_language_model and not has_text_encoder:
+        raise ValueError(
+            f"--prompt needs a generator with a text encoder, but {_name_of_model(args)} has none. Leave it out, or "
+            "pass --class."
+        )
     if args.class_labels:
         _class_numbers(pipeline, args.class_labels)  # raises for an unknown class
 
 
 def _foreign_option_error(option: str, pipeline: Any, args: argparse.Namespace) -> ValueError:
     """The error of an option that a generator of this kind does not have."""
-    name = "the bundled model"
-    if args.model is not None:
-        name = f"`{args.model}`"
     class_name = type(pipeline).__name__
     return ValueError(
-        f"{option} does not apply to {name}, whose class is {class_name}. Leave it out, or change --model."
+        f"{option} does not apply to {_name_of_model(args)}, whose class is {class_name}. Leave it out, or change "
+        "--model."
     )
+
+
+def _name_of_model(args: argparse.Namespace) -> str:
+    """Name of the generator, for errors."""
+    if args.model is None:
+        return "the bundled model"
+    return f"`{args.model}`"
 
 
 def _sample(

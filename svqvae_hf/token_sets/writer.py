@@ -262,7 +262,10 @@ def plan_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, request: T
         parts = request.parts
     for part in parts:
         if not 0 <= part < num_parts:
-            raise ValueError(f"A part (`--part`) must be in [0, {num_parts - 1}], got {list(parts)!r:.80}.")
+            raise ValueError(
+                f"A part (`--part`) must be in [0, {num_parts - 1}], because the set has {num_parts:,} in all, got "
+                f"{list(parts)!r:.80}. For more parts, pass `--num-parts`."
+            )
     if request.overwrite and len(parts) < num_parts:
         raise ValueError("--overwrite deletes all parts, so one process must make them. Or delete the folder first.")
     folder = check_out(out)

@@ -71,7 +71,10 @@ class TrainOptions(ImageOptions):
         yield from range_faults(self, NOT_NEGATIVE, "dead_code_reset_steps", "adversarial_start")
         yield from range_faults(self, FRACTION, "synthetic_fraction", "codebook_decay")
         if self.load_best_model_at_end and not self.validation_data_dir:
-            yield "`--load_best_model_at_end` needs `--validation_data_dir`. Give both or neither."
+            yield (
+                "`--load_best_model_at_end` needs `--validation_data_dir`. Give it, or pass "
+                "`--load_best_model_at_end false`."
+            )
         if self.validation_split is not None and not self.validation_data_dir:
             yield "`--validation_split` belongs to `--validation_data_dir`. Give both or neither."
         yield from self._crop_faults()

@@ -147,6 +147,7 @@ def test_an_adapter_of_a_tied_embedding_or_head_leaves_the_other_as_it_is(layers
         (["--class", "cat"], "`class_labels` must be numbers in [0, 3) or names of classes, ['tench, Tinca'"),
         (["--class", "1", "2", "1"], "--class must name each class once, got 1 2 1. For more, use --num-images"),
         (["--steps", "3"], "pipeline`, whose class is SVQVAEAutoregressivePipeline. Leave it out"),
+        (["--prompt", "a cat"], "pipeline` has none. Leave it out, or pass --class."),
         (["--grid", "4x4"], "--grid does not apply to `"),
         (["--batch-size", "0"], "argument --batch-size: must be an integer above 0, got '0'"),
     ],

@@ -30,7 +30,7 @@ WRONG = {  # words on the command line, and a part of the message
     ],
     "tokenize": [
         ("two_images --output broken.png", "`broken.png` must be a new or empty folder, but `broken.png` is a file"),
-        ("two_images --output out --part 3", "A part (`--part`) must be in [0, 0], got [3]."),
+        ("two_images --output out --part 3", "the set has 1 in all, got [3]. For more parts, pass `--num-parts`."),
         (
             "two_images --output out --sides 1 2",
             "--sides needs square crops of one size. Add --crops",

@@ -240,7 +240,10 @@ def test_a_log_has_a_line_for_each_finished_part(photos, tmp_path, caplog, capsy
         ({"crops": "centre"}, "must be the side of the crops in pixels, got None for `crops` 'centre'. Pass it"),
         ({"resolution": 16}, "got 16 for `crops` 'whole'. Leave it out"),
         ({"num_parts": 8}, "`--num-parts` must be in [1, 7], the number of images, got 8"),
-        ({"num_parts": 3, "parts": [0, 3]}, "A part (`--part`) must be in [0, 2], got [0, 3]"),
+        (
+            {"num_parts": 3, "parts": [0, 3]},
+            "must be in [0, 2], because the set has 3 in all, got [0, 3]. For more",
+        ),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"scales": [1, 1]}, "scales must differ within six digits"),
     ],

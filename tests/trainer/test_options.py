@@ -41,9 +41,9 @@ def test_an_error_says_which_options_the_file_sets(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("load_best_model_at_end: true\nmax_steps: 800\nwarmup_steps: 20\n")
     words = [str(file)] + [f"--{name}={value}" for name, value in NEEDED.items()]
-    with pytest.raises(ValueError, match="needs `--validation_.*/config.yaml sets `--load_best_model_at_end`[.]$"):
+    with pytest.raises(ValueError, match="needs .*_at_end false`. .*/config.yaml sets `--load_best_model_at_end`[.]$"):
         read_options([TrainOptions], words)
-    words += ["--load_best_model_at_end", "no"]
+    words += ["--load_best_model_at_end", "false"]
     with pytest.raises(ValueError, match="than `--max_steps` = 20, .*/config.yaml sets `--warmup_steps`[.]$"):
         read_options([TrainOptions], [*words, "--max_steps", "20"])
     with pytest.raises(ValueError, match="`--seed` must be .*, got -1.*[.]$"):
