@@ -1,6 +1,8 @@
 """Checkpoints of transformers' `Trainer`: which are complete, what they are made from, and when one is saved."""
 
 import shutil
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from svqvae_files.json_files import read_json_object
 from svqvae_hf.trainer.checkpoints import CHECKSUMS, NAME, RUN_STATE, check_step, write_checksums
 from svqvae_hf.trainer.identity import RunIdentity
 from svqvae_hf.trainer.interruption import Interruption
+from svqvae_hf.trainer.log import describe_time
 from svqvae_hf.trainer.optimization import hyperparameters, resume_schedule
 
 TRAINER_STATE = "trainer_state.json"  # in a checkpoint, written last
@@ -153,6 +156,8 @@ class OptionsOnResume(TrainerCallback):
         """
         is_resumed = state.global_step > 0
         if is_resumed:
+            if state.is_world_process_zero:
+                print(f"Resumed from checkpoint-{state.global_step}", file=sys.stderr)
             self._restore_options(kwargs["lr_scheduler"], state.global_step)
             self._set_best_checkpoint(state)
 
@@ -169,3 +174,26 @@ class OptionsOnResume(TrainerCallback):
         """Sets the path of the best checkpoint, which may differ from the recorded path if the run was moved."""
         if self.best_checkpoint is not None:
             state.best_model_checkpoint = str(self.best_checkpoint)
+
+
+class ProgressLines(TrainerCallback):
+    """Prints the numbers of the log as lines, with the step and the time left, where there is no progress bar."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Starts the clock."""
+        self.start_time = time.monotonic()
+        self.first_step = state.global_step
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        """Prints a line."""
+        if not state.is_world_process_zero:
+            return
+        texts = []
+        for name, value in logs.items():
+            if name == "total_flos":
+                continue
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            texts.append(f"{name} {text}")
+        elapsed = time.monotonic() - self.start_time
+        times = describe_time(elapsed, state.global_step - self.first_step, state.max_steps - state.global_step)
+        print(f"step {state.global_step} of {state.max_steps} ({times}): {', '.join(texts)}")

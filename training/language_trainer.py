@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from language_checkpoints import (
     CheckpointOnSignal,
     OptionsOnResume,
+    ProgressLines,
     delete_partial_checkpoints,
     find_best_checkpoint,
     read_identity,
@@ -23,7 +24,8 @@ from modality_loss import ModalityLoss, ModalitySums
 from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
 
 from svqvae_hf.hub.model_cards import table_rows
 from svqvae_hf.hub.repositories import public_name
@@ -31,7 +33,7 @@ from svqvae_hf.trainer.checkpoints import check_files, check_unchanged, compare_
 from svqvae_hf.trainer.data.sample_order import SAMPLES_PER_STEP
 from svqvae_hf.trainer.folder_lock import FolderLock
 from svqvae_hf.trainer.identity import RunIdentity, model_digests, token_set_digests
-from svqvae_hf.trainer.interruption import Interruption
+from svqvae_hf.trainer.interruption import Interruption, stop_message
 from svqvae_hf.trainer.muon import MuonAndAdam, muon_groups
 from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM
 from svqvae_hf.trainer.options import check_models, public_values, raise_faults
@@ -94,6 +96,9 @@ class LanguageRun:
         arguments.train_sampling_strategy = "sequential"  # examples are in a random order already
         arguments.remove_unused_columns = False
         arguments.eval_on_start = self.options.validation_token_set is not None
+        if not sys.stderr.isatty():
+            arguments.disable_tqdm = True  # a log file gets lines in place of bars
+            disable_progress_bar()  # the bars of loading and saving weights
 
     def begin(self) -> None:
         """Keeps other runs from writing to the folder, and finds the checkpoint from which the run resumes.
@@ -170,12 +175,14 @@ class LanguageRun:
         with Interruption(trainer.accelerator) as interruption:
             callback = CheckpointOnSignal(interruption, self.identity)
             trainer.add_callback(callback)
+            if self.arguments.disable_tqdm:
+                trainer.remove_callback(PrinterCallback)
+                trainer.add_callback(ProgressLines())
             trainer.train(checkpoint_folder)
         if callback.stopped:
             if self.is_main:
                 steps_done = trainer.state.global_step
-                text = f"Stopped by a signal at step {steps_done}. Resume: --resume_from_checkpoint latest."
-                print(text, file=sys.stderr)
+                print(stop_message(steps_done, self.arguments.resume_from_checkpoint), file=sys.stderr)
             sys.exit(interruption.exit_code)
         if held_out is not None:
             trainer.evaluate()

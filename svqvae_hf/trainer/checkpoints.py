@@ -23,7 +23,7 @@ from svqvae_files.outputs import write_file
 from svqvae_hf.trainer.data.sample_order import check_same
 from svqvae_hf.trainer.disk import WRITE_ERRORS, write_fault
 from svqvae_hf.trainer.identity import RunIdentity, changed_names, check_sources
-from svqvae_hf.trainer.interruption import Interruption
+from svqvae_hf.trainer.interruption import Interruption, stop_message
 from svqvae_hf.trainer.options import RunOptions
 
 RUN_STATE = "run_state.pt"
@@ -106,7 +106,7 @@ class Checkpoints:
         if is_due or is_interrupted:
             self._save(steps_done)
         if is_interrupted:
-            logger.info(f"Stopped by a signal at step {steps_done}. Resume: --resume_from_checkpoint latest.")
+            logger.info(stop_message(steps_done, self.options.resume_from_checkpoint))
             sys.exit(self.interruption.exit_code)
 
     def _save(self, steps_done: int) -> None:

@@ -47,6 +47,19 @@ class Interruption:
         self.accelerator.set_trigger()
 
 
+def stop_message(steps_done: int, resumed_from: str | None) -> str:
+    """Says after which step a run has stopped, and how it goes on.
+
+    Args:
+        steps_done (`int`): Steps of the checkpoint.
+        resumed_from (`str`, *optional*): The option `resume_from_checkpoint` of the run.
+    """
+    stopped = f"Stopped by a signal at step {steps_done}. Resume: the same command"
+    if resumed_from == "latest":
+        return f"{stopped}."
+    return f"{stopped} with --resume_from_checkpoint latest."
+
+
 def _find_launcher() -> int | None:
     """Process id of `accelerate launch`, which does not pass signals on; `None` if it did not start this process."""
     parent = psutil.Process().parent()

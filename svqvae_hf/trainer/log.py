@@ -132,12 +132,9 @@ class Log:
     def _progress(self, steps_done: int) -> str:
         """Time that has passed, time that is left, and memory."""
         elapsed = time.monotonic() - self.start_time
-        steps_of_process = max(1, steps_done - self.first_step)
-        seconds_per_step = elapsed / steps_of_process
-        steps_left = self.options.max_steps - steps_done
-        remaining = seconds_per_step * steps_left
+        times = describe_time(elapsed, steps_done - self.first_step, self.options.max_steps - steps_done)
         gibibytes = memory_in_use(self.accelerator.device) / 2**30
-        return f"{_duration(elapsed)} elapsed, {_duration(remaining)} left, {gibibytes:.1f} GiB"
+        return f"{times}, {gibibytes:.1f} GiB"
 
     def state_dict(self) -> dict[str, Any]:
         """Rows of the card, so that a run which is resumed after its last line has them all."""
@@ -161,6 +158,20 @@ def memory_in_use(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
+
+
+def describe_time(elapsed: float, steps_of_process: int, steps_left: int) -> str:
+    """Time that has passed and time that is left, which is not known before the first step.
+
+    Args:
+        elapsed (`float`): Seconds since the start of the process.
+        steps_of_process (`int`): Steps since then.
+        steps_left (`int`): Steps to the end of the run.
+    """
+    if steps_of_process == 0:
+        return f"{_duration(elapsed)} elapsed"
+    remaining = elapsed / steps_of_process * steps_left
+    return f"{_duration(elapsed)} elapsed, {_duration(remaining)} left"
 
 
 def _duration(seconds: float) -> timedelta:

@@ -24,6 +24,7 @@ from training_runs import cpu, forget_accelerate, logged
 
 from svqvae_hf.trainer.data.crop_loader import prepare_worker
 from svqvae_hf.trainer.identity import RunIdentity
+from svqvae_hf.trainer.log import describe_time
 from svqvae_hf.trainer.optimization import hyperparameters
 from svqvae_hf.trainer.options import RunOptions
 from svqvae_hf.trainer.publishing import FINISHED_FILE, provenance, refuse_finished
@@ -417,6 +418,7 @@ def test_log_lines_say_how_long_it_takes(options, caplog):
     train(options | {"logging_steps": 4})
     times = r"step (\d+) of 6 \(0:00:\d+ elapsed, 0:00:\d+ left, \d+\.\d GiB\): train/loss \d"
     assert re.findall(times, caplog.text) == ["4", "6"]
+    assert describe_time(3.0, steps_of_process=0, steps_left=6) == "0:00:03 elapsed"
 
 
 # The accelerator

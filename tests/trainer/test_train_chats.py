@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -282,20 +283,25 @@ def test_a_signal_leaves_a_checkpoint_and_no_result(train, tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
         return step(trainer, *args)
 
-    options = {"max_steps": 6, "replaced_fraction": 0.5}
+    options = {"max_steps": 6, "replaced_fraction": 0.5, "logging_steps": 1}
     whole = train("whole", **options)
     monkeypatch.setattr(LanguageModelTrainer, "training_step", send_signal)
     with pytest.raises(SystemExit) as stop:
         train("stopped", **options)
     assert stop.value.code == 128 + signal.SIGTERM
-    assert "Stopped by a signal at step 4. Resume: --resume_from_checkpoint latest." in capsys.readouterr().err
+    assert "at step 4. Resume: the same command with --resume_from_checkpoint latest." in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"checkpoint-4", "train_config.yaml"}
     monkeypatch.setattr(LanguageModelTrainer, "training_step", step)
     (tmp_path / "texts.jsonl").write_text('{"text": "a cat"}')
     other = {"text_files": [str(tmp_path / "texts.jsonl")], "text_fraction": 0.5}
     with pytest.raises(ValueError, match="`--text_files` must name what `.*checkpoint-4` was made from, but names"):
         train("stopped", resume="latest", **options, **other)
-    resumed = train("stopped", resume="latest", **options)
+    capsys.readouterr()
+    resumed = train("stopped", resume="latest", **options, disable_tqdm=False)
+    captured = capsys.readouterr()
+    assert "Resumed from checkpoint-4\n" in captured.err
+    assert re.search(r"^step 5 of 6 \(0:00:\d\d elapsed, 0:00:\d\d left\): .*loss \d", captured.out, re.MULTILINE)
+    assert "it/s" not in captured.err
     weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -308,7 +314,9 @@ def test_a_resumed_run_has_its_own_hyperparameters():
     on_resume.remember(schedule)
     for group in optimizer.param_groups:  # as a checkpoint does
         group |= {"initial_lr": 1.0, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 7.0, "step": 4}
-    on_resume.on_train_begin(None, SimpleNamespace(global_step=4), None, lr_scheduler=schedule)
+    on_resume.on_train_begin(
+        None, SimpleNamespace(global_step=4, is_world_process_zero=True), None, lr_scheduler=schedule
+    )
     decayed, not_decayed = optimizer.param_groups
     for group in (decayed, not_decayed):
         assert group["lr"] == pytest.approx(0.3)
