@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 from token_set_parts import content, save_photos, tokenize
 
 from svqvae_cli.command_line import parse
@@ -146,6 +147,27 @@ def test_photographs_without_classes_are_held_out_as_the_page_says(work, shell):
     held_out = {path.relative_to(work / "photos" / "held_out") for path in (work / "photos" / "held_out").rglob("*.*")}
     assert len(held_out) == num_held_out
     assert {path.relative_to(train) for path in train.rglob("*.*")} == photographs - held_out
+
+
+def test_large_photographs_are_shrunk_as_the_page_says(work, monkeypatch, capsys):
+    folder = work / "photos" / "a" / "b"
+    folder.mkdir(parents=True)
+    sideways = Image.Exif()
+    sideways[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (1501, 700)).save(folder / "large.JPG", "JPEG")
+    Image.new("RGB", (1501, 700)).save(folder / "sideways.jpg", exif=sideways)
+    Image.new("RGB", (40, 30)).save(folder / "small.jpeg")
+    (folder / "broken.jpg").write_bytes(b"broken")
+    monkeypatch.chdir(work)
+    code = blocks("large_sets.md", "Photographs of a camera: shrink them first", "python")
+    for _ in range(2):  # the second run changes nothing
+        exec(code[0], {})
+    sizes = {}
+    for path in (work / "small" / "a" / "b").iterdir():
+        with Image.open(path) as image:
+            sizes[path.name] = image.size
+    assert sizes == {"large.JPG": (1098, 512), "sideways.jpg": (512, 1098), "small.jpeg": (40, 30)}
+    assert capsys.readouterr().out.startswith("photos/a/b/broken.jpg was left out: ")
 
 
 def test_a_sample_for_a_comparison_is_copied_as_the_page_says(work, shell):
