@@ -196,4 +196,5 @@ class ProgressLines(TrainerCallback):
             texts.append(f"{name} {text}")
         elapsed = time.monotonic() - self.start_time
         times = describe_time(elapsed, state.global_step - self.first_step, state.max_steps - state.global_step)
-        print(f"step {state.global_step} of {state.max_steps} ({times}): {', '.join(texts)}")
+        line = f"step {state.global_step} of {state.max_steps} ({times}): {', '.join(texts)}"
+        print(line, flush=True)  # otherwise, a log file would get it only minutes later
