@@ -23,6 +23,7 @@ DOCUMENTED = {
     *("diffusers.utils", "diffusers.utils.torch_utils", "transformers.trainer_utils", "gradio"),
     *("transformers", "transformers.cache_utils", "transformers.generation", "transformers.modeling_outputs"),
     *("transformers.image_processing_utils", "transformers.image_utils", "transformers.processing_utils"),
+    "transformers.utils.logging",
 }
 IMPORTED = {
     "diffusers.pipelines.pipeline_loading_utils.LOADABLE_CLASSES": (
