@@ -190,7 +190,7 @@ def test_folders_of_classes_are_packed_as_the_page_says(work, tiny_model, monkey
     (photos / "dogs" / "2023" / "notes.txt").write_text("notes")
     (photos / ".DS_Store").write_bytes(b"hidden")
     monkeypatch.chdir(work)
-    (code,) = blocks("image_sets.md", "Pack a folder of classes into tar files", "python")
+    (code,) = blocks("image_sets.md", "Pack a folder of classes into tar files", "py")
     exec(code.replace("7_000", "5"), {})
     assert len(list((work / "shards").iterdir())) == 6
     tokenize(tiny_model, photos, work / "of_folders", **CROPS)
