@@ -99,7 +99,7 @@ def test_a_flipped_byte_is_found_as_the_page_says(work, tiny_model, monkeypatch)
 
 def test_a_lost_photograph_is_found_and_replaced_as_the_page_says(work, shell, tiny_model):
     photos = save_photos(work / "photos")
-    list_files, compare, find_changed, replace = blocks("token_sets.md", "A photograph that is lost or touched")
+    list_files, compare, find_changed, replace = blocks("token_sets.md", "A photograph that is lost or modified")
     shell(list_files)
     tokenize(tiny_model, photos, work / "tokens", num_parts=3, parts=[0], **CROPS)
     assert shell(compare) == ""
