@@ -229,6 +229,10 @@ def _check_options(pipeline: Any, args: argparse.Namespace) -> None:
             "pass --class."
         )
     if args.class_labels:
+        if not pipeline.num_classes:
+            raise ValueError(
+                f"--class needs a generator with classes, but {_name_of_model(args)} has none. Leave it out."
+            )
         _class_numbers(pipeline, args.class_labels)  # raises for an unknown class
 
 

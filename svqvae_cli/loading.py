@@ -207,6 +207,9 @@ def _advice_for_no_generator(folder: Path) -> str:
     """Sentence about a folder that holds no generator."""
     if (folder / "adapter_config.json").is_file():
         return "Pass its base as --model and it as --adapter."
+    holds_config = any(folder.glob("*.json"))
+    if not holds_config:
+        return "It holds no model. If a training run writes to it, wait until the run has ended."
     return "`svqvae extend-lm` adds image tokens."
 
 

@@ -103,11 +103,12 @@ def difference_notes(tokenizers: Sequence[Tokenizer], records: Records) -> list[
         if number != first_number and len(differences) > 1:
             mean = statistics.mean(differences)
             standard_error = statistics.stdev(differences) / math.sqrt(len(differences))
-            texts.append(f"{tokenizer.title} {mean:+.2f} ± {standard_error:.2f} dB")
+            first_title = tokenizers[first_number].title
+            texts.append(f"{tokenizer.title} minus {first_title} {mean:+.2f} ± {standard_error:.2f} dB")
     if not texts:
         return []
     return [
-        "PSNR minus the PSNR of the first model on the same image and at the same scale, mean ± standard error: "
+        "Differences of PSNR on the same images, mean ± standard error: "
         f"{'; '.join(texts)}. A mean below twice its error may be chance."
     ]
 

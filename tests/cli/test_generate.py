@@ -157,6 +157,13 @@ def test_mistakes_are_one_line(arguments, message, saved, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_generator_without_classes_takes_no_class(tmp_path, capsys):
+    make_autoregressive(num_classes=0).save_pretrained(tmp_path / "pipeline")
+    capsys.readouterr()  # the bars of saving
+    arguments = ["--model", tmp_path / "pipeline", "--class", "0", "--output", tmp_path / "out"]
+    assert "pipeline` has none. Leave it out." in fails(capsys, "generate", *arguments)
+
+
 def test_classes_whose_names_differ_in_signs_alone_have_files_of_their_own(tmp_path):
     make_autoregressive(class_names=["C++", "C#", "C"]).save_pretrained(tmp_path / "pipeline")
     words = ["generate", "--model", tmp_path / "pipeline", "--class", "C++", "C#", "C"]

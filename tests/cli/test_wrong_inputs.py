@@ -80,7 +80,10 @@ WRONG = {  # words on the command line, and a part of the message
         ),
     ],
     "generate": [
-        ("--model empty --output out", "`empty` must be a pipeline or a language model with image tokens"),
+        (
+            "--model empty --output out",
+            "`empty` must be a pipeline or a language model with image tokens. It holds no model",
+        ),
         ("--model adapter --output out", "image tokens. Pass its base as --model and it as --adapter."),
         ("--output out --model {model}", "` is a tokenizer, which can neither draw nor describe images."),
         ("--output out --model empty/lm", "the folder `empty` has no folder `lm`. Correct the name"),

@@ -175,7 +175,7 @@ def test_a_note_says_how_certain_a_difference_of_psnr_is():
     for values in ([20.0, 15.0, 21.0, 9.0], [30.0, 15.0, 30.5, 9.0], [math.inf, 15.0, 40.0, 9.0]):
         records.append({"results": [{"psnr": value} for value in values]})
     (note,) = difference_notes(tokenizers, records)
-    assert ", mean ± standard error: b +0.75 ± 0.25 dB. A mean" in note
+    assert ", mean ± standard error: b minus a +0.75 ± 0.25 dB. A mean" in note
     assert difference_notes(tokenizers, records[:1]) == []
     assert difference_notes([*tokenizers[:2], tokenizers[3]], records) == []
 
