@@ -1,9 +1,9 @@
 """Damages what a command reads, file by file, and runs the command again.
 
 Each file is deleted, emptied, cut in half, replaced by a neighbour or by the file of the same name of another model,
-and, if it holds JSON, by JSON of another type. The command must then make the same output, or end with one line and
-exit code 2 (1 for a damaged input among others). Anything else is a fault: another output without a word, or a
-traceback.
+and, if it holds JSON, by JSON of another type. The command must then make the same output, or end with one line (after
+those of its log) and exit code 2, or 1 for a damaged input among others. Anything else is a fault: another output
+without a word, or a traceback.
 
     python tests/damage/damage.py              # all cases, which takes minutes
     python tests/damage/damage.py --seed 7 --number 60
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import io
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -26,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])] 
 
 from svqvae_cli import main  # noqa: E402
 
+LOG_LINE = re.compile(r"\d{4}-\d{2}-\d{2} \d{2}:\d{2}:\d{2},\d{3} finished part ")
 JSON_OF_OTHER_TYPES = (b"[]", b"null", b'"text"', b"3")
 
 
@@ -204,7 +206,7 @@ def fault_of(outcome: Outcome, whole: Outcome, before: dict[str, bytes], root: P
         before (`dict[str, bytes]`): Files of the output folder before the run.
         root (`Path`): Folders that it reads.
     """
-    lines = outcome.stderr.splitlines()
+    lines = error_lines(outcome)
     if outcome.exit_code == 0:
         if outcome.files != whole.files:
             return "another output without a word"
@@ -223,6 +225,11 @@ def fault_of(outcome: Outcome, whole: Outcome, before: dict[str, bytes], root: P
         if content not in (whole.files.get(name), before.get(name)):
             return f"another output, `{name}`, beside an error"
     return None
+
+
+def error_lines(outcome: Outcome) -> list[str]:
+    """Lines on stderr but those of the log, which tell what was finished before the error, each after its time."""
+    return [line for line in outcome.stderr.splitlines() if not LOG_LINE.match(line)]
 
 
 def has_wrong_facts(outcome: Outcome, whole: Outcome) -> bool:
