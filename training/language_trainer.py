@@ -184,7 +184,7 @@ class LanguageRun:
                 steps_done = trainer.state.global_step
                 print(stop_message(steps_done, self.arguments.resume_from_checkpoint), file=sys.stderr)
             sys.exit(interruption.exit_code)
-        if held_out is not None:
+        if held_out is not None and not trainer.has_validated_weights():
             trainer.evaluate()
         model.config.use_cache = True
         return trainer
@@ -367,6 +367,20 @@ class LanguageModelTrainer(Trainer):
         if total_tokens:
             logs["eval_loss"] = total_loss / total_tokens
 
+    def has_validated_weights(self) -> bool:
+        """Whether the last validation measured the weights that the model has now."""
+        step_of_weights = self.state.global_step
+        if self._has_best_weights():
+            step_of_weights = self.state.best_global_step
+        for log_entry in reversed(self.state.log_history):
+            if "eval_loss" in log_entry:
+                return log_entry["step"] == step_of_weights
+        return False
+
+    def _has_best_weights(self) -> bool:
+        """Whether the model has the weights of the best validation after training, instead of the last ones."""
+        return self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+
     def last_numbers(self) -> dict[str, str]:
         """Last losses and other numbers of a validation, and the step of the best weights, as rows of a card."""
         last_values: dict[str, float] = {}
@@ -376,8 +390,7 @@ class LanguageModelTrainer(Trainer):
         for name in sorted(last_values):
             if name.startswith(("loss", "eval_loss", "eval_accuracy", "eval_bits")):
                 rows[name.replace("_", " ")] = f"{last_values[name]:.4g}"
-        has_best_weights = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
-        if has_best_weights:
+        if self._has_best_weights():
             rows["weights"] = f"after step {self.state.best_global_step:,}, with the best validation"
         return rows
 
