@@ -89,7 +89,7 @@ class TokenizeReport:
         if self.enlarged:
             lines.append(f"enlarged {self.out} (images smaller than their crops: {self.enlarged})")
         if not self.complete:
-            lines.append(f"waiting  for other parts, see svqvae info {self.out}")
+            lines.append(f"missing  other parts of the set, see svqvae info {self.out}")
         elif self.skipped:
             lines.append(f"skipped  {self.out}/{SKIPPED_FILE} (unreadable images: {self.skipped})")
         return "\n".join(lines)

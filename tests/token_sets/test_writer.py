@@ -124,7 +124,7 @@ def test_a_finished_part_is_never_read_again(photos, tmp_path, monkeypatch):
         assert not report.complete
     assert read == [4, 5, 6, 0, 1]
     assert (report.images, report.rows, report.resumed) == (0, 0, 1)
-    assert "waiting  for other parts, see svqvae info" in str(report)
+    assert "missing  other parts of the set, see svqvae info" in str(report)
     report = tokenize(make_tiny(), photos, tmp_path / "out", num_parts=3)
     assert (report.complete, report.resumed) == (True, 2)
     assert "resumed: 2 of 3 parts were there" in str(report)
