@@ -6,7 +6,7 @@ import pytest
 from damage import Checker, all_cases, check_cases, sample
 from workspaces import make_workspace
 
-SECONDS = 8
+SECONDS = 5
 
 
 @pytest.mark.slow

@@ -297,13 +297,13 @@ def test_the_note_says_how_the_model_understood_the_prompt(page, language_model)
     assert f"The model understood: “{caption}”." in draw(page, prompt)
 
 
-@pytest.mark.parametrize("caption", ["a toaster for my fox", "red like the moon, two kangaroos and a bearded dragon"])
-def test_things_that_it_cannot_draw_are_the_librarys(page, language_model, caption):
-    note = draw(page, caption)
-    things = language_model.known_objects.unknown(caption)
-    assert things
-    for thing in things:
-        assert f"“{thing}”" in note
+def test_things_that_it_cannot_draw_are_the_librarys(page, language_model):
+    for caption in ("a toaster for my fox", "red like the moon, two kangaroos and a bearded dragon"):
+        note = draw(page, caption)
+        things = language_model.known_objects.unknown(caption)
+        assert things
+        for thing in things:
+            assert f"“{thing}”" in note
 
 
 @pytest.mark.parametrize("size", [SIZES["phone"]])

@@ -33,7 +33,7 @@ from svqvae_hf.trainer.data.token_sequences import TokenSource
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 COUNT = int(os.environ.get("METAMORPHIC", "0"))  # cases of each test; 0: a sample of a few seconds
-SECONDS = {"images": 4, "tokens": 8, "damage": 3}
+SECONDS = {"images": 3, "tokens": 5, "damage": 2}
 SEED = int(os.environ.get("SEED", time.time()))
 IMAGES = 12
 CROPS = {"model_name": "tiny", "crops": "centre", "resolution": 16}

@@ -2,10 +2,12 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+from cli_runner import svqvae
 from conftest import ROOT
 from PIL import Image
 from token_set_parts import content, save_photos, tokenize
@@ -48,24 +50,35 @@ def blocks(page, title, language="bash"):
     return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
 
 
+def run_line(line):
+    """Runs a line of `svqvae` in this process, which starts faster. Returns the exit code."""
+    name, *arguments = shlex.split(line)
+    assert name == "svqvae"
+    return svqvae(*arguments)
+
+
 @pytest.mark.slow
-def test_a_lost_file_is_repaired_as_the_page_says(work, shell):
+def test_a_lost_file_is_repaired_as_the_page_says(work, shell, monkeypatch):
+    monkeypatch.chdir(work)
     save_photos(work / "photos")
     for number in range(2):
         (work / "photos" / f"more{number}.png").write_bytes((work / "photos" / "0.png").read_bytes())
     keep, repair = blocks("token_sets.md", "Repair a file")
     repair = repair.replace("--resolution 256", "--resolution 16 --workers 0")  # no processes to start
-    make = repair.splitlines()[0].replace("repaired", "tokens").replace(" --part 2", "")
-    shell(make, exit_code=1)  # one image is broken
+    make_part, copy, check = repair.splitlines()
+    make = make_part.replace("repaired", "tokens").replace(" --part 2", "")
+    assert run_line(make) == 1  # one image is broken
     shell(keep)
     assert {path.name for path in (work / "backup").iterdir()} >= {"manifest.jsonl", "svqvae_tokens.json"}
     before = content(work / "tokens")
     (work / "tokens" / "svqvae_tokens.json").unlink()
-    shell(make, exit_code=1)
+    assert run_line(make) == 1
     assert content(work / "tokens") == before
     (work / "tokens/data/0000-0000/train-0000002-00000.parquet").unlink()
-    shell("svqvae info tokens", exit_code=2)
-    shell(repair)
+    assert run_line(check) == 2
+    assert run_line(make_part) == 0
+    shell(copy)
+    assert run_line(check) == 0
     assert content(work / "tokens") == before
 
 
