@@ -215,3 +215,17 @@ def test_folders_of_classes_are_packed_as_the_page_says(work, tiny_model, monkey
     assert of_shards["ids_0"][:] == of_folders["ids_0"][:]
     assert of_shards["cls"][:] == of_folders["label"][:]
     assert (work / "classes.txt").read_text().splitlines() == of_folders.features["label"].names
+
+
+def test_images_without_classes_are_packed_as_the_page_says(work, tiny_model, monkeypatch):
+    save_photos(work / "photos")
+    monkeypatch.chdir(work)
+    (code,) = blocks("image_sets.md", "Pack a folder of classes into tar files", "py")
+    *lines, _, _, _, _ = code.splitlines()
+    without_classes = "\n".join(line for line in lines if "classes.txt" not in line)
+    exec(without_classes, {})
+    (shard,) = (work / "shards").iterdir()
+    assert shard.name == "shard-00000.tar"
+    tokenize(tiny_model, work / "photos", work / "of_folder", **CROPS)
+    tokenize(tiny_model, work / "shards", work / "of_shards", **CROPS)
+    assert TokenSet(work / "of_shards").load()["ids_0"][:] == TokenSet(work / "of_folder").load()["ids_0"][:]
