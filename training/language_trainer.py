@@ -144,7 +144,7 @@ class LanguageRun:
 
         Args:
             model (`PreTrainedModel` or `PeftModel`): Model to train.
-            examples (`Dataset`): Examples of the run.
+            examples ([`LlamaGenExamples`] or [`ChatExamples`]): Examples of the run.
             held_out (`Dataset`, *optional*): Examples of a validation.
             collate (`Callable`): Joins examples to a batch.
             codes (`range`): Tokens that are codes.
@@ -166,6 +166,7 @@ class LanguageRun:
             loss=ModalityLoss(codes),
             replaced_fraction=self.options.replaced_fraction,
             encode=encode,
+            rows_per_epoch=examples.rows_per_epoch,
             best_checkpoint=self.best_checkpoint,
             optimizer_cls_and_kwargs=optimizer_and_arguments(model, self.options, self.arguments),
         )
@@ -265,6 +266,7 @@ class LanguageModelTrainer(Trainer):
         replaced_fraction (`float`): Largest fraction of the ids of an image that the model reads as other ids.
         encode (`Callable`, *optional*): Encodes the captions of a batch. Returns their features as arguments of the
             model.
+        rows_per_epoch (`int`, *optional*): Rows of the token set. If it is not given, the log has no `epoch`.
         best_checkpoint (`Path`, *optional*): Best checkpoint of a resumed run.
         **kwargs: As for `Trainer`.
     """
@@ -275,6 +277,7 @@ class LanguageModelTrainer(Trainer):
         loss: ModalityLoss,
         replaced_fraction: float,
         encode: Callable[[list[str]], dict[str, torch.Tensor]] | None = None,
+        rows_per_epoch: int | None = None,
         best_checkpoint: Path | None = None,
         **kwargs: Any,
     ):
@@ -282,6 +285,7 @@ class LanguageModelTrainer(Trainer):
         self.loss = loss
         self.replaced_fraction = replaced_fraction
         self.encode = encode
+        self.rows_per_epoch = rows_per_epoch
         # A checkpoint brings options of the optimizer and the path of the best checkpoint. A resumed run has its own.
         self.on_resume = OptionsOnResume(best_checkpoint)
         self.add_callback(self.on_resume)
@@ -321,7 +325,7 @@ class LanguageModelTrainer(Trainer):
         return torch.where(is_chosen, shuffled_tokens, tokens)
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        """Adds the loss of texts and of images and, in a validation, their accuracy and bits per id."""
+        """Adds the losses of texts and of images, the epoch and, in a validation, accuracies and bits per id."""
         if "loss" in logs:
             sums = self._reduce_sums(self.loss.take_training_sums())
             self._add_losses(logs, "loss", sums)
@@ -330,7 +334,18 @@ class LanguageModelTrainer(Trainer):
             self._add_losses(logs, "eval_loss", sums)
             self._add_accuracies(logs, sums)
             self._replace_validation_loss(logs, sums)
-        super().log(logs, *args)
+        # The Trainer counts the whole run as one epoch, because the examples of the run are one data set for it.
+        epoch_of_trainer = self.state.epoch
+        self.state.epoch = self._count_epochs()
+        super().log(logs, *args)  # adds the epoch
+        self.state.epoch = epoch_of_trainer
+
+    def _count_epochs(self) -> float | None:
+        """How often the run has read the rows of the token set so far, such as 9.6 times."""
+        if self.rows_per_epoch is None:
+            return None
+        examples_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return self.state.global_step * examples_per_step / self.rows_per_epoch
 
     def _reduce_sums(self, sums: torch.Tensor) -> dict[str, ModalitySums]:
         """Adds the sums `(2, 3)` of all processes.

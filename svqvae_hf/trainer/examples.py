@@ -77,6 +77,11 @@ class LlamaGenExamples(Dataset):
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """Number of examples in which each row occurs once."""
+        return len(self.source.rows)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.mix.seed, index))
         source = self.source
@@ -155,6 +160,13 @@ class ChatExamples(Dataset):
 
     def __len__(self) -> int:
         return len(self.pairs) if self.count is None else self.count
+
+    @property
+    def rows_per_epoch(self) -> int | None:
+        """Number of examples in which each row occurs once; `None` if some examples are not about a row."""
+        if self.mix.text_fraction > 0 or self.mix.rewrites:
+            return None
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         rng = np.random.default_rng((self.mix.seed, index))

@@ -455,6 +455,8 @@ def test_the_loss_of_a_validation_does_not_depend_on_its_batches(side, tmp_path,
             replaced_fraction=0.0,
         )
         losses.append(trainer.evaluate()["eval_loss"])
+        assert made.rows_per_epoch is None
+        assert "epoch" not in trainer.state.log_history[-1]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 

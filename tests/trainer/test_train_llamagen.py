@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +154,12 @@ def test_new_weights_are_a_function_of_the_seed(classes, tmp_path):
     head = head_of_run("first", seed=1)
     assert torch.equal(head_of_run("again", seed=1), head)
     assert not torch.equal(head_of_run("other", seed=2), head)
+
+
+def test_the_log_counts_the_passes_over_the_rows(classes, capsys):
+    train(**classes, gradient_accumulation_steps=2)  # 6 of 8 rows in a step
+    epochs = re.findall(r" epoch (\S+)$", capsys.readouterr().out, re.MULTILINE)
+    assert epochs == ["0.75", "1.5", "1.5"], "after each step, and at the end"
 
 
 @pytest.mark.slow
