@@ -6,11 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-WORDS_OF_SPLITS = {  # as `datasets` reads them
+WORDS_OF_SPLITS = {  # as `datasets` reads them, and the usual names of held-out images
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
+    "held_out": ("held_out", "held-out", "held out", "heldout"),
 }
+WORD = "held[_ -]out(?![a-z])|[a-z]+"  # in a name in lower case. `held_out` counts as one word
 
 
 def choose_split(name: str, splits: Sequence[str], split: str | None, remedy: str = "") -> str:
@@ -164,7 +166,7 @@ def choose_shards(name: str, folder: str, keys: Sequence[str], split: str | None
 
 def split_of_name(name: str) -> str | None:
     """Split that a word in the name of a folder or file stands for."""
-    for word in re.findall("[a-z]+", name.lower()):
+    for word in re.findall(WORD, name.lower()):
         for split, words in WORDS_OF_SPLITS.items():
             if word in words:
                 return split

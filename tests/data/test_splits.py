@@ -26,7 +26,11 @@ def keys(images):
         (["images/train/cat/0.png", "images/val/cat/1.png"], "train", ["cat/0.png"]),
         (["train_images/0.png", "test images/1.png"], "test images", ["1.png"]),
         (["training/test tube/0.png", "evaluation/1.png"], "training", ["test tube/0.png"]),
+        (["train/cat/0.png", "held_out/cat/1.png"], "train", ["cat/0.png"]),
+        (["photos_train/0.png", "photos-Held-Out/1.png"], "photos-Held-Out", ["1.png"]),
         (["train/0.png", "car/1.png"], "train", ["car/1.png", "train/0.png"]),  # classes
+        (["held_out/0.png", "car/1.png"], None, ["car/1.png", "held_out/0.png"]),  # classes
+        (["train/0.png", "held_outputs/1.png"], None, ["held_outputs/1.png", "train/0.png"]),  # classes
         (["cat/train/0.png", "dog/train/1.png"], None, ["cat/train/0.png", "dog/train/1.png"]),
     ],
 )
@@ -73,8 +77,10 @@ def test_splits_in_the_names_of_folders_count_for_shards(tmp_path):
         rows.to_parquet(tmp_path / name)
     assert len(open_images([str(tmp_path)], split="train").parts) == 1
     assert len(open_images([str(tmp_path)], split="validation").parts) == 2
+    rows.to_parquet(tmp_path / "photos-held-out-0.parquet")
+    assert len(open_images([str(tmp_path)], split="held_out").parts) == 1
     rows.to_parquet(tmp_path / "more.parquet")
-    with pytest.raises(ValueError, match=r"must be of its splits, train, validation, but `more.parquet` has no such"):
+    with pytest.raises(ValueError, match=r"splits, held_out, train, validation, but `more.parquet` has no such"):
         open_images([str(tmp_path)], split="train")
 
 
