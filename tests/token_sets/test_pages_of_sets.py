@@ -229,3 +229,25 @@ def test_images_without_classes_are_packed_as_the_page_says(work, tiny_model, mo
     tokenize(tiny_model, work / "photos", work / "of_folder", **CROPS)
     tokenize(tiny_model, work / "shards", work / "of_shards", **CROPS)
     assert TokenSet(work / "of_shards").load()["ids_0"][:] == TokenSet(work / "of_folder").load()["ids_0"][:]
+
+
+def test_the_rehearsal_makes_two_sets_of_different_photographs_as_the_page_says(work, shell, tiny_model, monkeypatch):
+    photos = save_photos(work / "photos" / "a 'year'")
+    (photos / "notes.txt").write_text("notes")
+    tiny_model.save_pretrained(work / "llamagen-f16")
+    (block,) = blocks("large_sets.md", "A rehearsal with 1,000 photographs")
+    smaller = {"1100": "7", "1000": "5", "100 ": "2 ", "parts 8": "parts 5", "resolution 256": "resolution 16"}
+    for number, fewer in smaller.items():
+        assert number in block
+        block = block.replace(number, fewer)
+    lines = block.replace("\\\n", "").splitlines()
+    shell("\n".join(line for line in lines if line.startswith(("mkdir", "find", "head", "tail"))))
+    monkeypatch.chdir(work)
+    train, held_out = [line for line in lines if "svqvae tokenize" in line]
+    run_line(train[train.index("svqvae") :].replace("--part {}", ""))
+    run_line(held_out + " --workers 0")
+    keys = []
+    for name in ("tokens", "held-out-tokens"):
+        keys.append({row["key"] for row in TokenSet(work / "rehearsal" / name).read_columns(["key"])})
+    assert len(keys[0]) + len(keys[1]) == 6  # one of the seven photographs is broken
+    assert not keys[0] & keys[1]
