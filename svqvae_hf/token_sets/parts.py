@@ -17,6 +17,7 @@ from svqvae_files.folders import Folder
 from svqvae_files.identity import value_digest
 from svqvae_files.json_files import parse_json_object
 from svqvae_files.outputs import TEMPORARY_NAME
+from svqvae_hf.token_sets.classes import list_classes
 from svqvae_hf.token_sets.manifest import (
     DATA,
     MANIFEST_CHECKSUM,
@@ -32,8 +33,10 @@ OPTIONS_FILE = STARTED_TOKEN_SET_FILE
 RECORDS = os.path.dirname(OPTIONS_FILE)
 SKIPPED_FILE = "skipped.jsonl"
 CARD_FILE = "README.md"
+COLUMNS = "columns"  # option that holds the columns of the rows, with the names of their classes
 NUM_IMAGES = "images"  # option that holds their number
 DIGESTS_OF_IMAGES = ("image_set", "image_files")  # options that hold digests of the set and of its files
+OPTIONS_OF_IMAGES = (COLUMNS, NUM_IMAGES, *DIGESTS_OF_IMAGES)  # options that differ for other images
 RECORD_NAME = re.compile(r"(?P<part>\d{7})\.json")
 EXCERPT_LENGTH = 80  # of options in errors
 SHARD_NAME = re.compile(DATA + r"/\d{4}-\d{4}/train-(?P<part>\d{7})-\d{5}\.parquet")
@@ -157,22 +160,49 @@ def check_options(folder: Folder, options: Mapping[str, Any]) -> None:
     recorded = read_options(folder)
     if recorded is None:
         raise ValueError(f"`{folder.url}` was deleted while this process worked on it. Run the command again.")
+    changes_of_images = _changes_of_images(recorded, options)
     all_names = list(dict.fromkeys([*recorded, *options]))
     for name in all_names:
         recorded_value = recorded.get(name)
         value = options.get(name)
         if recorded_value == value:
             continue
-        if name == NUM_IMAGES:
-            raise _changed_images(folder, f"their number was {recorded_value} and is now {value}")
+        if name in OPTIONS_OF_IMAGES and changes_of_images:
+            raise _changed_images(folder, "; ".join(changes_of_images))
         if name in DIGESTS_OF_IMAGES:
             difference = "names, sizes or times of change of their files, or columns or classes, differ"
             raise _changed_images(folder, difference)
         old_text, new_text = _differing_excerpts(repr(recorded_value), repr(value))
         raise ValueError(
             f"`{folder.url}` must be continued with the same images and options, but it was made otherwise: "
-            f"`{name}` was {old_text} and is now {new_text}. Pass --overwrite to start over, or choose another folder."
+            f"`{name}` was {old_text} and is now {new_text}. Choose another folder, or pass --overwrite to delete the "
+            "set and start over."
         )
+
+
+def _changes_of_images(recorded: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """Changes of the number of images and of their classes, in words."""
+    changes = []
+    if recorded.get(NUM_IMAGES) != options.get(NUM_IMAGES):
+        changes.append(f"their number was {recorded.get(NUM_IMAGES)} and is now {options.get(NUM_IMAGES)}")
+    recorded_classes = _class_names(recorded)
+    classes = _class_names(options)
+    new_classes = sorted(classes - recorded_classes)
+    if new_classes:
+        changes.append(f"new classes: {list_classes(new_classes)}")
+    missing_classes = sorted(recorded_classes - classes)
+    if missing_classes:
+        changes.append(f"missing classes: {list_classes(missing_classes)}")
+    return changes
+
+
+def _class_names(options: Mapping[str, Any]) -> set[str]:
+    """Names of the classes of all columns, each in backticks."""
+    names = set()
+    for feature in options.get(COLUMNS, {}).values():
+        for name in feature.get("names", []):
+            names.add(f"`{name}`")
+    return names
 
 
 def _differing_excerpts(old: str, new: str) -> tuple[str, str]:
@@ -196,7 +226,7 @@ def _changed_images(folder: Folder, difference: str) -> ValueError:
     return ValueError(
         f"`{folder.url}` must be continued with the same images, but {difference}. {advice}. `cp -p` and `rsync -t` "
         "restore files with their times. docs/token_sets.md says what to do if a photograph is gone for good. Or pass "
-        "--overwrite to start over."
+        "--overwrite to delete the set and start over."
     )
 
 
