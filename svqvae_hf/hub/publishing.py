@@ -1,11 +1,24 @@
 """Uploads models and pipelines with their cards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from svqvae_hf.hub.repositories import prepare_repo, push_folder
+
+CARD = "README.md"
+# Arguments of `make_card` that `save_pretrained` takes as well.
+CARD_OPTIONS = ("license", "provenance", "base_model", "datasets", "tags", "pipeline_tag", "variants")
+
+
+def pop_card_options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Removes the arguments of `make_card` from those of `save_pretrained`, and returns them."""
+    options = {}
+    for name in CARD_OPTIONS:
+        if name in arguments:
+            options[name] = arguments.pop(name)
+    return options
 
 
 class CardMixin:
@@ -22,17 +35,19 @@ class CardMixin:
         """
         raise NotImplementedError
 
-    def write_missing_card(self, folder: Path, repo_id: str, *, standalone: bool) -> None:
-        """Writes the card into a folder that has none.
+    def card_for(self, folder: Path, repo_id: str, options: Mapping[str, Any], *, standalone: bool) -> str | None:
+        """Text of the card that is to be written into a folder; `None` if the folder keeps the card that it has.
 
         Args:
             folder (`Path`): Folder that the model or pipeline is saved in.
             repo_id (`str`): Repository or folder that the card's example loads.
+            options (`Mapping[str, Any]`): Arguments of `make_card`. If there are any, the card is written anew.
             standalone (`bool`): Whether the folder holds the code.
         """
-        card = folder / "README.md"
-        if not card.exists():
-            card.write_text(self.make_card(repo_id, standalone=standalone), encoding="utf-8")
+        has_card = (folder / CARD).exists()
+        if has_card and not options:
+            return None
+        return self.make_card(repo_id, standalone=standalone, **options)
 
     def push_to_hub(
         self,
@@ -82,7 +97,7 @@ class CardMixin:
                 variant=variant,
                 standalone=standalone_option,
             )
-            readme = folder / "README.md"
+            readme = folder / CARD
             readme.unlink(missing_ok=True)
             if is_whole_repository:
                 card_text = self.make_card(repo_id, standalone=standalone, **card)

@@ -16,7 +16,7 @@ from svqvae_files.outputs import share_weights
 from svqvae_hf.hub.code import kept_code, write_code
 from svqvae_hf.hub.model_cards import model_card
 from svqvae_hf.hub.origin import STARTED_FROM, find_origin, without_figures
-from svqvae_hf.hub.publishing import CardMixin
+from svqvae_hf.hub.publishing import CARD, CardMixin, pop_card_options
 from svqvae_hf.hub.repositories import from_hub, public_name
 from svqvae_hf.loaders.causal_models import damage_explained
 from svqvae_hf.loaders.checkpoint_files import Checkpoint
@@ -79,17 +79,24 @@ class RepositoryMixin(HubMixin, ModelMixin):
             standalone (`bool`, defaults to `False`): Whether to write the code of the model as well, so that it loads
                 with `trust_remote_code=True` where this package is not installed, and the card of a tokenizer if the
                 folder has none. `push_to_hub(..., standalone=True)` uploads both.
-            **kwargs: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
+            **kwargs: Further arguments of [`~diffusers.ModelMixin.save_pretrained`]. For a tokenizer also arguments of
+                `make_card`, such as `provenance`. They write the card, in place of a card that the folder has.
 
         Raises:
             ValueError: If `save_directory` is a file.
         """
         if os.path.isfile(save_directory):  # diffusers would only log it
             raise ValueError(f"`{os.fspath(save_directory)}` must be a folder, but is a file. Choose another name.")
+        folder = Path(save_directory)
+        card = None
+        if isinstance(self, CardMixin):
+            card_options = pop_card_options(kwargs)
+            if standalone or card_options:
+                # Made before saving, because it compares the weights with those in the folder that they came from.
+                card = self.card_for(folder, folder.absolute().name, card_options, standalone=standalone)
         super().save_pretrained(
             save_directory, is_main_process, save_function, safe_serialization, variant, *args, **kwargs
         )
-        folder = Path(save_directory)
         if is_main_process:
             # Weights of an earlier save in this folder may have other names, and would be loaded in place of these.
             _delete_index_or_whole_file(folder, WEIGHTS_NAME)
@@ -98,8 +105,8 @@ class RepositoryMixin(HubMixin, ModelMixin):
             share_weights(folder)
         if standalone:
             write_code(folder)
-        if standalone and isinstance(self, CardMixin):
-            self.write_missing_card(folder, folder.absolute().name, standalone=True)
+        if card is not None:
+            (folder / CARD).write_text(card, encoding="utf-8")
 
 
 class SVQVAE(CardMixin, RepositoryMixin, modeling_svqvae.SVQVAE):  # type: ignore[misc] # mypy: `wraps` hides a signature

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from svqvae_hf.hub.model_cards import pipeline_card
 from svqvae_hf.hub.origin import STARTED_FROM, find_origin
-from svqvae_hf.hub.publishing import CardMixin
+from svqvae_hf.hub.publishing import CARD, CardMixin, pop_card_options
 from svqvae_hf.hub.repositories import from_hub, hub_options
 from svqvae_hf.loaders.pretrained_models import SVQVAEImageProcessor
 from svqvae_hf.models.loading import check_merged
@@ -130,13 +130,15 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
                 says from where the components are loaded. With `True`, they are loaded from this folder. If you will
                 upload the folder yourself, pass `"org/name"`, its name on the Hub. `push_to_hub(..., standalone=True)`
                 does both.
-            **kwargs: Further arguments of [`~diffusers.DiffusionPipeline.save_pretrained`].
+            **kwargs: Further arguments of [`~diffusers.DiffusionPipeline.save_pretrained`]. Also arguments of
+                `make_card`, such as `license`. They write the card, in place of a card that the folder has.
 
         Raises:
             ValueError: A component has an adapter of peft that is not merged.
         """
         for name, component in self.components.items():
             check_merged(name, component)
+        card_options = pop_card_options(kwargs)
         super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
         folder = Path(save_directory)
         title = folder.absolute().name
@@ -150,7 +152,9 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             write_blocks(self.blocks(), folder, place_of_components)
         else:
             delete_modular_index(folder)
-        self.write_missing_card(folder, title, standalone=is_standalone)
+        card = self.card_for(folder, title, card_options, standalone=is_standalone)
+        if card is not None:
+            (folder / CARD).write_text(card, encoding="utf-8")
 
     def make_card(self, repo_id: str, **options: Any) -> str:
         """Text of the card; see [`~svqvae_hf.hub.model_cards.pipeline_card`].

@@ -220,6 +220,23 @@ def test_the_card_of_changed_weights_has_no_figures_of_the_loaded_ones(tiny_mode
     assert "| weights | halves |" in vqvae.make_card("mixed", provenance={"weights": "halves"})
 
 
+def test_a_saved_folder_has_the_options_of_its_card(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "adapted")
+    rows = "| | |\n|---|---|\n| validation | psnr@1 25.78 |\n"
+    (tmp_path / "adapted" / "README.md").write_text(f"---\nlicense: mit\ntags: [svqvae]\n---\n\n{rows}")
+    vqvae = svqvae_hf.SVQVAE.from_pretrained(tmp_path / "adapted")
+    with torch.no_grad():
+        next(vqvae.parameters()).mul_(0.5)
+    for weights in ("halves", "thirds"):
+        vqvae.save_pretrained(tmp_path / "mixed", standalone=True, provenance={"weights": weights})
+        assert f"| weights | {weights} |" in (tmp_path / "mixed" / "README.md").read_text()
+    vqvae.save_pretrained(tmp_path / "adapted", license="cc0-1.0")  # into the folder that the weights came from
+    card = ModelCard((tmp_path / "adapted" / "README.md").read_text())
+    assert card.data.license == "cc0-1.0"
+    assert "psnr" not in card.text
+    assert "| weights | differ from the weights of `adapted`; not measured |" in card.text
+
+
 def test_a_standalone_pipeline_inherits_the_licence_of_the_loaded_one(repositories, tmp_path):
     folder = shutil.copytree(repositories / "classes", tmp_path / "trained")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
@@ -230,6 +247,8 @@ def test_a_standalone_pipeline_inherits_the_licence_of_the_loaded_one(repositori
     assert "| started from | `trained` (licence: mit) |" in card.text
     pipeline.save_pretrained(folder, standalone=True)
     assert ModelCard(pipeline.make_card("org/new", license="apache-2.0")).data.license == "apache-2.0"
+    pipeline.save_pretrained(folder, license="apache-2.0")
+    assert ModelCard((folder / "README.md").read_text()).data.license == "apache-2.0"
 
 
 def test_a_standalone_language_model_gets_a_card(repositories, tmp_path):
