@@ -4,8 +4,9 @@ A *record* holds the values of one image as a dictionary. All images are compare
 """
 
 import logging
-import time
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from operator import length_hint
 from typing import Any
 
@@ -52,24 +53,23 @@ def measure_images(
     _check_resolution(resolution)
     records: Records = []
     skipped: Records = []
-    if state.is_main_process:
-        images = _with_progress(images)
-    for index, source in enumerate(images):
-        process_of_image = index % state.num_processes
-        if process_of_image != state.process_index:
-            continue
-        record: dict[str, Any] = {"index": index, "name": image_name(source, index)}
-        try:
-            image = _read_square(source, resolution)
-            values = measure(image, index, record["name"])
-        except (_SkippedError, TooLargeError) as error:
-            skipped.append(record | {"reason": str(error)})
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            skipped.append(record | {"reason": OUT_OF_MEMORY})
-        else:
-            records.append(record | values)
+    with _progress(images, state) as images_with_progress:
+        for index, source in enumerate(images_with_progress):
+            process_of_image = index % state.num_processes
+            if process_of_image != state.process_index:
+                continue
+            record: dict[str, Any] = {"index": index, "name": image_name(source, index)}
+            try:
+                image = _read_square(source, resolution)
+                values = measure(image, index, record["name"])
+            except (_SkippedError, TooLargeError) as error:
+                skipped.append(record | {"reason": str(error)})
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                skipped.append(record | {"reason": OUT_OF_MEMORY})
+            else:
+                records.append(record | values)
     records = _of_all_processes(records)
     skipped = _of_all_processes(skipped)
     if not records:
@@ -77,18 +77,51 @@ def measure_images(
     return records, skipped
 
 
-def _with_progress(images: Images) -> Iterator[ImageSource | ImageRow]:
-    """Yields images. Shows a bar if stderr is a terminal, and logs a line after each half minute."""
-    num_images = length_hint(images) or None  # `length_hint` returns 0 for an unknown length
-    total = ""
-    if num_images is not None:
-        total = f"of {num_images:,} "
-    time_of_line = time.monotonic()
-    for num_measured, source in enumerate(tqdm(images, total=num_images, unit="image", disable=None)):
-        if num_measured and time.monotonic() >= time_of_line + SECONDS_PER_LINE:
-            logger.info(f"measured {num_measured:,} {total}images")
-            time_of_line = time.monotonic()
-        yield source
+class _CountedImages:
+    """Yields images, and counts those before the current one. Shows a bar if stderr is a terminal."""
+
+    def __init__(self, images: Images):
+        self.images = images
+        self.total = length_hint(images) or None  # `length_hint` returns 0 for an unknown length
+        self.num_measured = 0
+
+    def __iter__(self) -> Iterator[ImageSource | ImageRow]:
+        for num_before, source in enumerate(tqdm(self.images, total=self.total, unit="image", disable=None)):
+            self.num_measured = num_before
+            yield source
+
+    def __str__(self) -> str:
+        """Line of a log, such as `measured 2 of 5 images`."""
+        if self.total is None:
+            return f"measured {self.num_measured:,} images"
+        return f"measured {self.num_measured:,} of {self.total:,} images"
+
+
+@contextmanager
+def _progress(images: Images, state: PartialState) -> Iterator[Images]:
+    """Images of a set. The first process logs a line after each half minute, and one if a signal ends the block."""
+    if not state.is_main_process:
+        yield images
+        return
+    counted_images = _CountedImages(images)
+    is_over = threading.Event()
+    # A thread, because one large image may take minutes.
+    thread = threading.Thread(target=_log_lines, args=(counted_images, is_over), daemon=True)
+    thread.start()
+    try:
+        yield counted_images
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+        logger.info(f"interrupted: {counted_images}, and wrote no report")
+        raise
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def _log_lines(counted_images: _CountedImages, is_over: threading.Event) -> None:
+    """Logs the progress after each half minute."""
+    while not is_over.wait(SECONDS_PER_LINE):
+        logger.info(str(counted_images))
 
 
 def _check_resolution(resolution: int | None) -> None:

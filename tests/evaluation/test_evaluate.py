@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -124,13 +125,30 @@ def test_unreadable_images_are_skipped_and_named(tiny_model, photos, tmp_path):
         evaluate_at([1.0], tiny_model, sources[1:2])
 
 
-def test_a_log_has_a_line_after_each_half_minute(tiny_model, photos, monkeypatch, caplog, capsys):
+def test_a_log_has_a_line_after_each_half_minute_and_after_a_signal(tiny_model, photos, monkeypatch, caplog, capsys):
     caplog.set_level("INFO", "svqvae_hf.evaluation.measuring")
     evaluate_at([1.0], tiny_model, photos)
     assert caplog.messages == []  # it took no half minute
-    monkeypatch.setattr("svqvae_hf.evaluation.measuring.SECONDS_PER_LINE", 0)
-    evaluate_at([1.0], tiny_model, photos)
-    assert caplog.messages == ["measured 1 of 4 images", "measured 2 of 4 images", "measured 3 of 4 images"]
+    monkeypatch.setattr("svqvae_hf.evaluation.measuring.SECONDS_PER_LINE", 0.01)
+    encode = SVQVAETokenizer.encode
+    num_encoded = 0
+
+    def encode_slowly(*args):
+        nonlocal num_encoded
+        line = f"measured {num_encoded} of 4 images"
+        deadline = time.monotonic() + 60
+        while line not in caplog.messages:  # comes while this image is measured
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        if num_encoded == 2:
+            raise KeyboardInterrupt
+        num_encoded += 1
+        return encode(*args)
+
+    monkeypatch.setattr(SVQVAETokenizer, "encode", encode_slowly)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_at([1.0], tiny_model, photos)
+    assert caplog.messages[-1] == "interrupted: measured 2 of 4 images, and wrote no report"
     assert capsys.readouterr().err == ""  # a library prints nothing by itself
 
 
