@@ -198,6 +198,21 @@ def test_a_sample_for_a_comparison_is_copied_as_the_page_says(work, shell):
     assert len(sample) == 9
 
 
+def test_a_wide_picture_becomes_a_square_as_the_page_says(work, monkeypatch):
+    folder = work / "photos" / "cat"
+    folder.mkdir(parents=True)
+    wide = Image.new("RGB", (40, 20), "red")
+    wide.paste("blue", (1, 0, 40, 20))
+    wide.save(folder / "wide.png")
+    monkeypatch.chdir(work)
+    (code,) = blocks("first_models.md", "Your own pictures, id by id", "python")
+    exec(code, {})
+    with Image.open(work / "squares" / "cat" / "wide.png") as square:
+        assert square.size == (40, 40)
+        assert square.crop((0, 10, 40, 30)).tobytes() == wide.tobytes()
+        assert square.getpixel((20, 0)) == square.getpixel((20, 39)) == (255, 0, 0)
+
+
 def test_folders_of_classes_are_packed_as_the_page_says(work, tiny_model, monkeypatch):
     photos = work / "photos"
     for folder in ("old.cats", "dogs/2022", "dogs/2023", "birds/2023"):
