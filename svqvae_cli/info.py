@@ -56,7 +56,12 @@ def _facts(source: str) -> dict[str, Any]:
         return _file_facts(path)
     if re.fullmatch(f"{REPO_ID}:.+", source):
         return _checkpoint_facts(source)
-    check_source(source)  # raises unless it is a name on the Hub
+    try:
+        check_source(source)  # raises unless it is a name on the Hub
+    except ValueError as error:
+        raise ValueError(
+            f"If `{source}` is a token set, no part of it has begun. If it is a model, {error}"
+        ) from error
     return _model_facts(source)
 
 

@@ -186,6 +186,8 @@ def test_parts_that_are_missing_are_listed_and_shared_as_the_page_says(tmp_path)
     assert "`split -n r/1/3 missing.txt`" in text
     assert shares[0] == ["3", "19", "22", "25", "200"]
     assert len(shares[1]) == len(shares[2]) == 4
+    run_block(list_parts, "echo 'parts    256 (complete; finished: 256)'", tmp_path)
+    assert (tmp_path / "missing.txt").read_text() == ""
 
 
 def check_machines_share(loop, num_parts, folder):

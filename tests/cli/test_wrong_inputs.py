@@ -98,6 +98,10 @@ WRONG = {  # words on the command line, and a part of the message
         ),
     ],
     "info": [
+        (
+            "tokens",
+            "If `tokens` is a token set, no part of it has begun. If it is a model, there is no file or folder",
+        ),
         ("two_images/a.png", "info describes models and tokens, got the image `two_images/a.png`"),
         ("", "the following arguments are required: PATH"),
     ],
