@@ -244,7 +244,11 @@ def list_numbers(numbers: dict[str, float]) -> str:
 
 def closing_line(options: TrainOptions, validations: Validations) -> str:
     """What the log says at the end: the PSNR of each set before and after, and which weights are saved."""
-    line = f"PSNR: {describe_changes(validations)}. "
+    line = "PSNR"
+    if len(options.validation_scales) > 1:
+        scales = [f"{scale:g}" for scale in options.validation_scales]
+        line += f", mean over the scales {', '.join(scales)}"
+    line += f": {describe_changes(validations)}. "
     if validations.start_was_best:
         line += "Saved: the weights that the run started from, because no later validation was better on the first "
         line += "folder. Train for longer, or at another `--learning_rate`."

@@ -212,12 +212,14 @@ def test_the_first_folder_alone_decides_which_validation_is_the_best():
 def test_the_last_line_says_what_was_gained_and_what_was_lost(options, inputs):
     options |= {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(inputs / "model")}
     options |= {"validation_data_dir": ["pictures", "photos"], "load_best_model_at_end": True}
+    options |= {"validation_scales": [0.5, 1.0]}
     validations = Validations(torch.nn.Linear(1, 1), keep_best=True, measured={})
     for step, first, watched in ((0, 22.57, 35.25), (50, 23.58, 34.17)):
         validations.add(step, *numbers_of_two_sets(first, watched))
     assert closing_line(TrainOptions(**options), validations) == (
-        "PSNR: validation 22.57 -> 23.58 dB (+1.01); validation_2 35.25 -> 34.17 dB (-1.08). Saved: the weights after "
-        'step 50. To lose less on validation_2: "Lose less on photographs" in docs/your_own_pictures.md.'
+        "PSNR, mean over the scales 0.5, 1: validation 22.57 -> 23.58 dB (+1.01); validation_2 35.25 -> 34.17 dB "
+        "(-1.08). Saved: the weights after step 50. To lose less on validation_2: "
+        '"Lose less on photographs" in docs/your_own_pictures.md.'
     )
 
 
@@ -482,7 +484,10 @@ def test_log_and_card_say_that_nothing_was_learned(options, inputs, caplog):
     options |= SMALL | {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(inputs / "model")}
     options |= {"validation_data_dir": [str(inputs / "held_out")], "load_best_model_at_end": True}
     run(**options, max_steps=1, learning_rate=1e-12)
-    assert re.search(r"PSNR: validation (\S+) -> \1 dB \(\+0.00\)[.] Saved: the weights that the", caplog.messages[-1])
+    assert re.search(
+        r"scales 0.25, 0.5, 1: validation (\S+) -> \1 dB \(\+0.00\)[.] Saved: the weights that the",
+        caplog.messages[-1],
+    )
     card = Path(options["output_dir"], "README.md").read_text()
     assert "| steps | 0: no validation after a step was better" in card
     assert re.search(r"\| validation \| 1 images, centre crops: .* before the first step \|", card)
@@ -496,7 +501,9 @@ def test_a_longer_run_keeps_the_best_weights_of_the_shorter_one(options, inputs,
     run(**options, max_steps=2, learning_rate=1e-4)
     card = Path(options["output_dir"], "README.md")
     assert "after step 2; " in card.read_text()
-    assert re.search(r"PSNR: validation .* dB .*[.] Saved: the weights after step 2[.]$", caplog.messages[-1])
+    assert re.search(
+        r"scales 0.25, 0.5, 1: validation .* dB .*[.] Saved: the weights after step 2[.]$", caplog.messages[-1]
+    )
     shutil.copytree(options["output_dir"], tmp_path / "shorter")
     run(**options, max_steps=3, learning_rate=10.0, resume_from_checkpoint="latest")
     assert "after step 2; " in card.read_text()
