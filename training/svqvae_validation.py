@@ -107,7 +107,7 @@ def validate(
     validations: Validations,
     steps_done: int,
 ) -> None:
-    """Measures each set, remembers and logs the numbers, and logs a picture of each set's first images."""
+    """Measures each set, remembers and logs the numbers, and logs a picture of images of each set."""
     measured = {}  # by the names of the sets
     with weights.evaluating():
         for validation_set in sets:
@@ -127,17 +127,17 @@ def log_reconstructions(run: Run[TrainOptions], measured: Mapping[str, "Measured
 
     Args:
         run ([`Run`]): The run.
-        measured (`Mapping[str, Measured]`): Measurement of each set, by the name that stands above its images.
+        measured (`Mapping[str, Measured]`): Measurement of each set, by its name.
         steps_done (`int`): Steps before the validation.
     """
-    scales = [f"x{scale:g}" for scale in run.options.validation_scales]
+    labels_of_scales = [f"reconstruction, scale {scale:g}" for scale in run.options.validation_scales]
     images: list[torch.Tensor] = []
     labels: list[str] = []
     for name, measurement in measured.items():
         images.append(rows_of_images(measurement.shown))
         num_rows = len(measurement.shown[0].target)
-        labels += [name, *scales] * num_rows
-    num_columns = 1 + len(scales)
+        labels += [f"original, {name}", *labels_of_scales] * num_rows
+    num_columns = 1 + len(labels_of_scales)
     folder = Path(run.options.output_dir, "samples")
     log_images(run.accelerator, torch.cat(images), labels, num_columns, folder, steps_done)
 
@@ -149,7 +149,7 @@ class Measured:
     Args:
         numbers (`dict[str, float]`): Statistics of each scale, by name.
         ids (`torch.Tensor` of shape `(n,)`): All ids, scale by scale, so that their order does not depend on batches.
-        shown (`list[Pair]`): The first images at each scale.
+        shown (`list[Pair]`): Some of the images at each scale, taken evenly from the set.
     """
 
     numbers: dict[str, float]
@@ -166,8 +166,9 @@ def measure(
     codebook_size = objective.codebook.weight.shape[0]
     statistics = ScaleStatistics(codebook_size, by_octave=False)  # each scale by itself
     ids_of_batches: list[list[torch.Tensor]] = []  # a list per batch, with the ids (B, h, w) of each scale in it
-    shown: list[Pair] = []
-    for batch in validation_set.batches:
+    shown_of_batches: list[list[Pair]] = []
+    all_rows_shown = rows_shown(validation_set)
+    for batch, batch_rows_shown in zip(validation_set.batches, all_rows_shown, strict=True):
         sample = batch.to(run.accelerator.device)  # (B, 3, side, side)
         output = weights.model(sample, scales, scale_from="latents", force_not_quantize=skips_quantizer)
         pairs = [clamp(pair) for pair in objective.pairs(sample, output)]
@@ -176,11 +177,33 @@ def measure(
             ids_of_scales = list(output.ids)
         statistics.add(scales, pairs, ids_of_scales)
         ids_of_batches.append(ids_of_scales)
-        if not shown:
-            shown = [pair.first(SHOWN_IMAGES) for pair in pairs]
+        shown_of_batches.append([pair.images(batch_rows_shown) for pair in pairs])
     numbers = statistics.summary(run.accelerator.reduce)
     all_ids = join_by_scale(ids_of_batches)  # one tensor (n,)
-    return Measured(numbers, all_ids, shown)
+    return Measured(numbers, all_ids, join_pairs(shown_of_batches))
+
+
+def rows_shown(validation_set: ValidationSet) -> list[list[int]]:
+    """Rows of each batch that are shown: at most `SHOWN_IMAGES` in all, taken evenly from the set."""
+    num_shown = min(SHOWN_IMAGES, validation_set.num_images)
+    numbers = [index * validation_set.num_images // num_shown for index in range(num_shown)]
+    rows_of_batches = []
+    start = 0  # number of the first image of the batch
+    for batch in validation_set.batches:
+        end = start + len(batch)
+        rows_of_batches.append([number - start for number in numbers if start <= number < end])
+        start = end
+    return rows_of_batches
+
+
+def join_pairs(pairs_of_batches: Sequence[Sequence[Pair]]) -> list[Pair]:
+    """Pairs of all batches, joined at each scale."""
+    joined_pairs = []
+    for pairs_of_scale in zip(*pairs_of_batches, strict=True):
+        target = torch.cat([pair.target for pair in pairs_of_scale])
+        output = torch.cat([pair.output for pair in pairs_of_scale])
+        joined_pairs.append(pairs_of_scale[0]._replace(target=target, output=output))
+    return joined_pairs
 
 
 def quantises_after(steps_done: int, options: TrainOptions) -> bool:

@@ -41,7 +41,7 @@ from svqvae_hf.trainer.options import read_options
 from svqvae_hf.trainer.publishing import FINISHED_FILE
 from svqvae_hf.trainer.run import run_training
 from svqvae_hf.trainer.scripts import one_line_errors
-from svqvae_hf.trainer.tracking import LABEL_HEIGHT
+from svqvae_hf.trainer.tracking import LABEL_HEIGHT, label_image
 from svqvae_hf.trainer.train_options import TrainOptions
 from svqvae_hf.trainer.validations import Validations
 from svqvae_hf.trainer.weights import Weights
@@ -555,6 +555,25 @@ def test_splits_of_further_sets_can_be_chosen(options, inputs, tmp_path):
     run(**in_other_folder, **(further | two_sets), mix_split="train", validation_split="test")
     with Image.open(Path(in_other_folder["output_dir"], "samples", "step-0000000.png")) as picture:
         assert picture.height == 2 * height_of_one_set - 4, "rows of both sets"
+
+
+def test_samples_show_images_from_the_whole_of_each_set(options, tmp_path):
+    for folder, greys in (("one", [9]), ("six", [0, 40, 80, 120, 160, 200])):
+        (tmp_path / folder).mkdir()
+        for number, grey in enumerate(greys):
+            Image.new("RGB", (32, 32), (grey, grey, grey)).save(tmp_path / folder / f"{number}.png")
+    options |= SMALL | {"validation_data_dir": [str(tmp_path / "one"), str(tmp_path / "six")]}
+    with patch("svqvae_hf.trainer.tracking.label_image", wraps=label_image) as labels:
+        run(**options, max_steps=1, validation_scales=[1.0])
+    first, second = "original, validation", "original, validation_2"
+    shown_labels = [call.args[0] for call in labels.call_args_list[:10]]
+    assert shown_labels[::2] == [first, second, second, second, second]
+    assert set(shown_labels[1::2]) == {"reconstruction, scale 1"}
+    with Image.open(Path(options["output_dir"], "samples", "step-0000000.png")) as picture:
+        originals = picture.convert("L").crop((4, 0, 4 + 32, picture.height))
+    row_height = LABEL_HEIGHT + 32 + 4
+    greys = [originals.getpixel((16, 4 + LABEL_HEIGHT + 16 + row * row_height)) for row in range(5)]
+    assert greys == [9, 0, 40, 120, 160]
 
 
 def test_a_run_is_not_resumed_with_other_images_or_another_model_of_the_same_name(options, inputs, tmp_path):

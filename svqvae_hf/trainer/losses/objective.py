@@ -34,9 +34,9 @@ class Pair(NamedTuple):
     output: torch.Tensor
     weight: float
 
-    def first(self, count: int) -> "Pair":
-        """The first images of the batch."""
-        return self._replace(target=self.target[:count], output=self.output[:count])
+    def images(self, rows: list[int]) -> "Pair":
+        """These images of the batch."""
+        return self._replace(target=self.target[rows], output=self.output[rows])
 
     def fits(self, side: int) -> bool:
         """Whether the shorter side has at least `side` pixels."""
