@@ -28,19 +28,19 @@ class NestedMeanGroupNorm(nn.Module):
 
     def forward(self, hidden: torch.Tensor, shared: None = None) -> torch.Tensor:
         """`(batch, channels, h, w)` -> the same shape. Tiles share nothing, because graphs do not tile."""
-        grouped = hidden.unflatten(1, (self.num_groups, -1))  # (batch, groups, channels of the group, h, w)
-        centred = grouped - nested_mean(grouped)
-        variance = nested_mean(centred * centred)
-        normed = centred * torch.rsqrt(variance + self.eps)
-        normed = normed.flatten(1, 2)  # (batch, channels, h, w)
+        centred = hidden - self.means_of_groups(hidden)
+        variances = self.means_of_groups(centred * centred)
+        normed = centred * torch.rsqrt(variances + self.eps)
         return normed * self.weight[:, None, None] + self.bias[:, None, None]
 
-
-def nested_mean(grouped: torch.Tensor) -> torch.Tensor:
-    """Mean over columns, then rows, then channels: `(batch, groups, channels, h, w)` -> `(batch, groups, 1, 1, 1)`."""
-    mean_of_rows = grouped.mean(4, keepdim=True)
-    mean_of_channels = mean_of_rows.mean(3, keepdim=True)
-    return mean_of_channels.mean(2, keepdim=True)
+    def means_of_groups(self, hidden: torch.Tensor) -> torch.Tensor:
+        """For each channel, the mean of its group: `(batch, channels, h, w)` -> `(batch, channels, 1, 1)`."""
+        means_of_rows = hidden.mean(3)  # (batch, channels, h)
+        means_of_channels = means_of_rows.mean(2)  # (batch, channels)
+        grouped = means_of_channels.unflatten(1, (self.num_groups, -1))  # (batch, groups, channels of a group)
+        means = grouped.mean(2, keepdim=True)  # (batch, groups, 1)
+        means = means.expand_as(grouped).flatten(1)  # (batch, channels)
+        return means[:, :, None, None]
 
 
 def with_nested_means(network: nn.Module) -> nn.Module:
