@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkouts import checkout
-from conftest import ROOT
+from conftest import ROOT, make_tiny
 from numbered_images import write_tar
 
 from svqvae_cli.command_line import parse
@@ -93,6 +93,20 @@ COMMANDS = [  # options that shrink the work
     f"learnable {ROOT}/svqvae_hf/pretrained_scenes/vqvae {ROOT}/docs/images --side 32 --steps 1 2 --held-out 4",
     f"read_captions {ROOT}/benchmarks/scene_prompts.tsv --examples 64 --voices first terse",
 ]
+
+
+def test_exactness_counts_ids_that_differ(run, load, inputs, monkeypatch):
+    exactness = load("exactness")
+    model = make_tiny()
+    model.save_pretrained(inputs / "model")
+    monkeypatch.setattr(exactness, "encoder_graph", lambda model: None)  # tests/export converts graphs
+    monkeypatch.setattr(exactness, "single_sum_graph", lambda model: None)
+    monkeypatch.setattr(exactness, "encode_by_graph", lambda graph: lambda sample: model.encode_tokens(sample) ^ 1)
+    (rows,) = run("exactness", str(inputs / "photos"), "--model", str(inputs / "model"), "--side", "32")
+    changed = {row["encoder"]: row["changed"] for row in rows}
+    assert {row["ids"] for row in rows} == {8 * 8}
+    assert changed["PyTorch, threads: 1"] < 4
+    assert changed["exported graph"] > 60
 
 
 @pytest.mark.parametrize("command", COMMANDS)
