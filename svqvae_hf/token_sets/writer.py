@@ -171,7 +171,8 @@ def tokenize_set(model: SVQVAE, images: ImageSet, out: str | os.PathLike, **opti
 
     Each part is a function of the image set, the options and its number, so any process on any machine may make it. A
     part that is finished is skipped; one that was interrupted is made again. The process that finishes the last part
-    completes the set. On devices of one kind, the files are the same however many processes took part.
+    completes the set. On devices of one kind, with the same number of threads per process, the files are the same
+    however many processes took part.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode, on its device.
