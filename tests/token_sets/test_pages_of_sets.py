@@ -149,17 +149,43 @@ def test_the_measurement_of_large_sets_parses_and_makes_its_folder(work, shell):
         assert parse(words).workers == 0
 
 
+def pictures(folder):
+    """Paths of the pictures below a folder, relative to this folder."""
+    return {path.relative_to(folder) for path in folder.rglob("*.png")}
+
+
+@pytest.mark.parametrize("root", ["photos", "links"])
+def test_photographs_of_each_class_are_held_out_as_the_page_says(work, shell, root):
+    photos = work / "photos" / "train"
+    save_photos(photos / "2023")
+    save_photos(photos / "a 'year'" / "may")  # photographs with the same names
+    (photos / "2023" / "metadata.jsonl").write_text("")
+    photographs = pictures(photos)
+    hold_out, _, make_links = blocks("one_gpu_one_day.md", "The set")
+    if root == "links":
+        shell(make_links.replace("/shared/photos", str(photos)))
+    shell(hold_out.replace("photos/", f"{root}/").replace("< 50", "< 2"))
+    held_out = pictures(work / root / "held_out")
+    assert len(held_out) == 4
+    assert len({path.parent for path in held_out}) == 2
+    assert pictures(work / root / "train") == photographs - held_out
+    if root == "links":
+        assert pictures(photos) == photographs
+        assert all(path.is_symlink() for path in (work / "links" / "held_out").rglob("*.png"))
+
+
 def test_photographs_without_classes_are_held_out_as_the_page_says(work, shell):
     train = work / "photos" / "train"
     save_photos(train / "2023")
-    save_photos(train / "a 'year'" / "may")  # photographs with the same names
-    photographs = {path.relative_to(train) for path in train.rglob("*.*")}
-    (block,) = [block for block in blocks("one_gpu_one_day.md", "The set") if "held_out.txt" in block]
-    num_held_out = len(photographs) - 2
-    shell(block.replace("5000", str(num_held_out)))
-    held_out = {path.relative_to(work / "photos" / "held_out") for path in (work / "photos" / "held_out").rglob("*.*")}
-    assert len(held_out) == num_held_out
-    assert {path.relative_to(train) for path in train.rglob("*.*")} == photographs - held_out
+    save_photos(train / "a 'year'" / "may")
+    photographs = pictures(train)
+    hold_out, find, _ = blocks("one_gpu_one_day.md", "The set")
+    before, after = hold_out.split("find", 1)
+    after = after.partition("held_out.txt\n")[2]
+    shell(before + find.replace("5000", "9") + after)
+    held_out = pictures(work / "photos" / "held_out")
+    assert len(held_out) == 9
+    assert pictures(train) == photographs - held_out
 
 
 def test_large_photographs_are_shrunk_as_the_page_says(work, monkeypatch, capsys):
