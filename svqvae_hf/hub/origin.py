@@ -19,6 +19,7 @@ CARD = "README.md"
 WITHOUT_CONDITIONS = ("cc0-1.0", "pddl", "unlicense")  # licences that ask nothing of what is made from a work
 STARTED_FROM = "started from"
 ROW = re.compile(r"^\| (.*?) \| (.*) \|$", re.MULTILINE)  # of a table, such as "| started from | `org/name` |"
+EARLIER_ROW = re.compile(r"before(?: \((\d+)\))?: (.*)")  # such as "before: steps", of an earlier model
 
 
 class Origin(NamedTuple):
@@ -211,13 +212,24 @@ def _card_of_parent(folder: Path) -> bytes | None:
 
 
 def _earlier_rows(source: _Source) -> dict[str, str]:
-    """Rows on the card of the model that was trained further, marked as earlier."""
+    """Rows on the card of the model that was trained further, marked as earlier, such as `before: steps`."""
     if source.card is None:
         return {}
     rows = {}
     for row, value in _origin_rows(source.card).items():
-        rows[f"before: {row}"] = value
+        rows[_earlier_name(row)] = value
     return rows
+
+
+def _earlier_name(row: str) -> str:
+    """Name of a row on the card of the next model, such as `before (2): steps` for `before: steps`."""
+    match = EARLIER_ROW.fullmatch(row)
+    if match is None:
+        return f"before: {row}"
+    number, name = match.groups()
+    if number is None:
+        return f"before (2): {name}"
+    return f"before ({int(number) + 1}): {name}"
 
 
 def _origin_rows(card: RepoCard) -> dict[str, str]:

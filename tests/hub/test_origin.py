@@ -43,10 +43,11 @@ def test_licence_without_conditions_yields_to_another_one(tmp_path):
 
 
 def test_further_training_keeps_base_model_and_stages(tmp_path):
-    rows = "| steps | 5 of `a\\|b` |"
+    rows = "| steps | 5 of `a\\|b` |\n| before: steps | 4 |\n| before (2): steps | 3 |"
     origin = find_origin({STARTED_FROM: write_card(tmp_path / "first", "mit", "base_model: org/original\n", rows)})
     assert (origin.license, origin.base_model) == ("mit", "org/original")
-    assert origin.rows["before: steps"] == "5 of `a|b`"
+    expected_rows = {"before: steps": "5 of `a|b`", "before (2): steps": "4", "before (3): steps": "3"}
+    assert origin.rows == {STARTED_FROM: "`first` (licence: mit)"} | expected_rows
 
 
 def test_images_below_a_model_do_not_have_its_licence(tmp_path):
