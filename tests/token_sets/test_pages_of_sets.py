@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -273,6 +274,27 @@ def test_images_without_classes_are_packed_as_the_page_says(work, tiny_model, mo
     tokenize(tiny_model, work / "photos", work / "of_folder", **CROPS)
     tokenize(tiny_model, work / "shards", work / "of_shards", **CROPS)
     assert TokenSet(work / "of_shards").load()["ids_0"][:] == TokenSet(work / "of_folder").load()["ids_0"][:]
+
+
+def test_rows_of_two_sets_are_joined_as_the_page_says(work, tiny_model, monkeypatch):
+    (code,) = blocks("large_sets.md", "Photographs that you add later", "py")
+    for folder, name in (("photos", "tokens"), ("new-photos", "new-tokens")):
+        for label in ("cat", "dog"):
+            save_photos(work / folder / label)
+        tokenize(tiny_model, work / folder, work / name, **CROPS)
+    monkeypatch.chdir(work)
+    names = {}
+    exec(code, names)
+    assert len(names["rows"]) == 24
+    shutil.rmtree(work / "new-tokens")
+    save_photos(work / "new-photos" / "horse")
+    tokenize(tiny_model, work / "new-photos", work / "new-tokens", **CROPS)
+    with pytest.raises(ValueError, match="can't be aligned"):
+        exec(code, {})
+    for name in ("tokens", "new-tokens"):
+        code = code.replace(f'"{name}")', f'"{name}").remove_columns("label")')
+    exec(code, names)
+    assert len(names["rows"]) == 30
 
 
 def test_the_rehearsal_makes_two_sets_of_different_photographs_as_the_page_says(work, shell, tiny_model, monkeypatch):
