@@ -320,10 +320,13 @@ def save_checkpoint(
 
 
 def _remove_oldest(output_dir: str | Path, total_limit: int) -> None:
-    """Removes all checkpoints but the newest `total_limit`."""
+    """Removes all checkpoints but the newest `total_limit`, and what a killed run has left of others."""
     oldest_first = sorted(_checkpoints(output_dir), key=checkpoint_step)
     for checkpoint in oldest_first[:-total_limit]:
-        shutil.rmtree(checkpoint)
+        # Renamed first, so that a run that reads it finds all of its files, or that it is gone.
+        os.replace(checkpoint, checkpoint.with_name(checkpoint.name + ".partial"))
+    for partial in Path(output_dir).glob("checkpoint-*.partial"):
+        shutil.rmtree(partial)
 
 
 def write_checksums(checkpoint: Path) -> None:
@@ -397,6 +400,8 @@ def _one_line_reason(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # damaged files raise errors of nearly any kind
+        if not path.exists():
+            raise ValueError(f"Another run has deleted `{path}` since this one started. Start it again.") from error
         raise ValueError(
             f"`{path}` must be a complete checkpoint of the same network and options, but cannot be loaded: "
             f"{_first_fault(error)}. Use the options of the run that wrote it, or another checkpoint."

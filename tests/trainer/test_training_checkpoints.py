@@ -37,6 +37,20 @@ def test_oldest_are_removed_and_what_was_left_half_written_is_replaced(tmp_path,
     assert load_checkpoint(accelerator, tmp_path / "checkpoint-3", ["mean"])["mean"].tolist() == [1, 1]
 
 
+def test_a_checkpoint_that_another_run_deletes_is_no_damaged_one(tmp_path, accelerator):
+    for step in (1, 2):
+        save_checkpoint(accelerator, tmp_path, step, {}, 1, IDENTITY)
+    with pytest.raises(ValueError, match="^Another run has deleted `.*checkpoint-1` since this one started. Start it"):
+        load_checkpoint(accelerator, tmp_path / "checkpoint-1", [])
+
+
+def test_a_checkpoint_is_deleted_under_another_name(tmp_path, accelerator, monkeypatch):
+    save_checkpoint(accelerator, tmp_path, 1, {}, None, IDENTITY)
+    monkeypatch.setattr("shutil.rmtree", lambda *arguments, **options: None)  # as if it were killed just before
+    save_checkpoint(accelerator, tmp_path, 2, {}, 1, IDENTITY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1.partial", "checkpoint-2"]
+
+
 @pytest.mark.parametrize("too_large", ["weights", "state of the run"])
 def test_a_full_disk_leaves_no_part_of_a_checkpoint(disk, accelerator, too_large):
     save_checkpoint(accelerator, disk, 1, {}, None, IDENTITY)
