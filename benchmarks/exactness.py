@@ -1,7 +1,8 @@
 """How many ids rounding changes: `python benchmarks/exactness.py IMAGES [--model MODEL] [--side PIXELS]`.
 
-Counts the ids that differ from those of the model in float64, for the model in float32 with several numbers of CPU
-threads, for the encoder of `svqvae export`, and for a graph whose normalisation layers add up each group in one sum.
+The reference is the model in float64. The table counts the ids that differ from it for three encoders: the model in
+float32 with 1, 2 and 4 CPU threads, the graph of `svqvae export`, and a graph whose normalisation layers add up each
+group in one sum.
 """
 
 import copy

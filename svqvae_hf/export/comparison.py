@@ -59,7 +59,7 @@ def compare_graphs(model: SVQVAE, encode: Graph, decode: Graph) -> str:
     """Runs both graphs on photographs, noise and flat colours of several sizes, and compares them with the model.
 
     Ids are compared with those of the model in float64. In float32, the model rounds as well, in some images more than
-    the graph, so its ids would not tell which of both is wrong.
+    the graph, so its ids would not tell which of the two is wrong.
 
     Args:
         model ([`SVQVAE`]): Model in float32.

@@ -228,7 +228,7 @@ def fault_of(outcome: Outcome, whole: Outcome, before: dict[str, bytes], root: P
 
 
 def error_lines(outcome: Outcome) -> list[str]:
-    """Lines on stderr but those of the log, which tell what was finished before the error, each after its time."""
+    """Lines on stderr, without the lines of the log about parts that were finished before the error."""
     return [line for line in outcome.stderr.splitlines() if not LOG_LINE.match(line)]
 
 
