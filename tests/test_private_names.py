@@ -48,7 +48,6 @@ USED = {
 OVERRIDDEN = {  # attributes and methods of a library's class
     "_auto_class": "See how `save_pretrained` learns that a model's code must be saved with it.",
     "_dict_from_json_file": "See how `DiffusionPipeline.download` tells a component from another list.",
-    "_get_arguments_from_pretrained": "Load the vqvae of the processor in `from_pretrained`.",
     "_get_resized_lm_head": "Override `resize_token_embeddings`, so that LlamaGen's head keeps its rows.",
     "_tp_plan": "See how transformers learns which layers tensor parallelism cuts: not LlamaGen's head.",
     "_tied_weights_keys": "See how transformers learns which weights are shared: LlamaGen shares none.",

@@ -15,9 +15,10 @@ from svqvae_files.identity import model_file_digest
 from svqvae_files.json_files import read_json_object
 from svqvae_files.outputs import write_file
 from svqvae_hf.hub.repositories import lacks_file
-from svqvae_hf.models.processing_svqvae import PARTS_KEY, VQVAE_FOLDER
+from svqvae_hf.models.processing_svqvae import VQVAE_FOLDER
 
 CONFIG = "processor_config.json"
+PARTS_KEY = "parts"  # in the config
 PARTS = (
     "chat_template.jinja",
     "generation_config.json",

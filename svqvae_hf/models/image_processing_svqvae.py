@@ -72,14 +72,11 @@ class SVQVAEImageProcessor(BaseImageProcessor):
 
         Args:
             image_processor_dict (`dict[str, Any]`): Content of `preprocessor_config.json`. Only `pixel_range` is used.
-            kwargs: `pixel_range`, which replaces the value in the file, and `return_unused_kwargs`.
+            kwargs: `pixel_range`, which replaces the value in the file, and arguments of transformers' method.
 
         Raises:
-            TypeError: If another keyword is given.
             ValueError: If `pixel_range` is not as described.
         """
-        if not kwargs.get("return_unused_kwargs"):
-            _check_keywords(kwargs.keys() - {"pixel_range", "return_unused_kwargs"})
         known_keys = TRANSFORMERS_KEYS | {"pixel_range"}
         config = {key: value for key, value in image_processor_dict.items() if key in known_keys}
         return super().from_dict(config, **kwargs)

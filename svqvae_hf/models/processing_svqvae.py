@@ -8,12 +8,12 @@ import urllib.request
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import torch
 from PIL import Image, ImageOps
-from transformers import BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin
 
@@ -26,7 +26,6 @@ from .modeling_svqvae import SVQVAE
 
 VQVAE_FOLDER = "vqvae"  # beside the language model
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-PARTS_KEY = "parts"  # in the config of the processor: digests of the files beside it
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -110,20 +109,28 @@ class SVQVAEProcessor(ProcessorMixin):
             )
 
     @classmethod
-    def _get_arguments_from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: dict[str, Any], **kwargs: Any
-    ) -> list[Any]:
-        """Loads the vqvae after the tokenizer."""
-        arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
-        # The digests of the files in this folder must not become part of the processor, which may be saved elsewhere.
-        processor_dict.pop(PARTS_KEY, None)
-        ImageVocabulary.from_config(processor_dict)  # raises if the config has no image tokens
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """Loads the config, the tokenizer, and the vqvae in a subfolder.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
+            **kwargs: Arguments of [`~transformers.AutoTokenizer.from_pretrained`], such as `subfolder` and `revision`.
+                `chat_template` replaces the saved chat template.
+
+        Raises:
+            OSError: If a file does not exist, or the Hub does not answer.
+            ValueError: If the config has no image tokens, or the parts do not belong together.
+        """
         source = os.fspath(pretrained_model_name_or_path)
+        config, _ = cls.get_processor_dict(source, **kwargs)
+        vocabulary = ImageVocabulary.from_config(config)  # raises if the config has no image tokens
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
         subfolder = kwargs.get("subfolder") or ""
         vqvae_folder = os.path.join(subfolder, VQVAE_FOLDER)
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         vqvae = cls.vqvae_class.from_pretrained(source, subfolder=vqvae_folder, **hub_options)
-        return arguments + [vqvae]
+        chat_template = kwargs.get("chat_template", config.get("chat_template"))
+        return cls(tokenizer, vqvae, vocabulary, chat_template)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Saves the config, the tokenizer with the chat template, and the vqvae in a subfolder.
