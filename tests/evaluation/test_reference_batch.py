@@ -45,12 +45,13 @@ def test_images_and_statistics_are_read(images, tmp_path):
 
 def test_the_distance_is_to_the_statistics_of_the_whole_set(images, tmp_path):
     batch = ReferenceBatch(write_batch(tmp_path / "batch.npz", images))
-    generated = [image.rotate(180) for image in images]
+    # The darker images are far from the set, so that rounding, which differs between processors, does not count.
+    generated = [image.point(lambda value: round(0.8 * value)) for image in images]
     networks = {"name": Features()}
     (whole,) = compare_generated(generated, images, networks).rows
     (row,) = compare_generated(generated, batch, networks, statistics={"name": batch.statistics}).rows
     (part,) = compare_generated(generated, batch, networks).rows
-    assert row["frechet_distance"] == pytest.approx(whole["frechet_distance"], rel=1e-6)
+    assert row["frechet_distance"] == pytest.approx(whole["frechet_distance"], rel=1e-5)
     assert part["frechet_distance"] != pytest.approx(whole["frechet_distance"], rel=1e-2)
     assert (row["precision"], row["recall"]) == (part["precision"], part["recall"])
 
