@@ -3,15 +3,25 @@ BIN := .venv/bin
 EXTRA ?= dev
 PYTEST := pytest --numprocesses auto --dist worksteal --durations 15
 
-.PHONY: install reconstruct generate browser test quick lowest lint damage docs site gpu dist
+.PHONY: install lock reconstruct generate browser test quick lowest lint damage docs site gpu dist
 
-# `EXTRA=lint` is enough for a typo. `EXTRA=ci` adds an S3 server and a driver of the browser for a few tests.
+# Installs the releases in constraints.txt, which CI has tested. `EXTRA=lint` is enough for a typo. `EXTRA=ci` adds an S3 server
+# and a driver of the browser for a few tests.
 install: .venv/installed-$(EXTRA)
 
-.venv/installed-$(EXTRA): pyproject.toml
+.venv/installed-$(EXTRA): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --editable ".[$(EXTRA)]"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[$(EXTRA)]"
 	touch $@
+
+# Writes the newest releases to constraints.txt, for all Pythons that pyproject.toml admits. PyTorch and the packages of
+# CUDA that it brings are left out, because each machine has its own build.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet uv
+	.venv-lock/bin/uv pip compile pyproject.toml --extra ci --universal --python-version 3.11 --upgrade \
+		--no-header --no-annotate --quiet --output-file .venv-lock/releases.txt
+	grep -vE "^(torch|torchvision|triton|nvidia-.*|cuda-.*)==" .venv-lock/releases.txt > constraints.txt
 
 # The bundled photograph by the bundled model: images and a side-by-side picture in outputs/chelsea, PSNR on the terminal.
 reconstruct: install
