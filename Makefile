@@ -5,8 +5,8 @@ PYTEST := pytest --numprocesses auto --dist worksteal --durations 15
 
 .PHONY: install lock reconstruct generate browser test quick lowest lint damage docs site gpu dist
 
-# Installs the releases in constraints.txt, which CI has tested. `EXTRA=lint` is enough for a typo. `EXTRA=ci` adds an S3 server
-# and a driver of the browser for a few tests.
+# Installs the releases in constraints.txt, which CI has tested. `EXTRA=lint` is enough for a typo. `EXTRA=ci` adds an S3
+# server and a driver of the browser for a few tests.
 install: .venv/installed-$(EXTRA)
 
 .venv/installed-$(EXTRA): pyproject.toml constraints.txt
