@@ -179,11 +179,12 @@ def test_one_dot_of_paint_counts(next_scale):
     assert np.argwhere(np.asarray(mask)).tolist() == [[200 * 16 // demo.EDITOR_PX, 100 * 16 // demo.EDITOR_PX]]
 
 
-def test_temperature_is_in_the_open():
+def test_temperature_is_in_the_open(monkeypatch):
     model = ImageLanguageModel(*load_extended())
     page = demo.GeneratorPage(model)
     assert page.generator.seed_note == "Another number makes another picture"
-    model.language_model.generation_config.generation_kwargs = {"temperature": 0.1}
+    config = model.language_model.generation_config
+    monkeypatch.setattr(config, "generation_kwargs", {"temperature": 0.1}, raising=False)
     page = demo.GeneratorPage(model)
     assert page.generator.temperature == 0.1
     assert page.generator.seed_note == "At a temperature of 0.1, many numbers make the same picture"
